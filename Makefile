@@ -1,0 +1,32 @@
+# Every target sets up .venv by itself, and again only when pyproject.toml changes.
+PYTHON ?= python3
+MINUTES ?= 8
+RUN := .venv/bin/python
+
+.PHONY: quickstart test test-slow lint format clean
+
+quickstart: .venv/ready
+	$(RUN) quickstart.py $(MINUTES)
+
+test: .venv/ready lint
+	$(RUN) -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/ready
+	$(RUN) -m pytest -m "slow and not gpu"
+
+lint: .venv/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: .venv/ready
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf .venv runs outputs multirun .pytest_cache .ruff_cache *.egg-info
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"ldm needs Python 3.11 or newer, found {v[0]}.{v[1]}; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

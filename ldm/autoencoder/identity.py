@@ -1,0 +1,22 @@
+"""No autoencoder: the latents are the pixels, whitened by nothing (pixel diffusion)."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm.types import Moments
+
+
+class Identity(nn.Module):
+    """(B, channels, h, w) <-> the same."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.channels, self.factor = channels, 1
+
+    def encode(self, images: Tensor) -> Moments:
+        """(B, channels, h, w) in [-1, 1] -> moments with no spread."""
+        return Moments(images, torch.zeros_like(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, channels, h, w) -> (B, channels, h, w)."""
+        return latents

@@ -1,0 +1,174 @@
+"""The KL autoencoder of Latent Diffusion and Stable Diffusion (https://arxiv.org/abs/2112.10752, section 3.1, appendix G).
+
+Pictures -> a normal distribution over a small latent space -> pictures. Latents leave whitened: `encode` and `decode`
+subtract and add the statistics that were measured over the training set, so that nobody else hears of a scale factor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
+
+from ldm.types import Moments
+
+
+class KL(nn.Module):
+    """(B, 3, f * H, f * W) <-> (B, channels, H, W), f = 2 ^ (levels - 1).
+
+    `width` * mult[i] features at level i, `res_blocks` residual blocks each, one attention at the smallest size.
+    The defaults are Stable Diffusion's KL-f8. `mean` and `std` (channels) hold the statistics of sampled latents,
+    `count` the number of pictures that they were measured on: 0 until then.
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+
+    def __init__(
+        self, channels: int = 4, width: int = 128, mult: Sequence[int] = (1, 2, 4, 4), res_blocks: int = 2, groups: int = 32
+    ) -> None:
+        super().__init__()
+        self.channels, self.factor = channels, 2 ** (len(mult) - 1)
+        self.encoder = Encoder(2 * channels, width, mult, res_blocks, groups)
+        self.decoder = Decoder(channels, width, mult, res_blocks, groups)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def encode(self, images: Tensor) -> Moments:
+        """(B, 3, f * H, f * W) in [-1, 1] -> whitened moments of (B, C, H, W).
+
+        Raises:
+            ValueError: f does not divide the size.
+        """
+        raw = self.posterior(images)
+        mean, std = self.mean[:, None, None], self.std[:, None, None]
+        return Moments((raw.mean - mean) / std, raw.std / std)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) whitened -> (B, 3, f * H, f * W), about [-1, 1]."""
+        return self.reconstruct(latents * self.std[:, None, None] + self.mean[:, None, None])
+
+    def posterior(self, images: Tensor) -> Moments:
+        """(B, 3, f * H, f * W) in [-1, 1] -> moments of the network's own latents, not whitened."""
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            cropped = height - height % self.factor, width - width % self.factor
+            raise ValueError(
+                f"A picture of {height}x{width} pixels cannot be encoded by an autoencoder of factor {self.factor}; "
+                f"crop it to {cropped[0]}x{cropped[1]} (data.size=...)."
+            )
+        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return Moments(mean, torch.exp(0.5 * log_variance.clamp(-30, 20)))
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """(B, C, H, W), the network's own latents -> (B, 3, f * H, f * W)."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+class Encoder(nn.Module):
+    """(B, 3, f * H, f * W) -> (B, channels, H, W)."""
+
+    def __init__(self, channels: int, width: int, mult: Sequence[int], res_blocks: int, groups: int) -> None:
+        super().__init__()
+        self.conv_in, ch = nn.Conv2d(3, width, 3, padding=1), width
+        self.levels = nn.ModuleList()
+        for i, m in enumerate(mult):
+            blocks = [ResBlock(ch if j == 0 else m * width, m * width, groups) for j in range(res_blocks)]
+            ch = m * width
+            self.levels.append(nn.Sequential(*blocks, *([Downsample(ch)] if i < len(mult) - 1 else [])))
+        self.middle = middle(ch, groups)
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, ch, eps=1e-6), nn.Conv2d(ch, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, f * H, f * W) -> (B, channels, H, W)."""
+        h = self.conv_in(x)
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(silu(self.norm_out(self.middle(h))))
+
+
+class Decoder(nn.Module):
+    """(B, channels, H, W) -> (B, 3, f * H, f * W)."""
+
+    def __init__(self, channels: int, width: int, mult: Sequence[int], res_blocks: int, groups: int) -> None:
+        super().__init__()
+        ch = width * mult[-1]
+        self.conv_in, self.middle = nn.Conv2d(channels, ch, 3, padding=1), middle(ch, groups)
+        self.levels = nn.ModuleList()
+        for i, m in reversed(list(enumerate(mult))):
+            blocks = [ResBlock(ch if j == 0 else m * width, m * width, groups) for j in range(res_blocks + 1)]
+            ch = m * width
+            self.levels.append(nn.Sequential(*blocks, *([Upsample(ch)] if i else [])))
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, ch, eps=1e-6), nn.Conv2d(ch, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, 3, f * H, f * W)."""
+        h = self.middle(self.conv_in(z))
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(silu(self.norm_out(h)))
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The last convolution's weight, where an adaptive adversarial weight is measured."""
+        return self.conv_out.weight
+
+
+class ResBlock(nn.Module):
+    """Two convolutions beside a skip."""
+
+    def __init__(self, inward: int, outward: int, groups: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, inward, eps=1e-6), nn.Conv2d(inward, outward, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, outward, eps=1e-6), nn.Conv2d(outward, outward, 3, padding=1)
+        self.skip = nn.Identity() if inward == outward else nn.Conv2d(inward, outward, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        return self.skip(x) + self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
+
+
+class Attention(nn.Module):
+    """Each pixel attends to all, with one head."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        q, k, v = (layer(y)[:, None] for layer in (self.q, self.k, self.v))
+        y = self.out(scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Conv2d):
+    """Halves height and width; pads below and to the right, as the published weights expect."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, 2H, 2W) -> (B, C, H, W)."""
+        return super().forward(pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Doubles height and width by repetition, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        return super().forward(interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def middle(channels: int, groups: int) -> nn.Sequential:
+    """The blocks at the smallest size: (B, C, H, W) -> (B, C, H, W)."""
+    return nn.Sequential(ResBlock(channels, channels, groups), Attention(channels, groups), ResBlock(channels, channels, groups))

@@ -1,0 +1,36 @@
+"""A small residual MLP over flattened latents, for toys and tests."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm.types import Cond, Widths
+
+
+class MLP(nn.Module):
+    """x: (B, channels + widths.spatial, size, size) -> (B, channels, size, size); tokens are averaged into the vector."""
+
+    def __init__(self, channels: int, widths: Widths, size: int, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.exp(torch.linspace(-7, 1, width // 2)))
+        self.inp = nn.Linear((channels + widths.spatial) * size * size, width)
+        self.out = nn.Linear(width, channels * size * size)
+        self.time = nn.Linear(width, width)
+        self.vector = nn.Linear(widths.vector, width) if widths.vector else None
+        self.tokens = nn.Linear(widths.tokens, width) if widths.tokens else None
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
+        )
+        self.shape = (channels, size, size)
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """x: (B, C + C', H, W), noise_level: (B), cond -> (B, C, H, W)."""
+        angle = noise_level[:, None] * self.freqs
+        told = self.time(torch.cat((angle.cos(), angle.sin()), dim=1))
+        told = told if self.vector is None else told + self.vector(cond.vector)
+        if self.tokens is not None:
+            weight = 1.0 if cond.mask is None else cond.mask[..., None].float()
+            told = told + self.tokens((cond.tokens * weight).sum(1) / (torch.ones_like(cond.tokens) * weight).sum(1))
+        h = self.inp(x.flatten(1))
+        for block in self.blocks:
+            h = h + block(h + told)
+        return self.out(h).unflatten(1, self.shape)

@@ -1,0 +1,134 @@
+"""Where rooms meet: config -> objects. The only file of the library that knows Hydra.
+
+What a config may build is a positive list of module prefixes; the config `allow=[mine]` adds a user's own package.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ldm.check import check_nodes
+from ldm.condition.conditioner import Conditioner
+from ldm.denoiser import Denoiser
+from ldm.folder import from_parts, load_tensors
+from ldm.model import LatentModel
+from ldm.training.checkpoint import newest, read_checkpoint
+
+ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
+NARROW = ("ldm",)
+
+
+def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
+    """Builds what `_target_` says, and all below it, after checking every node's target, names and types.
+
+    Raises:
+        ValueError: a target outside the allowlist, an unknown or missing name, a wrong type.
+    """
+    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    check_nodes(plain, allow)
+    return instantiate(plain, _convert_="all", **arguments)
+
+
+def allowed(config: DictConfig) -> tuple[str, ...]:
+    """The module prefixes that a run's config may build."""
+    return (*ALLOWED, *config.get("allow", ()))
+
+
+def assemble(
+    autoencoder: Any,
+    condition: Mapping[str, Any],
+    backbone: Callable[..., nn.Module],
+    schedule: Any,
+    prediction: Any,
+    level: Any,
+    unit_input: bool = True,
+) -> LatentModel:
+    """A latent model of its parts; the backbone, a partial, is told how many channels and which widths it works on."""
+    conditioner = Conditioner(condition)
+    network = backbone(channels=autoencoder.channels, widths=conditioner.widths)
+    return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input))
+
+
+def build_stage(config: DictConfig) -> Any:
+    """The training stage of a composed train.yaml."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    recipe = plain["training"].pop("recipe")
+    stage = build(plain["training"], allowed(config))
+    stage.recipe = recipe
+    if hasattr(stage, "model"):
+        stage.frozen = tuple(f"model.{part}" for part in frozen_parts(stage.model))
+    return stage
+
+
+def frozen_parts(model: LatentModel) -> list[str]:
+    """The parts of a latent model that come from elsewhere: its autoencoder, and what its conditions declare frozen."""
+    embedders = model.conditioner.embedders.items()
+    return ["autoencoder", *(f"conditioner.embedders.{n}.{part}" for n, e in embedders for part in getattr(e, "frozen", ()))]
+
+
+def load_autoencoder(path: str) -> nn.Module:
+    """A trained autoencoder from its folder.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: its latents' statistics were never measured.
+    """
+    folder = Path(path)
+    if not (folder / "model.safetensors").is_file():
+        run = "/".join(folder.parts[1:]) or path
+        raise FileNotFoundError(
+            f"There is no autoencoder in {path} (model.safetensors is missing). Train one first: "
+            f"python train.py experiment=emoji/autoencoder run_id={run}; or name another with autoencoder.path=FOLDER."
+        )
+    autoencoder = build(json.loads((folder / "config.json").read_text()), NARROW)
+    autoencoder.load_state_dict(load_tensors(folder / "model.safetensors"))
+    if hasattr(autoencoder, "count") and not autoencoder.count:
+        raise ValueError(
+            f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "
+            "the end of its training: run its `python train.py ...` command again to finish it."
+        )
+    return autoencoder.eval()
+
+
+def load_model(path: str | Path) -> LatentModel:
+    """A latent model from an exported folder, a run folder or a checkpoint, with its averaged weights where it has them.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: its weights do not fit its config.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        recipe = from_parts(json.loads((path / "config.json").read_text()), path)
+        weights = load_tensors(path / "model.safetensors")
+    else:
+        recipe, weights = _from_checkpoint(path)
+    model = build(recipe, NARROW)
+    if not isinstance(model, LatentModel):
+        raise ValueError(
+            f"{path} holds a {type(model).__name__}, not a latent diffusion model; use its diffusion run (model=...)."
+        )
+    own, frozen = model.state_dict(), frozen_parts(model)
+    missing = [k for k in own.keys() - weights.keys() if not any(k.startswith(f"{part}.") for part in frozen)]
+    unknown = sorted(weights.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(f"The weights in {path} do not fit its config: missing {sorted(missing)[:3]}, unknown {unknown[:3]}.")
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def _from_checkpoint(path: Path) -> tuple[dict, dict]:
+    found = newest(path) if path.is_dir() else path
+    if found is None or not found.is_file():
+        raise FileNotFoundError(
+            f"There is no model in {path}: neither model.safetensors nor a good *.ckpt. Name a run with model=FOLDER."
+        )
+    checkpoint = read_checkpoint(found)
+    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if name.startswith("EMA"):
+            weights |= {k.removeprefix("model."): v for k, v in state["average"].items()}
+    return checkpoint["recipe"], weights

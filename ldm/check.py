@@ -1,0 +1,99 @@
+"""Checks a config before anything is built: targets, names and types, each named with the nearest valid one."""
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SPECIAL = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
+    """Walks plain containers; every mapping with `_target_` must fit the signature of what it names.
+
+    Raises:
+        ValueError: what was found, what was wanted, and the line to change.
+    """
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            _check_target(node, allow, place or node["_target_"])
+        for key, value in node.items():
+            check_nodes(value, allow, f"{place}.{key}".strip("."))
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            check_nodes(value, allow, f"{place}[{i}]")
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """' Did you mean ...?' with the nearest valid word, or the words there are."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else f" There are: {', '.join(sorted(words)) or 'none'}."
+
+
+def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> None:
+    target = node["_target_"]
+    if not any(target == prefix or target.startswith(prefix + ".") for prefix in allow):
+        raise ValueError(
+            f"{place}._target_={target} is not among what a config may build ({', '.join(allow)}). If you trust that package: "
+            f"allow=[{target.split('.')[0]}]."
+        )
+    parameters = inspect.signature(_locate(target, place)).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if open_ended:
+        parameters = {**_inherited(_locate(target, place)), **parameters}
+        open_ended = not _inherited(_locate(target, place))
+    names = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    hints = _hints(_locate(target, place))
+    for key, value in node.items():
+        if key in SPECIAL:
+            continue
+        if key not in names and not open_ended:
+            raise ValueError(f"{place}.{key}: {target} has no such setting.{nearest(key, names)}")
+        if key in hints and not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise ValueError(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
+
+
+def _locate(target: str, place: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{place}._target_={target}: {error}.") from error
+    if not hasattr(found, name):
+        raise ValueError(
+            f"{place}._target_={target}: {module} has no {name}.{nearest(name, [n for n in dir(found) if n[0] != '_'])}"
+        )
+    return getattr(found, name)
+
+
+def _inherited(found: Any) -> dict[str, inspect.Parameter]:
+    """The base class' parameters, where a class passes the rest on to it."""
+    bases = [b for b in getattr(found, "__bases__", ()) if b.__module__.startswith("ldm.")]
+    return dict(inspect.signature(bases[0]).parameters) if bases else {}
+
+
+def _hints(found: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
+    except (NameError, TypeError):
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain number, word or switch is of the hinted type; whatever else is hinted fits."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint is type(None):
+        return value is None
+    return not (origin is None and hint in (list, dict, tuple)) or isinstance(value, hint)

@@ -1,0 +1,183 @@
+"""How the scripts are called: free text is quoted, names and types are checked, then Hydra composes. Light to import."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.check import nearest
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FREE_TEXT = re.compile(
+    r"^(?P<key>\+{0,2}(?:prompt|prompts|negative|model|images|reference|out|init|runs|ask\.[\w.]+|data\.(?:train|val|root)))=(?P<value>.*)$",
+    re.S,
+)
+LISTS = ("condition", "metric", "callback", "logger")
+VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "runs", "folder")
+
+
+def quote(arguments: Sequence[str]) -> list[str]:
+    """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
+
+    A value that begins with `[` or a quote stays as it is.
+    """
+    quoted = []
+    for argument in arguments:
+        found = FREE_TEXT.match(argument)
+        if found is None:
+            quoted.append(argument)
+            continue
+        key, value = found["key"], found["value"]
+        if key.startswith("ask."):
+            key = f"++{key}"
+        if value and value[0] not in "['\"":
+            value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+$", lambda m: m[0] * 2, value)) + "'"
+            value = value.replace("${", r"\${")
+        quoted.append(f"{key}={value}")
+    return quoted
+
+
+def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False, configs: Path = CONFIGS) -> None:
+    """Composes once and names what is mistyped, with the nearest valid name.
+
+    Raises:
+        ValueError: an unknown choice or setting, a value of another type, a list where one choice is meant.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    search = [o for o in overrides if o.startswith("hydra.searchpath")]
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        # The search path is read while composing, so a user's own package counts among the choices.
+        compose(config_name, overrides=search, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        groups = {o.key_or_group: _options(loader, o.key_or_group) for o in parsed}
+        chosen = [o for o in parsed if groups[o.key_or_group]]
+        if not search:
+            for override in chosen:
+                _check_choice(override, groups[override.key_or_group], multirun)
+        plain = [o.input_line for o in chosen if not o.is_sweep_override()]
+        config = compose(config_name, overrides=[*search, *plain])
+    for override in parsed:
+        if override not in chosen and not override.key_or_group.startswith("hydra."):
+            _check_value(override, config)
+
+
+def compose_config(config_name: str, overrides: Sequence[str] = (), configs: Path = CONFIGS) -> DictConfig:
+    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
+    overrides = quote(overrides)
+    check_overrides(config_name, overrides, configs=configs)
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        return name_run(compose(config_name, overrides=list(overrides)))
+
+
+def name_run(config: DictConfig) -> DictConfig:
+    """Gives a training config its run_id where it has none: its name and 8 hex digits of what it is.
+
+    What says where and how long a run trains (trainer, logger, callback, resume) is left out of the digits.
+    """
+    if "run_id" in config and config.run_id is None:
+        import hashlib
+        import json
+
+        told = {k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k not in VOLATILE}
+        digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+        with open_dict(config):
+            config.run_id = f"{config.name}-{digits}"
+    return config
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Makes a function of a composed config the main function of a script."""
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        def main() -> None:
+            sys.argv[1:] = arguments = quote(sys.argv[1:])
+            flags = [a for a in arguments if a.startswith("-")]
+            multirun = bool({"-m", "--multirun"} & set(flags))
+            if not flags or multirun:
+                try:
+                    check_overrides(config_name, [a for a in arguments if not a.startswith("-")], multirun)
+                except (ValueError, HydraException, OmegaConfBaseException) as error:
+                    sys.exit(f"error: {error}")
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_guarded(task, multirun))()
+
+        return main
+
+    return decorate
+
+
+def _guarded(task: Callable[[DictConfig], Any], multirun: bool) -> Callable[[DictConfig], Any]:
+    def run(config: DictConfig) -> Any:
+        if multirun and OmegaConf.select(config, "trainer.devices") not in (None, 1):
+            sys.exit(
+                f"error: trainer.devices={config.trainer.devices} in a multirun: Lightning's launcher would start the whole "
+                "sweep again in every process. Sweep with trainer.devices=1, or start each job with srun, torchrun, or Hydra's "
+                "submitit launcher."
+            )
+        try:
+            return task(name_run(config))
+        except (ValueError, FileNotFoundError) as error:
+            if multirun:
+                raise
+            sys.exit(f"error: {error}")
+
+    return run
+
+
+def _options(loader: Any, group: str) -> list[str]:
+    """The choices of a group, those of its sub-folders as `folder/name`; empty where it is no group."""
+    below = [f"{folder}/{name}" for folder in loader.list_groups(group) for name in _options(loader, f"{group}/{folder}")]
+    return [*loader.get_group_options(group), *below]
+
+
+def _check_choice(override: Override, options: Sequence[str], multirun: bool) -> None:
+    group = override.key_or_group
+    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    if override.is_sweep_override() and not multirun:
+        raise ValueError(f"{override.input_line}: several choices need a multirun: python train.py -m {override.input_line}")
+    for value in values:
+        names = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and group.split("@")[0] not in LISTS:
+            raise ValueError(f"{override.input_line}: {group} is one choice, not a list, such as {group}={options[0]}.")
+        if len(set(map(str, names))) < len(names):
+            raise ValueError(f"{override.input_line}: a name stands twice in the list; name each once.")
+        for name in names:
+            if name is not None and str(name) not in options and not override.is_delete():
+                raise ValueError(f"{group}={name}: there is no such choice.{nearest(str(name), options)}")
+
+
+def _check_value(override: Override, config: DictConfig) -> None:
+    node, path = config, override.key_or_group.split(".")
+    for i, key in enumerate(path):
+        if not isinstance(node, DictConfig):
+            return
+        if key not in list(node):
+            if override.is_add() or override.is_force_add() or (i == len(path) - 1 and override.is_delete()):
+                return
+            place = ".".join(path[:i]) or "the config"
+            raise ValueError(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}")
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            return
+        node = node[key]
+    values = [override.value()] if not override.is_sweep_override() else []
+    for value in values:
+        wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(node))
+        wrong_switch = isinstance(value, bool) and wanted is not None and bool not in wanted
+        if wanted and value is not None and (wrong_switch or not isinstance(value, wanted)) and not _interpolated(value):
+            raise ValueError(
+                f"{override.key_or_group}={value}: a {type(value).__name__.replace('QuotedString', 'str')} was given where "
+                f"{type(node).__name__} is wanted, such as {override.key_or_group}={node}."
+            )
+
+
+def _interpolated(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value

@@ -1,0 +1,49 @@
+"""Gathers every embedder's part into one condition, and drops it now and then."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.types import Batch, Cond, Draw, Embedder, Widths
+
+
+class Conditioner(nn.Module):
+    """The conditions of a model, in order, each with its own dropout rate.
+
+    The null condition is not another code path: it is dropout of everything that is ever dropped. A rate of 0 means
+    that a condition is never dropped, not in the null either.
+    """
+
+    def __init__(self, embedders: Mapping[str, Embedder]) -> None:
+        super().__init__()
+        self.embedders = nn.ModuleDict(embedders)
+        self.widths = sum((e.widths for e in self.embedders.values()), Widths())
+
+    def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
+        """Reads each embedder's field of the batch.
+
+        With `draw`, each is dropped at its own rate, sample by sample; with `only`, those not named are dropped.
+
+        Raises:
+            KeyError: the batch lacks a field, or `only` names a condition that the model does not have.
+        """
+        unknown = set(only or ()) - set(self.embedders)
+        if unknown:
+            raise KeyError(f"This model has the conditions {list(self.embedders)}, not {sorted(unknown)}.")
+        cond = Cond()
+        for name, embedder in self.embedders.items():
+            if embedder.key not in batch:
+                raise KeyError(
+                    f"Condition '{name}' reads the field '{embedder.key}', but there is only {sorted(batch)}. "
+                    f"Add it to data.fields (or ask.{name}=... when sampling), or take '{name}' out of condition=[...]."
+                )
+            value = batch[embedder.key]
+            cond = cond + embedder(value, self._drop(name, embedder.rate, len(value), draw, only))
+        return cond
+
+    @staticmethod
+    def _drop(name: str, rate: float, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
+        if draw is not None:
+            return draw.uniform(f"drop/{name}") < rate
+        return torch.full((count,), only is not None and name not in only and rate > 0)

@@ -1,0 +1,92 @@
+"""Captions, read by the frozen text tower of a CLIP."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.clip import load_clip, read, spoken
+from ldm.folder import LOCAL
+from ldm.types import Cond, Widths
+
+
+class Text(nn.Module):
+    """A caption -> tokens (B, L, D) of the text tower's layers, and its pooled vector.
+
+    `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`. `layers` counts hidden
+    states: 0 before the transformer, k after its k-th block, -1 the last; several are joined by width. `final_norm` puts
+    the tower's last LayerNorm on all but 0. `pooled` adds the projected text feature as a vector. Padding is masked.
+
+    With `standardise`, each channel gets zero mean and unit variance over the training captions; the statistics lie
+    beside the tower in `statistics.safetensors` (the `contrast` stage writes them). A dropped caption is the empty prompt.
+    """
+
+    frozen = ("tower",)
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        layers: Sequence[int] = (-1,),
+        final_norm: bool = True,
+        pooled: bool = False,
+        standardise: bool = False,
+        key: str = "caption",
+        rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.key, self.rate, self.layers, self.final_norm, self.pooled = key, rate, tuple(layers), final_norm, pooled
+        self.tower = text_tower(load_clip(model, pretrained, "condition.text"))
+        self.tokenizer = open_clip.get_tokenizer(model, context_length=self.tower.context_length)
+        width = self.tower.token_embedding.embedding_dim
+        self.widths = Widths(tokens=width * len(self.layers), vector=self.tower.text_projection.shape[1] if pooled else 0)
+        shift, scale = self._statistics(model) if standardise else (torch.zeros(()), torch.ones(()))
+        self.register_buffer("shift", shift.expand(self.widths.tokens + self.widths.vector).clone())
+        self.register_buffer("scale", scale.expand(self.widths.tokens + self.widths.vector).clone())
+
+    def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
+        """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens, their mask, vector."""
+        captions = ["" if d else v for v, d in zip(value, drop.tolist())]
+        ids = self.tokenizer(captions).to(self.shift.device)
+        with torch.no_grad():
+            hidden, pooled = read(self.tower, ids)
+        states = [self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in self._chosen(hidden)]
+        tokens, vector = torch.cat(states, dim=2), pooled
+        end = self.widths.tokens
+        return Cond(
+            tokens=(tokens - self.shift[:end]) * self.scale[:end],
+            mask=spoken(ids),
+            vector=(vector - self.shift[end:]) * self.scale[end:] if self.pooled else None,
+        )
+
+    def _chosen(self, hidden: list[Tensor]) -> list[Tensor]:
+        if not all(-len(hidden) <= i < len(hidden) for i in self.layers):
+            raise ValueError(
+                f"condition.text.layers={list(self.layers)}: this tower has the hidden states 0 to {len(hidden) - 1}, "
+                f"or -1 to {-len(hidden)}."
+            )
+        return [hidden[i] for i in self.layers]
+
+    def _statistics(self, model: str) -> tuple[Tensor, Tensor]:
+        path = Path(model.removeprefix(LOCAL)) / "statistics.safetensors"
+        if not model.startswith(LOCAL) or not path.is_file():
+            raise FileNotFoundError(
+                f"condition.text.standardise=true needs {path}, the statistics of the training captions, which the `contrast` "
+                "stage writes. Use such a folder as condition.text.model, or condition.text.standardise=false."
+            )
+        table = load_file(path)
+        count = sum(name.startswith("layer.") and name.endswith(".mean") for name in table)
+        names = [f"layer.{i % count}" for i in self.layers] + (["pooled"] if self.pooled else [])
+        mean, std = (torch.cat([table[f"{name}.{what}"] for name in names]) for what in ("mean", "std"))
+        return mean, 1 / std.clamp(min=1e-6)
+
+
+def text_tower(clip: nn.Module) -> nn.Module:
+    """A CLIP without its image tower."""
+    if not hasattr(clip, "token_embedding"):
+        return clip.text
+    del clip.visual
+    return clip

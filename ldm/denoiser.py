@@ -1,0 +1,63 @@
+"""The only place where a network's output becomes an estimate of the data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.types import Backbone, Cond, Prediction, Schedule, like
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """The noise level as scale * log(sigma / alpha): what a network is told stays the same under any schedule."""
+
+    scale: float = 50.0
+
+    def __call__(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """t, alpha, sigma: (*) -> (*)."""
+        return self.scale * (sigma / alpha).log()
+
+
+@dataclass(frozen=True)
+class Timestep:
+    """The noise level as a discrete step, steps * t - 1: how published weights are told."""
+
+    steps: int = 1000
+
+    def __call__(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """t, alpha, sigma: (*) -> (*)."""
+        return self.steps * t - 1
+
+
+class Denoiser(nn.Module):
+    """x_hat = D(x_t, t, cond). The backbone never learns which schedule or prediction is in use.
+
+    `level` tells the noise level. With `unit_input` the network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance
+    (the published variance-preserving networks are the same with either).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        schedule: Schedule,
+        prediction: Prediction,
+        level: Callable[[Tensor, Tensor, Tensor], Tensor],
+        unit_input: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
+        self.level, self.unit_input = level, unit_input
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t: (B, C, H, W), t: () or (B) -> x_hat: (B, C, H, W)."""
+        alpha, sigma = (like(s, x_t) for s in self.schedule(t))
+        return self.prediction.to_data(self.output(x_t, t, cond), x_t, alpha, sigma)
+
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t: (B, C, H, W), t: () or (B) -> the network's own output: (B, C, H, W)."""
+        alpha, sigma = self.schedule(t)
+        x = x_t / like(torch.hypot(alpha, sigma), x_t) if self.unit_input else x_t
+        x = x if cond.spatial is None else torch.cat((x, cond.spatial.to(x)), dim=1)
+        return self.backbone(x, self.level(t, alpha, sigma).to(x_t).expand(len(x_t)), cond).to(x_t)

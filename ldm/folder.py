@@ -1,0 +1,96 @@
+"""A model at rest: a folder of safetensors and JSON. Files appear whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls write(temporary path), flushes it to the disk and renames it to `path`.
+
+    Raises:
+        OSError: nothing could be written; what stood at `path` before still stands.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror}); nothing that was saved before is lost. Free space, "
+            "or choose another place with runs=FOLDER",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda temporary: save_file(plain, temporary))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        ValueError: the file is cut off or no safetensors.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text file."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes a JSON file."""
+    write_text(json.dumps(value, indent=2) + "\n", path)
+
+
+def save_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Writes config.json, then model.safetensors, whose presence says that the folder is complete."""
+    write_json(dict(config), folder / "config.json")
+    save_tensors(weights, folder / "model.safetensors")
+
+
+LOCAL = "local-dir:"
+PART = ("config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors", "statistics.safetensors")
+
+
+def with_parts(config: Any, folder: Path, name: str = "") -> Any:
+    """Copies the model folders that a config names into sub-folders of `folder`; -> the config naming those, as `./name`."""
+    if isinstance(config, Mapping):
+        return {k: with_parts(v, folder, name if k in ("path", "model") else f"{name}.{k}".strip(".")) for k, v in config.items()}
+    if not isinstance(config, str) or not any((Path(config.removeprefix(LOCAL)) / part).is_file() for part in PART):
+        return config
+    source, target = Path(config.removeprefix(LOCAL)), folder / name
+    target.mkdir(parents=True, exist_ok=True)
+    for part in PART:
+        if (source / part).is_file():
+            write_whole(target / part, lambda temporary, part=part: shutil.copyfile(source / part, temporary))
+    return (LOCAL if config.startswith(LOCAL) else "") + f"./{name}"
+
+
+def from_parts(config: Any, folder: Path) -> Any:
+    """The config with every `./name` made a path below `folder`: the inverse of `with_parts`."""
+    if isinstance(config, Mapping):
+        return {k: from_parts(v, folder) for k, v in config.items()}
+    if isinstance(config, str) and config.removeprefix(LOCAL).startswith("./"):
+        return (LOCAL if config.startswith(LOCAL) else "") + str(folder / config.removeprefix(LOCAL)[2:])
+    return config

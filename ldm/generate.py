@@ -1,0 +1,68 @@
+"""From a request to pictures: condition -> guidance -> sampler -> autoencoder."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.model import LatentModel
+from ldm.types import Batch, Guidance, Sampler
+
+
+@torch.no_grad()
+def generate(
+    model: LatentModel,
+    ask: Batch,
+    sampler: Sampler,
+    guidance: Guidance,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+) -> Tensor:
+    """ask: the conditions, B of each; seeds: B integers; size: height, width in pixels -> (B, 3, height, width) in [-1, 1].
+
+    A picture depends on its own seed and condition, never on the batch it was drawn in.
+
+    Raises:
+        ValueError: the autoencoder's factor does not divide the size.
+    """
+    noise = unit_noise(seeds, latent_shape(model, size)).to(next(model.denoiser.parameters()).device)
+    latents = sampler(guidance(model, ask), model.denoiser.schedule, noise, seeds)
+    return model.autoencoder.decode(latents).clamp(-1, 1)
+
+
+def unit_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """seeds: B integers -> (B, *shape) unit normal, drawn on the CPU so that devices agree."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def latent_shape(model: LatentModel, size: tuple[int, int]) -> tuple[int, int, int]:
+    """size: height, width in pixels -> (C, H, W)."""
+    f = model.autoencoder.factor
+    if size[0] % f or size[1] % f:
+        raise ValueError(
+            f"A picture of {size[0]}x{size[1]} pixels was asked for; the autoencoder needs multiples of {f} (size=...)."
+        )
+    return model.autoencoder.channels, size[0] // f, size[1] // f
+
+
+def draw_all(
+    model: LatentModel,
+    ask: Batch,
+    sampler: Sampler,
+    guidance: Guidance,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    batch: int,
+) -> Tensor:
+    """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up and cut to keep one size.
+
+    ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU.
+    """
+    seeds, images = list(seeds), []
+    for start in tqdm(range(0, len(seeds), batch), desc="drawing", disable=len(seeds) <= batch):
+        rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]
+        part = {name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows] for name, value in ask.items()}
+        drawn = generate(model, part, sampler, guidance, [seeds[i] for i in rows], size)
+        images.append(drawn[: len(seeds) - start].cpu())
+    return torch.cat(images)

@@ -1,0 +1,21 @@
+"""No guidance: the condition, as it is."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ldm.types import Batch, Denoise, Told
+
+
+@dataclass(frozen=True)
+class Unguided:
+    """One call of the network a step."""
+
+    def __call__(self, model: Told, ask: Batch) -> Denoise:
+        """ask: the request's fields -> Denoise."""
+        cond = model.tell(ask)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            return model.denoiser(x_t, t, cond)
+
+        return denoise

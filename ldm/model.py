@@ -1,0 +1,32 @@
+"""The artefact: what is trained, saved and sampled from. Knows nothing of losses, data or trainers."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ldm.condition.conditioner import Conditioner
+from ldm.denoiser import Denoiser
+from ldm.types import Autoencoder, Batch, Cond
+
+
+class LatentModel(nn.Module):
+    """An autoencoder, frozen; a conditioner; a denoiser of the autoencoder's latents."""
+
+    def __init__(self, autoencoder: Autoencoder, conditioner: Conditioner, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.conditioner = conditioner
+        self.denoiser = denoiser
+
+    def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
+        """ask: the request's fields, B of each -> its condition.
+
+        `only` keeps the conditions it names and drops the others; `()` is the null condition of guidance.
+        """
+        return self.conditioner(ask, only=only)
+
+    def train(self, mode: bool = True) -> "LatentModel":
+        """As in torch, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        self.autoencoder.eval()
+        return self

@@ -1,0 +1,37 @@
+"""DDIM, deterministic (https://arxiv.org/abs/2010.02502, equation 12 at eta = 0); on the linear schedule Euler's method."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor
+
+from ldm.sampler.grid import UNIFORM
+from ldm.types import Denoise, Schedule
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """First order; calls the network once a step."""
+
+    order: ClassVar[int] = 1
+    steps: int = 50
+    grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
+        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
+        times = self.times(schedule).to(noise.device)
+        return self.walk(denoise, schedule, schedule(times[0])[1].to(noise) * noise, times, seeds)
+
+    def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
+        """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
+        for t, s in pairwise(times.to(x)):
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+            x_hat = denoise(x, t)
+            x = alpha_s * x_hat + sigma_s * (x - alpha_t * x_hat) / sigma_t
+        return x
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """-> (steps + 1), float64."""
+        return self.grid(self.steps, schedule)

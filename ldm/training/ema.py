@@ -1,0 +1,92 @@
+"""An exponential average of the weights, kept in float32 beside the model, measured in its place and saved with it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+
+class EMA(pl.Callback):
+    """Averages what is trained and nothing else, once an optimizer step. Validation and export see the average.
+
+    The decay starts small and grows as (1 + n) / (10 + n) up to `decay`, n counting updates.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        self.decay, self.updates, self.step = decay, 0, -1
+        self.average: dict[str, Tensor] = {}
+        self.raw: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Starts from the weights, or from what a checkpoint brought."""
+        for name, weight in trained(module).items():
+            kept = self.average.get(name, weight.detach())
+            self.average[name] = kept.to(weight.device, torch.float32, copy=True)
+        self.step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        """Moves the average, where an optimizer step was made."""
+        if trainer.global_step == self.step:
+            return
+        self.step, self.updates = trainer.global_step, self.updates + 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [weight.detach().float() for weight in trained(module).values()]
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+
+    @torch.no_grad()
+    def swap_in(self, module: pl.LightningModule) -> None:
+        """Puts the average in the weights' place."""
+        if self.average and not self.raw:
+            for name, weight in trained(module).items():
+                self.raw[name] = weight.detach().clone()
+                weight.copy_(self.average[name])
+
+    @torch.no_grad()
+    def swap_out(self, module: pl.LightningModule) -> None:
+        """Puts the weights back."""
+        for name, weight in trained(module).items():
+            if name in self.raw:
+                weight.copy_(self.raw[name])
+        self.raw = {}
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Validation sees the average."""
+        self.swap_in(module)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Training goes on with the weights."""
+        self.swap_out(module)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Whatever went wrong, the weights are the weights."""
+        self.swap_out(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers of tensors."""
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.average, self.updates = dict(state_dict["average"]), state_dict["updates"]
+
+
+@contextmanager
+def averaged(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Within it, the weights are their average, where the trainer keeps one that is not in place already."""
+    emas = [c for c in trainer.callbacks if isinstance(c, EMA) and not c.raw]
+    for ema in emas:
+        ema.swap_in(module)
+    try:
+        yield
+    finally:
+        for ema in emas:
+            ema.swap_out(module)
+
+
+def trained(module: pl.LightningModule) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -1,0 +1,85 @@
+"""Pictures from time to time: to disk, and to the loggers that show pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from ldm.generate import generate
+from ldm.training.ema import averaged
+from ldm.types import Guidance, Sampler
+
+
+class Preview(pl.Callback):
+    """Every `every` optimizer steps, on rank 0 and with averaged weights, `draw` of the subclass -> FOLDER/step.png."""
+
+    def __init__(self, folder: str, every: int, count: int = 16) -> None:
+        self.folder, self.every, self.count, self.step = Path(folder), every, count, -1
+
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+        """-> pictures (N, 3, h, w) in [-1, 1], in rows of 8."""
+        raise NotImplementedError
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        """Draws when a multiple of `every` steps is done."""
+        step = trainer.global_step
+        if step == self.step or step % self.every or not trainer.is_global_zero:
+            return
+        self.step = step
+        training = module.training
+        with torch.no_grad(), averaged(trainer, module):
+            pictures = self.draw(trainer, module.eval()).float().cpu()
+        module.train(training)
+        grid = make_grid(pictures.add(1).div(2).clamp(0, 1), nrow=8, padding=1, pad_value=1.0)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_image(grid, self.folder / f"{step:08d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("preview", grid, step)
+            if isinstance(logger, WandbLogger):
+                logger.log_image("preview", [grid], step=step)
+
+
+class Drawings(Preview):
+    """Pictures drawn for evenly chosen validation conditions, the same seeds every time."""
+
+    def __init__(
+        self,
+        folder: str,
+        every: int,
+        sampler: Sampler,
+        guidance: Guidance,
+        size: int,
+        count: int = 16,
+        captions: Sequence[str] = (),
+    ) -> None:
+        super().__init__(folder, every, len(captions) or count)
+        self.sampler, self.guidance, self.size, self.captions = sampler, guidance, size, list(captions)
+
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+        """-> (count, 3, h, w)."""
+        ask = {"caption": self.captions} if self.captions else first(trainer, module, self.count)
+        size = (self.size, self.size)
+        return generate(module.model, ask, self.sampler, self.guidance, range(len(next(iter(ask.values())))), size)
+
+
+class Reconstructions(Preview):
+    """Validation pictures: a row of originals above a row of their reconstructions."""
+
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+        """-> (2 * count, 3, h, w)."""
+        images = first(trainer, module, self.count)["image"]
+        output = module.autoencoder.decode(module.autoencoder.encode(images).mean)
+        rows = [row for pair in zip(images.split(8), output.split(8)) for row in pair]
+        return torch.cat(rows)
+
+
+def first(trainer: pl.Trainer, module: pl.LightningModule, count: int) -> dict:
+    """The first `count` validation samples, on the module's device."""
+    data = trainer.datamodule
+    batch = next(iter(data.ordered("val", batch=count)))
+    return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, module.device, 0), 0)

@@ -1,0 +1,45 @@
+"""One run of one stage: train or resume, then measure and export once."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldm.training.checkpoint import resume_from
+from ldm.training.ema import averaged
+from ldm.training.stage import Stage
+
+
+def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
+    """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
+
+    Raises:
+        ValueError: the checkpoint to resume from is damaged or of another model.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|eval mode at the start|does not have many workers).*")
+    checkpoint = resume_from(resume, folder)
+    if checkpoint is not None:
+        _say(trainer, f"Resuming from {checkpoint}")
+    trainer.fit(stage, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
+    if trainer.interrupted or trainer.global_step < trainer.max_steps:
+        return
+    last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
+    if not last.exists():
+        trainer.save_checkpoint(last, weights_only=False)
+    stage.to(trainer.strategy.root_device).eval()
+    with averaged(trainer, stage):
+        stage.finish(data)
+        if trainer.is_global_zero:
+            stage.export(folder)
+    trainer.strategy.barrier()
+    _say(trainer, f"The trained model is in {folder}")
+
+
+def _say(trainer: pl.Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(line, flush=True)

@@ -1,0 +1,102 @@
+"""What the three training stages share: optimizer, randomness by position, and what a checkpoint holds."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.types import Batch, Draw
+
+
+class Stage(pl.LightningModule):
+    """One stage of training. A subclass says its losses and what it exports.
+
+    `batch` is the number of samples in the global batch. `frozen` names the parts that a checkpoint leaves out, because
+    they come from elsewhere; `recipe`, set by build.py, is the plain config that builds the exported model again.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        rate: Callable[[int], float],
+        seed: int,
+        batch: int,
+        frozen: Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        self.recipe: Mapping[str, Any]
+        self.optimizer, self.rate, self.seed, self.batch = optimizer, rate, seed, batch
+        self.recipe, self.frozen = {}, tuple(frozen)
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Scalars to log, among them `loss`."""
+        raise NotImplementedError
+
+    def finish(self, data: Any) -> None:
+        """Measures what the exported model needs, once, after training, on every rank."""
+
+    def export(self, folder: Path) -> None:
+        """Writes the trained model into a folder, on rank 0."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """One update of the main optimizer."""
+        losses = self.losses(batch, Draw(self.seed, batch["position"], self.batch))
+        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(batch["position"]))
+        return losses["loss"]
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """Losses at random numbers that are the same at every validation, whatever the run's seed."""
+        losses = self.losses(batch, Draw(0, batch["position"], self.batch))
+        self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(batch["position"]), sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over what is trained, its rate told step by step."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.rate), "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds: everything but the frozen parts."""
+        state = super().state_dict(*args, **kwargs)
+        return {k: v for k, v in state.items() if not self._is_frozen(k)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a checkpoint; nothing but the frozen parts may be missing.
+
+        Raises:
+            ValueError: the checkpoint is of another model; names what differs.
+        """
+        own = self.state_dict()
+        wrong = [f"{k}: missing" for k in own.keys() - state_dict.keys()]
+        wrong += [f"{k}: not of this model" for k in state_dict.keys() - own.keys()]
+        wrong += [
+            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
+            for k in own.keys() & state_dict.keys()
+            if own[k].shape != state_dict[k].shape
+        ]
+        if wrong:
+            few = "; ".join(sorted(wrong)[:5])
+            raise ValueError(
+                f"This checkpoint is of another model ({len(wrong)} entries differ): {few}. Use the config it was trained with "
+                "(config.yaml beside it), resume=never, or another run_id."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the model's recipe beside its weights: plain containers only."""
+        checkpoint["recipe"] = dict(self.recipe)
+
+    def _is_frozen(self, name: str) -> bool:
+        return any(name == part or name.startswith(part + ".") for part in self.frozen)
+
+
+def reduce_sum(value: Tensor) -> Tensor:
+    """Sums a tensor over all ranks; itself where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value

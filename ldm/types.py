@@ -1,0 +1,265 @@
+"""The words every room speaks. Imports nothing but torch.
+
+Shapes
+    B        batch
+    C, H, W  latent channels, height, width;  C' channels of a spatial condition
+    L, D     condition tokens, width of a token or a vector
+
+Time
+    t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.
+    Latents have zero mean and unit variance, so x_t has variance alpha^2 + sigma^2.
+
+Pictures are (B, 3, height, width) in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# What the shards hold, by field name; `position` (B,) int64 is the sample's place in the global order of training.
+Batch = Mapping[str, Any]
+
+# (x_t: (B, C, H, W), t: () or (B)) -> x_hat: (B, C, H, W)
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How wide each way of listening is; 0 means that nothing is said that way."""
+
+    vector: int = 0
+    tokens: int = 0
+    spatial: int = 0
+
+    def __add__(self, other: Widths) -> Widths:
+        """Vectors and maps join by width; tokens line up, so their widths must agree.
+
+        Raises:
+            ValueError: two conditions bring tokens of different widths.
+        """
+        if self.tokens and other.tokens and self.tokens != other.tokens:
+            raise ValueError(
+                f"Two conditions bring tokens of different widths, {self.tokens} and {other.tokens}; a backbone attends to "
+                "tokens of one width. Give both the same width (`condition.<name>.width`)."
+            )
+        return Widths(self.vector + other.vector, self.tokens or other.tokens, self.spatial + other.spatial)
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What the backbone is told, in the three ways a backbone can listen.
+
+    vector:  (B, D)         everywhere the same, joins the time embedding
+    tokens:  (B, L, D)      a sequence to attend to
+    mask:    (B, L) bool    True where a token speaks; None where all do
+    spatial: (B, C', H, W)  maps at latent resolution, concatenated to the noisy latent's channels
+    """
+
+    vector: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    spatial: Tensor | None = None
+
+    def __add__(self, other: Cond) -> Cond:
+        """Says both: vectors join by width, tokens line up, maps join by channel."""
+        both_have_tokens = self.tokens is not None and other.tokens is not None
+        one_is_masked = self.mask is not None or other.mask is not None
+        return Cond(
+            vector=_join(self.vector, other.vector, dim=1),
+            tokens=_join(self.tokens, other.tokens, dim=1),
+            mask=torch.cat((self._full_mask(), other._full_mask()), 1)
+            if both_have_tokens and one_is_masked
+            else (self.mask if self.mask is not None else other.mask),
+            spatial=_join(self.spatial, other.spatial, dim=1),
+        )
+
+    def stack(self, other: Cond) -> Cond:
+        """Lays two conditions of the same kind end to end along the batch, (B, ...) -> (2B, ...).
+
+        Raises:
+            ValueError: the two do not fill the same slots, or bring different numbers of tokens.
+        """
+        for slot in ("vector", "tokens", "spatial"):
+            a, b = getattr(self, slot), getattr(other, slot)
+            if (a is None) != (b is None) or (a is not None and a.shape[1:] != b.shape[1:]):
+                shapes = [None if v is None else tuple(v.shape) for v in (a, b)]
+                raise ValueError(f"Conditions with {slot} of shapes {shapes[0]} and {shapes[1]} cannot share a batch.")
+        masked = self.mask is not None or other.mask is not None
+        return Cond(
+            vector=_join(self.vector, other.vector, dim=0),
+            tokens=_join(self.tokens, other.tokens, dim=0),
+            mask=torch.cat((self._full_mask(), other._full_mask())) if masked else None,
+            spatial=_join(self.spatial, other.spatial, dim=0),
+        )
+
+    def to(self, device: torch.device | str) -> Cond:
+        """The same on another device."""
+        slots = {name: getattr(self, name) for name in ("vector", "tokens", "mask", "spatial")}
+        return replace(self, **{name: None if v is None else v.to(device) for name, v in slots.items()})
+
+    def _full_mask(self) -> Tensor:
+        assert self.tokens is not None
+        return self.mask if self.mask is not None else self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The randomness of training, as a function of (seed, stream, global sample position).
+
+    So a resumed run, or one on another number of ranks or workers, draws the same numbers for the same sample.
+    position: (B,) int64; batch: samples in the global batch, over which stratified numbers are laid.
+    """
+
+    seed: int
+    position: Tensor
+    batch: int
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        """-> (B, *shape) unit normal, on the CPU."""
+        return self._each(stream, lambda g: torch.randn(*shape, generator=g))
+
+    def uniform(self, stream: str, shape: Sequence[int] = ()) -> Tensor:
+        """-> (B, *shape) in [0, 1), on the CPU."""
+        return self._each(stream, lambda g: torch.rand(tuple(shape), generator=g))
+
+    def stratified(self, stream: str) -> Tensor:
+        """-> (B) in [0, 1): one number in each of `batch` equal intervals over the global batch, on the CPU."""
+        return (self.position % self.batch + self.uniform(stream)) / self.batch
+
+    def _each(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        name = zlib.crc32(stream.encode())
+        generator = torch.Generator()
+        return torch.stack([draw(generator.manual_seed(_mix(self.seed, name, p))) for p in self.position.tolist()])
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A normal distribution of whitened latents, as an encoder tells it.
+
+    mean, std: (B, C, H, W); over the data, mean + std * noise has zero mean and unit variance per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """noise: (B, C, H, W) unit normal -> latents: (B, C, H, W)."""
+        return self.mean + self.std * noise.to(self.mean)
+
+
+class Schedule(Protocol):
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t: (*) in [0, 1] -> alpha: (*), sigma: (*)."""
+
+    def inverse(self, log_ratio: Tensor) -> Tensor:
+        """log(sigma / alpha): (*) -> t: (*) in [0, 1]."""
+
+
+class Prediction(Protocol):
+    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should say, (B, C, H, W)."""
+
+    def to_data(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the network's output means: its estimate of x, (B, C, H, W)."""
+
+
+class Backbone(Protocol):
+    def __call__(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
+        """x: (B, C, H, W), noise_level: (B) -> (B, C, H, W)."""
+
+
+class Denoiser(Protocol):
+    schedule: Schedule
+    prediction: Prediction
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t: (B, C, H, W), t: () or (B) -> x_hat: (B, C, H, W)."""
+
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's own output, before `prediction.to_data`: (B, C, H, W)."""
+
+
+class Objective(Protocol):
+    def __call__(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+        """x: (B, C, H, W) clean latents -> scalars to log, among them `loss`."""
+
+
+class Sampler(Protocol):
+    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
+        """noise: (B, C, H, W) unit normal, seeds: one an image -> x: (B, C, H, W)."""
+
+    def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Goes from x: (B, C, H, W) at times[0] to times[-1]; seeds feed the samplers that add noise on the way."""
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """-> (steps + 1), from the first time down to the last, float64."""
+
+
+class Told(Protocol):
+    """What guidance may ask of a model: its denoiser, and conditions for a request."""
+
+    denoiser: Denoiser
+
+    def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
+        """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition."""
+
+
+class Guidance(Protocol):
+    def __call__(self, model: Told, ask: Batch) -> Denoise:
+        """Binds a model and a request into a plain denoiser."""
+
+
+class Embedder(Protocol):
+    key: str
+    rate: float
+    widths: Widths
+
+    def __call__(self, value: Any, drop: Tensor) -> Cond:
+        """value: the batch field `key`, drop: (B) bool, True where nothing must be told."""
+
+
+class Autoencoder(Protocol):
+    channels: int
+    factor: int
+
+    def encode(self, images: Tensor) -> Moments:
+        """(B, 3, f * H, f * W) in [-1, 1] -> whitened moments of (B, C, H, W)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) whitened -> (B, 3, f * H, f * W) in [-1, 1]."""
+
+
+class Metric(Protocol):
+    def update(self, **fields: Any) -> None:
+        """Takes the fields it measures, by name."""
+
+    def compute(self) -> dict[str, float]:
+        """The numbers, by name."""
+
+
+def like(scale: Tensor, x: Tensor) -> Tensor:
+    """Views scale, () or (B), so that it broadcasts over x, (B, ...)."""
+    return scale.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
+
+
+def _join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return torch.cat((a, b), dim)
+
+
+def _mix(*words: int) -> int:
+    """Hashes integers to one of 63 bits (splitmix64, Steele et al. 2014), the same on every platform."""
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

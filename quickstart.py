@@ -1,0 +1,170 @@
+"""The whole road in minutes:  python quickstart.py [MINUTES]
+
+Trains a CLIP, an autoencoder and a diffusion model on the emoji, draws, measures, and writes runs/quickstart/report.html.
+Run again after an interruption, it goes on from the last finished stage.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ldm.command_line import compose_config
+from ldm.folder import write_json
+
+HOME = Path("runs/quickstart")
+USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
+STEPS = {"clip": 500, "autoencoder": 1000, "diffusion": 2000}
+PROMPTS = [
+    "blue apple",
+    "green fox",
+    "red car",
+    "yellow fish",
+    "purple flower",
+    "fox and apple",
+    "cat face with crown",
+    "clock on tree",
+]
+Timer = Callable[[str, Callable[[], Any]], Any]
+
+
+def main(minutes: float) -> None:
+    """Every stage in its turn; the three trainings' lengths grow with `minutes`."""
+    set_aside(minutes)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        mark = HOME / f"{name}.seconds"
+        if mark.is_file():
+            print(f"== {name}: finished before", flush=True)
+            seconds[name] = float(mark.read_text())
+            return None
+        print(f"== {name}", flush=True)
+        start = time.time()
+        result = work()
+        seconds[name] = round(time.time() - start, 1)
+        if name in ("data", "clip", "autoencoder", "latents", "diffusion"):
+            mark.write_text(str(seconds[name]))
+        return result
+
+    steps = {stage: round(count * minutes / USUAL) for stage, count in STEPS.items()}
+    train_all(timed, steps)
+    numbers, shown = judge(timed)
+    seconds["total"] = round(sum(seconds.values()), 1)
+    metrics = {**numbers, "seconds": seconds, "minutes": minutes, "steps": steps, **surroundings()}
+    write_json(metrics, HOME / "metrics.json")
+    from ldm.report import quickstart_report
+
+    quickstart_report(HOME, metrics, shown)
+    print(json.dumps(metrics, indent=2))
+    print(f"Look at it: {HOME / 'report.html'}")
+
+
+def set_aside(minutes: float) -> None:
+    """Keeps a quickstart of another length: its folder is renamed, not overwritten."""
+    plan = HOME / "plan.json"
+    if plan.is_file() and (before := json.loads(plan.read_text())["minutes"]) != minutes:
+        kept = HOME.with_name(f"quickstart-{before:g}-minutes-{int(plan.stat().st_mtime)}")
+        HOME.rename(kept)
+        print(f"The quickstart of {before:g} minutes is kept in {kept}")
+    write_json({"minutes": minutes}, plan)
+
+
+def train_all(timed: Timer, steps: dict[str, int]) -> None:
+    """data -> clip -> autoencoder -> latents -> diffusion."""
+    timed("data", prepare)
+    for stage, experiment in (("clip", "emoji/clip"), ("autoencoder", "emoji/autoencoder")):
+        timed(stage, lambda stage=stage, experiment=experiment: train_one(stage, experiment, steps[stage], []))
+    timed("latents", precompute_all)
+    timed("diffusion", lambda: train_one("diffusion", "emoji/text", steps["diffusion"], ["data=latents"]))
+
+
+def prepare() -> None:
+    """Writes the emoji shards."""
+    from ldm.build import build
+
+    build(compose_config("train").data).prepare_data()
+
+
+def train_one(stage: str, experiment: str, steps: int, overrides: list[str]) -> None:
+    """One stage into runs/quickstart/<stage>, validated and shown ten times on the way."""
+    from train import train
+
+    often = max(steps // 10, 1)
+    lengths = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={often}", f"callback.checkpoint.every={often}"]
+    preview = {"autoencoder": ["callback.reconstructions.every"], "diffusion": ["callback.drawings.every"]}.get(stage, [])
+    lengths += [f"{name}={often}" for name in preview]
+    train(compose_config("train", [f"experiment={experiment}", f"run_id=quickstart/{stage}", *overrides, *lengths]))
+
+
+def precompute_all() -> None:
+    """The latents of all pictures, once."""
+    import shutil
+
+    from precompute import precompute
+
+    shutil.rmtree(HOME / "latents", ignore_errors=True)
+    precompute(compose_config("precompute", [f"model={HOME}/autoencoder", f"out={HOME}/latents"]))
+
+
+def judge(timed: Timer) -> tuple[dict[str, float], dict[str, Any]]:
+    """Measures and draws; -> the numbers, and the pictures for the report."""
+    import torch
+
+    from evaluate import evaluate
+    from ldm.build import build
+    from ldm.training.evaluate import chosen
+    from sample import sample
+
+    model = f"model={HOME}/diffusion"
+    config = compose_config("evaluate", [model, f"out={HOME}/evaluation"])
+    numbers, pictures, metrics = timed("evaluate", lambda: evaluate(config))
+    prompts = compose_config("sample", [model, f"out={HOME}/samples", "prompt=[" + ",".join(PROMPTS) + "]"])
+    samples = timed("sample", lambda: sample(prompts))
+    data = build(config.data)
+    rows = chosen(data, config.count)
+    asked = data.on_after_batch_transfer(data.rows("train", rows), 0)
+    held_out = data.on_after_batch_transfer(data.rows("val", range(len(data.val_set))), 0)["image"]
+    shown = {
+        "held_out": held_out,
+        "reconstructed": pictures["reconstruction"],
+        "captions": asked["caption"],
+        "real": asked["image"],
+        "drawn": pictures["drawing"],
+        "matched": metrics["text_match"].matched.tolist(),
+        "prompts": PROMPTS,
+        "samples": samples,
+    }
+    return numbers, {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in shown.items()}
+
+
+def surroundings() -> dict[str, Any]:
+    """Hardware, versions and sizes, for the record."""
+    import torch
+    from safetensors import safe_open
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    files = {"clip": "open_clip_model", "autoencoder": "model", "diffusion": "model"}
+    parameters = {}
+    for stage, name in files.items():
+        with safe_open(HOME / stage / f"{name}.safetensors", "pt") as weights:
+            parameters[stage] = sum(torch.Size(weights.get_slice(key).get_shape()).numel() for key in weights.keys())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+    return {"hardware": hardware, "parameters": parameters, "commit": commit}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else USUAL)

@@ -1,0 +1,31 @@
+"""Trains one stage:  python train.py experiment=emoji/text  optimizer.lr=3e-4  resume=auto"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.command_line import command
+
+
+def train(config: DictConfig) -> Path:
+    """Trains into runs/<run_id>, going on from the newest checkpoint there; -> that folder."""
+    import pytorch_lightning as pl
+
+    from ldm.build import allowed, build, build_stage
+    from ldm.folder import write_text
+    from ldm.training.run import fit
+
+    folder = Path(config.folder)
+    write_text(OmegaConf.to_yaml(config), folder / "config.yaml")
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = build(config.data, allowed(config))
+    stage = build_stage(config)
+    callbacks = list(build(config.get("callback") or {}, allowed(config)).values())
+    loggers = list(build(config.get("logger") or {}, allowed(config)).values())
+    trainer = build(config.trainer, allowed(config), callbacks=callbacks, logger=loggers)
+    fit(stage, data, trainer, folder, config.resume)
+    return folder
+
+
+if __name__ == "__main__":
+    command("train")(train)()
