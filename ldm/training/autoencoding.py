@@ -12,27 +12,39 @@ from ldm.types import Batch, Draw
 
 
 class Autoencoding(Stage):
-    """L1 + perceptual + KL (https://arxiv.org/abs/2112.10752, equation 25, without the adversary).
+    """L1 + L2 + perceptual + KL (https://arxiv.org/abs/2112.10752, equation 25, without the adversary).
 
-    `perceptual`: (images, targets) -> distance, or None; `perceptual_weight` and `kl_weight` weigh per-pixel means; the KL
-    is in nats a latent number.
+    `perceptual`: (images, targets) -> distance, or None. Each weight multiplies a mean, over pixels or over latent numbers,
+    where the KL is in nats; L1 has weight 1. `flip` is the share of training pictures that are mirrored.
     """
 
     def __init__(
-        self, autoencoder: nn.Module, perceptual: nn.Module | None, perceptual_weight: float, kl_weight: float, **stage: Any
+        self,
+        autoencoder: nn.Module,
+        perceptual: nn.Module | None,
+        perceptual_weight: float,
+        kl_weight: float,
+        l2_weight: float = 0.0,
+        flip: float = 0.0,
+        **stage: Any,
     ) -> None:
         super().__init__(frozen=("perceptual",), **stage)
         self.autoencoder, self.perceptual = autoencoder, perceptual
-        self.perceptual_weight, self.kl_weight = perceptual_weight, kl_weight
+        self.perceptual_weight, self.kl_weight, self.l2_weight = perceptual_weight, kl_weight, l2_weight
+        self.flip = flip
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w) -> loss and its terms, and in validation the PSNR of decoded means, in dB."""
         images = batch["image"]
+        if self.training and self.flip:
+            mirrored = (draw.uniform("flip") < self.flip).to(images.device)
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         posterior = self.autoencoder.posterior(images)
         z = posterior.sample(draw.normal("posterior", posterior.mean.shape[1:]))
         output = self.autoencoder.reconstruct(z)
         terms = {"l1": (output - images).abs().mean(), "kl": kl_divergence(posterior.mean, posterior.std)}
-        loss = terms["l1"] + self.kl_weight * terms["kl"]
+        terms["l2"] = (output - images).square().mean()
+        loss = terms["l1"] + self.l2_weight * terms["l2"] + self.kl_weight * terms["kl"]
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(output, images)
             loss = loss + self.perceptual_weight * terms["perceptual"]

@@ -30,6 +30,20 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A linear warm-up, then a straight line down to `floor` at `steps`."""
+
+    steps: int
+    warmup: int = 0
+    floor: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """step, from 0 -> factor in [floor, 1]."""
+        done = min(max(step - self.warmup, 0) / max(self.steps - self.warmup, 1), 1.0)
+        return min(1.0, (step + 1) / (self.warmup + 1)) * (1 - (1 - self.floor) * done)
+
+
+@dataclass(frozen=True)
 class InverseSqrt:
     """A linear warm-up, constant up to `hold`, then sqrt(hold / step) (EDM2, https://arxiv.org/abs/2312.02696, equation 67)."""
 
