@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 class Muon(Optimizer):
     """Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon), with AdamW where it does not apply.
 
-    A weight counts as a matrix (outputs, inputs * kernel). Those with at least `least` outputs and inputs get Muon at rate `lr`,
-    the others (the first and last layers, norms, biases) AdamW at rate `adam_lr`. A learning-rate schedule moves both alike. torch.optim.Muon takes 2-D weights
-    only, which leaves out convolutions.
+    A weight counts as a matrix (outputs, inputs * kernel). Those with at least `least` outputs and inputs get Muon at rate
+    `lr`, the others (first and last layers, norms, biases) AdamW at rate `adam_lr`; a learning-rate schedule moves both alike.
+    torch.optim.Muon takes 2-D weights only, which leaves out convolutions.
     """
 
     def __init__(
