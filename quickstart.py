@@ -58,9 +58,9 @@ def main(minutes: float) -> None:
     seconds["total"] = round(sum(seconds.values()), 1)
     metrics = {**numbers, "seconds": seconds, "minutes": minutes, "steps": steps, **surroundings()}
     write_json(metrics, HOME / "metrics.json")
-    from ldm.report import quickstart_report
+    from ldm.quickstart_report import write_report
 
-    quickstart_report(HOME, metrics, shown)
+    write_report(HOME, metrics, shown)
     print(json.dumps(metrics, indent=2))
     print(f"Look at it: {HOME / 'report.html'}")
 

@@ -26,15 +26,15 @@ class Conditioner(nn.Module):
         With `draw`, each is dropped at its own rate, sample by sample; with `only`, those not named are dropped.
 
         Raises:
-            KeyError: the batch lacks a field, or `only` names a condition that the model does not have.
+            ValueError: the batch lacks a field, or `only` names a condition that the model does not have.
         """
         unknown = set(only or ()) - set(self.embedders)
         if unknown:
-            raise KeyError(f"This model has the conditions {list(self.embedders)}, not {sorted(unknown)}.")
+            raise ValueError(f"This model has the conditions {list(self.embedders)}, not {sorted(unknown)}.")
         cond = Cond()
         for name, embedder in self.embedders.items():
             if embedder.key not in batch:
-                raise KeyError(
+                raise ValueError(
                     f"Condition '{name}' reads the field '{embedder.key}', but there is only {sorted(batch)}. "
                     f"Add it to data.fields (or ask.{name}=... when sampling), or take '{name}' out of condition=[...]."
                 )

@@ -1,0 +1,54 @@
+"""Tiny things that many tests need: a CLIP in a local folder, emoji shards, small networks."""
+
+import json
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import open_clip
+import pytest
+import torch
+
+from ldm.data.emoji import Emoji
+from ldm.folder import save_tensors, write_json
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A random CLIP as open_clip's local-dir, with statistics of two captions."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    clip = open_clip.CLIP(**CLIP)
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    write_json({"model_cfg": CLIP, "preprocess_cfg": preprocess}, folder / "open_clip_config.json")
+    save_tensors(clip.state_dict(), folder / "open_clip_model.safetensors")
+    assert json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["embed_dim"] == 16
+    return folder
+
+
+@pytest.fixture(scope="session")
+def emoji_root(tmp_path_factory):
+    """The shards of one group of emoji, 32 px."""
+    root = tmp_path_factory.mktemp("data")
+    Emoji(root=root, groups=["Activities"], val_fraction=0.2).prepare_data()
+    return root
+
+
+@pytest.fixture
+def data(emoji_root):
+    """The same as a data module."""
+    module = Emoji(root=emoji_root, groups=["Activities"], val_fraction=0.2, batch=8)
+    module.prepare_data()
+    module.setup()
+    return module

@@ -1,0 +1,91 @@
+"""Who may import whom, and how long things may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LDM = ROOT / "ldm"
+ROOMS = ["autoencoder", "backbone", "condition", "guidance", "loss", "metric", "objective", "sampler"]
+ALLOWED = {
+    "types": set(),
+    "schedule": set(),
+    "prediction": set(),
+    "check": set(),
+    "folder": set(),
+    "report": set(),
+    "quickstart_report": {"folder", "report"},
+    "clip": {"folder"},
+    **{room: {"types", "nn", "clip", "folder", room} for room in ROOMS},
+    "data": {"types", "data"},
+    "denoiser": {"types"},
+    "model": {"types", "denoiser", "condition"},
+    "generate": {"types", "model"},
+    "request": {"folder", "model"},
+    "training": {"types", "clip", "folder", "model", "generate", "training"},
+    "build": {"check", "condition", "denoiser", "folder", "model", "training"},
+    "command_line": {"check"},
+}
+CONFINED = {
+    "hydra": {"build", "command_line"},
+    "omegaconf": {"build", "command_line"},
+    "pytorch_lightning": {"training", "data"},
+    "webdataset": {"data"},
+}
+FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
+
+
+def room(path):
+    return path.relative_to(LDM).with_suffix("").parts[0]
+
+
+def imports(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+    return names + [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LDM)))
+def test_rooms_import_only_what_they_may(path):
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "ldm" and rest:
+            assert rest[0] in ALLOWED[room(path)], f"{room(path)} may not know {rest[0]}"
+        assert room(path) in CONFINED.get(top, {room(path)}), f"{top} does not belong in {room(path)}"
+
+
+def test_no_mutual_imports():
+    known = {room(p): set() for p in FILES}
+    for path in FILES:
+        known[room(path)] |= {n.split(".")[1] for n in imports(path) if n.startswith("ldm.")} - {room(path)}
+    assert not [(a, b) for a in known for b in known[a] if a in known.get(b, ())]
+
+
+@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("*.py")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are_for(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    assert text.count("\n") <= 300
+    long = [f.name for f in functions if f.end_lineno - f.body[0].end_lineno > 40]
+    assert not long, f"functions over 40 lines: {long}"
+    assert ast.get_docstring(tree), "a file opens by saying what it is for"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LDM)))
+def test_public_things_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    public = [*(c for c in classes if not _protocol(c)), *(n for n in tree.body if isinstance(n, ast.FunctionDef))]
+    methods = [m for c in classes for m in c.body if isinstance(m, ast.FunctionDef) and not _protocol(c)]
+    bare = [n.name for n in [*public, *methods] if not n.name.startswith("_") and not ast.get_docstring(n)]
+    assert not [n for n in bare if n not in ("main",)], f"without a docstring: {bare}"
+
+
+def _protocol(node):
+    return any(isinstance(b, ast.Name) and b.id == "Protocol" for b in node.bases)
+
+
+def test_packages_are_empty():
+    assert all(not f.read_text().strip() for f in LDM.rglob("__init__.py"))
