@@ -49,7 +49,7 @@ def write_report(folder: Path, metrics: Mapping[str, Any], shown: Mapping[str, A
         ("Made with", table(("what", "value"), _surroundings(metrics))),
         ("Go on from here", code(GO_ON)),
     ]
-    lead = f"An autoencoder, a frozen CLIP and a diffusion model, trained on emoji in {metrics['seconds']['total'] / 60:.1f} minutes."
+    lead = f"A CLIP, an autoencoder and a diffusion model, trained on emoji in {metrics['seconds']['total'] / 60:.1f} minutes."
     write_text(page("Quickstart", lead, sections), folder / "report.html")
 
 

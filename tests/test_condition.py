@@ -7,7 +7,7 @@ from torch import nn
 from ldm.backbone.unet import UNet
 from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
-from ldm.condition.text import Text
+from ldm.condition.text import Text, whitening
 from ldm.folder import save_tensors
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
@@ -56,7 +56,7 @@ def test_padding_does_not_matter(text):
     assert not torch.allclose(net(x, level, cond), net(x, level, other), atol=1e-3)
 
 
-def test_layers_join_by_width_and_standardise(clip_folder, tmp_path):
+def test_layers_join_by_width_and_whiten(clip_folder, tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
     for name in ("open_clip_config.json", "open_clip_model.safetensors"):
@@ -65,13 +65,15 @@ def test_layers_join_by_width_and_standardise(clip_folder, tmp_path):
     cond = plain(NAMES, no(3))
     rows, width = cond.tokens[cond.mask], plain.widths.tokens // 2
     stats = {"pooled": cond.vector, "layer.0": rows[:, :width], "layer.1": rows[:, :width], "layer.2": rows[:, width:]}
-    table = {f"{k}.{what}": getattr(v, what)(0) for k, v in stats.items() for what in ("mean", "std")}
+    table = {f"{k}.mean": v.mean(0) for k, v in stats.items()}
+    table |= {f"{k}.covariance": torch.cov(v.T) for k, v in stats.items()}
     save_tensors(table, folder / "statistics.safetensors")
-    told = Text(f"local-dir:{folder}", layers=[0, -1], pooled=True, standardise=True)(NAMES, no(3))
+    told = Text(f"local-dir:{folder}", layers=[0, -1], pooled=True, whiten=True)(NAMES, no(3))
     for x in (told.tokens[told.mask], told.vector):
-        torch.testing.assert_close(x.mean(0), torch.zeros(x.shape[1]), atol=1e-4, rtol=0)
-    varied = rows.std(0) > 1e-4
-    torch.testing.assert_close(told.tokens[told.mask].std(0)[varied], torch.ones(int(varied.sum())), atol=1e-3, rtol=0)
+        torch.testing.assert_close(x.mean(0), torch.zeros(x.shape[1]), atol=1e-3, rtol=0)
+    mean, covariance = torch.randn(5), torch.cov(torch.randn(5, 50))
+    _, mix = whitening(mean, covariance, ridge=0.0)
+    torch.testing.assert_close(mix @ covariance @ mix, torch.eye(5), atol=1e-4, rtol=0)
 
 
 def test_missing_tower_names_the_command(tmp_path):
@@ -82,8 +84,8 @@ def test_missing_tower_names_the_command(tmp_path):
 def test_missing_statistics_name_the_setting(clip_folder, tmp_path):
     for name in ("open_clip_config.json", "open_clip_model.safetensors"):
         (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"condition\.text\.standardise=false"):
-        Text(f"local-dir:{tmp_path}", standardise=True)
+    with pytest.raises(FileNotFoundError, match=r"condition\.text\.whiten=false"):
+        Text(f"local-dir:{tmp_path}", whiten=True)
 
 
 def test_a_layer_that_is_not_there_is_named(text):

@@ -20,8 +20,7 @@ class UNet(nn.Module):
 
     Level i works at 1 / 2^i of the size, with width * mult[i] channels, `res_blocks` residual blocks, each followed by
     depth[i] transformer blocks. Heads: `heads` of them, or channels / head_width where that is given. `groups` is
-    GroupNorm's; `told` is the width of the embedded noise level and vector, 4 * width by default. The defaults are Stable
-    Diffusion 1's.
+    GroupNorm's. The defaults are Stable Diffusion 1's.
     """
 
     def __init__(
@@ -36,12 +35,11 @@ class UNet(nn.Module):
         heads: int = 8,
         head_width: int | None = None,
         groups: int = 32,
-        told: int | None = None,
     ) -> None:
         super().__init__()
         if len(mult) != len(depth):
             raise ValueError(f"backbone.mult has {len(mult)} levels, backbone.depth has {len(depth)}; give both the same number.")
-        self.width, told = width, told or 4 * width
+        self.width, told = width, 4 * width
         self.level = mlp(width, told)
         self.vector = mlp(widths.vector, told) if widths.vector else None
 

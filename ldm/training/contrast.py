@@ -43,8 +43,8 @@ class Contrast(Stage):
 
     @torch.no_grad()
     def finish(self, data: Any) -> None:
-        """Measures each text layer's and the pooled vector's mean and standard deviation over the training captions."""
-        sums: dict[str, Tensor] = {}
+        """Measures each text layer's and the pooled vector's mean and covariance over the training captions."""
+        sums: dict[str, tuple[int, Tensor, Tensor]] = {}
         captions = data.train_set.captions()
         for start in range(0, len(captions), 256):
             ids = self.tokenizer(captions[start : start + 256]).to(self.device)
@@ -52,12 +52,12 @@ class Contrast(Stage):
             rows = {f"layer.{i}": (h if i == 0 else self.clip.ln_final(h))[spoken(ids)] for i, h in enumerate(hidden)}
             for name, x in {**rows, "pooled": pooled}.items():
                 x = x.double()
-                new = torch.stack((torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)))
-                sums[name] = sums.get(name, 0) + new
+                count, total, square = sums.get(name, (0, 0, 0))
+                sums[name] = (count + len(x), total + x.sum(0), square + x.T @ x)
         for name, (count, total, square) in sums.items():
             mean = total / count
             self.statistics[f"{name}.mean"] = mean.float().cpu()
-            self.statistics[f"{name}.std"] = (square / count - mean.square()).clamp(min=0).sqrt().float().cpu()
+            self.statistics[f"{name}.covariance"] = (square / count - torch.outer(mean, mean)).float().cpu()
 
     def export(self, folder: Path) -> None:
         """Writes open_clip_config.json, open_clip_model.safetensors and statistics.safetensors."""

@@ -1,0 +1,183 @@
+"""Free text, mistyped names and the identity of a run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from ldm.build import NARROW, build
+from ldm.command_line import CONFIGS, check_overrides, compose_config, quote
+
+ROOT = CONFIGS.parent
+TEXTS = [
+    "a lion, detailed fur",
+    "lion's mane",
+    "it's 'so' quoted",
+    "café",
+    "🦊 in snow",
+    "brackets (and [more] of {them})",
+    "x=y, z = w",
+    "3",
+    "true",
+    "null",
+    "shot {0..9}",
+    "ends in a backslash \\",
+    "back\\'slash",
+    "${not.resolved}",
+    "two\nlines",
+    "a:b c#d",
+    "",
+    "  spaces  ",
+]
+
+
+def parsed(argument):
+    return OverridesParser.create().parse_overrides(quote([argument]))[0]
+
+
+@pytest.mark.parametrize("text", [t for t in TEXTS if t], ids=repr)
+@pytest.mark.parametrize("key", ["prompt", "negative", "out", "data.train", "model"])
+def test_free_text_arrives_as_it_was(key, text):
+    override = parsed(f"{key}={text}")
+    assert not override.is_sweep_override()
+    value = override.value()
+    assert str(value).replace(r"\${", "${") == text and not isinstance(value, int | bool) and value is not None
+
+
+def test_free_text_survives_composing():
+    overrides = [f"ask.n{i}={text}" for i, text in enumerate(TEXTS) if text]
+    ask = compose_config("sample", ["model=m", *overrides]).ask
+    assert [ask[f"n{i}"] for i, text in enumerate(TEXTS) if text] == [text for text in TEXTS if text]
+
+
+def test_lists_and_quotes_stay_as_they_are():
+    assert quote(["prompt=[red apple,fox]", "prompt='it'", 'prompt="a, b"', "seed=3"]) == [
+        "prompt=[red apple,fox]",
+        "prompt='it'",
+        'prompt="a, b"',
+        "seed=3",
+    ]
+    assert parsed("prompt=[red apple,fox]").value() == ["red apple", "fox"]
+
+
+def test_ask_adds_what_it_names():
+    assert compose_config("sample", ["model=m", "ask.label=[1,2]"]).ask.label == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("trainer.max_stepz=3", r"trainer has no `max_stepz`.*`max_steps`"),
+        ("optimiser=adamw", r"the config has no `optimiser`.*`optimizer`"),
+        ("optimizer=adamv", r"optimizer=adamv: there is no such choice.*`adamw`"),
+        ("experiment=emoji/txt", r"no such choice.*`emoji/text`"),
+        ("optimizer.lr=abc", r"optimizer\.lr=abc: a str was given where float is wanted"),
+        ("trainer.max_steps=3.5", r"a float was given where int is wanted"),
+        ("data.batch=true", r"a bool was given where int is wanted"),
+        ("sampler=[ddim,heun]", r"sampler is one choice, not a list"),
+        ("condition=[text,text]", r"stands twice"),
+        ("sampler=ddim,heun", r"need a multirun: python train\.py -m"),
+    ],
+)
+def test_what_is_mistyped_is_named(argument, message):
+    with pytest.raises(ValueError, match=message):
+        check_overrides("train", [argument])
+
+
+def test_what_is_right_passes():
+    check_overrides("train", ["experiment=emoji/text", "optimizer.lr=1", "sampler=heun", "condition=[text,label]", "+data.extra=1"])
+    check_overrides("train", ["seed=1,2", "sampler=ddim,heun"], multirun=True)
+
+
+def test_an_unknown_setting_inside_a_file_is_named():
+    with pytest.raises(ValueError, match=r"step: ldm\.sampler\.ddim\.DDIM has no such setting\. Did you mean `steps`"):
+        build({"_target_": "ldm.sampler.ddim.DDIM", "step": 3})
+    with pytest.raises(ValueError, match=r"steps='many' is of type str.*wants int"):
+        build({"_target_": "ldm.sampler.ddim.DDIM", "steps": "many"})
+
+
+@pytest.mark.parametrize("target", ["os.system", "subprocess.run", "webdataset.gopen", "numpy.load", "torch.load", "ldmx.evil"])
+def test_what_is_not_on_the_list_is_not_built(target):
+    with pytest.raises(ValueError, match=r"not among what a config may build.*allow=\["):
+        build({"a": {"_target_": target, "command": "touch /tmp/owned"}})
+
+
+def test_a_model_at_rest_may_build_less():
+    with pytest.raises(ValueError, match="not among"):
+        build({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}, NARROW)
+
+
+def test_the_same_command_finds_its_run_again():
+    def run(*overrides):
+        return compose_config("train", ["experiment=emoji/text", *overrides]).run_id
+
+    assert run() == run() and run().startswith("emoji/text-") and len(run().rsplit("-", 1)[1]) == 8
+    same = ["trainer.max_steps=5", "logger=[csv]", "callback.ema.decay=0.5", "resume=never", "runs=elsewhere"]
+    assert {run(o) for o in same} == {run()}
+    assert len({run(o) for o in ["seed=1", "optimizer.lr=0.5", "data.batch=4", "sampler=heun"]} - {run()}) == 4
+    assert run("run_id=mine") == "mine"
+
+
+PACKAGE = '''
+import torch
+from torch import nn
+
+
+class Pixels(nn.Module):
+    """Looks at every latent pixel alone."""
+
+    def __init__(self, channels, widths, width=64):
+        super().__init__()
+        self.inp = nn.Conv2d(channels + widths.spatial, width, 1)
+        self.level = nn.Linear(1, width)
+        self.tokens = nn.Linear(widths.tokens, width)
+        self.out = nn.Conv2d(width, channels, 1)
+
+    def forward(self, x, noise_level, cond):
+        told = self.level(noise_level[:, None] / 100) + self.tokens(cond.tokens).mean(1)
+        return self.out(torch.relu(self.inp(x) + told[:, :, None, None]))
+'''
+
+
+def test_a_package_of_the_users_own(tmp_path, monkeypatch):
+    """The README's example: a backbone outside our tree, by search path and allowlist."""
+    readme = (ROOT / "README.md").read_text()
+    assert PACKAGE.strip() in readme
+    configs = tmp_path / "mine" / "configs" / "backbone"
+    configs.mkdir(parents=True)
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "configs"):
+        (folder / "__init__.py").write_text("")
+    (tmp_path / "mine" / "backbone.py").write_text(PACKAGE)
+    (configs / "pixels.yaml").write_text("_target_: mine.backbone.Pixels\n_partial_: true\nwidth: 64\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    search = ["hydra.searchpath=[pkg://mine.configs]", "backbone=pixels"]
+    config = compose_config("train", [*search, "allow=[mine]"])
+    from ldm.build import allowed
+
+    assert build(config.backbone, allowed(config)).func.__name__ == "Pixels"
+    with pytest.raises(ValueError, match=r"mine\.backbone\.Pixels is not among.*allow=\[mine\]"):
+        build(config.backbone)
+
+
+def run(*arguments, **kwargs):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_a_script_stops_with_one_line():
+    answer = run("train.py", "experiment=emoji/text", "trainer.max_stepz=3")
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert "error: trainer.max_stepz: trainer has no `max_stepz`" in answer.stderr
+
+
+def test_several_devices_in_a_multirun_are_refused(tmp_path):
+    answer = run("train.py", "-m", "experiment=emoji/clip", "seed=1,2", "trainer.devices=2", f"runs={tmp_path}")
+    assert answer.returncode != 0 and "srun, torchrun" in answer.stderr
+
+
+def test_help_says_what_there_is():
+    answer = run("train.py", "--help")
+    assert answer.returncode == 0 and "sampler: ddim, dpmpp, heun" in answer.stdout
+    assert not list(Path(ROOT).glob("outputs"))
