@@ -19,7 +19,7 @@ from ldm.folder import write_json
 
 HOME = Path("runs/quickstart")
 USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
-STEPS = {"clip": 500, "autoencoder": 1000, "diffusion": 2000}
+STEPS = {"clip": 300, "autoencoder": 1800, "diffusion": 4500}
 PROMPTS = [
     "blue apple",
     "green fox",

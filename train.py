@@ -11,7 +11,7 @@ def train(config: DictConfig) -> Path:
     """Trains into runs/<run_id>, going on from the newest checkpoint there; -> that folder."""
     import pytorch_lightning as pl
 
-    from ldm.build import allowed, build, build_stage
+    from ldm.build import allowed, build, build_members, build_stage
     from ldm.folder import write_text
     from ldm.training.run import fit
 
@@ -20,8 +20,7 @@ def train(config: DictConfig) -> Path:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
-    callbacks = list(build(config.get("callback") or {}, allowed(config)).values())
-    loggers = list(build(config.get("logger") or {}, allowed(config)).values())
+    callbacks, loggers = (list(build_members(config, group).values()) for group in ("callback", "logger"))
     trainer = build(config.trainer, allowed(config), callbacks=callbacks, logger=loggers)
     fit(stage, data, trainer, folder, config.resume)
     return folder

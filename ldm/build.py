@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.check import check_nodes
+from ldm.check import check_nodes, nearest
+from ldm.command_line import CONFIGS
 from ldm.condition.conditioner import Conditioner
 from ldm.denoiser import Denoiser
 from ldm.folder import from_parts, load_tensors
@@ -31,7 +33,29 @@ def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     check_nodes(plain, allow)
-    return instantiate(plain, _convert_="all", **arguments)
+    try:
+        return instantiate(plain, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None
+
+
+def build_members(config: DictConfig, group: str) -> dict[str, Any]:
+    """What a list such as callback=[checkpoint,ema] chose, by name.
+
+    Settings of a member that was not chosen are an experiment's, for when it is.
+
+    Raises:
+        ValueError: settings of a member that there is not.
+    """
+    nodes = OmegaConf.to_container(config.get(group) or OmegaConf.create({}), resolve=True)
+    known = {path.stem for path in (CONFIGS / group).glob("*.yaml")}
+    for name in nodes:
+        if "_target_" not in (nodes[name] or {}) and name not in known:
+            raise ValueError(f"{group}.{name} has settings but there is no such member.{nearest(name, sorted(known))}")
+    return {name: build(node, allowed(config)) for name, node in nodes.items() if "_target_" in (node or {})}
 
 
 def allowed(config: DictConfig) -> tuple[str, ...]:

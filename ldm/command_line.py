@@ -56,8 +56,6 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     search = [o for o in overrides if o.startswith("hydra.searchpath")]
     with initialize_config_dir(str(configs), version_base="1.3"):
-        # The search path is read while composing, so a user's own package counts among the choices.
-        compose(config_name, overrides=search, return_hydra_config=True)
         loader = GlobalHydra.instance().config_loader()
         groups = {o.key_or_group: _options(loader, o.key_or_group) for o in parsed}
         chosen = [o for o in parsed if groups[o.key_or_group]]

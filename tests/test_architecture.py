@@ -24,7 +24,7 @@ ALLOWED = {
     "generate": {"types", "model"},
     "request": {"folder", "model"},
     "training": {"types", "clip", "folder", "model", "generate", "training"},
-    "build": {"check", "condition", "denoiser", "folder", "model", "training"},
+    "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
 }
 CONFINED = {

@@ -1,0 +1,375 @@
+"""Randomness by position, averages, checkpoints, statistics, and two processes against one."""
+
+import errno
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from ldm.autoencoder.identity import Identity
+from ldm.autoencoder.kl import KL
+from ldm.backbone.unet import UNet
+from ldm.condition.conditioner import Conditioner
+from ldm.condition.label import Label
+from ldm.denoiser import Denoiser, LogRatio
+from ldm.folder import load_tensors, save_tensors, write_text
+from ldm.loss.features import Features
+from ldm.model import LatentModel
+from ldm.objective.regression import Regression
+from ldm.objective.time import LogitNormal, Uniform
+from ldm.prediction import Flow
+from ldm.schedule import Linear
+from ldm.training.autoencoding import Autoencoding, kl_divergence
+from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
+from ldm.training.diffusion import Diffusion
+from ldm.training.ema import EMA
+from ldm.training.muon import Muon, orthogonal
+from ldm.training.rate import Constant, Cosine, InverseSqrt
+from ldm.training.rate import Linear as Straight
+from ldm.types import Draw
+
+
+def adam(params):
+    return torch.optim.Adam(params, lr=1e-2)
+
+
+def diffusion(seed=0, batch=8):
+    """A class-conditional pixel diffusion of 8 x 8 pictures, tiny."""
+    torch.manual_seed(seed)
+    conditioner = Conditioner({"label": Label(9, 8, rate=0.2)})
+    net = UNet(3, conditioner.widths, width=8, mult=(1,), res_blocks=1, depth=(1,), heads=2, groups=4)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    model = LatentModel(Identity(), conditioner, Denoiser(net, Linear(), Flow(), LogRatio()))
+    stage = Diffusion(model=model, objective=Regression(LogitNormal()), optimizer=adam, rate=Constant(), seed=0, batch=batch)
+    stage.frozen, stage.recipe = ("model.autoencoder",), {"a": 1}
+    return stage
+
+
+def small(emoji_root, batch=8, size=8):
+    from ldm.data.emoji import Emoji
+
+    fields = {"image": "jpg", "label": "cls"}
+    return Emoji(root=emoji_root, groups=["Activities"], val_fraction=0.2, batch=batch, fields=fields, size=size)
+
+
+def trainer(folder, steps, **kwargs):
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": steps,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 1000,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+        "plugins": [WholeCheckpointIO()],
+        "enable_checkpointing": "callbacks" in kwargs,
+    }
+    return pl.Trainer(**{**settings, **kwargs})
+
+
+# ---- randomness
+
+
+def test_draws_do_not_depend_on_the_split():
+    position = torch.arange(16) + 1000
+    whole = Draw(7, position, 16)
+    parts = [Draw(7, p, 16) for p in position.split(5)]
+    for draw in (lambda d: d.normal("noise", (2, 3)), lambda d: d.uniform("drop"), lambda d: d.stratified("time")):
+        assert torch.equal(draw(whole), torch.cat([draw(p) for p in parts]))
+
+
+def test_streams_seeds_and_positions_are_independent():
+    a, b = Draw(0, torch.arange(2000), 8), Draw(1, torch.arange(2000), 8)
+    x, y, z = a.normal("x", (4,)), a.normal("y", (4,)), b.normal("x", (4,))
+    for other in (y, z, x.roll(1, 0)):
+        assert abs((x * other).mean().item()) < 5 / math.sqrt(8000)
+    assert x.mean().abs() < 5 / math.sqrt(8000) and abs(x.var().item() - 1) < 5 * math.sqrt(2 / 8000)
+
+
+def test_stratified_times_cover_every_interval_once_a_global_batch():
+    u = Draw(0, torch.arange(64) + 64 * 5, 64).stratified("time")
+    assert sorted((u * 64).floor().long().tolist()) == list(range(64))
+
+
+def test_logit_normal_times_have_their_quantiles():
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    t = LogitNormal(0.5, 1.2)(u)
+    logit = torch.log(t / (1 - t))
+    assert logit.mean().item() == pytest.approx(0.5, abs=1e-2) and logit.std().item() == pytest.approx(1.2, abs=1e-2)
+    assert torch.equal(Uniform()(u), u)
+
+
+# ---- optimizers, rates, averages
+
+
+def test_learning_rates():
+    assert [Constant(3)(s) for s in (0, 1, 2, 3, 9)] == [0.25, 0.5, 0.75, 1, 1]
+    assert Cosine(110, 10)(60) == pytest.approx(0.5) and Cosine(110, 10)(110) == pytest.approx(0)
+    assert Straight(110, 10)(60) == pytest.approx(0.5) and Straight(110, 10, floor=0.1)(500) == pytest.approx(0.1)
+    assert InverseSqrt(100)(400) == pytest.approx(0.5) and InverseSqrt(100)(50) == 1
+
+
+def test_muon_orthogonalises_and_descends():
+    values = torch.linalg.svdvals(orthogonal(torch.randn(24, 40)))
+    assert 0.6 < values.min() and values.max() < 1.3
+    matrix = torch.randn(40, 24)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(orthogonal(matrix).flatten(), (u @ v).flatten(), dim=0)
+    assert cosine > 0.95
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 1))
+    x, y = torch.randn(64, 3, 8, 8), torch.randn(64, 1)
+    optimizer = Muon(net.parameters(), lr=0.02, adam_lr=1e-3)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [1, 5]
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_muons_small_weights_move_like_adamws():
+    a, b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    mine, theirs = Muon([a], adam_lr=0.1, weight_decay=0.01), torch.optim.AdamW([b], lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in range(5):
+        for p, optimizer in ((a, mine), (b, theirs)):
+            p.grad = torch.arange(5.0) * math.cos(step)
+            optimizer.step()
+    torch.testing.assert_close(a, b)
+
+
+class OneWeight(pl.LightningModule):
+    """A weight whose gradient is -1: it grows by the rate each step."""
+
+    def __init__(self, fail=False):
+        super().__init__()
+        self.weight, self.fail = nn.Parameter(torch.zeros(1)), fail
+        self.frozen_part = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.seen = []
+
+    def training_step(self, batch, _):
+        return -self.weight.sum()
+
+    def validation_step(self, batch, _):
+        self.seen.append(self.weight.item())
+        if self.fail:
+            raise RuntimeError("validation broke")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def loaders(n=4):
+    return torch.utils.data.DataLoader(torch.zeros(n, 1)), torch.utils.data.DataLoader(torch.zeros(1, 1))
+
+
+def test_average_is_the_closed_form_and_validation_sees_it(tmp_path):
+    ema, module = EMA(decay=0.5), OneWeight()
+    trainer(tmp_path, 4, callbacks=[ema], val_check_interval=4, enable_checkpointing=False).fit(module, *loaders())
+    wanted = 0.0
+    for n in range(1, 5):
+        decay = min(0.5, (1 + n) / (10 + n))
+        wanted = decay * wanted + (1 - decay) * n
+    assert ema.average["weight"].item() == pytest.approx(wanted, rel=1e-6)
+    assert module.seen == [pytest.approx(wanted, rel=1e-6)] and module.weight.item() == 4
+    assert "frozen_part" not in ema.average and ema.average["weight"].dtype == torch.float32
+
+
+def test_the_weights_come_back_when_validation_breaks(tmp_path):
+    module = OneWeight(fail=True)
+    with pytest.raises(RuntimeError, match="validation broke"):
+        trainer(tmp_path, 4, callbacks=[EMA(0.5)], val_check_interval=4, enable_checkpointing=False).fit(module, *loaders())
+    assert module.weight.item() == 4
+
+
+# ---- autoencoder
+
+
+@pytest.fixture
+def autoencoding(clip_folder):
+    kl = KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4)
+    perceptual = Features(f"local-dir:{clip_folder}")
+    stage = {"optimizer": adam, "rate": Constant(), "seed": 0, "batch": 8}
+    return Autoencoding(kl, perceptual, perceptual_weight=0.1, kl_weight=1e-3, l2_weight=1.0, flip=0.5, **stage)
+
+
+def test_kl_is_torchs():
+    mean, std = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1
+    told, unit = torch.distributions.Normal(mean, std), torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    torch.testing.assert_close(kl_divergence(mean, std), torch.distributions.kl_divergence(told, unit).mean())
+
+
+@pytest.mark.parametrize("term", ["l1", "l2", "perceptual"])
+def test_each_term_reaches_the_decoder_and_none_the_tower(autoencoding, term):
+    batch = {"image": torch.rand(8, 3, 32, 32) * 2 - 1}
+    losses = autoencoding.losses(batch, Draw(0, torch.arange(8), 8))
+    losses[term].backward()
+    assert autoencoding.autoencoder.decoder.last_layer.grad.abs().max() > 0
+    assert autoencoding.autoencoder.encoder.conv_in.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in autoencoding.perceptual.parameters())
+
+
+def test_a_picture_is_no_distance_from_itself(autoencoding):
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert autoencoding.perceptual(x, x).item() == 0
+    assert autoencoding.perceptual(x, -x).item() > 0
+
+
+def test_statistics_whiten_the_sampled_latents(autoencoding, emoji_root, tmp_path):
+    data = small(emoji_root, size=32)
+    trainer(tmp_path, 1).fit(autoencoding, data)
+    autoencoding.finish(data)
+    kl = autoencoding.autoencoder.eval()
+    images = torch.cat([data.on_after_batch_transfer(b, 0)["image"] for b in data.ordered("train", 16)])
+    with torch.no_grad():
+        moments = kl.encode(images)
+        x = moments.sample(torch.randn_like(moments.mean))
+    numbers = x.numel() / 2
+    assert kl.count.item() == len(data.train_set) == len(images)
+    assert x.mean((0, 2, 3)).abs().max() < 6 / math.sqrt(numbers)
+    assert (x.std((0, 2, 3)) - 1).abs().max() < 6 / math.sqrt(2 * numbers)
+
+
+# ---- checkpoints and resuming
+
+
+def test_a_checkpoint_is_plain_and_leaves_the_frozen_out(emoji_root, tmp_path):
+    stage = diffusion()
+    stage.frozen = ("model.autoencoder", "model.denoiser.backbone.level")
+    callbacks = [checkpoint_callback(str(tmp_path), every=1), EMA(0.9)]
+    trainer(tmp_path, 4, callbacks=callbacks).fit(stage, small(emoji_root))
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert [f.name for f in files] == ["step-00000003.ckpt", "step-00000004.ckpt"]
+    checkpoint = torch.load(files[-1], weights_only=True)
+    assert checkpoint["global_step"] == 4 and checkpoint["recipe"] == {"a": 1}
+    assert not [k for k in checkpoint["state_dict"] if "backbone.level" in k]
+    with pytest.raises(ValueError, match="keep at least 2"):
+        checkpoint_callback(str(tmp_path), every=1, keep=1)
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    state, other = diffusion().state_dict(), diffusion()
+    other.model.denoiser.backbone.out[2] = nn.Conv2d(8, 5, 3)
+    with pytest.raises(
+        ValueError, match=r"of another model \(2 entries differ\).*\(3, 8, 3, 3\) instead of \(5, 8, 3, 3\).*resume=never"
+    ):
+        other.load_state_dict(state)
+
+
+def test_the_newest_good_checkpoint_is_found(tmp_path):
+    io = WholeCheckpointIO()
+    for step in (1, 2):
+        io.save_checkpoint({"state_dict": {"a": torch.ones(100)}, "global_step": step}, tmp_path / f"step-{step}.ckpt")
+    whole = (tmp_path / "step-2.ckpt").read_bytes()
+    (tmp_path / "step-3.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"step-3\.ckpt is no whole checkpoint"):
+        assert newest(tmp_path).name == "step-2.ckpt"
+    assert resume_from("never", tmp_path) is None and newest(tmp_path / "empty") is None
+    with pytest.raises(FileNotFoundError, match="resume=nowhere"):
+        resume_from("nowhere", tmp_path)
+    torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no training checkpoint"):
+        read_checkpoint(tmp_path / "other.pt")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("owned",))
+
+
+def test_a_checkpoint_with_code_is_refused(tmp_path, capsys):
+    torch.save({"state_dict": {}, "global_step": 1, "x": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+    assert "owned" not in capsys.readouterr().out
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    io = WholeCheckpointIO()
+    io.save_checkpoint({"state_dict": {}, "global_step": 1}, path)
+
+    def full(checkpoint, file):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"last\.ckpt could not be written .*nothing that was saved before is lost"):
+        io.save_checkpoint({"state_dict": {}, "global_step": 2}, path)
+    assert read_checkpoint(path)["global_step"] == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_cut_off_model_names_itself(tmp_path):
+    save_tensors({"a": torch.ones(1000)}, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:500])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_tensors(tmp_path / "model.safetensors")
+    write_text("x", tmp_path / "deep" / "file.txt")
+    assert (tmp_path / "deep" / "file.txt").read_text() == "x"
+
+
+def train(emoji_root, folder, legs, batch=8, **kwargs):
+    """Trains in legs, each a new process as far as the objects know; -> the last stage and its average."""
+    checkpoint = None
+    for steps in legs:
+        stage, ema = diffusion(seed=steps, batch=batch) if checkpoint else diffusion(batch=batch), EMA(0.9)
+        run = trainer(folder, steps, callbacks=[ema], enable_checkpointing=False, gradient_clip_val=1.0, **kwargs)
+        run.fit(stage, small(emoji_root, batch), ckpt_path=checkpoint, weights_only=True)
+        checkpoint = folder / f"{len(legs)}-{steps}.ckpt"
+        run.save_checkpoint(checkpoint, weights_only=False)
+    return stage.state_dict(), ema.average
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_is_exact_twice_in_a_row_and_across_epochs(emoji_root, tmp_path, accumulate):
+    """12 steps of 8 are more than an epoch of the 60-odd training pictures."""
+    whole, average = train(emoji_root, tmp_path, [12], accumulate_grad_batches=accumulate)
+    legs, other = train(emoji_root, tmp_path, [3, 7, 12], accumulate_grad_batches=accumulate)
+    assert all(torch.equal(whole[k], legs[k]) for k in whole)
+    assert all(torch.equal(average[k], other[k]) for k in average)
+
+
+TWO = """
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_training import diffusion, small, trainer
+if __name__ == "__main__":
+    stage = diffusion()
+    run = trainer(Path({folder!r}), 3, devices=2, strategy="ddp", enable_checkpointing=False)
+    run.fit(stage, small({data!r}))
+    if run.is_global_zero:
+        torch.save(stage.state_dict(), {folder!r} + "/two.pt")
+"""
+
+
+def test_two_processes_train_as_one(emoji_root, tmp_path):
+    """Weights after three steps on the same global batches, gloo."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    one = diffusion()
+    trainer(tmp_path, 3).fit(one, small(emoji_root))
+    script = tmp_path / "two.py"
+    tests = Path(__file__).parent
+    script.write_text(TWO.format(root=str(tests.parent), tests=str(tests), folder=str(tmp_path), data=str(emoji_root)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name, weight in one.state_dict().items():
+        torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-4)
