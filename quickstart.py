@@ -19,7 +19,7 @@ from ldm.folder import write_json
 
 HOME = Path("runs/quickstart")
 USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
-STEPS = {"clip": 300, "autoencoder": 1800, "diffusion": 4500}
+STEPS = {"clip": 300, "autoencoder": 1200, "diffusion": 3000}
 PROMPTS = [
     "blue apple",
     "green fox",
@@ -92,14 +92,25 @@ def prepare() -> None:
 
 
 def train_one(stage: str, experiment: str, steps: int, overrides: list[str]) -> None:
-    """One stage into runs/quickstart/<stage>, validated and shown ten times on the way."""
-    from train import train
+    """One stage into runs/quickstart/<stage> by train.py, validated and shown ten times on the way."""
+    import torch
 
     often = max(steps // 10, 1)
     lengths = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={often}", f"callback.checkpoint.every={often}"]
-    preview = {"autoencoder": ["callback.reconstructions.every"], "diffusion": ["callback.drawings.every"]}.get(stage, [])
-    lengths += [f"{name}={often}" for name in preview]
-    train(compose_config("train", [f"experiment={experiment}", f"run_id=quickstart/{stage}", *overrides, *lengths]))
+    preview = {"autoencoder": "callback.reconstructions.every", "diffusion": "callback.drawings.every"}
+    lengths += [f"{preview[stage]}={often}"] if stage in preview else []
+    processes = 1 if torch.cuda.is_available() else max(n for n in (1, 2, 4) if n <= cores())
+    where = ["trainer=cpu", f"trainer.devices={processes}"] if processes > 1 else []
+    command = ["train.py", f"experiment={experiment}", f"run_id=quickstart/{stage}", *where, *overrides, *lengths]
+    print("python", *command, flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=Path(__file__).parent)
+    if done.returncode:
+        sys.exit(f"The stage {stage} stopped; `make quickstart` goes on from here.")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def precompute_all() -> None:
@@ -158,7 +169,7 @@ def surroundings() -> dict[str, Any]:
         with safe_open(HOME / stage / f"{name}.safetensors", "pt") as weights:
             parameters[stage] = sum(torch.Size(weights.get_slice(key).get_shape()).numel() for key in weights.keys())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+    hardware = {"cpu": cpu, "cores": cores(), "gpu": gpu, "torch": torch.__version__}
     return {"hardware": hardware, "parameters": parameters, "commit": commit}
 
 

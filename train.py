@@ -21,6 +21,8 @@ def train(config: DictConfig) -> Path:
     data = build(config.data, allowed(config))
     stage = build_stage(config)
     callbacks, loggers = (list(build_members(config, group).values()) for group in ("callback", "logger"))
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     trainer = build(config.trainer, allowed(config), callbacks=callbacks, logger=loggers)
     fit(stage, data, trainer, folder, config.resume)
     return folder

@@ -93,7 +93,15 @@ def test_latents_online_are_those_made_ahead(road):
 
 def test_diffusion_trains_on_pictures_too_and_resumes(road):
     _, emoji, shared = road
-    arguments = ["experiment=emoji/text", *shared, *emoji, *UNET, "callback=[checkpoint,ema]", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
+    arguments = [
+        "experiment=emoji/text",
+        *shared,
+        *emoji,
+        *UNET,
+        "callback=[checkpoint,ema]",
+        "trainer.val_check_interval=2",
+        "trainer.log_every_n_steps=1",
+    ]
     folder = train(compose_config("train", [*arguments, "trainer.max_steps=2"]))
     again = train(compose_config("train", [*arguments, "trainer.max_steps=3"]))
     assert folder == again and (folder / "checkpoints" / "step-00000003.ckpt").is_file()
