@@ -17,12 +17,14 @@ from ldm.check import check_nodes, nearest
 from ldm.command_line import CONFIGS
 from ldm.condition.conditioner import Conditioner
 from ldm.denoiser import Denoiser
-from ldm.folder import from_parts, load_tensors
+from ldm.folder import as_run, from_parts, load_tensors
 from ldm.model import LatentModel
 from ldm.training.checkpoint import newest, read_checkpoint
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
-NARROW = ("ldm",)
+# What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
+ROOMS = ("autoencoder", "backbone", "condition", "schedule", "prediction", "denoiser", "build.assemble", "build.load_autoencoder")
+NARROW = tuple(f"ldm.{room}" for room in ROOMS)
 
 
 def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
@@ -103,10 +105,9 @@ def load_autoencoder(path: str) -> nn.Module:
     """
     folder = Path(path)
     if not (folder / "model.safetensors").is_file():
-        run = "/".join(folder.parts[1:]) or path
         raise FileNotFoundError(
             f"There is no autoencoder in {path} (model.safetensors is missing). Train one first: "
-            f"python train.py experiment=emoji/autoencoder run_id={run}; or name another with autoencoder.path=FOLDER."
+            f"python train.py experiment=emoji/autoencoder {as_run(folder)}; or name another with autoencoder.path=FOLDER."
         )
     autoencoder = build(json.loads((folder / "config.json").read_text()), NARROW)
     autoencoder.load_state_dict(load_tensors(folder / "model.safetensors"))

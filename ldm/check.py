@@ -25,6 +25,8 @@ def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
     elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
             check_nodes(value, allow, f"{place}[{i}]")
+    elif isinstance(node, str) and "${" in node:
+        raise ValueError(f"{place}={node}: an interpolation cannot be built from, since it may become anything; write its value.")
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -35,10 +37,15 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> None:
     target = node["_target_"]
-    if not any(target == prefix or target.startswith(prefix + ".") for prefix in allow):
+    if not isinstance(target, str) or not _is_below(target, allow):
         raise ValueError(
             f"{place}._target_={target} is not among what a config may build ({', '.join(allow)}). If you trust that package: "
-            f"allow=[{target.split('.')[0]}]."
+            f"allow=[{str(target).split('.')[0]}]."
+        )
+    found = _locate(target, place)
+    if not _is_below(f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}", allow):
+        raise ValueError(
+            f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}."
         )
     parameters = inspect.signature(_locate(target, place)).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -55,6 +62,10 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
         if key in hints and not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", str(hints[key]))
             raise ValueError(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
+
+
+def _is_below(name: str, prefixes: Sequence[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _locate(target: str, place: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.folder import LOCAL
+from ldm.folder import LOCAL, as_run
 
 
 def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -18,10 +18,9 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
     """
     folder = Path(model.removeprefix(LOCAL))
     if model.startswith(LOCAL) and not (folder / "open_clip_config.json").is_file():
-        run = "/".join(folder.parts[1:]) or folder
         raise FileNotFoundError(
             f"There is no CLIP in {folder} (open_clip_config.json is missing). Train one first: "
-            f"python train.py experiment=emoji/clip run_id={run}; or name another with {option}.model=local-dir:FOLDER, "
+            f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
             f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
         )
     return open_clip.create_model(model, pretrained=pretrained).eval().requires_grad_(False)

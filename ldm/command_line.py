@@ -41,8 +41,8 @@ def quote(arguments: Sequence[str]) -> list[str]:
         if key.startswith("ask."):
             key = f"++{key}"
         if value and value[0] not in "['\"":
-            value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+$", lambda m: m[0] * 2, value)) + "'"
-            value = value.replace("${", r"\${")
+            value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
+            value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
         quoted.append(f"{key}={value}")
     return quoted
 
@@ -121,9 +121,12 @@ def _guarded(task: Callable[[DictConfig], Any], multirun: bool) -> Callable[[Dic
                 "sweep again in every process. Sweep with trainer.devices=1, or start each job with srun, torchrun, or Hydra's "
                 "submitit launcher."
             )
+        unsaid = _unsaid(OmegaConf.to_container(config, resolve=False))
+        if unsaid:
+            sys.exit(f"error: {', '.join(f'{key}=...' for key in unsaid)} must be said: there is no default.")
         try:
             return task(name_run(config))
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if multirun:
                 raise
             sys.exit(f"error: {error}")
@@ -175,6 +178,13 @@ def _check_value(override: Override, config: DictConfig) -> None:
                 f"{override.key_or_group}={value}: a {type(value).__name__.replace('QuotedString', 'str')} was given where "
                 f"{type(node).__name__} is wanted, such as {override.key_or_group}={node}."
             )
+
+
+def _unsaid(node: Any, place: str = "") -> list[str]:
+    """The settings below a plain node that have no default and were not given."""
+    if isinstance(node, dict):
+        return [name for key, value in node.items() for name in _unsaid(value, f"{place}.{key}".strip("."))]
+    return [place] if node == "???" else []
 
 
 def _interpolated(value: Any) -> bool:

@@ -38,7 +38,14 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes a safetensors file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(plain, temporary))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary)
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
+
+    write_whole(path, write)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -70,6 +77,15 @@ def save_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], folder:
 
 
 LOCAL = "local-dir:"
+
+
+def as_run(folder: Path) -> str:
+    """The words of a training command that put its result into `folder`."""
+    if folder.parts[:1] == ("runs",) and len(folder.parts) > 1:
+        return f"run_id={'/'.join(folder.parts[1:])}"
+    return f"runs={folder.parent.parent} run_id={folder.parent.name}/{folder.name}" if folder.parent.name else f"folder={folder}"
+
+
 PART = ("config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors", "statistics.safetensors")
 
 

@@ -1,6 +1,7 @@
 """Who may import whom, and how long things may be."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ CONFINED = {
     "omegaconf": {"build", "command_line"},
     "pytorch_lightning": {"training", "data"},
     "webdataset": {"data"},
+    "open_clip": {"clip", "condition", "loss", "metric", "training"},
 }
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 
@@ -43,7 +45,9 @@ def room(path):
 def imports(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
-    return names + [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
+    origins = [n for n in nodes if isinstance(n, ast.ImportFrom)]
+    assert not any(n.level for n in origins), f"{path}: imports say their full name"
+    return names + [f"ldm.{a.name}" for n in origins if n.module == "ldm" for a in n.names] + [n.module for n in origins]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LDM)))
@@ -53,6 +57,11 @@ def test_rooms_import_only_what_they_may(path):
         if top == "ldm" and rest:
             assert rest[0] in ALLOWED[room(path)], f"{room(path)} may not know {rest[0]}"
         assert room(path) in CONFINED.get(top, {room(path)}), f"{top} does not belong in {room(path)}"
+
+
+def test_the_vocabulary_knows_torch_alone():
+    outside = {name.split(".")[0] for name in imports(LDM / "types.py")} - set(sys.stdlib_module_names)
+    assert outside == {"torch"}
 
 
 def test_no_mutual_imports():

@@ -1,11 +1,13 @@
 """Free text, mistyped names and the identity of a run."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from ldm.build import NARROW, build
 from ldm.command_line import CONFIGS, check_overrides, compose_config, quote
@@ -44,6 +46,45 @@ def test_free_text_arrives_as_it_was(key, text):
     assert not override.is_sweep_override()
     value = override.value()
     assert str(value).replace(r"\${", "${") == text and not isinstance(value, int | bool) and value is not None
+
+
+def test_any_text_at_all_arrives():
+    """200 random words of the grammar's own signs, each to the letter, through Hydra's parser and OmegaConf's."""
+    signs = [
+        "'",
+        '"',
+        "\\",
+        "[",
+        "]",
+        "{",
+        "}",
+        "(",
+        "=",
+        ",",
+        ":",
+        "$",
+        "${",
+        " ",
+        "\n",
+        "a",
+        "é",
+        "🦊",
+        "#",
+        "@",
+        "*",
+        "~",
+        "3",
+    ]
+    choose = random.Random(0)
+    texts = ["".join(choose.choices(signs, k=choose.randint(1, 8))) for _ in range(200)] + ["\\${a}", "x\\\n", "\\\\'"]
+    texts = [text for text in texts if text[0] not in "['\""]
+    wrong = {}
+    for start in range(0, len(texts), 50):
+        part = texts[start : start + 50]
+        config = compose_config("sample", ["model=m", *(f"ask.n{i}={text}" for i, text in enumerate(part))])
+        told = OmegaConf.to_container(config, resolve=True)["ask"]
+        wrong |= {text: told[f"n{i}"] for i, text in enumerate(part) if told[f"n{i}"] != text}
+    assert not wrong
 
 
 def test_free_text_survives_composing():
@@ -171,6 +212,21 @@ def test_a_script_stops_with_one_line():
     answer = run("train.py", "experiment=emoji/text", "trainer.max_stepz=3")
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "error: trainer.max_stepz: trainer has no `max_stepz`" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["sample.py", "prompt=fox"], "model="),
+        (["train.py", "data=shards"], "data.train="),
+        (["precompute.py", "model=m"], "out="),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_what_must_be_said_is_named(arguments, wanted, tmp_path):
+    """A setting without a default, forgotten: one line that names it."""
+    answer = run(*arguments, *([f"runs={tmp_path}"] if arguments[0] == "train.py" else []))
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr and wanted in answer.stderr, answer.stderr[-500:]
 
 
 def test_several_devices_in_a_multirun_are_refused(tmp_path):

@@ -77,7 +77,7 @@ def test_layers_join_by_width_and_whiten(clip_folder, tmp_path):
 
 
 def test_missing_tower_names_the_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python train\.py experiment=emoji/clip run_id=.*condition\.text"):
+    with pytest.raises(FileNotFoundError, match=r"python train\.py experiment=emoji/clip (runs=\S+ )?run_id=.*condition\.text"):
         Text(f"local-dir:{tmp_path}/none")
 
 

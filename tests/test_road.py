@@ -1,7 +1,6 @@
 """The whole road, once and tiny: CLIP, autoencoder, latents, diffusion, pictures, numbers, report."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from PIL import Image
 
 from evaluate import evaluate
 from ldm.build import load_autoencoder, load_model
-from ldm.command_line import CONFIGS, compose_config
+from ldm.command_line import compose_config
 from ldm.report import page, picture, read_curves, wall
 from precompute import precompute
 from sample import sample
@@ -159,7 +158,7 @@ def test_evaluate_writes_numbers_and_their_protocol(road, tmp_path):
 
 
 def test_what_is_not_there_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python train\.py experiment=emoji/autoencoder run_id="):
+    with pytest.raises(FileNotFoundError, match=r"python train\.py experiment=emoji/autoencoder (runs=\S+ )?run_id="):
         load_autoencoder(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor a good"):
         load_model(tmp_path)
@@ -179,13 +178,6 @@ def test_latents_without_statistics_are_refused(road, tmp_path):
         load_autoencoder(str(tmp_path))
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_experiments_open_with_their_command(path):
-    name = str(path.relative_to(CONFIGS / "experiment").with_suffix(""))
-    assert f"python train.py experiment={name}" in path.read_text()
-    assert compose_config("train", [f"experiment={name}"]).name == name
-
-
 def test_the_report_needs_nothing_from_elsewhere(tmp_path):
     from base64 import b64decode
     from io import BytesIO
@@ -202,10 +194,3 @@ def test_the_report_needs_nothing_from_elsewhere(tmp_path):
         log.parent.mkdir(parents=True)
         log.write_text(rows)
     assert read_curves(tmp_path) == {"train/loss": ([1.0, 2.0], [3.0, 1.5]), "val/loss": ([3.0], [0.5])}
-
-
-def test_configs_mirror_the_rooms():
-    helpers = {"__init__", "conditioner", "grid", "time", "decode", "index", "order", "write"}
-    for room in ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler"):
-        code = {f.stem for f in Path(CONFIGS.parent / "ldm" / room).glob("*.py")} - helpers
-        assert code <= {f.stem for f in (CONFIGS / room).glob("*.yaml")}, room

@@ -1,0 +1,177 @@
+"""Every config builds, rooms and configs mirror each other, and experiments say how they are run."""
+
+from functools import cache
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm.build import build, build_members, build_stage
+from ldm.command_line import CONFIGS, compose_config
+from ldm.folder import save_model
+from ldm.types import Cond, Draw, Widths
+
+ROOMS = ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler")
+HELPERS = {"__init__", "conditioner", "grid", "time", "decode", "index", "order", "write"}
+EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
+
+
+def names(room):
+    return sorted(path.stem for path in (CONFIGS / room).glob("*.yaml"))
+
+
+def every(*rooms):
+    return [pytest.param(room, name, id=f"{room}={name}") for room in rooms for name in names(room)]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_one_config_for_each_file_of_a_room(room):
+    code = {path.stem for path in (CONFIGS.parent / "ldm" / room).glob("*.py")} - HELPERS
+    assert code and code <= set(names(room))
+
+
+@pytest.mark.parametrize("room, name", every(*ROOMS))
+def test_a_config_builds_from_its_own_room(room, name):
+    node = OmegaConf.to_container(OmegaConf.load(CONFIGS / room / f"{name}.yaml"))
+    node = node if "_target_" in node else node[name]
+    assert node["_target_"].startswith((f"ldm.{room}.", "ldm.build."))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, clip_folder):
+    """runs/quickstart/{clip,autoencoder} as the configs expect them, untrained."""
+    home = tmp_path_factory.mktemp("runs") / "quickstart"
+    home.mkdir()
+    (home / "clip").symlink_to(clip_folder)
+    recipe = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1], "groups": 4}
+    save_model(build(recipe).state_dict() | {"count": torch.tensor(1)}, recipe, home / "autoencoder")
+    return home.parent
+
+
+SETTINGS = ("schedule", "prediction", "level", "optimizer", "rate")
+CHOICES = ("autoencoder", "backbone", "guidance", "loss", "objective", "sampler", *SETTINGS)
+
+
+@cache
+def composed(i, runs):
+    """The train config with the i-th choice of each of CHOICES: few compositions hold them all."""
+    chosen = [f"{room}={names(room)[i % len(names(room))]}" for room in CHOICES]
+    return compose_config("train", [*chosen, f"runs={runs}", "trainer.max_steps=100"])
+
+
+def node_of(room, name, runs):
+    return composed(names(room).index(name), runs)[room]
+
+
+@pytest.mark.parametrize("room, name", every(*sorted(set(CHOICES) - {"backbone", "optimizer", "rate"})))
+def test_choices_build(room, name, runs):
+    with torch.device("meta" if name == "kl" else "cpu"):
+        assert build(node_of(room, name, runs)) is not None
+
+
+@pytest.mark.parametrize("name", names("backbone"))
+def test_backbones_are_told_channels_and_widths_only(name, runs):
+    partial = build(node_of("backbone", name, runs))
+    with torch.device("meta"):
+        assert isinstance(partial(channels=4, widths=Widths(vector=6, tokens=64, spatial=1)), nn.Module)
+
+
+@pytest.mark.parametrize("room, name", every("optimizer", "rate"))
+def test_optimizers_and_rates_move_a_weight(room, name, runs):
+    config = composed(names(room).index(name), runs)
+    net = nn.Linear(32, 32)
+    before = net.weight.detach().clone()
+    optimizer, rate = build(config.optimizer)(net.parameters()), build(config.rate)
+    net(torch.ones(1, 32)).sum().backward()
+    torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    optimizer.step()
+    assert not torch.equal(net.weight, before) and all(0 <= rate(step) <= 1 for step in range(200))
+
+
+@pytest.mark.parametrize("name", names("condition"))
+def test_conditions_say_their_widths(name, runs):
+    for embedder in build_members(compose_config("train", [f"condition=[{name}]", f"runs={runs}"]), "condition").values():
+        assert embedder.key and 0 <= embedder.rate <= 1 and embedder.widths != Widths()
+
+
+@pytest.mark.parametrize("room, name", every("metric", "data"))
+def test_metrics_and_data_build(room, name, runs, tmp_path):
+    if room == "metric":
+        node = compose_config("evaluate", [f"metric=[{name}]", "model=m"]).metric[name]
+    else:
+        node = compose_config("train", [f"{room}={name}", f"runs={runs}"])[room]
+    changes = {"model": f"local-dir:{runs}/quickstart/clip", "root": str(tmp_path), "train": str(tmp_path)}
+    for key in changes.keys() & node.keys():
+        node[key] = changes[key]
+    assert build(node) is not None
+
+
+@pytest.mark.parametrize("room", ["callback", "logger"])
+def test_callbacks_and_loggers_build(room, tmp_path):
+    everything = [f"{room}=[{','.join(names(room))}]", f"runs={tmp_path}"]
+    offline = ["logger.wandb.offline=true"] if room == "logger" else []
+    assert sorted(build_members(compose_config("train", [*everything, *offline]), room)) == names(room)
+
+
+@pytest.mark.parametrize("name", sorted(set(names("trainer")) - {"gpu"}))
+def test_trainers_build(name, tmp_path):
+    config = compose_config("train", [f"trainer={name}", f"runs={tmp_path}", "trainer.accelerator=cpu", "trainer.devices=1"])
+    assert build(config.trainer, logger=False, callbacks=[]).max_steps == config.trainer.max_steps
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_say_their_name_and_command_and_build(name, runs):
+    config = compose_config("train", [f"experiment={name}", f"runs={runs}"])
+    assert config.name == name and config.run_id.startswith(f"{name}-")
+    opening = [line for line in (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()[:8] if line[0] == "#"]
+    assert any(f"python train.py experiment={name}" in line for line in opening)
+    if "whiten" in config.condition.get("text", {}):
+        config.condition.text.whiten = False  # the random tower has no statistics
+    assert any(p.requires_grad for p in build_stage(config).parameters())
+
+
+def test_nothing_need_be_told(runs):
+    """condition=[] is unconditional diffusion, as in the LDM paper's FFHQ and CelebA models."""
+    stage = build_stage(compose_config("train", ["condition=[]", "backbone=mlp", "backbone.size=4", "autoencoder=identity"]))
+    batch = {"image": torch.zeros(2, 3, 4, 4), "position": torch.arange(2)}
+    assert stage.losses(batch, Draw(0, batch["position"], 2))["loss"].isfinite()
+
+
+PACKAGE = '''
+import torch
+from torch import nn
+
+
+class Bright(nn.Module):
+    """Says the first token's first channels, everywhere."""
+
+    def __init__(self, channels, widths, gain=1.0):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+        self.channels = channels
+
+    def forward(self, x, noise_level, cond):
+        return 0 * x + self.gain * cond.tokens[:, 0, : self.channels, None, None]
+'''
+
+
+def test_a_users_own_backbone_trains_in_ours(tmp_path, monkeypatch):
+    """hydra.searchpath and allow, and no file of ours changes."""
+    configs = tmp_path / "own" / "configs" / "backbone"
+    configs.mkdir(parents=True)
+    for folder in (tmp_path / "own", configs.parent):
+        (folder / "__init__.py").touch()
+    (tmp_path / "own" / "bright.py").write_text(PACKAGE)
+    (configs / "bright.yaml").write_text("_target_: own.bright.Bright\n_partial_: true\ngain: 2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = ["hydra.searchpath=[pkg://own.configs]", "backbone=bright", "autoencoder=identity", "condition=[label]"]
+    stage = build_stage(compose_config("train", [*mine, "allow=[own]", "backbone.gain=3.0"]))
+    table = stage.model.conditioner.embedders["label"].table.weight
+    told = stage.model.denoiser.output(torch.zeros(2, 3, 4, 4), torch.tensor(0.5), Cond(tokens=table[[4, 7], None]))
+    torch.testing.assert_close(told[:, :, 1, 2], 3 * table[[4, 7], :3])
+    batch = {"image": torch.zeros(2, 3, 4, 4), "label": torch.tensor([4, 7]), "position": torch.arange(2)}
+    stage.losses(batch, Draw(0, batch["position"], 2))["loss"].backward()
+    assert stage.model.denoiser.backbone.gain.grad.abs() > 0
+    with pytest.raises(ValueError, match=r"own\.bright\.Bright is not among.*allow=\[own\]"):
+        build_stage(compose_config("train", mine))
