@@ -5,89 +5,122 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.folder import write_text
 from ldm.report import code, curves, page, previews, read_curves, stacked_bar, table, tiles, wall
 
-MEANING = {
-    "reconstruction_psnr": "PSNR of the autoencoder on held-out pictures, in dB (bar 24, aim 26).",
-    "text_match_top1": "For 128 evenly chosen training captions: the nearest training picture, after pooling to 16x16, is the "
-    "one that the caption names (bar 0.60, aim 0.90). A test of conditioning, not of generalisation.",
-    "clip_retrieval_top1": "For the same pictures: the quickstart's own CLIP finds the caption among all 128 (chance 0.008).",
+BARS = {"reconstruction_psnr": (24.0, 26.0), "text_match_top1": (0.60, 0.90)}  # bar and aim of the quickstart
+MEASURES = {  # name: (title, unit, digits, what it means)
+    "reconstruction_psnr": ("reconstruction PSNR", "\u00a0dB", 1, "How close the autoencoder comes to pictures it never saw."),
+    "text_match_top1": (
+        "text match",
+        "",
+        2,
+        "For 128 evenly chosen training captions the nearest training picture after pooling to "
+        "16x16 is the one the caption names: a test of conditioning, not of generalisation.",
+    ),
+    "clip_retrieval_top1": ("CLIP retrieval", "", 2, "The share of these drawings whose caption the run's own CLIP ranks first."),
 }
-ABOVE = "<p>Above the real picture, below the drawn one.</p>"
-GO_ON = [
-    "make quickstart MINUTES=30",
-    "python sample.py model=runs/quickstart/diffusion prompt='[red apple,fox]' seed=0 out=samples guidance.scale=3",
-    "python evaluate.py model=runs/quickstart/diffusion out=runs/evaluation",
-    "python train.py experiment=emoji/text data=latents trainer.max_steps=20000",
-    "python train.py experiment=emoji/text data=shards data.train=/path/to/shards data.size=32",
-    "tensorboard --logdir runs/quickstart",
-]
+GO_ON = """\
+make quickstart MINUTES=30
+python sample.py model=runs/quickstart/diffusion prompt='[red apple,fox]' seed=0 out=samples
+python evaluate.py model=runs/quickstart/diffusion
+python train.py experiment=emoji/text trainer.max_steps=20000
+# on shards of your own
+python train.py experiment=emoji/text data=shards data.train=/path/to/shards data.size=64
+# curves and previews in the browser
+tensorboard --logdir runs/quickstart"""
 
 
 def write_report(folder: Path, metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Writes FOLDER/report.html.
+    """Writes FOLDER/report.html, see `quickstart_page`."""
+    write_text(quickstart_page(folder, metrics, shown), folder / "report.html")
 
-    metrics: what metrics.json holds. shown: pictures in [-1, 1]: held_out, reconstructed (N, 3, h, w); real, drawn
-    (M, 3, h, w) with captions and matched; samples (K, 3, h, w) with prompts.
+
+def quickstart_page(folder: Path, metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
+    """The quickstart's page: what was drawn, how good it is, how long it took, how to go on. What is missing is left out.
+
+    folder: holds {clip,autoencoder,diffusion}/csv and {autoencoder,diffusion}/previews. metrics: what metrics.json holds.
+    shown: pictures in [-1, 1]: held_out, reconstructed (N, 3, h, w); real, drawn (M, 3, h, w) with captions and matched;
+    samples (K, 3, h, w) with prompts.
     """
-    pairs = torch.stack((shown["real"], shown["drawn"].to(shown["real"])), dim=1)
-    both = torch.stack((shown["held_out"], shown["reconstructed"].to(shown["held_out"])), dim=1)
-    sections = [
-        ("Measured", _headline(metrics)),
-        (
-            "Drawn from a caption",
-            f"<p>Above the real picture, below the drawn one.</p>{wall(pairs, shown['captions'], shown['matched'])}",
-        ),
-        ("Drawn from words in a new order", wall(shown["samples"], shown["prompts"])),
-        ("Held-out pictures, and their reconstructions", wall(both[:32], [""] * min(32, len(both)))),
-        ("As training went on", previews(folder / "diffusion")),
-        ("Losses", _losses(folder)),
-        ("Measurements", table(("figure", "value", "what it means"), _numbers(metrics))),
-        ("Seconds", _seconds(metrics["seconds"])),
-        ("Made with", table(("what", "value"), _surroundings(metrics))),
-        ("Go on from here", code(GO_ON)),
-    ]
-    lead = f"A CLIP, an autoencoder and a diffusion model, trained on emoji in {metrics['seconds']['total'] / 60:.1f} minutes."
-    write_text(page("Quickstart", lead, sections), folder / "report.html")
-
-
-def _headline(metrics: Mapping[str, Any]) -> str:
-    psnr, match, retrieval = (metrics[name] for name in MEANING)
-    return tiles(
+    seconds = metrics.get("seconds", {})
+    parts = {name: value for name, value in seconds.items() if name != "total"}
+    took = f" in {seconds['total'] / 60:.1f} minutes" if "total" in seconds else ""
+    stages = [(name, f"{value:,.1f}", f"{value / max(sum(parts.values()), 1e-9):.0%}") for name, value in parts.items()]
+    new = wall(shown["samples"], shown["prompts"], zoom=4) if "samples" in shown else ""
+    return page(
+        "Latent diffusion: the quickstart",
+        f"A small CLIP, an autoencoder and a diffusion model, trained on emoji{took}, and what came of them.",
         [
-            ("reconstruction", f"{psnr:.1f} dB", "bar 24, aim 26", psnr >= 24),
-            ("text match", f"{match:.2f}", "bar 0.60, aim 0.90", match >= 0.6),
-            ("CLIP retrieval", f"{retrieval:.2f}", "chance 0.008", retrieval > 0.1),
-            ("minutes", f"{metrics['seconds']['total'] / 60:.1f}", "bar 10, all stages", metrics["seconds"]["total"] <= 600),
-        ]
+            ("In short", _headline(metrics)),
+            ("Drawn from captions of the training set", _from_captions(shown)),
+            ("New prompts: combinations that are not in the data", new),
+            ("Held-out pictures through the autoencoder", _held_out(shown)),
+            ("As the diffusion model was trained", previews(folder / "diffusion")),
+            ("As the autoencoder was trained", previews(folder / "autoencoder")),
+            ("Curves", _stages(folder)),
+            ("Measurements", table(("measurement", "value", "what it means"), _meanings(metrics))),
+            ("Seconds per stage", stacked_bar(parts) + table(("stage", "seconds", "share"), stages)),
+            ("Hardware and versions", table(("what", "value"), _surroundings(metrics))),
+            ("Go on from here", code(GO_ON.splitlines())),
+        ],
     )
 
 
-def _losses(folder: Path) -> str:
+def _headline(metrics: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, str, str, bool | None]] = []
+    for name, (bar, aim) in BARS.items():
+        if (value := metrics.get(name)) is not None:
+            title, unit, digits, _ = MEASURES[name]
+            reached = "the aim is reached" if value >= aim else "the bar is reached" if value >= bar else "below the bar"
+            beside = f"bar {bar:.{digits}f}, aim {aim:.{digits}f}: {reached}"
+            rows.append((title, f"{value:.{digits}f}{unit}", beside, value >= bar))
+    if "total" in metrics.get("seconds", {}):
+        beside = f"steps meant for {metrics['minutes']:g} minutes" if "minutes" in metrics else "all stages"
+        rows.append(("time", f"{metrics['seconds']['total'] / 60:.1f}\u00a0min", beside, None))
+    return tiles(rows)
+
+
+def _from_captions(shown: Mapping[str, Any]) -> str:
+    if "drawn" not in shown:
+        return ""
+    marks = [bool(m) for m in shown["matched"]]
+    said = "Above the real picture, below the drawn one; a tick where the training picture nearest to the drawing is the real one"
+    walls = wall(_above(shown["real"], shown["drawn"]), shown["captions"], marks)
+    return f"<p>{said}: {sum(marks)} of {len(marks)}.</p>{walls}"
+
+
+def _held_out(shown: Mapping[str, Any]) -> str:
+    if "reconstructed" not in shown:
+        return ""
+    both = _above(shown["held_out"], shown["reconstructed"])[:30]
+    return f"<p>Above the original, below its reconstruction.</p>{wall(both, [''] * len(both))}"
+
+
+def _above(top: Tensor, bottom: Tensor) -> Tensor:
+    return torch.stack((top.float().cpu(), bottom.float().cpu()), dim=1)
+
+
+def _stages(folder: Path) -> str:
     drawings = []
     for stage in ("clip", "autoencoder", "diffusion"):
-        found = {name: points for name, points in read_curves(folder / stage).items() if name in ("train/loss", "val/loss")}
-        if found:
-            drawings.append(f"<h3>{stage}</h3>{curves(found, 'step')}")
-    psnr = {name: points for name, points in read_curves(folder / "autoencoder").items() if name == "val/psnr"}
-    return "".join(drawings) + curves(psnr, "step")
+        found = read_curves(folder / stage)
+        for name, log_y in (("loss", True), ("psnr", False)):
+            series = {full: found[full] for full in (f"train/{name}", f"val/{name}") if full in found}
+            label = "PSNR in dB" if name == "psnr" else name
+            drawings += [f"<figure><h3>{stage}: {label}</h3>{curves(series, 'step', label, log_y)}</figure>"] if series else []
+    return f'<div class="charts">{"".join(drawings)}</div>' if drawings else ""
 
 
-def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    return [(name, f"{metrics[name]:.4f}", meaning) for name, meaning in MEANING.items()]
-
-
-def _seconds(seconds: Mapping[str, float]) -> str:
-    parts = {name: value for name, value in seconds.items() if name != "total"}
-    return stacked_bar(parts) + table(("stage", "seconds"), [(name, f"{value:.1f}") for name, value in seconds.items()])
+def _meanings(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    found = [(*measure, metrics[name]) for name, measure in MEASURES.items() if metrics.get(name) is not None]
+    return [(title, f"{value:.{digits + 1}f}{unit}", meaning) for title, unit, digits, meaning, value in found]
 
 
 def _surroundings(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(name, str(value)) for name, value in metrics["hardware"].items() if value is not None]
-    rows += [
-        (f"{stage}: parameters, steps", f"{count:,}, {metrics['steps'][stage]:,}")
-        for stage, count in metrics["parameters"].items()
-    ]
-    return [*rows, ("commit", str(metrics["commit"]))]
+    rows = [(name, str(value)) for name, value in metrics.get("hardware", {}).items() if value is not None]
+    rows += [(f"parameters: {stage}", f"{count:,}") for stage, count in metrics.get("parameters", {}).items()]
+    rows += [(f"training steps: {stage}", f"{count:,}") for stage, count in metrics.get("steps", {}).items()]
+    return rows + ([("commit", str(metrics["commit"]))] if metrics.get("commit") else [])
