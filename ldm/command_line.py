@@ -1,5 +1,7 @@
 """How the scripts are called: free text is quoted, names and types are checked, then Hydra composes. Light to import."""
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -47,7 +49,7 @@ def quote(arguments: Sequence[str]) -> list[str]:
     return quoted
 
 
-def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False, configs: Path = CONFIGS) -> None:
+def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
     """Composes once and names what is mistyped, with the nearest valid name.
 
     Raises:
@@ -55,7 +57,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     search = [o for o in overrides if o.startswith("hydra.searchpath")]
-    with initialize_config_dir(str(configs), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         groups = {o.key_or_group: _options(loader, o.key_or_group) for o in parsed}
         chosen = [o for o in parsed if groups[o.key_or_group]]
@@ -69,11 +71,11 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             _check_value(override, config)
 
 
-def compose_config(config_name: str, overrides: Sequence[str] = (), configs: Path = CONFIGS) -> DictConfig:
+def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
     overrides = quote(overrides)
-    check_overrides(config_name, overrides, configs=configs)
-    with initialize_config_dir(str(configs), version_base="1.3"):
+    check_overrides(config_name, overrides)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return name_run(compose(config_name, overrides=list(overrides)))
 
 
@@ -83,9 +85,6 @@ def name_run(config: DictConfig) -> DictConfig:
     What says where and how long a run trains (trainer, logger, callback, resume) is left out of the digits.
     """
     if "run_id" in config and config.run_id is None:
-        import hashlib
-        import json
-
         told = {k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k not in VOLATILE}
         digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
         with open_dict(config):

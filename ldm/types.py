@@ -236,8 +236,13 @@ class Autoencoder(Protocol):
 
 
 class Metric(Protocol):
-    def update(self, **fields: Any) -> None:
-        """Takes the fields it measures, by name."""
+    of: str  # which pictures it judges: "reconstruction" or "drawing"
+
+    def prepare(self, data: Any) -> None:
+        """Reads what it needs of the data module, once, beforehand."""
+
+    def update(self, images: Tensor, batch: Batch) -> None:
+        """images: (B, 3, height, width) in [-1, 1], to be judged; batch: the real samples that they answer to."""
 
     def compute(self) -> dict[str, float]:
         """The numbers, by name."""

@@ -9,14 +9,14 @@ from tqdm import tqdm
 
 from ldm.generate import generate
 from ldm.model import LatentModel
-from ldm.types import Batch, Guidance, Sampler
+from ldm.types import Batch, Guidance, Metric, Sampler
 
 
 @torch.no_grad()
 def evaluate(
     model: LatentModel,
     data: Any,
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, Metric],
     sampler: Sampler,
     guidance: Guidance,
     count: int,
