@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 
 import open_clip
 import pytest
@@ -473,7 +474,7 @@ class Interrupt(pl.Callback):
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, after):
+def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, after, capsys):
     whole, folder = autoencoder_stage(), tmp_path / "run"
     fit(whole, small(emoji_root), trainer(tmp_path, 5), tmp_path / "whole")
 
@@ -487,6 +488,8 @@ def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, af
         return stage
 
     run(Interrupt(after))
+    how = "begins anew" if after == 1 else "goes on from .*step-00000002.ckpt"
+    assert re.search(rf"Stopped at step {after}. The same command {how}", capsys.readouterr().out)
     assert not (folder / "model.safetensors").exists() and not list(tmp_path.rglob("*.part"))
     run()
     exported, wanted = (load_tensors(f / "model.safetensors") for f in (folder, tmp_path / "whole"))
