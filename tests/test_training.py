@@ -29,6 +29,7 @@ from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newe
 from ldm.training.contrast import Contrast
 from ldm.training.diffusion import Diffusion
 from ldm.training.ema import EMA
+from ldm.training.logging import close, wandb_logger
 from ldm.training.muon import Muon, orthogonal
 from ldm.training.rate import Constant, Cosine, InverseSqrt
 from ldm.training.rate import Linear as Straight
@@ -562,3 +563,11 @@ def test_regression_of_silence_is_the_targets_power():
     assert loss == pytest.approx(2, abs=5 * math.sqrt(8 / x.numel()))
     parts = [objective(denoiser, x[r], Cond(), Draw(0, position[r], 256))["loss"].item() for r in position.split(64)]
     assert sum(parts) / 4 == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_job_of_a_multirun_has_a_wandb_run_of_its_own(tmp_path):
+    for name in ("emoji/text-1", "emoji/text-2"):
+        logger = wandb_logger(name, "ldm", str(tmp_path), offline=True)
+        logger.log_hyperparams({"seed": 1})
+        assert logger.experiment.id == name.replace("/", "-")
+        close([logger])
