@@ -3,6 +3,7 @@
 import torch
 
 from ldm.autoencoder.kl import KL
+from ldm.autoencoder.vq import VQ
 
 
 def kl():
@@ -30,3 +31,23 @@ def test_statistics_change_latents_and_no_picture():
     told = net.encode(images)
     torch.testing.assert_close(net.decode(told.sample(noise)), before, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(told.mean, net.posterior(images).mean, atol=1e-2)
+
+
+@torch.no_grad()
+def test_it_is_diffusers_autoencoder_on_the_same_weights():
+    """The structure of the published KL autoencoders, as another program reads it; and VQ-f4's number of parameters."""
+    from diffusers import VQModel
+
+    from benchmarks.autoencoder import peer_of
+
+    net, images = KL(channels=4, width=8, mult=(1, 2, 2), res_blocks=2, groups=4).eval(), torch.rand(2, 3, 16, 24) * 2 - 1
+    peer = peer_of(net, 8, (1, 2, 2), 2, 4)
+    theirs, ours = peer.encode(images).latent_dist, net.encode(images)
+    torch.testing.assert_close(ours.mean, theirs.mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.std, theirs.std, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(net.decode(ours.mean), peer.decode(theirs.mean).sample, atol=1e-5, rtol=1e-4)
+    with torch.device("meta"):
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+        sizes = {"block_out_channels": [128, 256, 512], "layers_per_block": 2, "latent_channels": 3}
+        vq = VQModel(**blocks, **sizes, num_vq_embeddings=8192, vq_embed_dim=3)
+        assert sum(p.numel() for p in VQ(ema=False).parameters()) == sum(p.numel() for p in vq.parameters())

@@ -139,7 +139,6 @@ def test_experiments_say_their_name_and_command_and_build(name, runs):
     assert any(f"python train.py experiment={name}" in line for line in opening)
     if "net" in config.loss:
         config.loss = {**config.loss, "net": "alex", "weights": str(random_alexnet(runs))}
-    config.data.train = config.data.get("train") or "shards"
     if "whiten" in config.condition.get("text", {}):
         config.condition.text.whiten = False  # the random tower has no statistics
     with torch.device("meta" if name.startswith("laion/") else "cpu"):
