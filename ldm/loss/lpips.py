@@ -84,8 +84,8 @@ def load_features(net: str, weights: str | None) -> nn.Sequential:
     wrong = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
     if wrong:
         raise ValueError(
-            f"loss.weights={weights} does not hold torchvision's {make.__name__}: of its features, {sorted(wrong)[:3]} are missing, "
-            f"unknown or of another shape ({len(wrong)} in all). The file wanted is {published.IMAGENET1K_V1.url}."
+            f"loss.weights={weights} does not hold torchvision's {make.__name__}: of its features, {sorted(wrong)[:3]} "
+            f"are missing, unknown or of another shape ({len(wrong)} in all). The file wanted is {published.IMAGENET1K_V1.url}."
         )
     features.load_state_dict({k: v.float() for k, v in found.items()}, assign=True)
     return features
