@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -56,9 +57,10 @@ def measure(autoencoder: nn.Module, data: Any, device: torch.device) -> tuple[Te
 
 def histograms(channels: Tensor) -> Tensor:
     """(C, N) -> a picture (1, 3, h, w) in [-1, 1]: each channel's histogram, and the normal curve of its mean and deviation."""
-    rows = -(-min(len(channels), 64) // 4)
-    figure = Figure(figsize=(10, 1.8 * rows), layout="constrained")
-    for i, (x, axes) in enumerate(zip(channels, figure.subplots(rows, 4, squeeze=False).flat)):
+    columns = min(len(channels), 4)
+    rows = -(-len(channels) // columns)
+    figure = Figure(figsize=(2.5 * columns, 1.8 * rows), layout="constrained")
+    for i, (x, axes) in enumerate(zip(channels, figure.subplots(rows, columns, squeeze=False).flat)):
         axes.hist(x.numpy(), bins=64, density=True, color="tab:blue")
         grid = torch.linspace(x.min().item(), x.max().item(), 200)
         normal = torch.exp(-0.5 * ((grid - x.mean()) / x.std()) ** 2) / (x.std() * (2 * torch.pi) ** 0.5)
@@ -67,5 +69,5 @@ def histograms(channels: Tensor) -> Tensor:
         axes.set_yticks([])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = torch.tensor(canvas.buffer_rgba())[..., :3]
+    pixels = torch.from_numpy(np.array(canvas.buffer_rgba()))[..., :3]
     return pixels.permute(2, 0, 1)[None].float().div(127.5).sub(1)
