@@ -1,6 +1,6 @@
 """How much decoding in tiles differs from decoding at once: a wall of emoji, 512x512, through a trained autoencoder.
 
-    python -m benchmarks.tiling runs/autoencoders/f8-perceptual
+python -m benchmarks.tiling runs/autoencoders/f8-perceptual
 """
 
 import sys
