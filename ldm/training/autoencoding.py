@@ -105,11 +105,12 @@ class Autoencoding(Stage):
             return
         finite = self.seen["image"].isfinite().flatten(1).all(1).tolist()
         bad = [key for key, good in zip(self.seen.get("key", self.seen["position"].tolist()), finite) if not good]
-        raise ValueError(
-            f"At step {self.trainer.global_step} the loss is not finite. "
-            + (f"Pictures that hold NaN or infinity: {bad[:5]}; leave them out of the shards (data.train)." if bad else "The ")
-            + ("" if bad else "pictures of this rank are finite: lower optimizer.lr, or train with trainer.precision=32-true.")
+        found = (
+            f"Pictures that hold NaN or infinity: {bad[:5]}; leave them out of the shards (data.train)."
+            if bad
+            else "The last pictures of this rank are finite: lower optimizer.lr, or train with trainer.precision=32-true."
         )
+        raise ValueError(f"At step {self.trainer.global_step} the loss is not finite. {found}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The discriminator's optimizer goes with the weights."""
