@@ -117,7 +117,8 @@ def error(sampler, schedule):
     def std(a, s):
         return (a**2 * STD**2 + s**2).sqrt()
 
-    exact = alpha_0 * MEAN + std(alpha_0, sigma_0) / std(alpha_1, sigma_1) * (sigma_1 * noise - alpha_1 * MEAN)
+    begun = torch.hypot(alpha_1, sigma_1) * noise
+    exact = alpha_0 * MEAN + std(alpha_0, sigma_0) / std(alpha_1, sigma_1) * (begun - alpha_1 * MEAN)
     return (sampler(gaussian(schedule), schedule, noise, range(256)) - exact).abs().max().item()
 
 

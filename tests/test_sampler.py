@@ -25,7 +25,7 @@ def test_data_that_is_one_point_is_reached_exactly(config, schedule, steps):
     """The flow's paths are straight in sigma / alpha then: x = alpha * point + sigma * noise in any number of steps."""
     noise, point = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
     start, end = (schedule(torch.tensor(t, dtype=torch.float64)) for t in (1.0, 0.0))
-    slope = (start[1] * noise - start[0] * point) / start[1]
+    slope = (torch.hypot(*start) * noise - start[0] * point) / start[1]
     wanted = end[0] * point + end[1] * slope
     drawn = sampler(config, steps)(lambda x_t, t: point, schedule, noise, range(4))
     torch.testing.assert_close(drawn, wanted, atol=1e-6, rtol=1e-6)
