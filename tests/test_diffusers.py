@@ -11,10 +11,15 @@ import torch
 from ldm.denoiser import Denoiser, Timestep
 from ldm.prediction import Data, Noise, Velocity
 from ldm.sampler.ddim import DDIM
+from ldm.sampler.ddpm import DDPM as Ancestral
 from ldm.sampler.dpmpp import DPMpp
+from ldm.sampler.dpmpp_sde import DPMppSDE
 from ldm.sampler.euler import Euler
+from ldm.sampler.euler_ancestral import EulerAncestral
 from ldm.sampler.grid import Karras, Leading, Linspace, Trailing
 from ldm.sampler.heun import Heun
+from ldm.sampler.noise import Streams
+from ldm.sampler.unipc import UniPC
 from ldm.schedule import DDPM, ScaledLinear
 from ldm.types import Cond, like
 
@@ -41,13 +46,13 @@ class Network(torch.nn.Module):
         return torch.tanh(torch.einsum("dc,bchw->bdhw", self.mix, x) + like(noise_level, x) / 1000)
 
 
-def theirs(scheduler, x):
+def theirs(scheduler, x, **step):
     """What a scheduler of diffusers makes of x, of unit variance, in the loop of its pipelines."""
     scheduler.set_timesteps(STEPS)
     if scheduler.init_noise_sigma != 1:  # it works on x / alpha
         x = x * (scheduler.sigmas[0].double() ** 2 + 1).sqrt()
     for t in scheduler.timesteps:
-        x = scheduler.step(Network()(scheduler.scale_model_input(x, t), t.double(), None), t, x).prev_sample
+        x = scheduler.step(Network()(scheduler.scale_model_input(x, t), t.double(), None), t, x, **step).prev_sample
     return x
 
 
@@ -76,6 +81,7 @@ def test_alphas(schedule, betas, zero):
         (diffusers.EulerDiscreteScheduler, Euler, 0),
         (diffusers.HeunDiscreteScheduler, Heun, 0),
         (diffusers.DPMSolverMultistepScheduler, DPMpp, 1),
+        (diffusers.UniPCMultistepScheduler, UniPC, 1),
     ],
 )
 def test_deterministic_samplers(peer, sampler, spare, grid, prediction):
@@ -108,3 +114,41 @@ def test_karras_grid():
     scheduler = diffusers.EulerDiscreteScheduler(**SCALED, use_karras_sigmas=True, prediction_type="v_prediction")
     drawn = ours(Euler(STEPS, grid=Karras()), "v_prediction", X)
     torch.testing.assert_close(drawn, theirs(scheduler, X), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("p", [1, 3])
+def test_unipc_of_other_orders(p):
+    scheduler = diffusers.UniPCMultistepScheduler(
+        **SCALED, timestep_spacing="trailing", prediction_type="v_prediction", solver_order=p
+    )
+    drawn = ours(UniPC(STEPS, p, Trailing()), "v_prediction", X)
+    torch.testing.assert_close(drawn, theirs(scheduler, X), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "peer, only, step, sampler",
+    [
+        (diffusers.DDPMScheduler, {"clip_sample": False}, {}, Ancestral(STEPS, grid=Leading(offset=0))),
+        (
+            diffusers.DDPMScheduler,
+            {"clip_sample": False, "variance_type": "fixed_large"},
+            {},
+            Ancestral(STEPS, v=1.0, grid=Leading(offset=0)),
+        ),
+        (diffusers.DDIMScheduler, {"clip_sample": False, "steps_offset": 1}, {"eta": 0.7}, DDIM(STEPS, 0.7, Leading())),
+        (diffusers.EulerAncestralDiscreteScheduler, {}, {}, EulerAncestral(STEPS, grid=Linspace())),
+        (
+            diffusers.DPMSolverMultistepScheduler,
+            {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+            {},
+            DPMppSDE(STEPS, Trailing()),
+        ),
+    ],
+    ids=["ddpm", "ddpm_large", "ddim_eta", "euler_ancestral", "dpmpp_sde"],
+)
+def test_stochastic_samplers_given_the_same_noise(peer, only, step, sampler, monkeypatch):
+    """diffusers draws for the whole batch; here it is handed what each picture's own seed says."""
+    draw = Streams(range(len(X)))
+    monkeypatch.setattr(f"{peer.__module__}.randn_tensor", lambda shape, **_: draw(X))
+    scheduler = peer(**SCALED, **only, prediction_type="v_prediction")
+    torch.testing.assert_close(ours(sampler, "v_prediction", X), theirs(scheduler, X, **step), atol=1e-4, rtol=0)

@@ -108,7 +108,7 @@ def gaussian(schedule):
     return denoise
 
 
-def error(sampler, schedule):
+def error(sampler, schedule, first_seed=0):
     """Largest distance between the sampler's answer and the exact solution of the flow."""
     noise = torch.randn(256, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     one, zero = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
@@ -119,7 +119,7 @@ def error(sampler, schedule):
 
     begun = torch.hypot(alpha_1, sigma_1) * noise
     exact = alpha_0 * MEAN + std(alpha_0, sigma_0) / std(alpha_1, sigma_1) * (begun - alpha_1 * MEAN)
-    return (sampler(gaussian(schedule), schedule, noise, range(256)) - exact).abs().max().item()
+    return (sampler(gaussian(schedule), schedule, noise, range(first_seed, first_seed + 256)) - exact).abs().max().item()
 
 
 @pytest.mark.parametrize("schedule", [Linear(), Cosine(), Karras()], ids=repr)
@@ -132,6 +132,8 @@ def test_order_of_convergence(config, schedule):
 
     plain = OmegaConf.to_container(OmegaConf.load(config))
     coarse, fine = (build(plain | {"steps": n}) for n in (256, 512))
+    if error(coarse, schedule) != error(coarse, schedule, first_seed=256):
+        pytest.skip("stochastic")
     assert error(coarse, schedule) / error(fine, schedule) == pytest.approx(2**fine.order, rel=0.35)
 
 

@@ -71,7 +71,7 @@ class Leading:
 
     def __call__(self, steps: int, schedule: Schedule) -> Tensor:
         """-> (steps + 1) times, float64."""
-        _check(steps + self.spare + self.offset, self.total)
+        _check(steps, self.total - self.spare - self.offset)
         n = torch.arange(self.spare, steps + self.spare) * (self.total // (steps + self.spare)) + self.offset
         return _at(n.flip(0), self.total, self.last)
 
@@ -103,7 +103,7 @@ class Linspace:
 
     def __call__(self, steps: int, schedule: Schedule) -> Tensor:
         """-> (steps + 1) times, float64."""
-        _check(steps + self.spare, self.total)
+        _check(steps, self.total - self.spare)
         n = torch.linspace(0, self.total - 1, steps + self.spare, dtype=torch.float64).round().flip(0)
         return _at(n[:steps], self.total, self.last)
 
@@ -137,9 +137,9 @@ def start(schedule: Schedule, times: Tensor, noise: Tensor) -> Tensor:
     return torch.hypot(alpha, sigma) * noise
 
 
-def _check(steps: int, total: int) -> None:
-    if steps > total:
-        raise ValueError(f"sampler.steps={steps}: this grid has {total} steps (sampler.grid.total); use sampler/grid=uniform.")
+def _check(steps: int, most: int) -> None:
+    if steps > most:
+        raise ValueError(f"sampler.steps={steps}: this grid has room for {most} (sampler.grid.total); use sampler/grid=uniform.")
 
 
 def _at(n: Tensor, total: int, last: float) -> Tensor:
