@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# alpha^2 where a table has zero terminal SNR: the smallest positive float16, so that sigma / alpha is finite.
+# alpha^2 at t = 1 of zero terminal SNR, at most: the smallest positive float16, so that sigma / alpha is finite.
 TERMINAL_ALPHA_BAR = 2.0**-24
 
 
@@ -139,9 +139,9 @@ def _table(betas: Tensor, floor: float, zero_terminal_snr: bool) -> Tensor:
     alpha = torch.cumprod(1 - betas, dim=0).sqrt()
     if zero_terminal_snr:
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-    alpha_bar = alpha.square().clamp(min=TERMINAL_ALPHA_BAR)
+        alpha[-1] = min(TERMINAL_ALPHA_BAR**0.5, alpha[-2].item() / 2)
     start = torch.tensor([math.log(floor)], dtype=torch.float64)
-    return torch.cat((start, (1 / alpha_bar - 1).log() / 2))
+    return torch.cat((start, (1 / alpha**2 - 1).log() / 2))
 
 
 def _read(table: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

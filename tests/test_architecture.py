@@ -21,6 +21,7 @@ ALLOWED = {
     **{room: {"types", "nn", "clip", "folder", room} for room in ROOMS},
     "data": {"types", "data"},
     "denoiser": {"types"},
+    "likelihood": {"types"},
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
     "request": {"folder", "model"},
