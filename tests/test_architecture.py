@@ -23,10 +23,11 @@ ALLOWED = {
     "denoiser": {"types"},
     "likelihood": {"types"},
     "edit": {"types", "sampler"},
+    "average": {"folder"},
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
     "request": {"types", "folder", "model", "edit"},
-    "training": {"types", "clip", "folder", "model", "generate", "training"},
+    "training": {"types", "average", "clip", "folder", "model", "generate", "training"},
     "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
 }
