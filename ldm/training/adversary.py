@@ -76,7 +76,10 @@ class Adversary(nn.Module):
         if trainer.gradient_clip_val:
             how = trainer.gradient_clip_algorithm or "norm"
             precision.clip_gradients(self.optimizer, trainer.gradient_clip_val, pl.utilities.GradClipAlgorithmType(how))
-        (self.optimizer.step if scaler is None else lambda: scaler.step(self.optimizer))()
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
         self.optimizer.zero_grad()
 
 
