@@ -18,14 +18,14 @@ HELPERS = {
     "__init__",
     "adversary",
     "conditioner",
+    "decode",
+    "distance",
     "grid",
+    "index",
     "noise",
+    "order",
     "time",
     "weight",
-    "distance",
-    "decode",
-    "index",
-    "order",
     "write",
 }
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
