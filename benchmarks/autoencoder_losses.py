@@ -1,7 +1,7 @@
 """Which losses an autoencoder needs: emoji at 64 px, factors 4 and 8, perceptual loss and adversary each on and off.
 
     python -m benchmarks.autoencoder_losses [4] [8]     trains runs/autoencoders/f4-... and f8-..., eight runs
-    python -m benchmarks.autoencoder_losses table       measures them; writes runs/autoencoders/table.md and pictures.png
+    python -m benchmarks.autoencoder_losses table       measures those that are there: table.md, pictures.jpg
 
 Needs the quickstart's CLIP: python train.py experiment=emoji/clip run_id=quickstart/clip
 """
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid, save_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from ldm.build import build, load_autoencoder
 from ldm.command_line import compose_config
@@ -60,6 +61,8 @@ def table():
     lines = ["| factor | perceptual | adversary | PSNR (dB) | SSIM | CLIP distance |", "|---|---|---|---|---|---|"]
     rows = [images[list(SHOWN)]]
     for name, (factor, *chosen) in settings().items():
+        if not (HOME / name / "model.safetensors").is_file():
+            continue
         net = load_autoencoder(str(HOME / name))
         output = torch.cat([net.decode(net.encode(part).mean).clamp(-1, 1) for part in images.split(32)])
         told = fidelity(output, images)
@@ -67,7 +70,8 @@ def table():
         lines.append(f"| {factor} | {words} | {told['psnr']:.2f} | {told['ssim']:.3f} | {clip(output, images):.4f} |")
         rows.append(output[list(SHOWN)])
     (HOME / "table.md").write_text("\n".join(lines) + "\n")
-    save_image(make_grid(torch.cat(rows).add(1).div(2), nrow=len(SHOWN), padding=2, pad_value=1.0), HOME / "pictures.png")
+    grid = make_grid(torch.cat(rows).add(1).div(2), nrow=len(SHOWN), padding=2, pad_value=1.0)
+    to_pil_image(grid).save(HOME / "pictures.jpg", quality=92, subsampling=0)
     print("\n".join(lines))
 
 
