@@ -28,9 +28,11 @@ class Lpips:
         if net not in BACKBONES:
             raise ValueError(f"metric.lpips.net={net}: wanted one of {', '.join(BACKBONES)}.")
         self.of, self.net = of, _LPIPS(pretrained=True, net=net, pnet_rand=True)
-        found = {name.removeprefix("features."): value for name, value in _read(BACKBONES[net], weights).items()}
-        own = self.net.net.state_dict()
-        self.net.net.load_state_dict({name: found[name.split(".", 1)[1]] for name in own})
+        found = [value for name, value in _read(BACKBONES[net], weights).items() if name.startswith("features.")]
+        own = self.net.net.state_dict()  # the same layers in the same order, under other names
+        if [v.shape for v in own.values()] != [v.shape for v in found]:
+            raise ValueError(f"metric.lpips.weights={weights} does not hold the features of torchvision's {BACKBONES[net]}.")
+        self.net.net.load_state_dict(dict(zip(own, found)))
         self.net.eval().requires_grad_(False)
         self.protocol = {"extractor": f"lpips 0.1 {net}", "sha256": weights_sha256(self.net), "resize": "none"}
 
