@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.build import ALLOWED, build, load_autoencoder, load_model
+from ldm.build import allowed, build, load_autoencoder, load_model
 from ldm.data.index import expand
 from ldm.data.shards import Shards
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
@@ -27,7 +27,7 @@ class Subject:
     """
 
     def __init__(self, config: Mapping[str, Any], out: Path) -> None:
-        self.config, self.out, self.used = config, out, {}
+        self.config, self.out, self.used, self.allow = config, out, {}, allowed(config)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config["device"] == "auto" else config["device"]
         self.device = torch.device(device)
         makers = {"drawing": self._drawings, "reconstruction": self._reconstructions}
@@ -38,12 +38,12 @@ class Subject:
     @cached_property
     def model(self) -> Any:
         """The model, on its device."""
-        return load_model(self.config["model"]).to(self.device)
+        return load_model(self.config["model"], self.allow).to(self.device)
 
     @cached_property
     def data(self) -> Any:
         """The data module, its shards written and read."""
-        data = build(self.config["data"], (*ALLOWED, *self.config["allow"]))
+        data = build(self.config["data"], self.allow)
         data.prepare_data()
         data.setup()
         return data
@@ -74,8 +74,7 @@ class Subject:
         size = config["size"] or self.data.size
         size = (size, size) if isinstance(size, int) else tuple(size)
         told = {name: config[name] for name in ("sampler", "guidance", "batch")}
-        allow = (*ALLOWED, *config["allow"])
-        sampler, guidance = build(config["sampler"], allow), build(config["guidance"], allow)
+        sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]))
         return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, "model": self._weights})
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.rows import Source
+from ldm.evaluation.rows import Source, fingerprint
 from ldm.folder import write_whole
 from ldm.generate import generate
 from ldm.measure import to_bytes
@@ -50,7 +50,7 @@ class Split:
         self.numbers = range(len(samples)) if numbers is None else list(numbers)
         self.count = len(self.numbers)
         self.protocol = {"shards": samples.index.fingerprint(), "split": split, "size": data.size}
-        self.protocol |= {} if numbers is None else {"numbers": self.numbers}
+        self.protocol |= {} if numbers is None else {"chosen": fingerprint(self.numbers)}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
         """The samples' fields, on the device, with their `split`."""
