@@ -1,0 +1,285 @@
+"""Evaluation as a whole: exact over processes, kept, compared, swept, and on what other programs drew."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluate import evaluate
+from ldm.build import build
+from ldm.command_line import compose_config
+from ldm.evaluation import rows as rows_module
+from ldm.evaluation.pictures import another, chosen, untold
+from ldm.evaluation.rows import Store, see
+from ldm.folder import save_model
+from ldm.measure import to_bytes
+from ldm.types import Cond
+
+ROOT = Path(__file__).parent.parent
+UNET = ["backbone.width=16", "backbone.groups=4", "backbone.heads=2", "condition=[label]", "condition.label.width=8"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, clip_folder, emoji_root):
+    """runs/quickstart/{clip,autoencoder,diffusion}, untrained: what a picture looks like does not matter here."""
+    torch.manual_seed(0)
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "quickstart").mkdir()
+    (runs / "quickstart" / "clip").symlink_to(clip_folder)
+    recipe = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1, 1], "groups": 4}
+    save_model(build(recipe).state_dict() | {"count": torch.tensor(1)}, recipe, runs / "quickstart" / "autoencoder")
+    recipe = json.loads(json.dumps(plain(compose_config("train", [*UNET, "backbone=unet", f"runs={runs}"]).training.model)))
+    model = build(recipe)
+    for parameter in model.denoiser.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_model({k: v for k, v in model.state_dict().items() if "autoencoder" not in k}, recipe, runs / "quickstart" / "diffusion")
+    return runs
+
+
+def plain(node):
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(node, resolve=True)
+
+
+@pytest.fixture
+def command(home, emoji_root, tmp_path):
+    """The overrides of an evaluation of that model, into a folder of its own."""
+    data = [f"data.root={emoji_root}", "data.groups=[Activities]", "data.val_fraction=0.2", "+data.fields.label=cls"]
+    where = [f"model={home}/quickstart/diffusion", f"out={tmp_path}/out", f"cache={tmp_path}/cache", f"runs={home}"]
+    return [*data, *where, "sampler.steps=2", "count=11", "batch=4", "metric=[frechet_clip,nearest,reconstruction]"]
+
+
+def run(*overrides):
+    return evaluate(compose_config("evaluate", overrides))
+
+
+# ---- exact and parallel
+
+
+def test_two_processes_draw_the_same_pictures_and_find_the_same_numbers(command, tmp_path):
+    numbers, pictures, _ = run(*command)
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631", "OMP_NUM_THREADS": "1"}
+    apart = [c.replace(f"{tmp_path}/out", f"{tmp_path}/two").replace(f"{tmp_path}/cache", f"{tmp_path}/cache2") for c in command]
+    start = [sys.executable, "evaluate.py", *apart]
+    jobs = [subprocess.Popen(start, cwd=ROOT, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)]
+    said = [job.communicate(timeout=300)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0] and b"fd_clip" in said[0] and not said[1]
+    told = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert {name: entry["value"] for name, entry in told.items()} == pytest.approx(numbers, rel=1e-6)
+    drawn = [sorted((tmp_path / out).glob("drawing-*/*.png")) for out in ("out", "two")]
+    assert len(drawn[0]) == 11 and [f.read_bytes() for f in drawn[0]] == [f.read_bytes() for f in drawn[1]]
+    assert len(pictures["drawing"]) == 11 and numbers["fd_clip"] > 0
+
+
+class Numbers:
+    """Pictures that say their own number; batches are noted."""
+
+    def __init__(self, count):
+        self.count, self.protocol, self.asked = count, {"numbers": count}, []
+
+    def fields(self, numbers):
+        return {"number": torch.tensor(list(numbers))}
+
+    def images(self, numbers, fields):
+        self.asked.append(list(numbers))
+        return fields["number"].float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+
+def look(images, batch):
+    return {"brightness": images.mean((1, 2, 3))}
+
+
+@pytest.mark.parametrize("count, world", [(11, 1), (11, 2), (11, 4), (3, 4), (8, 2)])
+def test_every_picture_once_in_full_batches_whatever_the_processes(count, world, tmp_path, monkeypatch):
+    batches = []
+    for rank in range(world):
+        monkeypatch.setattr(rows_module, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(rows_module, "world", lambda: world)
+        source = Numbers(count)
+        stores = see(source, {"look": look}, tmp_path, 4, "judging")
+        batches += source.asked
+    assert all(len(batch) == 4 for batch in batches)
+    assert sorted(sum(map(sorted, map(set, batches)), [])) == list(range(count))
+    rows = stores["look"].rows()
+    assert rows["number"].tolist() == rows["brightness"].tolist() == list(range(count))
+
+
+def test_what_was_interrupted_goes_on_and_what_was_seen_is_not_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "SECONDS", -1)  # write every batch at once
+
+    class Cut(Numbers):
+        def images(self, numbers, fields):
+            if 8 in numbers:
+                raise KeyboardInterrupt
+            return super().images(numbers, fields)
+
+    with pytest.raises(KeyboardInterrupt):
+        see(Cut(11), {"look": look}, tmp_path, 4, "judging")
+    source = Numbers(11)
+    stores = see(source, {"look": look}, tmp_path, 4, "judging")
+    assert source.asked == [[8, 9, 10, 10]] and stores["look"].rows()["brightness"].tolist() == list(range(11))
+    again = Numbers(11)
+    see(again, {"look": look, "more": look}, tmp_path, 4, "judging")
+    assert len(again.asked) == 3  # the new look sees all of them, the old one none
+    assert see(Numbers(11), {"look": look, "more": look}, tmp_path, 4, "judging")["more"].done() == set(range(11))
+
+
+def test_a_second_metric_reads_the_pictures_that_were_kept(command, tmp_path, monkeypatch):
+    run(*command)
+    monkeypatch.setattr("ldm.evaluation.pictures.generate", lambda *_: pytest.fail("drawn again"))
+    numbers, _, _ = run(*command[:-1], "metric=[class_accuracy]")
+    assert set(numbers) == {"class_accuracy", "class_accuracy_real"}
+    with pytest.raises(pytest.fail.Exception, match="drawn again"):
+        run(*command, "seed=1")
+
+
+def test_a_number_does_not_depend_on_which_pictures_share_its_batch(command, tmp_path):
+    one, _, _ = run(*command)
+    other, _, _ = run(*command, "batch=5", f"out={tmp_path}/other")
+    assert other["reconstruction_psnr"] == pytest.approx(one["reconstruction_psnr"], rel=1e-6)
+    assert other["nearest_similarity"] == pytest.approx(one["nearest_similarity"], rel=1e-3)
+
+
+# ---- requests, and whose they are
+
+
+def test_shuffled_requests_are_all_there_and_none_is_its_own():
+    for count in (2, 7, 50):
+        others = [another(n, count, 3) for n in range(count)]
+        assert sorted(others) == list(range(count)) and all(a != n for n, a in enumerate(others))
+
+
+def test_right_shuffled_and_no_conditions_are_drawn_and_judged_by_the_own_request(command, tmp_path):
+    pictures, metrics = {}, {}
+    for kind in ("right", "shuffled", "none"):
+        arguments = [*command[:-1], "metric=[class_accuracy]", "requests=val", "count=6", f"conditioning={kind}"]
+        _, found, judges = run(*arguments, f"out={tmp_path}/{kind}", "guidance=none")
+        pictures[kind], metrics[kind] = found["drawing"], judges["class_accuracy"]
+    assert not torch.equal(pictures["right"], pictures["none"])
+    told = json.loads((tmp_path / "none" / "metrics.json").read_text())["class_accuracy"]
+    assert (
+        told["protocol"]["conditioning"] == "none"
+        and told["protocol"]["requests"]["split"] == "val"
+        and told["error"] is not None
+    )
+    with pytest.raises(ValueError, match="wanted right, shuffled or none"):
+        run(*command, "conditioning=wrong")
+
+
+def test_untold_guidance_hears_the_null_condition_alone():
+    class Model:
+        denoiser = "denoiser"
+
+        def tell(self, ask, only=None):
+            return Cond(vector=torch.zeros(1, 1) if only == () else torch.ones(1, 1))
+
+    heard = []
+    guidance = untold(lambda model, ask: heard.extend([model.denoiser, model.tell(ask), model.tell(ask, only=("a",))]))
+    guidance(Model(), {})
+    assert heard[0] == "denoiser" and all(cond.vector.item() == 0 for cond in heard[1:])
+
+
+def test_evenly_chosen_samples_reach_from_the_first_to_the_last(data):
+    total = len(data.train_set)
+    assert chosen(data, 3) == [0, round((total - 1) / 2), total - 1] and chosen(data, total) == list(range(total))
+    with pytest.raises(ValueError, match="use count="):
+        chosen(data, 5000, "val")
+
+
+# ---- pictures that other programs made
+
+
+@pytest.fixture
+def folders(tmp_path, data):
+    """A folder of 9 drawings with captions, and one of 12 real pictures."""
+    for name, numbers in {"drawn": range(9), "real": range(3, 15)}.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(data.rows("train", numbers)["image"]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:03d}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"picture {i}" for i in range(9)) + "\n")
+    return tmp_path
+
+
+def judge(home, folders, *more):
+    where = [f"images={folders}/drawn", f"reference={folders}/real", f"runs={home}", "batch=4"]
+    return run(*where, "metric=[frechet_clip]", *more)
+
+
+def test_folders_archives_and_shards_hold_the_same_pictures(home, folders, data):
+    from ldm.data.write import write_shards
+
+    folder, _, _ = judge(home, folders)
+    files = sorted((folders / "real").glob("*.png"))
+    np.savez(folders / "real.npz", np.stack([np.array(Image.open(f)) for f in files]))
+    write_shards(({"__key__": f.stem, "jpg": f.read_bytes()} for f in files), folders / "shards")
+    archive, _, _ = judge(home, folders, f"reference={folders}/real.npz")
+    shards, _, _ = judge(home, folders, f"reference={folders}/shards", "size=32")
+    assert folder["fd_clip"] == pytest.approx(archive["fd_clip"], rel=1e-6) == pytest.approx(shards["fd_clip"], rel=1e-6)
+    same, _, _ = judge(home, folders, f"reference={folders}/drawn")
+    assert same["fd_clip"] == pytest.approx(0, abs=1e-3)
+    told = json.loads((folders / "drawn-evaluation" / "metrics.json").read_text())["fd_clip"]
+    assert told["protocol"]["reference"]["count"] == 9 and told["subject"]["images"] == f"{folders}/drawn" and "note" in told
+
+
+def test_captions_belong_to_pictures_line_by_line(home, folders):
+    scores, _, metrics = judge(home, folders, f"prompts={folders}/prompts.txt", "metric=[clip_score]")
+    assert len(metrics["clip_score"].scores) == 9 and scores["clip_score"] >= 0
+    (folders / "prompts.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="fewer captions than pictures: prompts has 2 lines.*9 pictures"):
+        judge(home, folders, f"prompts={folders}/prompts.txt", "metric=[clip_score]")
+    (folders / "prompts.txt").write_text("one\n\nthree\n")
+    with pytest.raises(ValueError, match="line 2 is empty"):
+        judge(home, folders, f"prompts={folders}/prompts.txt", "metric=[clip_score]")
+
+
+def test_corrupt_pictures_are_counted_and_refused_beyond_a_limit(home, folders):
+    whole, _, _ = judge(home, folders)
+    (folders / "real" / "999.png").write_bytes((folders / "real" / "000.png").read_bytes()[:200])
+    with pytest.raises(
+        ValueError, match=r"1 of 13 pictures in reference=\S+ cannot be read, such as \S+999\.png.*corrupt=\.\.\."
+    ):
+        judge(home, folders)
+    passed, _, _ = judge(home, folders, "corrupt=0.1")
+    assert passed["fd_clip"] == pytest.approx(whole["fd_clip"], rel=1e-5)
+    assert json.loads((folders / "drawn-evaluation" / "metrics.json").read_text())["fd_clip"]["corrupt"] == {"reference": 1}
+
+
+def test_pictures_of_mixed_size_are_refused_or_brought_to_one(home, folders):
+    Image.open(folders / "real" / "000.png").resize((40, 30)).save(folders / "real" / "500.png")
+    with pytest.raises(ValueError, match="mixed size.*30x40.*size=256"):
+        judge(home, folders)
+    assert judge(home, folders, "size=24")[0]["fd_clip"] > 0
+
+
+def test_statistics_alone_do_for_inception_alone(home, folders):
+    np.savez(folders / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(ValueError, match="holds statistics alone"):
+        judge(home, folders, f"reference={folders}/statistics.npz")
+    np.savez(folders / "odd.npz", other=np.zeros(3))
+    with pytest.raises(ValueError, match=r"holds \['other'\]; wanted arr_0"):
+        judge(home, folders, f"reference={folders}/odd.npz")
+    (folders / "torn.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"no whole \.npz"):
+        judge(home, folders, f"reference={folders}/torn.npz")
+
+
+def test_what_is_missing_is_said(home, folders):
+    with pytest.raises(ValueError, match="model=RUN_OR_FOLDER must be said, or images=FOLDER"):
+        run("metric=[frechet_clip]", f"runs={home}")
+    with pytest.raises(FileNotFoundError, match="there are no pictures"):
+        judge(home, folders, f"images={folders}/nowhere")
+    with pytest.raises(ValueError, match="Reconstruction is measured with a model"):
+        judge(home, folders, "metric=[reconstruction]")
+
+
+def test_an_autoencoder_alone_is_measured(command, home, tmp_path):
+    numbers, _, _ = run(*command[:-1], "metric=[reconstruction]", f"model={home}/quickstart/autoencoder")
+    assert set(numbers) == {"reconstruction_psnr", "reconstruction_ssim"}
