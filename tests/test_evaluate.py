@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +16,8 @@ from ldm.build import build
 from ldm.command_line import compose_config
 from ldm.evaluation import rows as rows_module
 from ldm.evaluation.pictures import another, chosen, untold
-from ldm.evaluation.rows import Store, see
+from ldm.evaluation.rows import see
 from ldm.folder import save_model
-from ldm.measure import to_bytes
 from ldm.types import Cond
 
 ROOT = Path(__file__).parent.parent
