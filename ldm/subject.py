@@ -1,6 +1,7 @@
 """What is evaluated and against what: a plain config -> sources of pictures, made when a metric asks for them."""
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,12 @@ class Subject:
         models = {kind: source.protocol["model"] for kind, source in self.used.items() if "model" in source.protocol}
         return {"model": self.config["model"], "images": self.config["images"], "sha256": models}
 
+    def captions(self, count: int) -> list[str]:
+        """The captions of the first drawings, where they have some."""
+        source = self.used.get("drawing")
+        fields = {} if source is None else source.fields(range(min(count, source.count)))
+        return list(fields.get("caption", ()))
+
     @cached_property
     def _weights(self) -> str:
         return weights_sha256(self.model)
@@ -88,7 +95,7 @@ class Subject:
                 )
             return Given({name: value[:count] for name, value in ask.items()}, count)
         if config["ask"] or not self.model.conditioner.embedders:
-            return Given(*read_request(config, self.model))
+            return Given(*read_request({**config, "ask": spread(config["ask"])}, self.model))
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
 
     def _reconstructions(self) -> Reconstructions:
@@ -126,6 +133,12 @@ class Subject:
     def _use(self, kind: str, source: Any) -> Any:
         self.used[kind] = source
         return source
+
+
+def spread(ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions as they were asked for, where `0..999` stands for the whole numbers from 0 to 999."""
+    spans = {name: re.fullmatch(r"(\d+)\.\.(\d+)", str(value)) for name, value in ask.items()}
+    return {n: ask[n] if span is None else list(range(int(span[1]), int(span[2]) + 1)) for n, span in spans.items()}
 
 
 def averaged(model: Path) -> float | str:

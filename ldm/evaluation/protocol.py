@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ldm.evaluation.compare import shown
+from ldm.folder import write_json
 from ldm.measure import Estimate, Metric
 
 HERE = Path(__file__).parent
@@ -41,6 +43,16 @@ def entries(
             told[number] |= {} if estimate.note is None else {"note": estimate.note}
             told[number] |= {"corrupt": dict(corrupt)} if corrupt else {}
     return told
+
+
+def tell(told: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Writes OUT/metrics.json and prints the numbers."""
+    write_json(dict(told), out / "metrics.json")
+    for name, entry in told.items():
+        print(f"{name:28s} {shown(entry)}")
+        if "note" in entry:
+            print(f"    {entry['note']}")
+    print(f"The numbers, each with its protocol, are in {out}/metrics.json", flush=True)
 
 
 def code_version() -> str:
