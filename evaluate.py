@@ -63,25 +63,27 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     What was drawn before is not drawn again.
     """
     from ldm.build import build_members
-    from ldm.evaluation.ranks import rank
+    from ldm.evaluation.ranks import rank, start
     from ldm.evaluation.sweep import Setting, grid, name_of, settings, sweep_page
     from ldm.folder import write_text
-    from ldm.training.logging import log_picture
+    from ldm.training.logging import close, log_picture
 
+    start()
     chosen, found, captions = settings(words), [], []
-    base = compose_config("evaluate", [*overrides, *(f"{name}={value}" for name, value in chosen[0].items())])
+    base = compose_config("evaluate", [*overrides, *chosen[0]])
     out = place(base) if base.out else Path(base.runs) / "sweep"
-    loggers = list(build_members(compose_config("evaluate", [*overrides, f"out={out}"]), "logger").values()) if rank() == 0 else []
-    for step, values in enumerate(chosen):
-        print(f"== {step + 1} of {len(chosen)}: {', '.join(f'{k}={v}' for k, v in values.items())}", flush=True)
-        config = compose_config("evaluate", [*overrides, *(f"{k}={v}" for k, v in values.items()), f"out={out / name_of(values)}"])
-        told, kept, _, subject = judge(config)
-        found.append(Setting(values, told, kept.get("drawing")))
+    base = compose_config("evaluate", [*overrides, *chosen[0], f"out={out}"])
+    loggers = list(build_members(base, "logger").values()) if rank() == 0 else []
+    for step, setting in enumerate(chosen):
+        print(f"== {step + 1} of {len(chosen)}: {', '.join(setting)}", flush=True)
+        told, kept, _, subject = judge(compose_config("evaluate", [*overrides, *setting, f"out={out / name_of(setting)}"]))
+        found.append(Setting(setting, told, kept.get("drawing")))
         captions = captions or subject.captions(8)
         for logger in loggers:
             logger.log_metrics({f"sweep/{name}": entry["value"] for name, entry in told.items()}, step=step)
         if "drawing" in kept:
-            log_picture(loggers, f"sweep/{name_of(values)}", grid(kept["drawing"]), step)
+            log_picture(loggers, f"sweep/{name_of(setting)}", grid(kept["drawing"]), step)
+    close(loggers)
     if rank() == 0:
         write_text(sweep_page(found, captions), out / "report.html")
         print(f"Look at it: {out}/report.html")

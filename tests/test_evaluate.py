@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate import evaluate
+from evaluate import evaluate, sweep
 from ldm.build import build
 from ldm.command_line import compose_config
 from ldm.evaluation import rows as rows_module
 from ldm.evaluation.pictures import another, chosen, untold
 from ldm.evaluation.rows import see
 from ldm.folder import save_model
+from ldm.report import read_curves
+from ldm.subject import spread
 from ldm.types import Cond
+from train import train
 
 ROOT = Path(__file__).parent.parent
 UNET = ["backbone.width=16", "backbone.groups=4", "backbone.heads=2", "condition=[label]", "condition.label.width=8"]
@@ -281,3 +285,139 @@ def test_what_is_missing_is_said(home, folders):
 def test_an_autoencoder_alone_is_measured(command, home, tmp_path):
     numbers, _, _ = run(*command[:-1], "metric=[reconstruction]", f"model={home}/quickstart/autoencoder")
     assert set(numbers) == {"reconstruction_psnr", "reconstruction_ssim"}
+
+
+# ---- comparing, sweeping
+
+
+def test_only_numbers_of_one_protocol_compare(command, tmp_path):
+    from ldm.evaluation.compare import compare
+
+    for name, more in {"a": [], "b": ["seed=0"], "c": ["sampler.steps=3"], "d": ["metric=[class_accuracy]"]}.items():
+        run(*command, "metric=[nearest]", *more, f"out={tmp_path}/{name}")
+    header, rows = compare([f"{tmp_path}/a", f"{tmp_path}/b/metrics.json"])
+    assert header[1:] == [f"{tmp_path}/a", f"{tmp_path}/b/metrics.json"] and rows[0][0] == "nearest_similarity"
+    assert rows[0][1] == rows[0][2] and "±" in rows[0][1]
+    with pytest.raises(ValueError, match=r"authenticity: sampler\.steps is 2 in \S+ and 3 in"):
+        compare([f"{tmp_path}/a", f"{tmp_path}/c"])
+    with pytest.raises(ValueError, match="no number in common"):
+        compare([f"{tmp_path}/a", f"{tmp_path}/d"])
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.json"):
+        compare([f"{tmp_path}/a", f"{tmp_path}/nowhere"])
+    (tmp_path / "bare.json").write_text('{"fid": 3.0}')
+    with pytest.raises(ValueError, match="without their protocol"):
+        compare([f"{tmp_path}/a", f"{tmp_path}/bare.json"])
+
+
+def test_another_model_compares_and_says_that_it_is_another(command, home, tmp_path):
+    from ldm.evaluation.compare import compare
+    from ldm.folder import load_tensors, save_tensors
+
+    shutil.copytree(home / "quickstart" / "diffusion", tmp_path / "model")
+    weights = load_tensors(tmp_path / "model" / "model.safetensors")
+    save_tensors({name: value * 1.01 for name, value in weights.items()}, tmp_path / "model" / "model.safetensors")
+    run(*command, "metric=[nearest]", f"out={tmp_path}/a")
+    run(*command, "metric=[nearest]", f"out={tmp_path}/b", f"model={tmp_path}/model")
+    compare([f"{tmp_path}/a", f"{tmp_path}/b"])
+    hashes = [json.loads((tmp_path / x / "metrics.json").read_text())["authenticity"]["subject"]["sha256"] for x in "ab"]
+    assert hashes[0] != hashes[1]
+
+
+def test_every_number_carries_its_protocol(command, tmp_path):
+    run(*command, "precision=bf16")
+    for name, entry in json.loads((tmp_path / "out" / "metrics.json").read_text()).items():
+        protocol = entry["protocol"]
+        assert {"extractor", "of", "count", "reference", "ema", "code"} <= protocol.keys()
+        if protocol["of"] == "drawing":
+            assert {"sampler", "guidance", "seed", "size", "precision", "conditioning", "requests"} <= protocol.keys()
+            assert protocol["precision"] == "bf16" and len(protocol["sha256"]) == 64 and protocol["resize"]
+        assert isinstance(entry["value"], float), name
+
+
+def test_sweeps_are_every_combination():
+    from ldm.evaluation.sweep import name_of, settings
+
+    found = settings("guidance.scale=1,7.5 sampler=ddim,dpmpp metric=[a,b]")
+    assert found[1] == ["guidance.scale=1", "sampler=dpmpp", "metric=[a,b]"] and len(found) == 4
+    assert name_of(["guidance.scale=7.5", "model=runs/x/checkpoints/step-00000100.ckpt"]) == "scale-7.5_model-step-00000100"
+    for wrong in ("", "sampler", "sampler=", "sampler=a,,b"):
+        with pytest.raises(ValueError, match="sweep"):
+            settings(wrong)
+
+
+def test_the_settings_that_none_beats():
+    from ldm.evaluation.sweep import Setting, pareto
+
+    points = [(10, 30), (8, 25), (12, 30), (8, 20), (20, 31)]
+    found = [Setting([], {"fid": {"value": fid}, "clip_score": {"value": clip}}) for fid, clip in points]
+    assert pareto(found, "fid", "clip_score") == {0, 1, 4} and pareto(found, None, "clip_score") == set()
+
+
+def test_a_sweep_draws_each_setting_once_and_reports_all(command, tmp_path, capsys, monkeypatch):
+    words = "sampler=ddim,dpmpp guidance.scale=1,2"
+    page = sweep([*command, "metric=[frechet_clip,class_accuracy]", "logger=[tensorboard]"], words)
+    text = page.read_text(encoding="utf-8")
+    assert page == tmp_path / "out" / "report.html" and "http" not in text.replace("http://www.w3.org", "")
+    assert "Quality against obedience" in text and "fd_clip over guidance.scale" in text and text.count("<h3>sampler") == 4
+    told = json.loads((tmp_path / "out" / "sampler-ddim_scale-2" / "metrics.json").read_text())["fd_clip"]["protocol"]
+    assert told["sampler"]["_target_"].endswith("DDIM") and told["sampler"]["steps"] == 2 and told["guidance"]["scale"] == 2
+    assert list((tmp_path / "out" / "tensorboard").glob("events*"))
+    monkeypatch.setattr("ldm.evaluation.pictures.generate", lambda *_: pytest.fail("drawn again"))
+    assert sweep([*command, "metric=[frechet_clip,class_accuracy]"], "sampler=ddim guidance.scale=2") == page
+
+
+# ---- standard sets, on miniature copies
+
+
+def test_coco_in_miniature(home, folders):
+    shutil.copytree(folders / "real", folders / "coco" / "val2014")
+    (folders / "coco" / "captions.txt").write_text("".join(f"a picture of {i}\n" for i in range(9)))
+    coco = ["set=coco_30k", f"root={folders}/coco", f"images={folders}/drawn", "size=32", f"runs={home}"]
+    numbers, _, _ = run(*coco, "metric=[frechet_clip,clip_score]")
+    told = json.loads((folders / "drawn-evaluation" / "metrics.json").read_text())
+    assert numbers["fd_clip"] > 0 and told["fd_clip"]["protocol"]["reference"]["count"] == 12
+
+
+def test_imagenet_in_miniature(command, folders):
+    """Labels 0 to 999 in turn, against an .npz with pictures and statistics."""
+    files = sorted((folders / "real").glob("*.png"))
+    pictures = np.stack([np.array(Image.open(f)) for f in files])
+    np.savez(folders / "VIRTUAL_imagenet32_labeled.npz", arr_0=pictures, mu=np.zeros(2048), sigma=np.eye(2048))
+    sets = ["set=imagenet", f"root={folders}", "size=32", "ask.label=0..2", "count=6", "metric=[frechet_clip]"]
+    numbers, pictures, _ = run(*command[4:-1], *sets)
+    assert numbers["fd_clip"] > 0 and len(pictures["drawing"]) == 6
+    config = compose_config("evaluate", ["set=imagenet", f"root={folders}"])
+    assert spread(plain(config)["ask"])["label"] == list(range(1000)) and config.count == 50000
+
+
+@pytest.mark.parametrize("name", ["ffhq", "celeba_hq", "lsun"])
+def test_unconditional_sets_in_miniature(name, home, folders):
+    numbers, _, _ = run(
+        f"set={name}", f"root={folders}/real", f"images={folders}/drawn", "size=32", f"runs={home}", "metric=[frechet_clip]"
+    )
+    assert numbers["fd_clip"] > 0
+
+
+# ---- during training
+
+
+def test_training_is_the_same_with_and_without_measuring_and_keeps_the_best(home, emoji_root, tmp_path, monkeypatch):
+    emoji = [f"data.root={emoji_root}", "data.groups=[Activities]", "data.val_fraction=0.2", "+data.fields.label=cls"]
+    small = [*UNET, "backbone=unet", "data.batch=8", "trainer.max_steps=4", "trainer.log_every_n_steps=1", "logger=[csv]"]
+    common = [*emoji, *small, f"runs={home}", "name=watched", "sampler.steps=1"]
+    values = iter([5.0, 7.0])
+    monkeypatch.setattr("ldm.metric.frechet.frechet", lambda *_: next(values))
+    watch = [
+        "callback=[ema,evaluate]",
+        "metric@callback.evaluate.metric=[frechet_clip,reconstruction]",
+        "callback.evaluate.every=2",
+    ]
+    more = ["callback.evaluate.count=5", "callback.evaluate.batch=4", "callback.evaluate.best=fd_clip"]
+    watched = train(compose_config("train", [*common, *watch, *more, "run_id=watched"]))
+    alone = train(compose_config("train", [*common, "callback=[ema]", "run_id=alone"]))
+    one, other = (torch.load(next(run.rglob("step-00000004.ckpt")), weights_only=True)["state_dict"] for run in (watched, alone))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    told = json.loads((watched / "evaluation" / "00000004" / "metrics.json").read_text())
+    assert told["fd_clip"]["value"] == 7 and told["fd_clip"]["subject"]["step"] == 4 and "reconstruction_psnr" in told
+    assert torch.load(watched / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 2
+    assert "evaluate/fd_clip" in read_curves(watched)

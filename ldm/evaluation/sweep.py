@@ -21,41 +21,46 @@ COLUMNS = 8  # pictures shown of each setting
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a sweep: its overrides, what metrics.json holds of it, and its first pictures, (N, 3, h, w) in [-1, 1]."""
+    """One setting of a sweep: `name=value` words, what metrics.json holds of it, its first pictures (N, 3, h, w) in [-1, 1]."""
 
-    values: Mapping[str, str]
+    words: Sequence[str]
     told: Mapping[str, Any]
     pictures: Tensor | None = None
 
+    @property
+    def values(self) -> dict[str, str]:
+        """The words by name."""
+        return dict(word.split("=", 1) for word in self.words)
 
-def settings(sweep: str) -> list[dict[str, str]]:
-    """`guidance.scale=1,2 sampler=ddim,dpmpp` -> every combination, {name: value}; the last name varies fastest.
+
+def settings(sweep: str) -> list[list[str]]:
+    """`guidance.scale=1,2 sampler=ddim,dpmpp` -> every combination, [name=value, ...]; the last name varies fastest.
 
     A pattern such as model=RUN/checkpoints/*.ckpt stands for the files that it matches.
 
     Raises:
         ValueError: a word that is no name=value,value.
     """
-    choices = {}
+    choices: dict[str, list[str]] = {}
     for word in sweep.split():
         name, _, values = word.partition("=")
         found = [v for value in re.split(r",(?![^\[({]*[\])}])", values) for v in (sorted(glob(value)) or [value])]
         if not name or not values or "" in found:
             raise ValueError(f"sweep: {word!r} is no name=value,value, such as sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.")
-        choices[name] = found
+        choices[name] = [f"{name}={value}" for value in found]
     if not choices:
         raise ValueError("sweep names no settings; wanted something like sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.")
-    return [dict(zip(choices, combination)) for combination in itertools.product(*choices.values())]
+    return [list(words) for words in itertools.product(*choices.values())]
 
 
-def name_of(values: Mapping[str, str]) -> str:
+def name_of(setting: Sequence[str]) -> str:
     """A folder's name for a setting."""
-    short = {name: Path(value).stem if "/" in value else value for name, value in values.items()}
-    return "_".join(re.sub(r"[^\w.+-]+", "-", f"{name.split('.')[-1]}-{value}") for name, value in short.items())
+    pairs = [word.split("=", 1) for word in setting]
+    return "_".join(re.sub(r"[^\w.+-]+", "-", f"{name.split('.')[-1]}-{_short(value)}") for name, value in pairs)
 
 
 def sweep_page(found: Sequence[Setting], captions: Sequence[str]) -> str:
-    """The page of a sweep: a table, how quality and obedience trade, curves over what has numbers, and pictures of all settings."""
+    """The page of a sweep: a table, how quality and obedience trade, curves over numbers, pictures."""
     numbers = list(dict.fromkeys(name for setting in found for name in setting.told))
     names = [name for name in found[0].values if len({s.values[name] for s in found}) > 1] or list(found[0].values)
     best = pareto(found, *_axes(numbers))
@@ -65,11 +70,13 @@ def sweep_page(found: Sequence[Setting], captions: Sequence[str]) -> str:
     ]
     count = next(iter(found[0].told.values()))["protocol"]["count"]
     notes = dict.fromkeys(e["note"] for s in found for e in s.told.values() if "note" in e)
+    low, high = _axes(numbers)
+    notes |= {f"Best: no other setting is as good in both {high} and {low}, and better in one.": None} if best else {}
     return page(
         "Latent diffusion: a sweep",
         f"{len(found)} settings, {count:,} pictures of each, the same requests and seeds for all.",
         [
-            ("Numbers", table([*names, *numbers, ""], rows) + "".join(f"<p>{note}</p>" for note in notes)),
+            ("Numbers", table([*names, *numbers, ""], rows) + "".join(f'<p class="soft"><br>{note}</p>' for note in notes)),
             ("Quality against obedience", _trade(found, names, numbers)),
             ("Over each setting", _over(found, names, numbers)),
             ("Pictures", _walls(found, names, captions)),
