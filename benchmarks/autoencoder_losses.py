@@ -15,8 +15,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ldm.build import build, load_autoencoder
+from ldm.clip import load_clip, see
 from ldm.command_line import compose_config
 from ldm.loss.features import Features
+from ldm.metric.frechet import frechet, moments
 from ldm.training.autoencoding import fidelity
 from train import train
 
@@ -24,6 +26,8 @@ HOME = Path("runs/autoencoders")
 STEPS = 800
 MULT = {4: "[1,2,2]", 8: "[1,2,2,2]"}
 ADVERSARY = ["adversary.start=300", "adversary.weight=0.2", "adversary.optimizer.lr=5e-4"]
+CLIP = "local-dir:runs/quickstart/clip"
+MANY = 512  # training pictures, for the Fréchet distance
 SHOWN = (0, 8, 16, 24, 32, 40, 48, 56)  # validation pictures
 
 
@@ -52,22 +56,34 @@ def train_one(name, factor, perceptual, adversary):
     train(compose_config("train", overrides))
 
 
+def statistics(clip, images):
+    """Mean and covariance of a CLIP's picture vectors."""
+    return moments({"features": torch.cat([clip.encode_image(see(clip.visual, part)) for part in images.split(64)])})
+
+
 @torch.no_grad()
 def table():
     data = build(compose_config("train", ["data.size=64"]).data)
     data.prepare_data()
     images = torch.cat([data.on_after_batch_transfer(b)["image"] for b in data.ordered("val", 32)])
-    clip = Features("local-dir:runs/quickstart/clip")
-    lines = ["| factor | perceptual | adversary | PSNR (dB) | SSIM | CLIP distance |", "|---|---|---|---|---|---|"]
+    many = data.on_after_batch_transfer(data.rows("train", range(MANY)))["image"]
+    distance, clip = Features(CLIP), load_clip(CLIP, None, "loss")
+    real = statistics(clip, many)
+    heads = ("factor", "perceptual", "adversary", "PSNR (dB)", "SSIM", "CLIP distance", "Fréchet in CLIP")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     rows = [images[list(SHOWN)]]
     for name, (factor, *chosen) in settings().items():
         if not (HOME / name / "model.safetensors").is_file():
             continue
         net = load_autoencoder(str(HOME / name))
-        output = torch.cat([net.decode(net.encode(part).mean).clamp(-1, 1) for part in images.split(32)])
-        told = fidelity(output, images)
+        output, more = (
+            torch.cat([net.decode(net.encode(part).mean).clamp(-1, 1) for part in x.split(32)]) for x in (images, many)
+        )
+        told, own = fidelity(output, images), statistics(clip, more)
+        far = frechet(own["mean"], own["covariance"], real["mean"], real["covariance"])
         words = " | ".join("yes" if on else "no" for on in chosen)
-        lines.append(f"| {factor} | {words} | {told['psnr']:.2f} | {told['ssim']:.3f} | {clip(output, images):.4f} |")
+        numbers = f"{told['psnr']:.2f} | {told['ssim']:.3f} | {distance(output, images):.4f} | {far:.3f}"
+        lines.append(f"| {factor} | {words} | {numbers} |")
         rows.append(output[list(SHOWN)])
     (HOME / "table.md").write_text("\n".join(lines) + "\n")
     grid = make_grid(torch.cat(rows).add(1).div(2), nrow=len(SHOWN), padding=2, pad_value=1.0)
