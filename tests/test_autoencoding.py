@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from ldm.build import load_autoencoder
 from ldm.command_line import CONFIGS
 from ldm.loss.adversary import Hinge, NonSaturating, PatchGAN
 from ldm.training.adversary import Adversary, balance_of
+from ldm.training.augment import Augment
 from ldm.training.autoencoding import Autoencoding
 from ldm.training.checkpoint import WholeCheckpointIO
 from ldm.training.compile import Compile
@@ -28,6 +30,7 @@ from ldm.training.latents import Latents
 from ldm.training.preview import Reconstructions
 from ldm.training.rate import Constant, Linear
 from ldm.training.run import fit
+from ldm.types import Draw
 
 SIZE = {"channels": 2, "width": 8, "mult": (1, 2), "res_blocks": 1, "groups": 4}
 
@@ -50,7 +53,7 @@ def stage_of(kind=KL, start=0, optimizer=adam, against=True, seed=0, **settings)
     net = kind(**SIZE) if kind is KL else VQ(**SIZE, codes=16, dead=0.1)
     adversary = opponent(start, optimizer) if against else None
     stage = {"optimizer": optimizer, "rate": Constant(), "seed": 0, "batch": 8}
-    return Autoencoding(net, None, 0.0, kl_weight=1e-3, adversary=adversary, flip=0.5, **stage, **settings)
+    return Autoencoding(net, None, 0.0, kl_weight=1e-3, adversary=adversary, augment=Augment(mirror=0.5), **stage, **settings)
 
 
 class Watch(pl.Callback):
@@ -360,3 +363,18 @@ def test_compiled_parts_train_to_the_same_weights(emoji_root, tmp_path):
         torch.testing.assert_close(compiled.state_dict()[name], weight, atol=1e-5, rtol=1e-4, msg=name)
     with pytest.raises(ValueError, match=r"callback\.compile\.parts: Autoencoding has no part decoder"):
         run(stage_of(), emoji_root, tmp_path, 1, [Compile(["decoder"])])
+
+
+def test_augmented_pictures_are_turned_and_recoloured_originals():
+    """Whatever the share, each is one of the 8 symmetries of its square with its channels in one of 6 orders, and its draw's."""
+    images, draw = torch.rand(64, 3, 4, 4), Draw(0, torch.arange(64), 64)
+    augment = Augment(mirror=0.5, upend=0.5, turn=0.5, recolour=0.5)
+    changed = augment(images, draw)
+    turns = [f(g) for g in (images, images.flip(3), images.flip(2), images.flip(2, 3)) for f in (lambda x: x, lambda x: x.mT)]
+    every = torch.stack([t[:, list(order)] for t in turns for order in permutations(range(3))])
+    assert ((every == changed).flatten(2).all(2).sum(0) == 1).all()
+    assert 0.6 < (changed != images).flatten(1).any(1).float().mean() < 1
+    part = augment(images[5:9], Draw(0, torch.arange(5, 9), 64))
+    assert torch.equal(part, changed[5:9]) and torch.equal(Augment()(images, draw), images)
+    with pytest.raises(ValueError, match=r"4x6 pixels cannot be turned; set training\.augment\.turn=0"):
+        augment(torch.zeros(1, 3, 4, 6), Draw(0, torch.arange(1), 1))

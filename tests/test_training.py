@@ -25,6 +25,7 @@ from ldm.objective.regression import Regression
 from ldm.objective.time import LogitNormal
 from ldm.prediction import Flow
 from ldm.schedule import Linear
+from ldm.training.augment import Augment
 from ldm.training.autoencoding import Autoencoding
 from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
 from ldm.training.contrast import Contrast
@@ -228,7 +229,9 @@ def autoencoding(clip_folder):
     kl = KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4)
     perceptual = Features(f"local-dir:{clip_folder}")
     stage = {"optimizer": adam, "rate": Constant(), "seed": 0, "batch": 8}
-    return Autoencoding(kl, perceptual, perceptual_weight=0.1, kl_weight=1e-3, l2_weight=1.0, flip=0.5, **stage)
+    return Autoencoding(
+        kl, perceptual, perceptual_weight=0.1, kl_weight=1e-3, l2_weight=1.0, augment=Augment(mirror=0.5), **stage
+    )
 
 
 def test_kl_is_torchs():
@@ -381,7 +384,7 @@ def autoencoder_stage():
     torch.manual_seed(0)
     kl = KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4)
     settings = {"optimizer": Muon, "rate": Constant(), "seed": 0, "batch": 8}
-    return Autoencoding(kl, None, perceptual_weight=0.0, kl_weight=1e-3, flip=0.5, **settings)
+    return Autoencoding(kl, None, perceptual_weight=0.0, kl_weight=1e-3, augment=Augment(mirror=0.5), **settings)
 
 
 def train_all(emoji_root, folder, clip, **kwargs):

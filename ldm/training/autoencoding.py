@@ -1,5 +1,6 @@
 """Stage 2: trains an autoencoder, then measures the statistics that whiten its latents."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Autoencoding(Stage):
     `perceptual`: (images, targets) -> distance, or None. Each weight multiplies a mean, over pixels or over latent numbers,
     where the KL is in nats; L1 has weight 1. So the paper's `kl_weight`, which multiplies a sum beside a sum over pixels, is
     channels / (3 f^2) of its value here. `log_variance`, where given, is the first value of a learned number s, and the
-    reconstruction's terms count as terms / exp(s) + s. `flip` is the share of training pictures that are mirrored.
+    reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Autoencoding(Stage):
         codebook_weight: float = 1.0,
         adversary: Adversary | None = None,
         log_variance: float | None = None,
-        flip: float = 0.0,
+        augment: Callable[[Tensor, Draw], Tensor] | None = None,
         **stage: Any,
     ) -> None:
         super().__init__(frozen=("perceptual",), **stage)
@@ -41,14 +42,14 @@ class Autoencoding(Stage):
         self.perceptual_weight, self.l2_weight = perceptual_weight, l2_weight
         self.latent_weights = {"kl": kl_weight, "codebook": codebook_weight}
         self.log_variance = None if log_variance is None else nn.Parameter(torch.tensor(float(log_variance)))
-        self.flip = flip
+        self.augment = augment
         self.seen: Batch = {}
         self.measured: dict[str, Any] = {}
         self.resumed: dict[str, Any] | None = None
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w) -> loss and its terms, and in validation PSNR in dB and SSIM of what is decoded."""
-        images = self.mirrored(batch["image"], draw)
+        images = batch["image"] if self.augment is None or not self.training else self.augment(batch["image"], draw)
         z, latent = self.autoencoder.bottleneck(images, draw)
         output = self.autoencoder.reconstruct(z)
         loss, terms = self.reconstruction(output, images)
@@ -60,13 +61,6 @@ class Autoencoding(Stage):
         if not self.training:
             terms |= fidelity(self.autoencoder.decode(self.autoencoder.encode(images).mean).clamp(-1, 1), images)
         return {"loss": loss, **terms, **latent}
-
-    def mirrored(self, images: Tensor, draw: Draw) -> Tensor:
-        """(B, 3, h, w) -> the same, in training a share of them mirrored."""
-        if not self.training or not self.flip:
-            return images
-        chosen = (draw.uniform("flip") < self.flip).to(images.device)
-        return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
     def reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 3, h, w) each -> the reconstruction's loss (), and its terms."""
