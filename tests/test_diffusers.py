@@ -1,7 +1,8 @@
 """Schedules and samplers against diffusers' schedulers: the same random network, noise and grid, 10 steps.
 
 Exceptions, by name: diffusers' DDIM takes 1000 // steps for the distance to the next step, which is wrong on its linspace
-grid; its Heun's method steps in sigma / alpha, ours along the schedule's path; its tables are float32, so that outputs which it divides by a small alpha are compared where they stay moderate.
+grid; its Heun's method steps in sigma / alpha, ours along the schedule's path, so that they meet where that is the path; its
+tables are float32, so that outputs which it divides by a small alpha are compared where they stay moderate.
 """
 
 import diffusers
