@@ -35,6 +35,9 @@ class FromInversion:
 
     With a deterministic sampler and the same request the picture comes back, up to the sampler's error (DDIM,
     https://arxiv.org/abs/2010.02502, section 4.3); with another request it is edited.
+
+    Raises:
+        ValueError: the sampler cannot go up in noise.
     """
 
     sampler: Sampler
@@ -47,6 +50,8 @@ class FromInversion:
         times = last_part(self.sampler.times(schedule), self.strength)
         x = schedule(times[-1])[0] * self.picture.to(noise).expand_as(noise)
         x = self.sampler.walk(self.source(len(x)), schedule, x, times.flip(0), seeds)
+        if not x.isfinite().all():
+            raise ValueError(f"{type(self.sampler).__name__} cannot be walked from data to noise; invert with sampler=ddim.")
         return self.sampler.walk(denoise, schedule, x, times, seeds)
 
 

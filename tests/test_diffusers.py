@@ -1,7 +1,8 @@
 """Schedules and samplers against diffusers' schedulers: the same random network, noise and grid, 10 steps.
 
 Exceptions, by name: diffusers' DDIM takes 1000 // steps for the distance to the next step, which is wrong on its linspace
-grid; its tables are float32, so that outputs which it divides by a small alpha are compared where they stay moderate.
+grid; its Heun's method steps in sigma / alpha, ours along the schedule's path, so that they meet where that is the path; its
+tables are float32, so that outputs which it divides by a small alpha are compared where they stay moderate.
 """
 
 import diffusers
@@ -9,18 +10,18 @@ import pytest
 import torch
 
 from ldm.denoiser import Denoiser, Timestep
-from ldm.prediction import Data, Noise, Velocity
+from ldm.prediction import Data, Flow, Noise, Velocity
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.ddpm import DDPM as Ancestral
 from ldm.sampler.dpmpp import DPMpp
 from ldm.sampler.dpmpp_sde import DPMppSDE
 from ldm.sampler.euler import Euler
 from ldm.sampler.euler_ancestral import EulerAncestral
-from ldm.sampler.grid import Karras, Leading, Linspace, Trailing
+from ldm.sampler.grid import Karras, Leading, Linspace, Listed, Trailing
 from ldm.sampler.heun import Heun
 from ldm.sampler.noise import Streams
 from ldm.sampler.unipc import UniPC
-from ldm.schedule import DDPM, ScaledLinear
+from ldm.schedule import DDPM, Linear, ScaledLinear
 from ldm.types import Cond, like
 
 STEPS = 10
@@ -79,7 +80,6 @@ def test_alphas(schedule, betas, zero):
     [
         (diffusers.DDIMScheduler, DDIM, 0),
         (diffusers.EulerDiscreteScheduler, Euler, 0),
-        (diffusers.HeunDiscreteScheduler, Heun, 0),
         (diffusers.DPMSolverMultistepScheduler, DPMpp, 1),
         (diffusers.UniPCMultistepScheduler, UniPC, 1),
     ],
@@ -114,6 +114,38 @@ def test_karras_grid():
     scheduler = diffusers.EulerDiscreteScheduler(**SCALED, use_karras_sigmas=True, prediction_type="v_prediction")
     drawn = ours(Euler(STEPS, grid=Karras()), "v_prediction", X)
     torch.testing.assert_close(drawn, theirs(scheduler, X), atol=1e-4, rtol=0)
+
+
+class Exploding:
+    """Stable Diffusion's table told as x_t / alpha, which diffusers' Euler and Heun work on."""
+
+    def __call__(self, t):
+        alpha, sigma = SCHEDULE(t)
+        return torch.ones_like(alpha), sigma / alpha
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_heun_where_its_path_is_diffusers(grid, prediction):
+    points, spacing = GRIDS[grid]
+    scheduler = diffusers.HeunDiscreteScheduler(**SCALED, **spacing, prediction_type=prediction)
+    wanted = theirs(scheduler, X)
+    begun = X * (scheduler.sigmas[0].double() ** 2 + 1).sqrt()
+    drawn = ours(Heun(STEPS, grid=points), prediction, begun, Exploding())
+    torch.testing.assert_close(drawn, wanted, atol=1e-4, rtol=0)
+
+
+def test_heun_of_flow_matching():
+    """On the linear schedule; the last step, from sigma = 1 / 1000, has no corrector."""
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    times, x = scheduler.sigmas[0:-1:2].double(), X
+    for t in scheduler.timesteps:
+        x = scheduler.step(Network()(x, t.double() - 1, None), t, x).prev_sample
+    listed = Listed([*times.tolist(), 0.0])
+    denoiser = Denoiser(Network(), Linear(floor=1e-9), Flow(), Timestep(1000), unit_input=False)
+    drawn = Heun(grid=listed).walk(lambda x_t, t: denoiser(x_t, t, Cond()), Linear(floor=1e-9), X, listed(0, None), [0, 1])
+    torch.testing.assert_close(drawn, x, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("p", [1, 3])

@@ -76,6 +76,12 @@ def test_inversion_comes_back_and_the_better_the_more_steps(schedule, strength):
     assert errors[1] < 0.1 and errors[0] / errors[1] > 1.5
 
 
+def test_inversion_by_a_sampler_that_only_falls_is_refused():
+    noise = torch.zeros(2, 1, 1, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="DDPM cannot be walked from data to noise; invert with sampler=ddim"):
+        FromInversion(DDPM(5), data(2), lambda count: pair(Cosine()))(pair(Cosine()), Cosine(), noise, range(2))
+
+
 def test_inversion_meets_the_noise_that_draws_the_picture():
     """On a Gaussian the flow is linear, and the noise of a picture is known: its whitened self."""
     schedule, picture = Cosine(), data(8)

@@ -1,4 +1,4 @@
-"""The tour: kept without outputs, and it runs on any text-to-picture model."""
+"""The notebooks: kept without outputs, and they run on any text-to-picture model."""
 
 import ast
 import json
@@ -78,5 +78,6 @@ def run(path, start, model, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("LDM_MODEL", str(model))
+    monkeypatch.setenv("LDM_SECONDS", "2")  # of the trainings inside
     notebook = nbformat.read(path, as_version=4)
     return NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(ROOT / start))

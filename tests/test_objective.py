@@ -136,13 +136,15 @@ def test_every_objective_is_a_scalar_and_the_same_in_parts(path):
 
 
 def test_parts_are_chosen_by_name_and_unknown_ones_refused():
-    parts = {part: sorted(p.stem for p in (CONFIGS / "objective" / part).glob("*.yaml")) for part in ("weight", "noise")}
-    for objective in ("regression", "uncertainty"):
-        for weight in parts["weight"]:
-            chosen = [f"objective={objective}", f"objective/weight={weight}", "objective/noise=offset"]
-            built = build(compose_config("train", [*chosen, "objective/time=log_normal", "objective/distance=huber"]).objective)
-            regression = getattr(built, "regression", built)
-            assert isinstance(regression.noise, Offset) and isinstance(regression.time, LogNormal)
-            assert type(regression.weight).__name__.lower() == weight.replace("_", "")
+    chosen = ["objective/weight=min_snr", "objective/noise=offset", "objective/time=log_normal", "objective/distance=huber"]
+    built = build(compose_config("train", ["objective=uncertainty", *chosen, "objective.weight.gamma=3"]).objective)
+    parts = built.regression
+    assert (parts.weight, parts.noise, parts.time, parts.distance) == (MinSNR(3), Offset(), LogNormal(), Huber())
     with pytest.raises(ValueError, match="objective/weight=max_snr"):
         compose_config("train", ["objective/weight=max_snr"])
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "objective").glob("*/*.yaml")), ids=lambda p: f"{p.parent.stem}={p.stem}")
+def test_the_config_of_a_part_says_its_defaults(path):
+    part = build(OmegaConf.load(path))
+    assert part == type(part)() and type(part).__module__ == f"ldm.objective.{path.parent.stem}"

@@ -1,4 +1,7 @@
-"""Heun's method in sigma / alpha, with churn (EDM, https://arxiv.org/abs/2206.00364, algorithm 2; without it, algorithm 1)."""
+"""Heun's method along the schedule's own path, with churn (EDM, https://arxiv.org/abs/2206.00364, algorithms 1 and 2).
+
+dx = x_hat dalpha + noise_hat dsigma: on the Karras schedule EDM's steps in sigma, on the linear one those of flow matching in t.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -45,12 +48,14 @@ class Heun:
                 (alpha_0, sigma_0), (alpha_t, sigma_t) = (alpha_t, sigma_t), schedule(t)
                 added = ((sigma_t / alpha_t) ** 2 - (sigma_0 / alpha_0) ** 2).clamp(min=0).sqrt()
                 x = alpha_t * (x / alpha_0 + self.std * added * draw(x))
-            h = sigma_s / alpha_s - sigma_t / alpha_t
-            slope = (x - alpha_t * denoise(x, t)) / sigma_t
-            y = alpha_s * (x / alpha_t + h * slope)
+            x_hat = denoise(x, t)
+            noise_hat = (x - alpha_t * x_hat) / sigma_t
+            y = alpha_s * x_hat + sigma_s * noise_hat
             if s > 0:
-                slope = (slope + (y - alpha_s * denoise(y, s)) / sigma_s) / 2
-                y = alpha_s * (x / alpha_t + h * slope)
+                ahead = denoise(y, s)
+                x_hat = (x_hat + ahead) / 2
+                noise_hat = (noise_hat + (y - alpha_s * ahead) / sigma_s) / 2
+                y = x + (alpha_s - alpha_t) * x_hat + (sigma_s - sigma_t) * noise_hat
             x = y
         return x
 
