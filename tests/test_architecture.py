@@ -32,7 +32,7 @@ ALLOWED = {
     "generate": {"types", "model"},
     "request": {"types", "folder", "model", "edit"},
     "subject": {"build", "data", "evaluation", "measure", "request"},
-    "training": {"types", "measure", "evaluation", "average", "clip", "folder", "model", "generate", "training"},
+    "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
 }
