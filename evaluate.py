@@ -39,7 +39,7 @@ def evaluate(config: DictConfig) -> tuple[dict[str, float], dict[str, Any], dict
 def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Any]:
     """-> what OUT/metrics.json holds, pictures by kind, the metrics, and what was measured."""
     from ldm.build import allowed, build
-    from ldm.evaluation.protocol import entries, tell
+    from ldm.evaluation.protocol import entries, show, tell
     from ldm.evaluation.ranks import rank, start
     from ldm.evaluation.run import measure
     from ldm.subject import Subject
@@ -54,6 +54,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     kept = {kind: source.pictures() for kind, source in subject.used.items() if hasattr(source, "pictures")}
     if rank() == 0:
         tell(told, out)
+        show(metrics, subject.used, out)
     return told, kept, metrics, subject
 
 

@@ -303,6 +303,8 @@ def test_copies_are_not_authentic_and_their_originals_are_found():
     copied = metric.compute(features(real[[7, 3, 11]]), Reals(features(real)))
     assert metric.number.tolist() == [7, 3, 11] and copied["authenticity"].value == 0
     assert copied["nearest_similarity"].value == pytest.approx(1)
+    shown = metric.show(lambda n: torch.tensor(n).view(-1, 1, 1, 1).float(), lambda n: torch.tensor(n).view(-1, 1, 1, 1).float())
+    assert {(a, b) for a, b in shown.flatten().view(2, 3).T.int().tolist()} == {(0, 7), (1, 3), (2, 11)}
     new = metric.compute(features(torch.randn(200, 16)), Reals(features(torch.randn(200, 16))))["authenticity"].value
     assert 0.3 < new < 0.7
 

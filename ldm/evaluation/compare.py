@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ASIDE = ("code",)  # told, but no reason to refuse: the same protocol may be run by a later version
+ASIDE = ("code", "batch")  # told, but no reason to refuse: a later version or a larger device may run the same protocol
 
 
 def compare(places: Sequence[str]) -> tuple[list[str], list[list[str]]]:

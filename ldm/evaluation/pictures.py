@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,15 @@ def untold(guidance: Guidance) -> Guidance:
 
 def another(number: int, count: int, seed: int) -> int:
     """The request that `number` gets instead of its own when `count` are shuffled: a cycle through all in random order."""
+    return int(_cycle(count, seed)[number])
+
+
+@lru_cache(maxsize=2)
+def _cycle(count: int, seed: int) -> np.ndarray:
     order = np.random.Generator(np.random.Philox(key=[seed % 2**64, count])).permutation(count)
-    place = int(np.flatnonzero(order == number)[0])
-    return int(order[(place + 1) % count])
+    following = np.empty(count, dtype=np.int64)
+    following[order] = np.roll(order, -1)
+    return following
 
 
 class Kept:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,14 @@ def sweep_page(found: Sequence[Setting], captions: Sequence[str]) -> str:
         for i, s in enumerate(found)
     ]
     count = next(iter(found[0].told.values()))["protocol"]["count"]
-    notes = dict.fromkeys(e["note"] for s in found for e in s.told.values() if "note" in e)
     low, high = _axes(numbers)
-    notes |= {f"Best: no other setting is as good in both {high} and {low}, and better in one.": None} if best else {}
+    lines = [f"Best: no other setting is as good in both {high} and {low}, and better in one."] if best else []
+    lines += dict.fromkeys(e["note"] for s in found for e in s.told.values() if "note" in e)
     return page(
         "Latent diffusion: a sweep",
         f"{len(found)} settings, {count:,} pictures of each, the same requests and seeds for all.",
         [
-            ("Numbers", table([*names, *numbers, ""], rows) + "".join(f'<p class="soft"><br>{note}</p>' for note in notes)),
+            ("Numbers", table([*names, *numbers, ""], rows) + f'<p class="soft"><br>{"<br>".join(lines)}</p>'),
             ("Quality against obedience", _trade(found, names, numbers)),
             ("Over each setting", _over(found, names, numbers)),
             ("Pictures", _walls(found, names, captions)),
@@ -108,7 +109,7 @@ def _trade(found: Sequence[Setting], names: Sequence[str], numbers: Sequence[str
         line[0].append(setting.told[high]["value"])
         line[1].append(setting.told[low]["value"])
     said = f"Down and to the right is better. Each line goes through {names[0]} = {', '.join(_distinct(found, names[0]))}."
-    return f"<p>{said}</p>{curves(series, high, low)}"
+    return f"<p>{escape(said)}</p>{curves(series, high, low)}"
 
 
 def _over(found: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]) -> str:
@@ -125,7 +126,7 @@ def _over(found: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]
                 line[0].append(value)
                 line[1].append(setting.told[number]["value"])
             label = "step" if name == "model" else name
-            drawings.append(f"<figure><h3>{number} over {label}</h3>{curves(series, label, number)}</figure>")
+            drawings.append(f"<figure><h3>{number} over {escape(label)}</h3>{curves(series, label, number)}</figure>")
     return f'<div class="charts">{"".join(drawings)}</div>' if drawings else ""
 
 
@@ -136,7 +137,7 @@ def _walls(found: Sequence[Setting], names: Sequence[str], captions: Sequence[st
             few = setting.pictures[:COLUMNS]
             zoom = max(1, 96 // few.shape[-1])
             said = list(captions[: len(few)]) or [""] * len(few)
-            walls.append(f"<h3>{_label(setting, names)}</h3>{wall(few, said, zoom=zoom)}")
+            walls.append(f"<h3>{escape(_label(setting, names))}</h3>{wall(few, said, zoom=zoom)}")
     return "".join(walls)
 
 
