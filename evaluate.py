@@ -12,16 +12,16 @@ def evaluate(config: DictConfig) -> tuple[dict[str, float], dict[str, Any], dict
     """Writes OUT/metrics.json, the protocol beside the numbers; -> numbers, pictures judged, and the metrics that judged."""
     import torch
 
-    from ldm.build import build, load_model
+    from ldm.build import allowed, build, load_model
     from ldm.folder import write_json
     from ldm.training.evaluate import evaluate as measure
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    model, data = load_model(config.model).to(device), build(config.data)
+    model = load_model(config.model, allowed(config)).to(device)
+    parts = (config.data, config.metric, config.sampler, config.guidance)
+    data, metrics, sampler, guidance = (build(node, allowed(config)) for node in parts)
     data.prepare_data()
     data.setup()
-    metrics = build(config.metric)
-    sampler, guidance = build(config.sampler), build(config.guidance)
     numbers, pictures = measure(model, data, metrics, sampler, guidance, config.count, config.seed, config.batch)
     protocol = {"shards": data.train_set.index.fingerprint(), **OmegaConf.to_container(config, resolve=True)}
     write_json({**numbers, "protocol": protocol}, Path(config.out) / "metrics.json")
