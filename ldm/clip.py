@@ -1,7 +1,9 @@
 """A frozen CLIP, by open_clip's name or from a local folder, and how its towers are read."""
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -76,3 +78,13 @@ def read(tower: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
 def spoken(ids: Tensor) -> Tensor:
     """ids: (B, L), the end token being the largest id -> (B, L) bool, True up to and with the end of the text."""
     return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
+
+
+def warn_of_cut(caption: str, tokenizer: Any, length: int) -> str:
+    """The same caption; a warning quotes what of it lies behind the first `length` - 2 byte pairs, which nobody reads."""
+    ids = tokenizer.encode(caption) if hasattr(tokenizer, "encode") else []
+    if len(ids) > length - 2:
+        warnings.warn(
+            f"{len(ids)} tokens do not fit into {length - 2}; cut off: {tokenizer.decode(ids[length - 2 :])!r}", stacklevel=2
+        )
+    return caption

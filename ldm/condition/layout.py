@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.condition.files import painted
 from ldm.types import Batch, Cond, Draw, Widths
 
 Box = Sequence[float]  # class, left, top, right, bottom; the last four in [0, 1]
@@ -73,6 +74,15 @@ class Layout(nn.Module):
         if rows and rows[0] and not isinstance(rows[0][0], Sequence | Mapping):
             rows = [rows]
         return rows
+
+    def show(self, value: Sequence[Sequence[Box]], side: int = 64) -> Tensor:
+        """value: as in `forward` -> (B, 3, side, side) in [-1, 1], each box in its class' colour, small ones above large ones."""
+        labels = torch.zeros(len(value), side, side, dtype=torch.int64)
+        for page, row in zip(labels, value):
+            for kind, *edges in sorted(row, key=_area, reverse=True):
+                left, top, right, bottom = (round(edge * side) for edge in edges)
+                page[top:bottom, left:right] = int(kind)
+        return painted(labels, self.classes)
 
     def _checked(self, box: Box) -> list[float]:
         if len(box) != 5 or not 0 <= box[0] < self.classes or not (0 <= box[1] < box[3] <= 1 and 0 <= box[2] < box[4] <= 1):
