@@ -164,7 +164,8 @@ def _check_value(override: Override, config: DictConfig) -> None:
             if override.is_add() or override.is_force_add() or (i == len(path) - 1 and override.is_delete()):
                 return
             place = ".".join(path[:i]) or "the config"
-            raise ValueError(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}")
+            more = f" What {node['_target_']} takes besides: +{override.key_or_group}=..." if "_target_" in node else ""
+            raise ValueError(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}{more}")
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             return
         node = node[key]

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 
 import open_clip
 import pytest
@@ -28,6 +29,7 @@ from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newe
 from ldm.training.contrast import Contrast
 from ldm.training.diffusion import Diffusion
 from ldm.training.ema import EMA
+from ldm.training.logging import close, wandb_logger
 from ldm.training.muon import Muon, orthogonal
 from ldm.training.rate import Constant, Cosine, InverseSqrt
 from ldm.training.rate import Linear as Straight
@@ -473,7 +475,7 @@ class Interrupt(pl.Callback):
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, after):
+def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, after, capsys):
     whole, folder = autoencoder_stage(), tmp_path / "run"
     fit(whole, small(emoji_root), trainer(tmp_path, 5), tmp_path / "whole")
 
@@ -487,6 +489,8 @@ def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, af
         return stage
 
     run(Interrupt(after))
+    how = "begins anew" if after == 1 else "goes on from .*step-00000002.ckpt"
+    assert re.search(rf"Stopped at step {after}. The same command {how}", capsys.readouterr().out)
     assert not (folder / "model.safetensors").exists() and not list(tmp_path.rglob("*.part"))
     run()
     exported, wanted = (load_tensors(f / "model.safetensors") for f in (folder, tmp_path / "whole"))
@@ -559,3 +563,11 @@ def test_regression_of_silence_is_the_targets_power():
     assert loss == pytest.approx(2, abs=5 * math.sqrt(8 / x.numel()))
     parts = [objective(denoiser, x[r], Cond(), Draw(0, position[r], 256))["loss"].item() for r in position.split(64)]
     assert sum(parts) / 4 == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_job_of_a_multirun_has_a_wandb_run_of_its_own(tmp_path):
+    for name in ("emoji/text-1", "emoji/text-2"):
+        logger = wandb_logger(name, "ldm", str(tmp_path), offline=True)
+        logger.log_hyperparams({"seed": 1})
+        assert logger.experiment.id == name.replace("/", "-")
+        close([logger])
