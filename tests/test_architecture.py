@@ -28,7 +28,7 @@ ALLOWED = {
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
     "request": {"folder", "model"},
-    "subject": {"build", "evaluation", "measure", "request"},
+    "subject": {"build", "data", "evaluation", "measure", "request"},
     "training": {"types", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
@@ -38,7 +38,7 @@ CONFINED = {
     "omegaconf": {"build", "command_line"},
     "pytorch_lightning": {"training", "data"},
     "webdataset": {"data"},
-    "open_clip": {"clip", "condition", "loss", "metric", "training"},
+    "open_clip": {"clip", "condition", "extractor", "loss", "metric", "training"},
 }
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 

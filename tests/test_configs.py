@@ -9,12 +9,14 @@ from torch import nn
 
 from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
+from ldm.check import check_nodes
 from ldm.command_line import CONFIGS, compose_config
 from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
-ROOMS = ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler")
-HELPERS = {"__init__", "conditioner", "grid", "time", "decode", "index", "order", "write", "masks", "files", "degrade", "colours"}
+ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
+HELPERS = {"__init__", "conditioner", "grid", "time", "decode", "index", "order", "pairs", "weights", "write"}
+HELPERS |= {"colours", "degrade", "files", "masks"}
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 
@@ -111,12 +113,14 @@ def untrained(config):
 @pytest.mark.parametrize("room, name", every("metric", "data"))
 def test_metrics_and_data_build(room, name, runs, tmp_path):
     if room == "metric":
-        node = compose_config("evaluate", [f"metric=[{name}]", "model=m"]).metric[name]
+        node = compose_config("evaluate", [f"metric=[{name}]", "model=m", f"runs={runs}"]).metric[name]
     else:
         node = compose_config("train", [f"{room}={name}", f"runs={runs}"])[room]
     changes = {"model": f"local-dir:{runs}/quickstart/clip", "root": str(tmp_path), "train": str(tmp_path)}
     for key in changes.keys() & node.keys():
         node[key] = changes[key]
+    if node.get("weights") in ("fid", "pretrained"):  # tests build these with weights of their own
+        return check_nodes(OmegaConf.to_container(node, resolve=True), ALLOWED)
     assert build(node) is not None
 
 

@@ -1,4 +1,4 @@
-"""Where the pictures that are judged come from: drawn, reconstructed, or real. Each is the 8-bit picture that a file holds."""
+"""Where the pictures that are judged come from: drawn, reconstructed, or real. Each is rounded to 8 bits, as in a file."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
