@@ -15,8 +15,8 @@ from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
-HELPERS = {"__init__", "conditioner", "grid", "time", "decode", "index", "order", "pairs", "weights", "write"}
-HELPERS |= {"colours", "degrade", "files", "masks"}
+HELPERS = {"__init__", "conditioner", "grid", "noise", "time", "weight", "distance", "decode", "index", "order", "write"}
+HELPERS |= {"colours", "degrade", "files", "masks", "pairs", "weights"}
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 

@@ -3,6 +3,7 @@
 import errno
 import math
 import re
+from functools import partial
 
 import open_clip
 import pytest
@@ -21,7 +22,7 @@ from ldm.folder import load_tensors, save_tensors, write_text
 from ldm.loss.features import Features
 from ldm.model import LatentModel
 from ldm.objective.regression import Regression
-from ldm.objective.time import LogitNormal, Uniform
+from ldm.objective.time import LogitNormal
 from ldm.prediction import Flow
 from ldm.schedule import Linear
 from ldm.training.autoencoding import Autoencoding, kl_divergence
@@ -29,6 +30,7 @@ from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newe
 from ldm.training.contrast import Contrast
 from ldm.training.diffusion import Diffusion
 from ldm.training.ema import EMA
+from ldm.training.groups import parameter_groups
 from ldm.training.logging import close, wandb_logger
 from ldm.training.muon import Muon, orthogonal
 from ldm.training.rate import Constant, Cosine, InverseSqrt
@@ -105,14 +107,6 @@ def test_stratified_times_cover_every_interval_once_a_global_batch():
     assert sorted((u * 64).floor().long().tolist()) == list(range(64))
 
 
-def test_logit_normal_times_have_their_quantiles():
-    u = (torch.arange(100_000) + 0.5) / 100_000
-    t = LogitNormal(0.5, 1.2)(u)
-    logit = torch.log(t / (1 - t))
-    assert logit.mean().item() == pytest.approx(0.5, abs=1e-2) and logit.std().item() == pytest.approx(1.2, abs=1e-2)
-    assert torch.equal(Uniform()(u), u)
-
-
 # ---- optimizers, rates, averages
 
 
@@ -173,6 +167,34 @@ class OneWeight(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def test_parameter_groups_cover_every_trained_weight_once():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    net[2].bias.requires_grad_(False)
+    groups = parameter_groups(net.named_parameters(), {r"^0\.": {"scale": 0.1}, "weight": {"weight_decay": 0.5}})
+    found = [(g["scale"], g.get("weight_decay"), len(g["params"])) for g in groups]
+    assert found == [(0.1, None, 1), (0.1, 0.0, 1), (1.0, 0.5, 1), (1.0, 0.0, 1), (1.0, 0.5, 1)]
+    plain = parameter_groups(net.named_parameters())
+    assert [(g["scale"], g.get("weight_decay"), len(g["params"])) for g in plain] == [(1.0, None, 2), (1.0, 0.0, 3)]
+    with pytest.raises(ValueError, match=r"groups\.nothing: no trained weight"):
+        parameter_groups(net.named_parameters(), {"nothing": {}})
+
+
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.AdamW, lr=0.1), partial(Muon, lr=0.1, adam_lr=0.1)], ids=["adamw", "muon"]
+)
+def test_groups_scale_the_rate_and_settle_the_decay(optimizer):
+    stage = diffusion()
+    stage.optimizer, stage.groups, stage.rate = optimizer, {"conditioner": {"scale": 0.01, "weight_decay": 0.3}}, Constant(1)
+    made = stage.configure_optimizers()["optimizer"]
+    table = stage.model.conditioner.embedders["label"].table.weight
+    for group in made.param_groups:
+        told = any(p is table for p in group["params"])
+        assert group["lr"] == pytest.approx(0.1 * 0.5 * (0.01 if told else 1))
+        assert not told or group["weight_decay"] == 0.3
+        assert told or all(p.ndim >= 2 for p in group["params"]) or group["weight_decay"] == 0
+    assert sum(len(g["params"]) for g in made.param_groups) == sum(p.requires_grad for p in stage.parameters())
 
 
 def loaders(n=4):
