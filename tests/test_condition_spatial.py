@@ -341,3 +341,27 @@ def test_each_picture_lies_beside_what_it_was_told(tmp_path):
     assert names == {"00000.png", "00000.semantic.png", "00001.png", "00001.semantic.png", "grid.png", "request.json"}
     assert Image.open(tmp_path / "grid.png").size == (2 * 17 + 1, 10)
     assert "beside each picture" in (tmp_path / "request.json").read_text()
+
+
+@torch.no_grad()
+def test_a_map_of_twice_the_size_draws_twice_the_picture(files):
+    """Convolutional sampling, as in the paper."""
+    from ldm.backbone.unet import UNet
+    from ldm.denoiser import Denoiser, LogRatio
+    from ldm.generate import generate
+    from ldm.guidance.none import Unguided
+    from ldm.prediction import Flow
+    from ldm.sampler.ddim import DDIM
+    from ldm.schedule import Linear
+
+    conditioner = Conditioner({"semantic": Semantic(Halves(), 3)})
+    net = UNet(3, conditioner.widths, width=8, mult=(1,), res_blocks=1, depth=(0,), middle_depth=0, groups=1)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    autoencoder = Halves()
+    autoencoder.decode = lambda z: torch.nn.functional.interpolate(z, scale_factor=2.0)
+    model = LatentModel(autoencoder, conditioner, Denoiser(net, Linear(), Flow(), LogRatio())).eval()
+    for size in (16, 32):
+        ask, count = read_request({"ask": {"map": f"{files}/maps/a.png"}, "size": size}, model)
+        drawn = generate(model, ask, DDIM(2), Unguided(), range(count), (size, size))
+        assert drawn.shape == (1, 3, size, size) and drawn.isfinite().all()
