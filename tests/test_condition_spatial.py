@@ -12,7 +12,7 @@ from ldm.condition.conditioner import Conditioner
 from ldm.condition.degrade import bicubic, bsr_light
 from ldm.condition.embedding import Embedding
 from ldm.condition.inpaint import Inpaint
-from ldm.condition.layout import Layout, boxes_of
+from ldm.condition.layout import Layout, boxes_of, in_the_middle
 from ldm.condition.low_resolution import LowResolution
 from ldm.condition.masks import key_generator, random_mask
 from ldm.condition.picture import Picture
@@ -215,6 +215,12 @@ def test_layouts_are_read_from_records_or_maps_and_their_order_does_not_matter()
     crowd = conditioner({"boxes": [[[1, 0, 0, 0.1, 0.1 * i] for i in range(1, 9)]]})
     largest = conditioner({"boxes": [[[1, 0, 0, 0.1, 0.1 * i] for i in (8, 7, 6)]]})
     assert torch.equal(crowd.tokens, largest.tokens)
+
+
+def test_boxes_follow_the_crop_to_the_middle():
+    record = {"width": 200, "height": 100, "boxes": [[1, 0.25, 0.0, 0.5, 1.0], [2, 0.0, 0.0, 0.2, 1.0], [3, 0.5, 0.5, 1.0, 1.0]]}
+    assert in_the_middle(record) == [[1, 0.0, 0.0, 0.5, 1.0], [3, 0.5, 0.5, 1.0, 1.0]]
+    assert in_the_middle({"boxes": [[1, 0.1, 0.2, 0.3, 0.4]]}) == [[1, 0.1, 0.2, 0.3, 0.4]]
 
 
 @pytest.mark.parametrize("box", [[8, 0, 0, 1, 1], [1, 0.5, 0, 0.5, 1], [1, 0, 0, 1.2, 1], [1, 0, 0, 1]])
