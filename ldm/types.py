@@ -243,6 +243,14 @@ class Autoencoder(Protocol):
         """(B, C, H, W) whitened -> (B, 3, f * H, f * W) in [-1, 1]."""
 
 
+class AdversarialLoss(Protocol):
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) of each -> (), what the discriminator minimises."""
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) -> (), what the autoencoder minimises."""
+
+
 def like(scale: Tensor, x: Tensor) -> Tensor:
     """Views scale, () or (B), so that it broadcasts over x, (B, ...)."""
     return scale.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
