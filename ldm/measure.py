@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -71,6 +71,14 @@ class Metric(Protocol):
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """rows: (N, ...) each, in order -> the numbers, by name."""
+
+
+@runtime_checkable
+class Showing(Protocol):
+    """A metric that has something to show once it has computed."""
+
+    def show(self, pictures: Callable[[Sequence[int]], Tensor], real: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """Makers of judged and real pictures by number, (B, 3, h, w) in [-1, 1] -> pictures in two rows, (2 B, 3, h, w)."""
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What is evaluated and against what: a plain config -> sources of pictures, made when a metric asks for them."""
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.build import ALLOWED, build, load_autoencoder, load_model
+from ldm.build import allowed, build, load_autoencoder, load_model
 from ldm.data.index import expand
 from ldm.data.shards import Shards
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
@@ -27,7 +28,7 @@ class Subject:
     """
 
     def __init__(self, config: Mapping[str, Any], out: Path) -> None:
-        self.config, self.out, self.used = config, out, {}
+        self.config, self.out, self.used, self.allow = config, out, {}, allowed(config)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config["device"] == "auto" else config["device"]
         self.device = torch.device(device)
         makers = {"drawing": self._drawings, "reconstruction": self._reconstructions}
@@ -38,12 +39,12 @@ class Subject:
     @cached_property
     def model(self) -> Any:
         """The model, on its device."""
-        return load_model(self.config["model"]).to(self.device)
+        return load_model(self.config["model"], self.allow).to(self.device)
 
     @cached_property
     def data(self) -> Any:
         """The data module, its shards written and read."""
-        data = build(self.config["data"], (*ALLOWED, *self.config["allow"]))
+        data = build(self.config["data"], self.allow)
         data.prepare_data()
         data.setup()
         return data
@@ -60,6 +61,12 @@ class Subject:
         models = {kind: source.protocol["model"] for kind, source in self.used.items() if "model" in source.protocol}
         return {"model": self.config["model"], "images": self.config["images"], "sha256": models}
 
+    def captions(self, count: int) -> list[str]:
+        """The captions of the first drawings, where they have some."""
+        source = self.used.get("drawing")
+        fields = {} if source is None else source.fields(range(min(count, source.count)))
+        return list(fields.get("caption", ()))
+
     @cached_property
     def _weights(self) -> str:
         return weights_sha256(self.model)
@@ -74,8 +81,7 @@ class Subject:
         size = config["size"] or self.data.size
         size = (size, size) if isinstance(size, int) else tuple(size)
         told = {name: config[name] for name in ("sampler", "guidance", "batch")}
-        allow = (*ALLOWED, *config["allow"])
-        sampler, guidance = build(config["sampler"], allow), build(config["guidance"], allow)
+        sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]))
         return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, "model": self._weights})
 
@@ -89,7 +95,7 @@ class Subject:
                 )
             return Given({name: value[:count] for name, value in ask.items()}, count)
         if config["ask"] or not self.model.conditioner.embedders:
-            return Given(*read_request(config, self.model))
+            return Given(*read_request({**config, "ask": spread(config["ask"])}, self.model))
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
 
     def _reconstructions(self) -> Reconstructions:
@@ -127,6 +133,12 @@ class Subject:
     def _use(self, kind: str, source: Any) -> Any:
         self.used[kind] = source
         return source
+
+
+def spread(ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions as they were asked for, where `0..999` stands for the whole numbers from 0 to 999."""
+    spans = {name: re.fullmatch(r"(\d+)\.\.(\d+)", str(value)) for name, value in ask.items()}
+    return {n: ask[n] if span is None else list(range(int(span[1]), int(span[2]) + 1)) for n, span in spans.items()}
 
 
 def averaged(model: Path) -> float | str:

@@ -22,7 +22,7 @@ ALLOWED = {
     **{room: {"types", "nn", "clip", "folder", room} for room in ROOMS},
     "metric": {"types", "measure", "clip", "folder", "metric"},
     "extractor": {"types", "measure", "clip", "folder", "extractor"},
-    "evaluation": {"types", "measure", "folder", "model", "generate", "data", "evaluation"},
+    "evaluation": {"types", "measure", "folder", "model", "generate", "data", "report", "evaluation"},
     "data": {"types", "data"},
     "denoiser": {"types"},
     "likelihood": {"types"},

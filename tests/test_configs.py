@@ -154,8 +154,8 @@ def test_metrics_and_data_build(room, name, runs, tmp_path):
 
 
 @pytest.mark.parametrize("room", ["callback", "logger"])
-def test_callbacks_and_loggers_build(room, tmp_path):
-    everything = [f"{room}=[{','.join(names(room))}]", f"runs={tmp_path}"]
+def test_callbacks_and_loggers_build(room, runs):
+    everything = [f"{room}=[{','.join(names(room))}]", f"runs={runs}"]
     offline = ["logger.wandb.offline=true"] if room == "logger" else []
     assert sorted(build_members(compose_config("train", [*everything, *offline]), room)) == names(room)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.evaluation.rows import Source
+from ldm.evaluation.rows import Source, fingerprint
 from ldm.folder import write_whole
 from ldm.generate import generate
 from ldm.measure import to_bytes
@@ -50,7 +51,7 @@ class Split:
         self.numbers = range(len(samples)) if numbers is None else list(numbers)
         self.count = len(self.numbers)
         self.protocol = {"shards": samples.index.fingerprint(), "split": split, "size": data.size}
-        self.protocol |= {} if numbers is None else {"numbers": self.numbers}
+        self.protocol |= {} if numbers is None else {"chosen": fingerprint(self.numbers)}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
         """The samples' fields, on the device, with their `split`."""
@@ -165,9 +166,15 @@ def untold(guidance: Guidance) -> Guidance:
 
 def another(number: int, count: int, seed: int) -> int:
     """The request that `number` gets instead of its own when `count` are shuffled: a cycle through all in random order."""
+    return int(_cycle(count, seed)[number])
+
+
+@lru_cache(maxsize=2)
+def _cycle(count: int, seed: int) -> np.ndarray:
     order = np.random.Generator(np.random.Philox(key=[seed % 2**64, count])).permutation(count)
-    place = int(np.flatnonzero(order == number)[0])
-    return int(order[(place + 1) % count])
+    following = np.empty(count, dtype=np.int64)
+    following[order] = np.roll(order, -1)
+    return following
 
 
 class Kept:

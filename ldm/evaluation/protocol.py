@@ -1,4 +1,4 @@
-"""The protocol beside the number: everything a number depends on, written with it."""
+"""What an evaluation leaves: numbers, beside each everything that it depends on, and what metrics have to show."""
 
 import subprocess
 from collections.abc import Mapping
@@ -6,7 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm.measure import Estimate, Metric
+from torchvision.utils import make_grid, save_image
+
+from ldm.evaluation.compare import shown
+from ldm.folder import write_json, write_whole
+from ldm.measure import Estimate, Metric, Showing
 
 HERE = Path(__file__).parent
 
@@ -41,6 +45,26 @@ def entries(
             told[number] |= {} if estimate.note is None else {"note": estimate.note}
             told[number] |= {"corrupt": dict(corrupt)} if corrupt else {}
     return told
+
+
+def tell(told: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Writes OUT/metrics.json and prints the numbers."""
+    write_json(dict(told), out / "metrics.json")
+    for name, entry in told.items():
+        print(f"{name:28s} {shown(entry)}")
+        if "note" in entry:
+            print(f"    {entry['note']}")
+    print(f"The numbers, each with its protocol, are in {out}/metrics.json", flush=True)
+
+
+def show(metrics: Mapping[str, Metric], sources: Mapping[str, Any], out: Path) -> None:
+    """Writes OUT/<metric>.png for each metric that has something to show."""
+    for name, metric in metrics.items():
+        if isinstance(metric, Showing):
+            judged, real = (lambda n, s=sources[k]: s.images(n, s.fields(n)) for k in (metric.of, metric.against))
+            pictures = metric.show(judged, real).add(1).div(2).clamp(0, 1)
+            grid = make_grid(pictures, nrow=len(pictures) // 2, padding=1, pad_value=1.0)
+            write_whole(out / f"{name}.png", lambda path, grid=grid: save_image(grid, path, format="png"))
 
 
 def code_version() -> str:

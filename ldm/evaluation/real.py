@@ -3,6 +3,9 @@
 import hashlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from ldm.data.decode import FAULTS, decode, to_rgb
 from ldm.measure import Rows
 from ldm.types import Batch
 
+ORIENTATION = 274  # the EXIF tag; 5 to 8 lie on their side
+THREADS = 8  # that decode a folder's pictures
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -50,14 +55,10 @@ class Folder:
 
     def fields(self, numbers: Sequence[int]) -> Batch:
         """image: (B, 3, h, w) in [-1, 1]; corrupt: (B) bool, where the picture is grey; caption, where there are captions."""
-        read = [self._read(self.files[n]) for n in numbers]
-        sizes = {tuple(image.shape[1:]) for image in read if image is not None}
-        if len(sizes) > 1:
-            several = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
-            raise ValueError(
-                f"{self.option}={self.path} has pictures of mixed size ({several}); size=256 brings them to one size."
-            )
-        blank = torch.full((3, *(sizes.pop() if sizes else (8, 8))), 128, dtype=torch.uint8)
+        with ThreadPoolExecutor(THREADS) as pool:
+            read = list(pool.map(self._read, [self.files[n] for n in numbers]))
+        shape = self._as_they_are if self.size is None else (self.size, self.size)
+        blank = torch.full((3, *shape), 128, dtype=torch.uint8)
         images = torch.stack([blank if image is None else image for image in read]).to(self.device)
         fields = {"image": images.float().div(127.5).sub(1), "corrupt": torch.tensor([image is None for image in read])}
         return fields if self.captions is None else {**fields, "caption": [self.captions[n] for n in numbers]}
@@ -65,6 +66,19 @@ class Folder:
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """The pictures themselves."""
         return fields["image"]
+
+    @cached_property
+    def _as_they_are(self) -> tuple[int, int]:
+        """The one height and width of all pictures whose size can be read."""
+        sizes = set()
+        for file in self.files:
+            with suppress(*FAULTS), Image.open(file) as image:
+                lying = image.getexif().get(ORIENTATION, 1) >= 5
+                sizes.add(image.size if lying else image.size[::-1])
+        if len(sizes) > 1:
+            several = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
+            raise ValueError(f"{self.option}={self.path} has pictures of mixed size ({several}); size=256 brings them to one.")
+        return sizes.pop() if sizes else (8, 8)
 
     def check(self, corrupt: Sequence[int]) -> None:
         """Raises ValueError where more pictures than `limit` could not be read."""

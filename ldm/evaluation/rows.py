@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,8 +54,7 @@ class Store:
 
     def done(self) -> set[int]:
         """The numbers of the pictures that were seen, unreadable ones among them."""
-        parts = self._parts()
-        return {n for part in parts for name in ("number", "corrupt") for n in part[name].tolist()}
+        return set(self._numbers("number")) | set(self._numbers("corrupt"))
 
     def add(self, number: Tensor, corrupt: Tensor, rows: Rows) -> None:
         """number: (B), corrupt: (B) bool, rows: (B, ...) each. Written now and then, and by `flush`."""
@@ -73,19 +73,27 @@ class Store:
 
     def corrupt(self) -> list[int]:
         """The numbers of the pictures that could not be read."""
-        return sorted({n for part in self._parts() for n in part["corrupt"].tolist()})
+        return sorted(set(self._numbers("corrupt")))
 
     def rows(self) -> dict[str, Tensor]:
         """All rows, in the order of their pictures' numbers; `number` among them."""
-        parts = self._parts()
+        parts = [load_tensors(path) for path in self._parts()]
         joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0] if name != "corrupt"}
         numbers = joined["number"].tolist()
         first = {n: i for i, n in reversed(list(enumerate(numbers)))}
         order = torch.tensor([first[n] for n in sorted(first)], dtype=torch.int64)
         return {name: value[order] for name, value in joined.items()}
 
-    def _parts(self) -> list[dict[str, Tensor]]:
-        return [load_tensors(path) for path in sorted(self.folder.glob("[0-9]*.safetensors"))]
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.safetensors"))
+
+    def _numbers(self, name: str) -> list[int]:
+        """`number` or `corrupt` of all parts, without reading the rows."""
+        found: list[int] = []
+        for path in self._parts():
+            with safe_open(path, "pt") as part:
+                found += part.get_tensor(name).tolist()
+        return found
 
 
 class Seen:
@@ -132,6 +140,7 @@ def see(source: Source, looks: Mapping[str, Look], folder: Path, batch: int, doi
             rows = {key: value[: len(part)] for key, value in looks[name](images, fields).items()}
             stores[name].add(torch.tensor(part), corrupt, rows)
         progress.update(len(part))
+    progress.close()
     for store in stores.values():
         store.flush()
     wait()

@@ -22,12 +22,11 @@ def measure(
     """
     seen: dict[tuple[str, str], Any] = {}
     corrupt: dict[str, int] = {}
-    for place, sources, folder, doing in (("of", pictures, out, "judging"), ("against", real, cache, "reading")):
-        for kind in dict.fromkeys(getattr(metric, place) for metric in metrics.values()):
-            if kind is None:
-                continue
+    judged = {kind: pictures[kind]() for kind in dict.fromkeys(m.of for m in metrics.values())}
+    compared = {kind: real[kind]() for kind in dict.fromkeys(m.against for m in metrics.values()) if kind is not None}
+    for place, sources, folder, doing in (("against", compared, cache, "reading"), ("of", judged, out, "judging")):
+        for kind, source in sources.items():
             judges = [metric for metric in metrics.values() if getattr(metric, place) == kind]
-            source = sources[kind]()
             lost, found = _see(source, judges, folder, batch, f"{doing} {kind} pictures")
             seen |= {(kind, name): reference for name, reference in found.items()}
             corrupt |= {kind: lost} if lost else {}
@@ -47,15 +46,12 @@ def key(metric: Metric) -> str:
 
 def _see(source: Any, judges: list[Metric], folder: Path, batch: int, doing: str) -> tuple[int, dict[str, Reference]]:
     """-> how many pictures could not be read, and what the metrics see of the others, by their keys."""
-    known = {
-        key(m): Known(source.moments(), lambda: source.fields([0]))
-        for m in judges
-        if getattr(source, "statistics", None) is not None and m.protocol["extractor"].startswith("inception")
-    }
+    given = [m for m in judges if m.protocol["extractor"].startswith("inception") and getattr(m, "enough", "") == "moments"]
+    given = given if getattr(source, "statistics", None) is not None else []
+    known = {key(m): Known(source.moments(), lambda: source.fields([0])) for m in given}
     looks = {key(m): m.look for m in judges}
     if source.count == 0:
-        looks = {name: look for name, look in looks.items() if name not in known}
-        if looks:
+        if len(given) < len(judges):
             source.fields([])
         return 0, known
     stores = see(source, looks, folder / fingerprint(dict(source.protocol)), batch, doing)

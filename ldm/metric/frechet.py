@@ -15,6 +15,8 @@ class Frechet:
     Computed in float64. weights: of the extractor, a published name or a local file. name: what the number is called.
     """
 
+    enough = "moments"  # of a reference: statistics that others made of Inception's features do
+
     def __init__(
         self,
         extractor: Callable[..., Extractor],

@@ -1,15 +1,16 @@
 """The training pictures nearest to the drawings: does the model draw, or remember?"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 
 from ldm.measure import Estimate, Extractor, Reference, Rows
 from ldm.types import Batch
 
 CHUNK = 1000  # rows of a block of similarities
+SHOWN = 16  # pairs in the picture
 
 
 class Nearest:
@@ -17,7 +18,7 @@ class Nearest:
 
     Authenticity (https://arxiv.org/abs/2102.08921, section 3.3) is the share of drawings that lie farther from their nearest
     training picture than that one lies from its own nearest: 0 where all are copies, about 1/2 for new pictures of the same kind.
-    `number` and `similarity` hold each drawing's nearest training picture, for the picture of them.
+    `number` and `similarity` say of each drawing which training picture is nearest, and how near.
     """
 
     of, against = "drawing", "train"
@@ -35,10 +36,16 @@ class Nearest:
         known = reference.rows()
         own, real = (normalize(x["features"].double(), dim=1) for x in (rows, known))
         self.similarity, place = nearest(own, real)
-        self.number = known["number"][place]
+        self.number, self.drawn = known["number"][place], rows["number"]
         among, _ = nearest(real, real, same=True)
         authentic = self.similarity < among[place]
         return {"nearest_similarity": Estimate.mean(self.similarity), "authenticity": Estimate.mean(authentic)}
+
+    def show(self, pictures: Callable[[Sequence[int]], Tensor], real: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """Pictures by number, (B, 3, h, w) -> (2 B, 3, h, w): drawings above their nearest, the most alike first."""
+        place = self.similarity.argsort(descending=True)[:SHOWN]
+        drawn, found = pictures(self.drawn[place].tolist()), real(self.number[place].tolist())
+        return torch.cat((drawn.cpu(), interpolate(found.cpu(), drawn.shape[2:])))
 
 
 def nearest(points: Tensor, x: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:

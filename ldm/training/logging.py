@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
 
 
 def wandb_logger(run_id: str, project: str, folder: str, offline: bool = False) -> WandbLogger:
@@ -10,6 +11,15 @@ def wandb_logger(run_id: str, project: str, folder: str, offline: bool = False) 
     return WandbLogger(
         name=run_id, id=run_id.replace("/", "-"), project=project, save_dir=folder, offline=offline, log_model=False
     )
+
+
+def log_picture(loggers: Iterable[Logger], name: str, picture: Tensor, step: int) -> None:
+    """picture: (3, h, w) in [0, 1], to the loggers that show pictures."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, picture, step)
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [picture], step=step)
 
 
 def close(loggers: Iterable[Logger]) -> None:
