@@ -6,6 +6,7 @@ What a config may build is a positive list of module prefixes; the config `allow
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def assemble(
     level: Any,
     unit_input: bool = True,
 ) -> LatentModel:
-    """A latent model of its parts; the backbone, a partial, is told how many channels and which widths it works on."""
-    conditioner = Conditioner(condition)
+    """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths."""
+    conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
     network = backbone(channels=autoencoder.channels, widths=conditioner.widths)
     return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input))
 

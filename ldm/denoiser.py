@@ -63,15 +63,26 @@ class Denoiser(nn.Module):
         """x_t: (B, C, H, W), t: () or (B) -> the network's own output: (B, C, H, W)."""
         alpha, sigma = self.schedule(t)
         x = x_t / like(torch.hypot(alpha, sigma), x_t) if self.unit_input else x_t
-        x = x if cond.spatial is None else torch.cat((x, cond.spatial.to(x)), dim=1)
+        x = x if cond.spatial is None else torch.cat((x, _fitting(cond.spatial, x)), dim=1)
         return self.backbone(x, self.level(t, alpha, sigma).to(x_t).expand(len(x_t)), cond).to(x_t)
 
 
+def _fitting(maps: Tensor, x: Tensor) -> Tensor:
+    if maps.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"The condition's maps are of {tuple(maps.shape[2:])} latent pixels, the latents of {tuple(x.shape[2:])}; give both "
+            "one size (data.size, or size= and the files of ask.*)."
+        )
+    return maps.to(x)
+
+
 def _check_terminal(schedule: Schedule, prediction: Prediction) -> None:
+    if not getattr(schedule, "zero_terminal_snr", False):
+        return
     one = torch.ones((), dtype=torch.float64)
     alpha, sigma = schedule(one)
     gain = prediction.to_data(one, 0 * one, alpha, sigma).abs()  # of the network's errors, on their way to x_hat
-    if getattr(schedule, "zero_terminal_snr", False) and gain > 1000:
+    if gain > 1000:
         raise ValueError(
             f"prediction={type(prediction).__name__.lower()} with zero terminal SNR (schedule={type(schedule).__name__}): no "
             f"signal is left at t = 1, and the network's errors would be {gain:.0f} times as large in the picture. Use "

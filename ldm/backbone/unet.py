@@ -5,13 +5,13 @@ tokens. Encoder, middle and decoder stay apart, and `encoder[i]` is the i-th of 
 travel and a ControlNet can borrow the first half.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention, silu
 
+from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
 
 
@@ -205,13 +205,6 @@ class Upsample(nn.Conv2d):
 def mlp(inward: int, outward: int) -> nn.Sequential:
     """How a noise level or a vector enters: (B, inward) -> (B, outward)."""
     return nn.Sequential(nn.Linear(inward, outward), nn.SiLU(), nn.Linear(outward, outward))
-
-
-def sinusoid(level: Tensor, width: int) -> Tensor:
-    """level: (B), about 0 to 1000 -> (B, width): cosines, then sines, of wavelengths 2 pi to 10,000 * 2 pi."""
-    freqs = torch.exp(torch.arange(width // 2, device=level.device) * (-math.log(10_000) / (width // 2)))
-    angle = level.float()[:, None] * freqs
-    return torch.cat((angle.cos(), angle.sin()), dim=1)
 
 
 def zero(layer: nn.Module) -> nn.Module:
