@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ldm.backbone.mlp import MLP
-from ldm.backbone.unet import UNet, sinusoid
+from ldm.backbone.unet import UNet
+from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
 
 
