@@ -1,5 +1,6 @@
 """A frozen CLIP, by open_clip's name or from a local folder, and how its towers are read."""
 
+import json
 from pathlib import Path
 
 import open_clip
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.folder import LOCAL, as_run
+from ldm.folder import LOCAL, as_run, load_tensors
 
 
 def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -23,7 +24,36 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
             f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
             f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
         )
-    return open_clip.create_model(model, pretrained=pretrained).eval().requires_grad_(False)
+    device = torch.get_default_device()
+    return open_clip.create_model(model, pretrained=pretrained, device=device).eval().requires_grad_(False)
+
+
+def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Module:
+    """The text half of `load_clip`; a local folder need not hold the image half.
+
+    Raises:
+        FileNotFoundError: as `load_clip`. ValueError: the folder's weights are not those of its text tower.
+    """
+    folder = Path(model.removeprefix(LOCAL))
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())["model_cfg"] if model.startswith(LOCAL) and path.is_file() else {}
+    if not config or config.get("custom_text") or "hf_model_name" in config["text_cfg"]:
+        clip = load_clip(model, pretrained, option)
+        if not hasattr(clip, "token_embedding"):
+            return clip.text
+    else:
+        gelu = config.get("quick_gelu", False)
+        clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
+        weights = load_tensors(folder / "open_clip_model.safetensors")
+        text = {name for name in clip.state_dict() if not name.startswith(("visual.", "logit_scale"))}
+        if lacking := sorted(text - weights.keys()):
+            raise ValueError(f"{option}.model={model}: its weights lack {lacking[:3]} of the text tower; export the CLIP again.")
+        clip.load_state_dict({name: weights[name] for name in text}, strict=False, assign=True)
+    del clip.visual
+    return clip
+
+
+NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
 
 
 def see(visual: nn.Module, images: Tensor) -> Tensor:

@@ -216,12 +216,19 @@ class Guidance(Protocol):
 
 
 class Embedder(Protocol):
-    key: str
+    """One condition. It may also have, where it wants more than a field as the shards hold it:
+
+    derive(batch, draw) -> {field: value}     what the batch lacks and other fields tell; draw is None outside training
+    read(field, asked, size) -> value         what a person writes for a field, N of it, for pictures of size (height, width)
+    unasked(field, size) -> list | None       what a person means who does not write it; None: it must be written
+    """
+
+    key: str | tuple[str, ...]  # the batch field it reads, or several
     rate: float
     widths: Widths
 
     def __call__(self, value: Any, drop: Tensor) -> Cond:
-        """value: the batch field `key`, drop: (B) bool, True where nothing must be told."""
+        """value: the field, or one of each; drop: (B) bool, on the CPU, True where nothing must be told."""
 
 
 class Autoencoder(Protocol):

@@ -7,8 +7,9 @@ from torch import nn
 from ldm.backbone.unet import UNet
 from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
-from ldm.condition.text import Text, whitening
-from ldm.folder import save_tensors
+from ldm.condition.number import Number
+from ldm.condition.text import Text, Texts, whitening
+from ldm.folder import load_tensors, save_tensors, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
 from ldm.types import Cond, Draw, Widths
@@ -42,6 +43,99 @@ def test_a_dropped_caption_is_the_empty_prompt(text):
     empty = text(["", "", ""], no(3))
     torch.testing.assert_close(told.vector[1], empty.vector[1])
     assert not torch.allclose(told.vector[0], empty.vector[0])
+
+
+def as_transformers(folder, gelu, context=12):
+    """The folder's text tower in transformers' CLIPTextModelWithProjection."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    weights = load_tensors(folder / "open_clip_model.safetensors")
+    (width, embed), vocab = weights["text_projection"].shape, len(weights["token_embedding.weight"])
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(
+        vocab_size=vocab,
+        projection_dim=embed,
+        max_position_embeddings=context,
+        hidden_act=gelu,
+        bos_token_id=vocab - 2,
+        eos_token_id=vocab - 1,
+        **sizes,
+    )
+    twin = CLIPTextModelWithProjection(config).eval()
+    theirs = {k.removeprefix("text_model."): v for k, v in twin.state_dict().items()}
+    theirs["text_projection.weight"].copy_(weights["text_projection"].T)
+    theirs["embeddings.token_embedding.weight"].copy_(weights["token_embedding.weight"])
+    theirs["embeddings.position_embedding.weight"].copy_(weights["positional_embedding"])
+    for kind in ("weight", "bias"):
+        theirs[f"final_layer_norm.{kind}"].copy_(weights[f"ln_final.{kind}"])
+        for i in range(2):
+            ours, layer = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+            for name, part in zip("qkv", weights[f"{ours}.attn.in_proj_{kind}"].chunk(3)):
+                theirs[f"{layer}.self_attn.{name}_proj.{kind}"].copy_(part)
+            names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+            for a, b in (names | {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}).items():
+                theirs[f"{layer}.{b}.{kind}"].copy_(weights[f"{ours}.{a}.{kind}"])
+    return twin
+
+
+@pytest.fixture
+def quick_folder(clip_folder, tmp_path):
+    """The same CLIP with OpenAI's activation, and its text half alone."""
+    import json
+
+    config = json.loads((clip_folder / "open_clip_config.json").read_text())
+    config["model_cfg"] |= {"quick_gelu": True}
+    write_json(config, tmp_path / "quick" / "open_clip_config.json")
+    weights = load_tensors(clip_folder / "open_clip_model.safetensors")
+    text = {k: v for k, v in weights.items() if not k.startswith("visual.")}
+    save_tensors(text, tmp_path / "quick" / "open_clip_model.safetensors")
+    return tmp_path / "quick"
+
+
+LONG = [*NAMES, "", " ".join(["word"] * 40)]
+
+
+@pytest.mark.parametrize("padding", [49407, 0])
+@torch.no_grad()
+def test_stable_diffusions_text_is_transformers(quick_folder, padding):
+    """Stable Diffusion 1: the last layer, normed, padded with the end token; 2: the one before it, padded with 0."""
+    layer = -1 if padding else -2
+    text = Text(f"local-dir:{quick_folder}", layers=[layer], padding=padding, pooled=True)
+    twin, ids = as_transformers(quick_folder, "quick_gelu"), text.ids(LONG)
+    assert ids[3].tolist() == [49406, 49407] + [padding] * 10 and ids[4].tolist()[-1] == 49407
+    out, cond = twin(ids, output_hidden_states=True), text(LONG, no(5))
+    state = out.hidden_states[layer]
+    norm = twin.final_layer_norm if hasattr(twin, "final_layer_norm") else twin.text_model.final_layer_norm
+    torch.testing.assert_close(cond.tokens, norm(state), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cond.vector, out.text_embeds, atol=1e-5, rtol=1e-4)
+    assert cond.mask is None
+
+
+@torch.no_grad()
+def test_two_towers_are_stable_diffusion_xls(clip_folder, quick_folder):
+    """The layers before the last, not normed, side by side; the second tower's pooled vector; dropped, zeros."""
+    settings = {"layers": [-2], "final_norm": False, "dropped": "zeros"}
+    large = Text(f"local-dir:{quick_folder}", padding=49407, **settings)
+    giant = Text(f"local-dir:{clip_folder}", padding=0, pooled=True, **settings)
+    texts = Texts({"large": large, "giant": giant})
+    first = as_transformers(quick_folder, "quick_gelu")(large.ids(LONG), output_hidden_states=True)
+    second = as_transformers(clip_folder, "gelu")(giant.ids(LONG), output_hidden_states=True)
+    cond = texts(LONG, torch.tensor([False, True, False, False, False]))
+    tokens = torch.cat((first.hidden_states[-2], second.hidden_states[-2]), dim=2)
+    keep = torch.tensor([0, 2, 3, 4])
+    torch.testing.assert_close(cond.tokens[keep], tokens[keep], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cond.vector[keep], second.text_embeds[keep], atol=1e-5, rtol=1e-4)
+    assert not cond.tokens[1].any() and not cond.vector[1].any() and cond.mask is None
+    assert texts.widths == Widths(tokens=32, vector=16) and texts.frozen == ("towers.large.tower", "towers.giant.tower")
+
+
+def test_towers_of_different_context_are_refused(text):
+    other = Text.__new__(Text)
+    nn.Module.__init__(other)
+    other.widths, other.tower = text.widths, nn.Module()
+    other.tower.context_length = 77
+    with pytest.raises(ValueError, match=r"different lengths, \{'a': 12, 'b': 77\}"):
+        Texts({"a": text, "b": other})
 
 
 def test_padding_does_not_matter(text):
@@ -134,6 +228,44 @@ def test_what_is_missing_is_named():
         conditioner({"label": torch.zeros(1)}, only=("txet",))
     with pytest.raises(ValueError, match="this model knows 0 to 9"):
         conditioner({"label": torch.tensor([10])})
+
+
+def test_a_class_may_be_asked_by_name_and_be_a_vector():
+    label = Label(["Animals & Nature", "Activities", "Food"], 4, slot="vector")
+    assert label.read("label", ["food", "2", 0, "Anim", "Activities"], (1, 1)).tolist() == [2, 2, 0, 0, 1]
+    assert torch.equal(label(torch.tensor([1, 2]), torch.tensor([False, True])).vector, label.table.weight[[1, 3]])
+    assert label.widths == Widths(vector=4)
+    for word, count in (("A", 2), ("Fod", 0)):
+        with pytest.raises(ValueError, match=rf"ask\.label={word} .* {count} classes.*Animals & Nature, Activities, Food"):
+            label.read("label", [word], (1, 1))
+
+
+SIZES = {"original_height": "height", "original_width": "width", "crop_top": 0}
+
+
+def test_numbers_are_stable_diffusion_xls():
+    """diffusers' Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0), written out."""
+    number, values = Number(SIZES, width=6), torch.tensor([512.0, 3.0])
+    vector = number([values, values + 1, [0, 7]], no(2)).vector
+    freqs = 10_000.0 ** -(torch.arange(3) / 3)
+    for i, row in enumerate((values, values + 1, torch.tensor([0.0, 7.0]))):
+        angle = row[:, None] * freqs
+        torch.testing.assert_close(vector[:, 6 * i : 6 * i + 6], torch.cat((angle.cos(), angle.sin()), 1), atol=1e-4, rtol=0)
+    assert number.widths == Widths(vector=18) and not number([values] * 3, torch.tensor([True, False])).vector[0].any()
+
+
+def test_numbers_are_read_from_the_records_and_told_in_the_null():
+    conditioner = Conditioner({"number": Number(SIZES, width=6)})
+    record = {"original_height": 64, "original_width": 48.0, "crop_top": 3, "url": "x", "ok": True}
+    batch = {"json": [record, record | {"crop_top": 5}]}
+    told = conditioner(batch)
+    direct = conditioner({"original_height": [64, 64], "original_width": [48, 48], "crop_top": [3, 5]})
+    assert torch.equal(told.vector, direct.vector) and torch.equal(told.vector, conditioner(batch, only=()).vector)
+    with pytest.raises(
+        ValueError, match=r"'crop_top'.*found None; the numbers there are \['original_height', 'original_width'\]"
+    ):
+        conditioner({"json": [{k: v for k, v in record.items() if k != "crop_top"}]})
+    assert [conditioner.embedders["number"].unasked(f, (32, 48)) for f in SIZES] == [[32.0], [48.0], [0.0]]
 
 
 def test_conditions_join():

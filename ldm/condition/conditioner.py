@@ -1,6 +1,7 @@
 """Gathers every embedder's part into one condition, and drops it now and then."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Conditioner(nn.Module):
         self.widths = sum((e.widths for e in self.embedders.values()), Widths())
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
-        """Reads each embedder's field of the batch.
+        """Reads each embedder's fields of the batch.
 
         With `draw`, each is dropped at its own rate, sample by sample; with `only`, those not named are dropped.
 
@@ -31,19 +32,38 @@ class Conditioner(nn.Module):
         unknown = set(only or ()) - set(self.embedders)
         if unknown:
             raise ValueError(f"This model has the conditions {list(self.embedders)}, not {sorted(unknown)}.")
-        cond = Cond()
+        batch, cond = self.fill(batch, draw), Cond()
         for name, embedder in self.embedders.items():
-            if embedder.key not in batch:
-                raise ValueError(
-                    f"Condition '{name}' reads the field '{embedder.key}', but there is only {sorted(batch)}. "
-                    f"Add it to data.fields (or ask.{name}=... when sampling), or take '{name}' out of condition=[...]."
-                )
-            value = batch[embedder.key]
-            cond = cond + embedder(value, self._drop(name, embedder.rate, len(value), draw, only))
+            value = _value(name, embedder, batch)
+            count = len(value) if isinstance(embedder.key, str) else len(value[0])
+            cond = cond + embedder(value, self._drop(name, embedder.rate, count, draw, only))
         return cond
+
+    def fill(self, batch: Batch, draw: Draw | None = None) -> dict[str, Any]:
+        """The batch, with the fields that its conditions derive from others where it lacks them."""
+        filled = dict(batch)
+        for embedder in self.embedders.values():
+            if hasattr(embedder, "derive"):
+                filled |= embedder.derive(filled, draw)
+        return filled
 
     @staticmethod
     def _drop(name: str, rate: float, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
             return draw.uniform(f"drop/{name}") < rate
         return torch.full((count,), only is not None and name not in only and rate > 0)
+
+
+def fields(embedder: Embedder) -> tuple[str, ...]:
+    """The batch fields that an embedder reads."""
+    return (embedder.key,) if isinstance(embedder.key, str) else tuple(embedder.key)
+
+
+def _value(name: str, embedder: Embedder, batch: Batch) -> Any:
+    for field in fields(embedder):
+        if field not in batch:
+            raise ValueError(
+                f"Condition '{name}' reads the field '{field}', but there is only {sorted(batch)}. "
+                f"Add it to data.fields (or ask.{field}=... when sampling), or take '{name}' out of condition=[...]."
+            )
+    return batch[embedder.key] if isinstance(embedder.key, str) else [batch[field] for field in embedder.key]

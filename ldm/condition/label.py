@@ -1,5 +1,8 @@
 """Class labels, trained with the backbone."""
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -7,15 +10,26 @@ from ldm.types import Cond, Widths
 
 
 class Label(nn.Module):
-    """A class index -> one token (https://arxiv.org/abs/2112.10752, appendix E.2). The table's last row means "no label"."""
+    """A class index -> one token (https://arxiv.org/abs/2112.10752, appendix E.2), or a vector (DiT, 2212.09748).
 
-    def __init__(self, classes: int, width: int, key: str = "label", rate: float = 0.1) -> None:
+    `classes` is their number, or their names, by which they can then be asked. The table's last row means "no label".
+    """
+
+    def __init__(
+        self,
+        classes: int | Sequence[str],
+        width: int,
+        slot: Literal["tokens", "vector"] = "tokens",
+        key: str = "label",
+        rate: float = 0.1,
+    ) -> None:
         super().__init__()
-        self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
-        self.table = nn.Embedding(classes + 1, width)
+        self.names = [] if isinstance(classes, int) else list(classes)
+        self.key, self.rate, self.slot, self.widths = key, rate, slot, Widths(**{slot: width})
+        self.table = nn.Embedding((classes if isinstance(classes, int) else len(classes)) + 1, width)
 
     def forward(self, value: Tensor, drop: Tensor) -> Cond:
-        """value: (B) integers in [0, classes), drop: (B) bool -> tokens: (B, 1, D).
+        """value: (B) integers in [0, classes), drop: (B) bool -> tokens: (B, 1, D), or vector: (B, D).
 
         Raises:
             ValueError: a label is out of range.
@@ -27,4 +41,23 @@ class Label(nn.Module):
                 f"Labels from {int(value.min())} to {int(value.max())} were found; this model knows 0 to {nothing - 1} "
                 "(condition.label.classes=...)."
             )
-        return Cond(tokens=self.table(value.masked_fill(drop.to(value.device), nothing))[:, None])
+        told = self.table(value.masked_fill(drop.to(value.device), nothing))
+        return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+        """Class numbers, or names or the beginnings of names -> (N) integers.
+
+        Raises:
+            ValueError: a word that begins no class' name, or several.
+        """
+        return torch.tensor([self._number(str(a)) for a in asked])
+
+    def _number(self, word: str) -> int:
+        if word.lstrip("-").isdigit():
+            return int(word)
+        found = [i for i, name in enumerate(self.names) if name.lower().startswith(word.lower())]
+        exact = [i for i in found if self.names[i].lower() == word.lower()]
+        if len(exact or found) != 1:
+            known = ", ".join(self.names) or f"numbers only, 0 to {self.table.num_embeddings - 2}"
+            raise ValueError(f"ask.{self.key}={word} is the beginning of {len(found)} classes' names; there are: {known}.")
+        return (exact or found)[0]

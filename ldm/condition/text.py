@@ -1,15 +1,17 @@
-"""Captions, read by the frozen text tower of a CLIP."""
+"""Captions, read by the frozen text towers of one or several CLIPs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.clip import load_clip, read, spoken
+from ldm.clip import load_text_tower, read, spoken
 from ldm.folder import LOCAL, load_tensors
 from ldm.types import Cond, Widths
+
+EMPTY_PROMPT, ZEROS = DROPPED = ("empty_prompt", "zeros")
 
 
 class Text(nn.Module):
@@ -17,11 +19,14 @@ class Text(nn.Module):
 
     `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`. `layers` counts hidden
     states: 0 before the transformer, k after its k-th block, -1 the last; several are joined by width. `final_norm` puts
-    the tower's last LayerNorm on all but 0. `pooled` adds the projected text feature as a vector. Padding is masked.
+    the tower's last LayerNorm on all but 0. `pooled` adds the projected text feature as a vector.
+
+    `padding` is the id behind a caption's end: 0 as open_clip and Stable Diffusion 2 have it, 49407 (the end token) as
+    Stable Diffusion 1 has it; the backbone attends to the padding as well. With None, padding is masked.
 
     With `whiten`, the channels of each layer, and of the pooled vector, become uncorrelated with zero mean and unit variance over
     the training captions; the statistics lie beside the tower in `statistics.safetensors` (the `contrast` stage writes them).
-    A dropped caption is the empty prompt.
+    A dropped caption is the `empty_prompt` (Stable Diffusion 1 and 2), or `zeros` in the place of tokens and vector (XL).
     """
 
     frozen = ("tower",)
@@ -33,17 +38,19 @@ class Text(nn.Module):
         layers: Sequence[int] = (-1,),
         final_norm: bool = True,
         pooled: bool = False,
+        padding: int | None = None,
         whiten: bool = False,
+        dropped: str = EMPTY_PROMPT,
         key: str = "caption",
         rate: float = 0.1,
     ) -> None:
         super().__init__()
         self.key, self.rate, self.layers, self.final_norm, self.pooled = key, rate, tuple(layers), final_norm, pooled
-        self.tower = text_tower(load_clip(model, pretrained, "condition.text"))
+        self.padding, self.dropped, self.whiten = padding, check_dropped(dropped), whiten
+        self.tower = load_text_tower(model, pretrained, "condition.text")
         self.tokenizer = open_clip.get_tokenizer(model, context_length=self.tower.context_length)
         width = self.tower.token_embedding.embedding_dim
         self.widths = Widths(tokens=width * len(self.layers), vector=self.tower.text_projection.shape[1] if pooled else 0)
-        self.whiten = whiten
         if whiten:
             count = len(self.tower.transformer.resblocks) + 1
             names = [f"layer.{i % count}" for i in self.layers] + (["pooled"] if pooled else [])
@@ -58,8 +65,8 @@ class Text(nn.Module):
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens, their mask, vector."""
-        captions = ["" if d else v for v, d in zip(value, drop.tolist())]
-        ids = self.tokenizer(captions).to(self.tower.token_embedding.weight.device)
+        ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())])
+        mask = None if self.padding is not None else spoken(ids)
         with torch.no_grad():
             hidden, vector = read(self.tower, ids)
         states = [self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in self._chosen(hidden)]
@@ -67,7 +74,15 @@ class Text(nn.Module):
         if self.whiten:
             tokens = (tokens - self.token_mean) @ self.token_mix
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
-        return Cond(tokens=tokens, mask=spoken(ids), vector=vector if self.pooled else None)
+        if self.dropped == ZEROS:
+            told = (~drop).to(tokens)[:, None]
+            tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
+        return Cond(tokens=tokens, mask=mask, vector=vector if self.pooled else None)
+
+    def ids(self, captions: Sequence[str]) -> Tensor:
+        """B captions -> (B, L) token ids, cut or padded to the tower's context."""
+        ids = self.tokenizer(list(captions)).to(self.tower.token_embedding.weight.device)
+        return ids if not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
     def _chosen(self, hidden: list[Tensor]) -> list[Tensor]:
         if not all(-len(hidden) <= i < len(hidden) for i in self.layers):
@@ -76,6 +91,41 @@ class Text(nn.Module):
                 f"or -1 to {-len(hidden)}."
             )
         return [hidden[i] for i in self.layers]
+
+
+class Texts(nn.Module):
+    """A caption read by several `towers`, whose tokens and vectors are joined by width (https://arxiv.org/abs/2307.01952, 2.1).
+
+    Each is a `Text` of its own; `key` and `rate` here are for all of them. The mask is the first tower's.
+    """
+
+    def __init__(self, towers: Mapping[str, Text], key: str = "caption", rate: float = 0.1) -> None:
+        super().__init__()
+        self.key, self.rate, self.towers = key, rate, nn.ModuleDict(towers)
+        self.frozen = tuple(f"towers.{name}.{part}" for name, tower in towers.items() for part in tower.frozen)
+        lengths = {name: tower.tower.context_length for name, tower in towers.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The towers read captions of different lengths, {lengths}; tokens join by width where they agree.")
+        each = [tower.widths for tower in towers.values()]
+        self.widths = Widths(tokens=sum(w.tokens for w in each), vector=sum(w.vector for w in each))
+
+    def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
+        """value: B captions, drop: (B) bool -> tokens: (B, L, sum of D), mask: (B, L) or None, vector: (B, sum of E) or None."""
+        told = [tower(value, drop) for tower in self.towers.values()]
+        vectors = [cond.vector for cond in told if cond.vector is not None]
+        vector = torch.cat(vectors, dim=1) if vectors else None
+        return Cond(tokens=torch.cat([cond.tokens for cond in told], dim=2), mask=told[0].mask, vector=vector)
+
+
+def check_dropped(dropped: str) -> str:
+    """The same word, where it is one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if dropped not in DROPPED:
+        raise ValueError(f"condition.text.dropped={dropped} is none of {', '.join(DROPPED)}.")
+    return dropped
 
 
 def statistics(model: str) -> dict[str, Tensor]:
@@ -101,11 +151,3 @@ def whitening(mean: Tensor, covariance: Tensor, ridge: float = 1e-2) -> tuple[Te
     values, vectors = torch.linalg.eigh(covariance.double())
     scale = (values.clamp(min=0) + ridge * values.mean()).rsqrt()
     return mean, (vectors * scale @ vectors.T).float()
-
-
-def text_tower(clip: nn.Module) -> nn.Module:
-    """A CLIP without its image tower."""
-    if not hasattr(clip, "token_embedding"):
-        return clip.text
-    del clip.visual
-    return clip
