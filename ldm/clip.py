@@ -70,7 +70,7 @@ def read(tower: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     for block in tower.transformer.resblocks:
         hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
     end = tower.ln_final(hidden[-1])[torch.arange(len(ids)), ids.argmax(dim=1)]
-    return hidden, end @ tower.text_projection
+    return hidden, end if tower.text_projection is None else end @ tower.text_projection
 
 
 def spoken(ids: Tensor) -> Tensor:
