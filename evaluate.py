@@ -9,26 +9,29 @@ from ldm.command_line import command
 
 
 def evaluate(config: DictConfig) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-    """Writes OUT/metrics.json, the protocol beside the numbers; -> numbers, pictures judged, and the metrics that judged."""
-    import torch
-
-    from ldm.build import build, load_model
+    """Writes OUT/metrics.json, the protocol beside each number; -> numbers, pictures judged, and the metrics that judged."""
+    from ldm.build import allowed, build
+    from ldm.evaluation.protocol import entries
+    from ldm.evaluation.ranks import rank, start
+    from ldm.evaluation.run import measure
     from ldm.folder import write_json
-    from ldm.training.evaluate import evaluate as measure
+    from ldm.subject import Subject
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    model, data = load_model(config.model).to(device), build(config.data)
-    data.prepare_data()
-    data.setup()
-    metrics = build(config.metric)
-    sampler, guidance = build(config.sampler), build(config.guidance)
-    numbers, pictures = measure(model, data, metrics, sampler, guidance, config.count, config.seed, config.batch)
-    protocol = {"shards": data.train_set.index.fingerprint(), **OmegaConf.to_container(config, resolve=True)}
-    write_json({**numbers, "protocol": protocol}, Path(config.out) / "metrics.json")
-    for name, value in numbers.items():
-        print(f"{name:28s} {value:.4f}")
-    print(f"The numbers and their protocol are in {config.out}/metrics.json")
-    return numbers, pictures, metrics
+    start()
+    config = OmegaConf.to_container(config, resolve=True)
+    out = Path(config["out"])
+    metrics = build(config["metric"], allowed(config))
+    subject = Subject(config, out)
+    numbers = measure(metrics, subject.pictures, subject.real, out / "rows", Path(config["cache"]), config["batch"])
+    told = entries(numbers, metrics, subject.used, subject.settings, subject.what)
+    if rank() == 0:
+        write_json(told, out / "metrics.json")
+        for name, entry in told.items():
+            error = "" if entry["error"] is None else f" ± {entry['error']:.4f}"
+            print(f"{name:28s} {entry['value']:.4f}{error}")
+        print(f"The numbers, each with its protocol, are in {out}/metrics.json")
+    kept = {kind: source.pictures() for kind, source in subject.used.items() if hasattr(source, "pictures")}
+    return {name: entry["value"] for name, entry in told.items()}, kept, metrics
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val; -> OUT."""
     import torch
 
-    from ldm.build import build, load_autoencoder
+    from ldm.build import allowed, build
     from ldm.data.latents import moments_of
     from ldm.data.write import write_shards
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    autoencoder, data = load_autoencoder(config.model).to(device), build(config.data)
+    trained = {"_target_": "ldm.build.load_autoencoder", "path": config.model}
+    autoencoder, data = build(trained, allowed(config)).to(device), build(config.data, allowed(config))
     data.prepare_data()
     data.setup()
     for split in ("train", "val") if data.val_set else ("train",):

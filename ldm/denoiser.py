@@ -59,5 +59,14 @@ class Denoiser(nn.Module):
         """x_t: (B, C, H, W), t: () or (B) -> the network's own output: (B, C, H, W)."""
         alpha, sigma = self.schedule(t)
         x = x_t / like(torch.hypot(alpha, sigma), x_t) if self.unit_input else x_t
-        x = x if cond.spatial is None else torch.cat((x, cond.spatial.to(x)), dim=1)
+        x = x if cond.spatial is None else torch.cat((x, _fitting(cond.spatial, x)), dim=1)
         return self.backbone(x, self.level(t, alpha, sigma).to(x_t).expand(len(x_t)), cond).to(x_t)
+
+
+def _fitting(maps: Tensor, x: Tensor) -> Tensor:
+    if maps.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"The condition's maps are of {tuple(maps.shape[2:])} latent pixels, the latents of {tuple(x.shape[2:])}; give both "
+            "one size (data.size, or size= and the files of ask.*)."
+        )
+    return maps.to(x)

@@ -11,6 +11,7 @@ LDM = ROOT / "ldm"
 ROOMS = ["autoencoder", "backbone", "condition", "guidance", "loss", "metric", "objective", "sampler"]
 ALLOWED = {
     "types": set(),
+    "measure": {"types"},
     "schedule": set(),
     "prediction": set(),
     "check": set(),
@@ -19,12 +20,16 @@ ALLOWED = {
     "quickstart_report": {"folder", "report"},
     "clip": {"folder"},
     **{room: {"types", "nn", "clip", "folder", room} for room in ROOMS},
+    "metric": {"types", "measure", "clip", "folder", "metric"},
+    "extractor": {"types", "measure", "clip", "folder", "extractor"},
+    "evaluation": {"types", "measure", "folder", "model", "generate", "data", "evaluation"},
     "data": {"types", "data"},
     "denoiser": {"types"},
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
     "request": {"folder", "model"},
-    "training": {"types", "clip", "folder", "model", "generate", "training"},
+    "subject": {"build", "evaluation", "measure", "request"},
+    "training": {"types", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
 }

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.build import build, build_members, build_stage
+from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.command_line import CONFIGS, compose_config
 from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
@@ -185,3 +185,28 @@ def test_a_users_own_backbone_trains_in_ours(tmp_path, monkeypatch):
     assert stage.model.denoiser.backbone.gain.grad.abs() > 0
     with pytest.raises(ValueError, match=r"own\.bright\.Bright is not among.*allow=\[own\]"):
         build_stage(compose_config("train", mine))
+    stage.export(tmp_path / "model")
+    assert load_model(tmp_path / "model", allow=["own"]).denoiser.backbone.gain == 3
+    with pytest.raises(ValueError, match=r"own\.bright\.Bright is not among.*allow=\[own\]"):
+        load_model(tmp_path / "model")
+
+
+AUTOENCODER = '''
+from ldm.autoencoder.identity import Identity
+
+
+class Mine(Identity):
+    """An autoencoder of the user's own."""
+'''
+
+
+def test_a_users_own_autoencoder_is_loaded_where_it_is_trusted_and_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "minecoder.py").write_text(AUTOENCODER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    save_model({}, {"_target_": "minecoder.Mine", "allow": ["minecoder"]}, tmp_path / "claims")
+    save_model({}, {"_target_": "minecoder.Mine"}, tmp_path / "plain")
+    node = {"_target_": "ldm.build.load_autoencoder", "path": str(tmp_path / "plain")}
+    assert build(node, (*ALLOWED, "minecoder")).channels == 3
+    for path in ("plain", "claims"):
+        with pytest.raises(ValueError, match=r"minecoder\.Mine is not among"):
+            build(node | {"path": str(tmp_path / path)})

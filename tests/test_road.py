@@ -151,8 +151,9 @@ def test_evaluate_writes_numbers_and_their_protocol(road, tmp_path):
     numbers, pictures, _ = evaluate(compose_config("evaluate", arguments))
     told = json.loads((tmp_path / "metrics.json").read_text())
     assert set(numbers) == {"reconstruction_psnr", "text_match_top1", "clip_retrieval_top1"} and len(pictures["drawing"]) == 5
-    assert {k: told[k] for k in numbers} == numbers
-    assert told["protocol"]["sampler"]["steps"] == 2 and told["protocol"]["count"] == 5 and told["protocol"]["shards"]
+    assert {k: told[k]["value"] for k in numbers} == numbers
+    protocol = told["text_match_top1"]["protocol"]
+    assert protocol["sampler"]["steps"] == 2 and protocol["count"] == 5 and protocol["reference"]["shards"]
     with pytest.raises(ValueError, match="use count="):
         evaluate(compose_config("evaluate", [*arguments, "count=5000"]))
 

@@ -1,27 +1,27 @@
 """PSNR of an autoencoder's reconstructions."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from ldm.measure import Estimate, Reference, Rows
 from ldm.types import Batch
 
 
 class Reconstruction:
     """Mean over pictures of 10 log10(peak^2 / MSE), peak-to-peak 2, in dB; decoded from the posterior's mean."""
 
-    of = "reconstruction"
+    of, against = "reconstruction", None
 
     def __init__(self) -> None:
-        self.psnr: list[Tensor] = []
+        self.protocol = {"extractor": "psnr"}
 
-    def prepare(self, data: object) -> None:
-        """Needs nothing beforehand."""
-
-    def update(self, images: Tensor, batch: Batch) -> None:
-        """images: (B, 3, h, w) reconstructions in [-1, 1]; batch: image, the originals."""
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) reconstructions in [-1, 1]; batch: image, the originals -> psnr: (B), in dB."""
         error = (images - batch["image"]).square().mean((1, 2, 3)).clamp(min=1e-10)
-        self.psnr.append(10 * torch.log10(4 / error.cpu()))
+        return {"psnr": 10 * torch.log10(4 / error)}
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> {"reconstruction_psnr": dB}."""
-        return {"reconstruction_psnr": torch.cat(self.psnr).mean().item()}
+        return {"reconstruction_psnr": Estimate.mean(rows["psnr"])}

@@ -1,0 +1,40 @@
+"""A picture's embedding in a frozen CLIP: variations of a picture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ldm.clip import load_clip, see
+from ldm.condition.files import read_pictures
+from ldm.types import Cond, Widths
+
+
+class Embedding(nn.Module):
+    """A picture -> its unit-length CLIP embedding times sqrt(E), as a vector, or as one token of width E. Dropped: zeros.
+
+    `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`.
+    """
+
+    frozen = ("tower",)
+
+    def __init__(
+        self, model: str, pretrained: str | None = None, slot: str = "tokens", key: str = "image", rate: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.tower = load_clip(model, pretrained, "condition.embedding").visual
+        self.key, self.rate, self.slot = key, rate, slot
+        self.widths = Widths(**{slot: self.tower.output_dim})
+
+    def forward(self, value: Tensor, drop: Tensor) -> Cond:
+        """value: (B, 3, h, w) in [-1, 1], drop: (B) bool -> tokens: (B, 1, E), or vector: (B, E), of unit variance."""
+        with torch.no_grad():
+            told = self.tower(see(self.tower, value))
+        told = normalize(told, dim=1) * told.shape[1] ** 0.5 * (~drop).to(told)[:, None]
+        return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+        """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""
+        return read_pictures(field, asked, size)

@@ -1,0 +1,77 @@
+"""What a person names on the command line, pictures, masks and label maps, as tensors of the size asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def files(field: str, asked: Sequence[Any]) -> list[Path]:
+    """Paths of files, or of folders, whose pictures are taken in the order of their names -> the pictures' paths.
+
+    Raises:
+        FileNotFoundError: one is not there, or a folder holds no pictures.
+    """
+    found: list[Path] = []
+    for path in map(Path, map(str, asked)):
+        inside = (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+            if path.is_dir()
+            else [path]
+        )
+        if not inside or not inside[0].is_file():
+            raise FileNotFoundError(f"ask.{field}={path}: there is no such picture, or folder with pictures (jpg, png, webp).")
+        found += inside
+    return found
+
+
+def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    """Files -> (N, 3, height, width) in [-1, 1], cropped in the middle to the shape of `size`, then scaled."""
+    pictures = []
+    for path in files(field, asked):
+        image = ImageOps.exif_transpose(_open(field, path)).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = ImageOps.fit(Image.alpha_composite(white, image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
+        pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    return torch.stack(pictures).float().div(127.5).sub(1)
+
+
+def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    """Files, white (at least 128) where to repaint -> (N, 1, height, width) of 0 and 1, scaled by nearest."""
+    masks = []
+    for path in files(field, asked):
+        image = ImageOps.fit(_open(field, path).convert("L"), size[::-1], Image.Resampling.NEAREST)
+        masks.append(torch.from_numpy(np.array(image) >= 128).float()[None])
+    return torch.stack(masks)
+
+
+def read_maps(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    """Files of one channel, or with a palette, the labels as numbers -> (N, height, width) integers, scaled by nearest.
+
+    Raises:
+        ValueError: a picture with colours instead of labels.
+    """
+    maps = []
+    for path in files(field, asked):
+        image = _open(field, path)
+        if image.mode not in ("L", "P", "1", "I", "I;16"):
+            raise ValueError(
+                f"ask.{field}={path} is a picture of mode {image.mode}; a label map has one channel, and its numbers are labels."
+            )
+        maps.append(torch.from_numpy(np.array(ImageOps.fit(image, size[::-1], Image.Resampling.NEAREST)).astype(np.int64)))
+    return torch.stack(maps)
+
+
+def _open(field: str, path: Path) -> Image.Image:
+    try:
+        image = Image.open(path, formats=FORMATS)
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"ask.{field}={path} is no whole jpg, png or webp: {error}") from error
+    return image

@@ -1,0 +1,67 @@
+"""A picture with a hole, and where the hole is: inpainting (https://arxiv.org/abs/2112.10752, section 4.5)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ldm.condition.files import read_masks, read_pictures
+from ldm.condition.masks import key_generator, random_mask
+from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
+
+
+class Inpaint(nn.Module):
+    """-> the mask, by nearest, 1 where to repaint, and the whitened latents of the picture with the hole at mid-grey.
+
+    The order and meaning of Stable Diffusion inpainting's channels: 1 + C. Where the batch has no `mask`, one is made from
+    the sample's key, in training also from its position. Never dropped: the mask is part of what is asked.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, image: str = "image", mask: str = "mask", rate: float = 0.0) -> None:
+        super().__init__()
+        self.encode, self.factor = autoencoder.encode, autoencoder.factor
+        self.key, self.rate, self.widths = (image, mask), rate, Widths(spatial=1 + autoencoder.channels)
+
+    def forward(self, value: Sequence[Tensor], drop: Tensor) -> Cond:
+        """value: pictures (B, 3, f * H, f * W) in [-1, 1], masks (B, 1, f * H, f * W) of 0 and 1 -> spatial: (B, 1 + C, H, W).
+
+        Raises:
+            ValueError: a mask that is empty or full, another size, or other numbers.
+        """
+        image, mask = value[0], value[1].to(value[0])
+        check_mask(mask, image)
+        with torch.no_grad():
+            known = self.encode(image * (1 - mask)).mean
+        told = torch.cat((interpolate(mask, known.shape[2:], mode="nearest"), known), dim=1)
+        return Cond(spatial=told * (~drop).to(told)[:, None, None, None])
+
+    def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:
+        """A mask for each picture, where the batch has pictures and keys but no masks."""
+        image, mask = self.key
+        if mask in batch or image not in batch or "key" not in batch:
+            return {}
+        positions = [None] * len(batch["key"]) if draw is None else draw.position.tolist()
+        size = tuple(batch[image].shape[2:])
+        made = [random_mask(size, key_generator(key, p)) for key, p in zip(batch["key"], positions)]
+        return {mask: torch.stack(made).to(batch[image].device)}
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+        """Files -> pictures (N, 3, height, width) in [-1, 1], or masks (N, 1, height, width), white where to repaint."""
+        return (read_pictures if field == self.key[0] else read_masks)(field, asked, size)
+
+
+def check_mask(mask: Tensor, image: Tensor) -> None:
+    """Raises ValueError unless mask: (B, 1, h, w) of 0 and 1, each with both, fits image: (B, 3, h, w)."""
+    if mask.shape[2:] != image.shape[2:] or mask.shape[1] != 1:
+        raise ValueError(
+            f"A mask of {tuple(mask.shape[1:])} does not fit a picture of {tuple(image.shape[1:])}; wanted (1, h, w)."
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"A mask holds 0 (keep) and 1 (repaint) only, this one {mask.min():g} to {mask.max():g}.")
+    share = mask.mean((1, 2, 3))
+    for i, s in enumerate(share.tolist()):
+        if s in (0.0, 1.0):
+            what = "empty: nothing is to be repainted" if s == 0 else "full: nothing of the picture is known"
+            raise ValueError(f"Mask {i} is {what}. White is repainted, black is kept; perhaps it is inverted (ask.mask=...).")

@@ -1,0 +1,99 @@
+"""Boxes and what is in them, as tokens: layout-to-image (https://arxiv.org/abs/2112.10752, section 4.3.2)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.types import Batch, Cond, Draw, Widths
+
+Box = Sequence[float]  # class, left, top, right, bottom; the last four in [0, 1]
+
+
+class Layout(nn.Module):
+    """Up to `most` boxes -> one token each: its class, and its four edges on a grid of `bins`, read by a small transformer.
+
+    A box is [class, left, top, right, bottom], the edges in [0, 1] of the picture; the field `boxes` has a list of them for each
+    sample. Where the batch lacks it, they are the records' `boxes`, or the extents of the labels of a `map`: one box for each
+    label but 0 that covers at least `least` of the picture. Of too many, the largest are told. Dropped, there is no box.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        bins: int = 32,
+        most: int = 8,
+        least: float = 0.02,
+        rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.key, self.rate, self.widths = "boxes", rate, Widths(tokens=width)
+        self.classes, self.bins, self.most, self.least = classes, bins, most, least
+        self.kind = nn.Embedding(classes, width)
+        self.edges = nn.ModuleList(nn.Embedding(bins, width) for _ in range(4))
+        self.nothing = nn.Parameter(torch.randn(width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, value: Sequence[Sequence[Box]], drop: Tensor) -> Cond:
+        """value: B lists of boxes, drop: (B) bool -> tokens: (B, 1 + most, D) and their mask; the first stands for the whole.
+
+        Raises:
+            ValueError: a class or an edge out of range.
+        """
+        device = self.nothing.device
+        boxes = torch.zeros(len(value), self.most, 5)
+        mask = torch.zeros(len(value), self.most, dtype=torch.bool)
+        for i, row in enumerate(value):
+            chosen = [] if drop[i] else sorted(map(self._checked, row), key=_area, reverse=True)[: self.most]
+            if chosen:
+                boxes[i, : len(chosen)], mask[i, : len(chosen)] = torch.tensor(chosen), True
+        boxes, mask = boxes.to(device), torch.cat((torch.ones(len(mask), 1, dtype=torch.bool), mask), dim=1).to(device)
+        places = (boxes[..., 1:] * self.bins).long().clamp(max=self.bins - 1)
+        tokens = self.kind(boxes[..., 0].long()) + sum(table(places[..., i]) for i, table in enumerate(self.edges))
+        tokens = torch.cat((self.nothing.expand(len(tokens), 1, -1), tokens), dim=1)
+        return Cond(tokens=self.transformer(tokens, src_key_padding_mask=~mask), mask=mask)
+
+    def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
+        """Boxes, where the batch has none, from its records or its maps."""
+        if self.key in batch:
+            return {}
+        if "json" in batch and all("boxes" in record for record in batch["json"]):
+            return {self.key: [record["boxes"] for record in batch["json"]]}
+        return {self.key: [boxes_of(labels, self.least) for labels in batch["map"].cpu()]} if "map" in batch else {}
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
+        """One list of boxes, a list of such lists, or JSON of either -> N lists of boxes."""
+        rows = [json.loads(a) if isinstance(a, str) else a for a in asked]
+        if rows and rows[0] and not isinstance(rows[0][0], Sequence | Mapping):
+            rows = [rows]
+        return rows
+
+    def _checked(self, box: Box) -> list[float]:
+        if len(box) != 5 or not 0 <= box[0] < self.classes or not (0 <= box[1] < box[3] <= 1 and 0 <= box[2] < box[4] <= 1):
+            raise ValueError(
+                f"Found the box {list(box)}; wanted [class, left, top, right, bottom] with a class from 0 to {self.classes - 1} "
+                "(condition.layout.classes=...) and edges in [0, 1], left < right, top < bottom."
+            )
+        return [float(v) for v in box]
+
+
+def boxes_of(labels: Tensor, least: float = 0.02) -> list[list[float]]:
+    """labels: (h, w) integers -> [class, left, top, right, bottom] of each label but 0 that covers at least `least`."""
+    height, width = labels.shape
+    boxes = []
+    for label in labels.unique().tolist():
+        rows, columns = (labels == label).nonzero(as_tuple=True)
+        if label and len(rows) >= least * labels.numel():
+            left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+            boxes.append([float(label), left.item() / width, top.item() / height, right.item() / width, bottom.item() / height])
+    return boxes
+
+
+def _area(box: Box) -> float:
+    return (box[3] - box[1]) * (box[4] - box[2])

@@ -1,0 +1,75 @@
+"""The same picture at a lower resolution: super-resolution (https://arxiv.org/abs/2112.10752, section 4.4)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ldm.condition.degrade import bicubic
+from ldm.condition.files import read_pictures
+from ldm.condition.masks import key_generator
+from ldm.nn.sinusoid import sinusoid
+from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
+
+
+class LowResolution(nn.Module):
+    """A picture `scale` times smaller -> its colours beside the latents, brought to their size where they differ.
+
+    Where the batch has no field `low`, it is made from `image` by `degrade(image, scale, generator)`. With `noise` > 0 it is
+    told as sqrt(1 - level^2) low + level normal, the `level` drawn from 0 to `noise` in training, and told as 256 waves
+    (noise-conditioning augmentation, https://arxiv.org/abs/2106.15282, section 4.2); in requests `ask.level`, 0 if not said.
+    A dropped picture is zeros.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        scale: int = 4,
+        degrade: Callable[[Tensor, int, torch.Generator], Tensor] = bicubic,
+        noise: float = 0.0,
+        rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.factor, self.scale, self.degrade, self.noise, self.rate = autoencoder.factor, scale, degrade, noise, rate
+        self.key = ("low", "level", "low_noise") if noise else "low"
+        self.widths = Widths(spatial=3, vector=256 if noise else 0)
+
+    def forward(self, value: Any, drop: Tensor) -> Cond:
+        """value: pictures (B, 3, h, w) in [-1, 1], or these, levels (B) and noise -> spatial: (B, 3, H, W), vector: (B, 256)."""
+        vector, low = None, value
+        if self.noise:
+            low, level, noise = value
+            scale = level.to(low)[:, None, None, None]
+            low, vector = (1 - scale.square()).sqrt() * low + scale * noise.to(low), sinusoid(1000 * level.to(low), 256)
+        size = [side * self.scale // self.factor for side in low.shape[2:]]
+        spatial = low if size == list(low.shape[2:]) else interpolate(low, size, mode="bicubic", antialias=True)
+        return Cond(spatial=spatial * (~drop).to(spatial)[:, None, None, None], vector=vector)
+
+    def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:
+        """The low resolution of `image`, where the batch has none, the level of its noise, and the noise."""
+        made: dict[str, Tensor] = {}
+        if "low" not in batch and "image" in batch:
+            made["low"] = self._degraded(batch, draw)
+        low = made.get("low", batch.get("low"))
+        if low is None or not self.noise:
+            return made
+        if "level" not in batch:
+            made["level"] = torch.zeros(len(low)) if draw is None else self.noise * draw.uniform("level")
+        if "low_noise" not in batch:
+            same = torch.randn(low.shape[1:], generator=torch.Generator().manual_seed(0)).expand(low.shape)
+            made["low_noise"] = same if draw is None else draw.normal("low", low.shape[1:])
+        return made
+
+    def _degraded(self, batch: Batch, draw: Draw | None) -> Tensor:
+        keys = batch.get("key") or [""] * len(batch["image"])
+        positions = [None] * len(keys) if draw is None else draw.position.tolist()
+        generators = [key_generator(key, position) for key, position in zip(keys, positions)]
+        return torch.cat([self.degrade(image[None], self.scale, g) for image, g in zip(batch["image"], generators)])
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+        """Files of small pictures -> (N, 3, height / scale, width / scale) in [-1, 1]; or levels -> (N)."""
+        if field == "level":
+            return torch.tensor([float(a) for a in asked])
+        return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))

@@ -1,0 +1,50 @@
+"""A map of labels, pixel by pixel: semantic synthesis (https://arxiv.org/abs/2112.10752, section 4.3.2)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, one_hot
+
+from ldm.condition.files import read_maps
+from ldm.types import Autoencoder, Cond, Widths
+
+
+class Semantic(nn.Module):
+    """A label map -> maps at latent resolution, of each label the share of the area: no thin region vanishes.
+
+    With `width`, each label has a learned vector instead, and a latent pixel the mean of its labels' vectors.
+    A dropped map is zeros.
+    """
+
+    def __init__(
+        self, autoencoder: Autoencoder, classes: int, width: int | None = None, key: str = "map", rate: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.factor, self.classes, self.key, self.rate = autoencoder.factor, classes, key, rate
+        self.table = None if width is None else nn.Parameter(torch.randn(classes, width))
+        self.widths = Widths(spatial=classes if width is None else width)
+
+    def forward(self, value: Tensor, drop: Tensor) -> Cond:
+        """value: (B, f * H, f * W) integers in [0, classes), drop: (B) bool -> spatial: (B, C', H, W).
+
+        Raises:
+            ValueError: labels out of range, or a size that the factor does not divide.
+        """
+        if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < self.classes:
+            raise ValueError(
+                f"A map in the field '{self.key}' has labels from {int(value.min())} to {int(value.max())}; this model knows "
+                f"0 to {self.classes - 1} (condition.semantic.classes=...)."
+            )
+        if value.shape[1] % self.factor or value.shape[2] % self.factor:
+            raise ValueError(
+                f"Maps of {tuple(value.shape[1:])} do not divide by the autoencoder's factor {self.factor} (data.size)."
+            )
+        shares = avg_pool2d(one_hot(value, self.classes).permute(0, 3, 1, 2).float(), self.factor)
+        told = shares if self.table is None else torch.einsum("bkhw,kc->bchw", shares, self.table)
+        return Cond(spatial=told * (~drop).to(told)[:, None, None, None])
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+        """Files of label maps, or folders of them -> (N, height, width) integers."""
+        return read_maps(field, asked, size)

@@ -1,0 +1,39 @@
+"""Captions read by a transformer that is trained with the backbone: the paper's own text model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from ldm.clip import spoken
+from ldm.types import Cond, Widths
+
+
+class Transcript(nn.Module):
+    """A caption -> tokens of a bidirectional transformer over CLIP's byte-pair ids (LDM, 2112.10752, appendix E.2.1, "BERT").
+
+    The paper's: width 1280, depth 32, 77 tokens, over BERT's words. Padding is masked; a dropped caption is the empty one.
+    """
+
+    def __init__(
+        self, width: int = 1280, depth: int = 32, heads: int = 8, length: int = 77, key: str = "caption", rate: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=length)
+        self.words, self.places = nn.Embedding(self.tokenizer.vocab_size, width), nn.Parameter(0.02 * torch.randn(length, width))
+        nn.init.normal_(self.words.weight, std=0.02)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.transformer = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
+        """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens: (B, L, D), mask: (B, L)."""
+        ids = self.tokenizer(["" if d else v for v, d in zip(value, drop.tolist())]).to(self.places.device)
+        mask = spoken(ids)
+        return Cond(tokens=self.transformer(self.words(ids) + self.places, src_key_padding_mask=~mask), mask=mask)
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+        """-> the prompts."""
+        return [str(a) for a in asked]
