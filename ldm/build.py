@@ -169,5 +169,5 @@ def _from_checkpoint(path: Path) -> tuple[dict, dict]:
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("EMA"):
-            weights |= {k.removeprefix("model."): v for k, v in state["average"].items()}
+            weights |= {k.removeprefix("model."): v for k, v in state["average"].items() if k.startswith("model.")}
     return checkpoint["recipe"], weights

@@ -36,6 +36,9 @@ class Denoiser(nn.Module):
 
     `level` tells the noise level. With `unit_input` the network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance
     (the published variance-preserving networks are the same with either).
+
+    Raises:
+        ValueError: the prediction cannot be read where the schedule ends: noise, at zero terminal SNR.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Denoiser(nn.Module):
         unit_input: bool = True,
     ) -> None:
         super().__init__()
+        _check_terminal(schedule, prediction)
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.level, self.unit_input = level, unit_input
 
@@ -70,3 +74,15 @@ def _fitting(maps: Tensor, x: Tensor) -> Tensor:
             "one size (data.size, or size= and the files of ask.*)."
         )
     return maps.to(x)
+
+
+def _check_terminal(schedule: Schedule, prediction: Prediction) -> None:
+    one = torch.ones((), dtype=torch.float64)
+    alpha, sigma = schedule(one)
+    gain = prediction.to_data(one, 0 * one, alpha, sigma).abs()  # of the network's errors, on their way to x_hat
+    if getattr(schedule, "zero_terminal_snr", False) and gain > 1000:
+        raise ValueError(
+            f"prediction={type(prediction).__name__.lower()} with zero terminal SNR (schedule={type(schedule).__name__}): no signal "
+            f"is left at t = 1, and the network's errors would be {gain:.0f} times as large in the picture. Use "
+            "prediction=velocity, flow or data, or schedule.zero_terminal_snr=false."
+        )

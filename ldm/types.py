@@ -135,7 +135,7 @@ class Draw:
     def _each(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         name = zlib.crc32(stream.encode())
         generator = torch.Generator()
-        return torch.stack([draw(generator.manual_seed(_mix(self.seed, name, p))) for p in self.position.tolist()])
+        return torch.stack([draw(generator.manual_seed(mix(self.seed, name, p))) for p in self.position.tolist()])
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
     return torch.cat((a, b), dim)
 
 
-def _mix(*words: int) -> int:
+def mix(*words: int) -> int:
     """Hashes integers to one of 63 bits (splitmix64, Steele et al. 2014), the same on every platform."""
     state = 0
     for word in words:

@@ -25,6 +25,7 @@ ALLOWED = {
     "evaluation": {"types", "measure", "folder", "model", "generate", "data", "evaluation"},
     "data": {"types", "data"},
     "denoiser": {"types"},
+    "likelihood": {"types"},
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
     "request": {"folder", "model"},

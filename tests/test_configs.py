@@ -13,7 +13,7 @@ from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler")
-HELPERS = {"__init__", "conditioner", "grid", "time", "decode", "index", "order", "write"}
+HELPERS = {"__init__", "conditioner", "grid", "noise", "time", "weight", "distance", "decode", "index", "order", "write"}
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 

@@ -20,7 +20,7 @@ from ldm.folder import load_tensors, save_tensors, write_text
 from ldm.loss.features import Features
 from ldm.model import LatentModel
 from ldm.objective.regression import Regression
-from ldm.objective.time import LogitNormal, Uniform
+from ldm.objective.time import LogitNormal
 from ldm.prediction import Flow
 from ldm.schedule import Linear
 from ldm.training.autoencoding import Autoencoding, kl_divergence
@@ -101,14 +101,6 @@ def test_streams_seeds_and_positions_are_independent():
 def test_stratified_times_cover_every_interval_once_a_global_batch():
     u = Draw(0, torch.arange(64) + 64 * 5, 64).stratified("time")
     assert sorted((u * 64).floor().long().tolist()) == list(range(64))
-
-
-def test_logit_normal_times_have_their_quantiles():
-    u = (torch.arange(100_000) + 0.5) / 100_000
-    t = LogitNormal(0.5, 1.2)(u)
-    logit = torch.log(t / (1 - t))
-    assert logit.mean().item() == pytest.approx(0.5, abs=1e-2) and logit.std().item() == pytest.approx(1.2, abs=1e-2)
-    assert torch.equal(Uniform()(u), u)
 
 
 # ---- optimizers, rates, averages
