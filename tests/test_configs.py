@@ -13,7 +13,20 @@ from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler")
-HELPERS = {"__init__", "conditioner", "grid", "noise", "time", "weight", "distance", "decode", "index", "order", "write"}
+HELPERS = {
+    "__init__",
+    "adversary",
+    "conditioner",
+    "grid",
+    "noise",
+    "time",
+    "weight",
+    "distance",
+    "decode",
+    "index",
+    "order",
+    "write",
+}
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 
@@ -49,7 +62,7 @@ def runs(tmp_path_factory, clip_folder):
     return home.parent
 
 
-SETTINGS = ("schedule", "prediction", "level", "optimizer", "rate")
+SETTINGS = ("adversary", "schedule", "prediction", "level", "optimizer", "rate")
 CHOICES = ("autoencoder", "backbone", "guidance", "loss", "objective", "sampler", *SETTINGS)
 
 

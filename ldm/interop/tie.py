@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Weights = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def renamer(table: Mapping[str, str]) -> Callable[[str], str]:
     return lambda name: pattern.sub(lambda found: table[found[0]], name)
 
 
-def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> dict[str, Tensor]:
+def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Shapes, prefix: str = "") -> dict[str, Tensor]:
     """Their tensors, by our names and in our shapes.
 
     Raises:
