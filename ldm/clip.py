@@ -1,7 +1,9 @@
 """A frozen CLIP, by open_clip's name or from a local folder, and how its towers are read."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -42,15 +44,35 @@ def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Modul
         if not hasattr(clip, "token_embedding"):
             return clip.text
     else:
-        gelu = config.get("quick_gelu", False)
-        clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
+        clip = blank_text_tower(config)
         weights = load_tensors(folder / "open_clip_model.safetensors")
-        text = {name for name in clip.state_dict() if not name.startswith(("visual.", "logit_scale"))}
+        text = set(clip.state_dict()) - {"logit_scale"}
         if lacking := sorted(text - weights.keys()):
             raise ValueError(f"{option}.model={model}: its weights lack {lacking[:3]} of the text tower; export the CLIP again.")
         clip.load_state_dict({name: weights[name] for name in text}, strict=False, assign=True)
+        return clip
     del clip.visual
     return clip
+
+
+def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
+    """The text half of open_clip's model_cfg, frozen, with random weights."""
+    gelu = config.get("quick_gelu", False)
+    clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
+    del clip.visual
+    return clip
+
+
+def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One of open_clip's names -> its model_cfg, and its text tower's weights."""
+    tower = load_text_tower(model, pretrained, "condition.text")
+    return open_clip.get_model_config(model), {n: x for n, x in tower.state_dict().items() if n != "logit_scale"}
+
+
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's byte-pair encoding, which ships with open_clip: ids by token, and the merges in their order."""
+    words = open_clip.tokenizer.SimpleTokenizer()
+    return dict(words.encoder), [" ".join(pair) for pair in sorted(words.bpe_ranks, key=words.bpe_ranks.get)]
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}

@@ -250,19 +250,6 @@ class AdversarialLoss(Protocol):
         """Logits (B, 1, h, w) -> (), what the autoencoder minimises."""
 
 
-class Metric(Protocol):
-    of: str  # which pictures it judges: "reconstruction" or "drawing"
-
-    def prepare(self, data: Any) -> None:
-        """Reads what it needs of the data module, once, beforehand."""
-
-    def update(self, images: Tensor, batch: Batch) -> None:
-        """images: (B, 3, height, width) in [-1, 1], to be judged; batch: the real samples that they answer to."""
-
-    def compute(self) -> dict[str, float]:
-        """The numbers, by name."""
-
-
 def like(scale: Tensor, x: Tensor) -> Tensor:
     """Views scale, () or (B), so that it broadcasts over x, (B, ...)."""
     return scale.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
