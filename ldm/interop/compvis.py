@@ -96,10 +96,10 @@ def write_file(bundle: Bundle, path: Path) -> None:
         raise ValueError(f"CompVis' code normalises in 32 groups; this model has {sorted(groups)}. Use --to diffusers.")
     theirs = give(ties, stage, VAE)
     theirs |= give(unet.compvis(bundle.backbone(), settings), bundle.backbone(), UNET)
-    names = list(towers(bundle.recipe["condition"]))
-    prefixes = TOWERS[:1] if len(names) == 1 and "number" not in bundle.recipe["condition"] else TOWERS[1:]
-    for place, prefix in zip(names, prefixes):
-        theirs |= _write_tower(bundle.parts[place], prefix)
+    texts = towers(bundle.recipe["condition"])
+    prefixes = TOWERS[:1] if len(texts) == 1 and "number" not in bundle.recipe["condition"] else TOWERS[1:]
+    for (place, node), prefix in zip(texts.items(), prefixes):
+        theirs |= _write_tower(bundle.parts[place], prefix, list(node.get("layers", [-1])))
     save_tensors(theirs, path)
     write_text(yaml.safe_dump(_told(bundle, scale or 1.0), sort_keys=False), path.with_suffix(".yaml"))
 
@@ -158,11 +158,16 @@ def _read_tower(weights: Mapping[str, Tensor], prefix: str) -> tuple[Part | None
     return Part(config, bring(ties, weights, wanted, prefix), tower=True), taken(ties, prefix)
 
 
-def _write_tower(part: Part, prefix: str) -> dict[str, Tensor]:
+def _write_tower(part: Part, prefix: str, layers: list[int]) -> dict[str, Tensor]:
     if part.config.get("quick_gelu"):
         weights = {name: x for name, x in part.weights.items() if name != "text_projection"}
         return give(transformers(weights), weights, f"{prefix}transformer.")
-    return {f"{prefix}model.{name}": x for name, x in part.weights.items()}
+    theirs = {f"{prefix}model.{name}": x for name, x in part.weights.items()}
+    if layers == [-1]:  # their code reads the last block but one: the last one here gets a double above it, never read
+        count = part.config["text_cfg"]["layers"]
+        last, above = (f"{prefix}model.transformer.resblocks.{i}." for i in (count - 1, count))
+        theirs |= {above + name.removeprefix(last): x.clone() for name, x in theirs.items() if name.startswith(last)}
+    return theirs
 
 
 def _averaged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

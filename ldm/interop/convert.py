@@ -79,7 +79,6 @@ def describe(bundle: Bundle) -> str:
         kinds = [bundle.recipe[name]["_target_"].split(".")[-1] for name in ("schedule", "prediction")]
         lines.append(f"says         {kinds[1]} on {kinds[0]}")
     for place, part in bundle.parts.items():
-        lines.append(
-            f"{'text tower' if part.tower else 'autoencoder'}   {sum(x.numel() for x in part.weights.values()):,} ({place})"
-        )
+        kind, count = "text tower" if part.tower else "autoencoder", sum(x.numel() for x in part.weights.values())
+        lines.append(f"{kind:12s} {count:,} numbers ({place})")
     return "\n".join(lines)
