@@ -25,7 +25,17 @@ from ldm.training.checkpoint import newest, read_checkpoint
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
-ROOMS = ("autoencoder", "backbone", "condition", "schedule", "prediction", "denoiser", "build.assemble", "build.load_autoencoder")
+ROOMS = (
+    "autoencoder",
+    "backbone",
+    "nn",
+    "condition",
+    "schedule",
+    "prediction",
+    "denoiser",
+    "build.assemble",
+    "build.load_autoencoder",
+)
 NARROW = tuple(f"ldm.{room}" for room in ROOMS)
 # The list of the build under way: packages that the user trusts hold for the folders it loads too, whatever these say.
 UNDER_WAY: ContextVar[Sequence[str]] = ContextVar("under_way", default=())

@@ -70,9 +70,12 @@ def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any]
 
 
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's byte-pair encoding, which ships with open_clip: ids by token, and the merges in their order."""
+    """CLIP's byte-pair encoding, which ships with open_clip, as OpenAI wrote it: ids by token, and the merges in their order."""
     words = open_clip.tokenizer.SimpleTokenizer()
-    return dict(words.encoder), [" ".join(pair) for pair in sorted(words.bpe_ranks, key=words.bpe_ranks.get)]
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {names.get(word, word): number for word, number in words.encoder.items()}, [
+        " ".join(pair) for pair in sorted(words.bpe_ranks, key=words.bpe_ranks.get)
+    ]
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
