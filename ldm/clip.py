@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.folder import LOCAL, as_run, load_tensors
+from ldm.nn.empty import weighted, weightless
 
 
 def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -26,8 +28,9 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
             f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
             f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
         )
-    device = torch.get_default_device()
-    return open_clip.create_model(model, pretrained=pretrained, device=device).eval().requires_grad_(False)
+    with weighted() if pretrained or ":" in model else nullcontext():
+        clip = open_clip.create_model(model, pretrained=pretrained, device=torch.get_default_device())
+    return clip.eval().requires_grad_(False)
 
 
 def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -44,12 +47,14 @@ def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Modul
         if not hasattr(clip, "token_embedding"):
             return clip.text
     else:
-        clip = blank_text_tower(config)
+        with weightless():
+            clip = blank_text_tower(config)
         weights = load_tensors(folder / "open_clip_model.safetensors")
         text = set(clip.state_dict()) - {"logit_scale"}
         if lacking := sorted(text - weights.keys()):
             raise ValueError(f"{option}.model={model}: its weights lack {lacking[:3]} of the text tower; export the CLIP again.")
-        clip.load_state_dict({name: weights[name] for name in text}, strict=False, assign=True)
+        whole = {name: weights[name].float() for name in text} | {"logit_scale": torch.zeros(())}
+        clip.load_state_dict(whole, assign=True)
         return clip
     del clip.visual
     return clip

@@ -18,7 +18,7 @@ ALLOWED = {
     "folder": set(),
     "report": set(),
     "quickstart_report": {"folder", "report"},
-    "clip": {"folder"},
+    "clip": {"folder", "nn"},
     **{room: {"types", "nn", "clip", "folder", room} for room in ROOMS},
     "metric": {"types", "measure", "clip", "folder", "metric"},
     "extractor": {"types", "measure", "clip", "folder", "extractor"},
@@ -31,7 +31,8 @@ ALLOWED = {
     "request": {"folder", "model"},
     "subject": {"build", "evaluation", "measure", "request"},
     "training": {"types", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
-    "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
+    "interop": {"types", "clip", "folder", "backbone", "autoencoder", "nn", "interop"},
+    "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
 }
 CONFINED = {

@@ -317,3 +317,47 @@ def test_what_no_pipeline_can_do_is_named(single, tmp_path):
     bundle.recipe["schedule"] = {"_target_": "ldm.schedule.Linear"}
     with pytest.raises(ValueError, match="schedule=scaled_linear"):
         write(bundle, tmp_path, "diffusers")
+
+
+@pytest.mark.slow
+def test_stable_diffusion_1_at_full_size():
+    """U-Net, autoencoder and text tower of Stable Diffusion 1.5, random weights shared by both sides: 5 GiB."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet_there = UNet2DConditionModel(attention_head_dim=8, cross_attention_dim=768).eval()
+    torch.nn.init.normal_(unet_there.conv_out.weight, std=0.05)
+    settings = {"res_blocks": 2, "heads": 8, "head_width": None, "width": 320, "mult": (1, 2, 4, 4), "depth": (1, 1, 1, 0)}
+    config = CLIPTextConfig(768, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    config.vocab_size, config.hidden_act, config.projection_dim = 49408, "quick_gelu", 768
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae_there = AutoencoderKL(block_out_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2, **levels).eval()
+    text_there = CLIPTextModel(config).eval()
+    told = json.loads(config.to_json_string()) | {"architectures": ["CLIPTextModel"]}
+    with torch.device("meta"):
+        unet_here, vae_here = UNet(4, Widths(tokens=768)), KL()
+    text_here = blank_text_tower(text.open_clip_config(told))
+    mult = {"mult": (1, 2, 4, 4)}
+    for here, there, ties in (
+        (unet_here, unet_there, unet.diffusers(unet_here.state_dict(), settings)),
+        (vae_here, vae_there, autoencoder.diffusers(vae_here.state_dict(), mult)),
+        (text_here, text_there, text.transformers(n for n in text_here.state_dict() if n != "logit_scale")),
+    ):
+        theirs = {
+            n if not n.startswith(("emb", "encoder.l", "final")) else f"text_model.{n}": x for n, x in there.state_dict().items()
+        }
+        here.load_state_dict(bring(ties, theirs, shapes_of(here)), strict=False, assign=True)
+    from ldm.clip import read as read_tower
+
+    torch.set_grad_enabled(False)
+    x, words, ids = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768), torch.randint(0, 49406, (1, 77))
+    ids[0, -1] = 49407
+    pairs = {
+        "U-Net": (unet_here(x, T[1:], Cond(tokens=words)), unet_there(x, T[1:], words).sample),
+        "text tower": (text_here.ln_final(read_tower(text_here, ids)[0][-1]), text_there(ids).last_hidden_state),
+        "decoder": (vae_here.reconstruct(x[..., :32, :32]), vae_there.decode(x[..., :32, :32]).sample),
+    }
+    torch.set_grad_enabled(True)
+    for name, (here, there) in pairs.items():
+        print(f"{name}: max |diff| {float((here - there).abs().max()):.1e} of {float(there.abs().max()):.2f}")
+        torch.testing.assert_close(here, there, atol=1e-4, rtol=0)

@@ -21,6 +21,6 @@ def inpaint_node(spatial: int, channels: int) -> dict[str, Any]:
     if spatial not in (0, 1 + channels):
         raise ValueError(
             f"The U-Net takes {spatial} channels beside the {channels} noisy ones; 0 (text alone) and {1 + channels} (inpainting)"
-            " are known as whole models. Its U-Net alone can be taken over with model.init=PATH."
+            " are known as whole models."
         )
     return {"inpaint": {"_target_": "ldm.condition.inpaint.Inpaint", "_partial_": True}} if spatial else {}

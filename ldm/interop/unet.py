@@ -78,47 +78,47 @@ def compvis(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Tie]
 
 def diffusers(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Tie]:
     """Our names -> those of diffusers' UNet2DConditionModel, or of its UNet2DModel where there are no tokens."""
-    per_level = settings["res_blocks"] + 1
-
-    def block(root: str, place: str, tail: str) -> str:
-        i, j = (int(n) for n in place.split(".")) if "." in place else (0, int(place))
-        residual = tail.startswith(RESIDUAL)
-        if root == "middle":
-            return f"mid_block.{f'resnets.{min(j, 1)}' if residual else 'attentions.0'}."
-        level, k = divmod(i - 1 if root == "encoder" else i, per_level)
-        side, resampler = ("down", "downsamplers") if root == "encoder" else ("up", "upsamplers")
-        if tail in ("weight", "bias"):
-            return f"{side}_blocks.{level}.{resampler}.0.conv."
-        if residual and (j or (root == "encoder" and k == per_level - 1)):
-            return f"{side}_blocks.{level}.{resampler}.0."
-        return f"{side}_blocks.{level}.{'resnets' if residual else 'attentions'}.{k}."
 
     def tie(name: str) -> Tie:
         root, place, tail = _parts(name)
         if (whole := f"{root}.{place}") in DIFFUSERS_ROOTS:
             return same(f"{DIFFUSERS_ROOTS[whole]}.{tail}")
-        theirs = block(root, place, tail)
-        if not transformers and not tail.startswith(RESIDUAL) and tail not in ("weight", "bias"):
-            part, leaf = tail.split(".")
-            if part == "qkv":
-                return headwise(heads(name), *(f"{theirs}to_{letter}.{leaf}" for letter in "qkv"))
-            return same(theirs + {"norm": "group_norm", "proj_out": "to_out.0"}[part] + f".{leaf}")
-        return kernel(theirs + tail, 2) if _is_projection(tail) and not linear(settings) else same(theirs + DIFFUSERS(tail))
-
-    def heads(name: str) -> int:
-        return settings["heads"] if settings.get("head_width") is None else channels(name) // settings["head_width"]
-
-    def channels(name: str) -> int:
-        root, place, _ = _parts(name)
-        if root == "middle":
-            return settings["width"] * settings["mult"][-1]
-        i, levels = int(place.split(".")[0]), len(settings["mult"])
-        level = (i - 1) // per_level if root == "encoder" else levels - 1 - i // per_level
-        return settings["width"] * settings["mult"][level]
+        theirs = _block(root, place, tail, settings["res_blocks"] + 1)
+        if not plain or tail.startswith(RESIDUAL) or tail in ("weight", "bias"):
+            matrix = linear(settings) or not _is_projection(tail)
+            return same(theirs + DIFFUSERS(tail)) if matrix else kernel(theirs + tail, 2)
+        part, leaf = tail.split(".")
+        if part == "qkv":
+            return headwise(_heads_at(root, place, settings), *(f"{theirs}to_{letter}.{leaf}" for letter in "qkv"))
+        return same(theirs + {"norm": "group_norm", "proj_out": "to_out.0"}[part] + f".{leaf}")
 
     names = list(names)
-    transformers = _has_transformers(names)
+    plain = not _has_transformers(names)
     return tied(names, tie)
+
+
+def _block(root: str, place: str, tail: str, per_level: int) -> str:
+    """Where diffusers keeps a layer: CompVis' stages 1, 2, 3, ... are its blocks of levels, by kind and number."""
+    i, j = (int(n) for n in place.split(".")) if "." in place else (0, int(place))
+    residual = tail.startswith(RESIDUAL)
+    if root == "middle":
+        return f"mid_block.{f'resnets.{min(j, 1)}' if residual else 'attentions.0'}."
+    level, k = divmod(i - 1 if root == "encoder" else i, per_level)
+    side, resampler = ("down", "downsamplers") if root == "encoder" else ("up", "upsamplers")
+    if tail in ("weight", "bias"):
+        return f"{side}_blocks.{level}.{resampler}.0.conv."
+    if residual and (j or (root == "encoder" and k == per_level - 1)):
+        return f"{side}_blocks.{level}.{resampler}.0."
+    return f"{side}_blocks.{level}.{'resnets' if residual else 'attentions'}.{k}."
+
+
+def _heads_at(root: str, place: str, settings: Mapping[str, Any]) -> int:
+    """How many heads the plain attention there has."""
+    if settings.get("head_width") is None:
+        return settings["heads"]
+    i, per_level, mult = int(place.split(".")[0]), settings["res_blocks"] + 1, settings["mult"]
+    level = {"encoder": (i - 1) // per_level, "middle": -1, "decoder": len(mult) - 1 - i // per_level}[root]
+    return settings["width"] * mult[level] // settings["head_width"]
 
 
 def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
