@@ -1,5 +1,6 @@
 """The adversary, the codebook and the terms of the autoencoding stage: who learns from what, in one process and in two."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,19 +9,24 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.plugins.precision import MixedPrecision
 from test_training import small, trainer
 from torch import nn
 
 from ldm.autoencoder.kl import KL
 from ldm.autoencoder.vq import VQ
+from ldm.build import load_autoencoder
 from ldm.command_line import CONFIGS
 from ldm.loss.adversary import Hinge, NonSaturating, PatchGAN
 from ldm.training.adversary import Adversary, balance_of
 from ldm.training.autoencoding import Autoencoding
 from ldm.training.checkpoint import WholeCheckpointIO
 from ldm.training.ema import EMA
+from ldm.training.latents import Latents
+from ldm.training.preview import Reconstructions
 from ldm.training.rate import Constant, Linear
+from ldm.training.run import fit
 
 SIZE = {"channels": 2, "width": 8, "mult": (1, 2), "res_blocks": 1, "groups": 4}
 
@@ -265,6 +271,54 @@ def test_two_processes_fight_as_one(emoji_root, tmp_path):
     assert one.keys() == two.keys()
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- what is handed on, and what is shown
+
+
+@pytest.mark.parametrize("kind", [KL, VQ])
+def test_statistics_say_of_what_data_they_are(kind, emoji_root, tmp_path):
+    """Beside the weights: mean and deviation of each channel, the exact count, size and fingerprint of the training shards."""
+    stage, data = stage_of(kind, against=False), small(emoji_root)
+    stage.recipe = {"_target_": f"ldm.autoencoder.{kind.__name__.lower()}.{kind.__name__}", **SIZE, "mult": [1, 2]}
+    if kind is VQ:
+        stage.recipe["codes"] = 16
+    fit(stage, data, trainer(tmp_path, 2, enable_checkpointing=False), tmp_path)
+    told, loaded = json.loads((tmp_path / "statistics.json").read_text()), load_autoencoder(str(tmp_path))
+    assert told["count"] == len(data.train_set) == loaded.count and told["size"] == 8
+    assert told["fingerprint"] == data.train_set.index.fingerprint()
+    torch.testing.assert_close(torch.tensor(told["std"]), loaded.std)
+    images = torch.cat([data.on_after_batch_transfer(b, 0)["image"] for b in data.ordered("train", 16)])
+    with torch.no_grad():
+        latents = loaded.encode(images)
+    assert latents.mean.mean((0, 2, 3)).abs().max() < 1e-4
+    variance = (latents.mean.square() + latents.std.square()).mean((0, 2, 3))
+    torch.testing.assert_close(variance, torch.ones(2), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [KL, VQ])
+def test_latents_and_reconstructions_are_shown(kind, emoji_root, tmp_path):
+    stage, data = stage_of(kind, against=False), small(emoji_root)
+    callbacks = [Latents(str(tmp_path / "latents"), 2), Reconstructions(str(tmp_path / "previews"), 2, count=8)]
+    run(stage, emoji_root, tmp_path, 2, callbacks)
+    told = json.loads((tmp_path / "latents" / "00000002.json").read_text())
+    data.setup()
+    images = torch.cat([data.on_after_batch_transfer(b, 0)["image"] for b in data.ordered("val", 16)])
+    with torch.no_grad():
+        moments = stage.autoencoder.posterior(images)
+        if kind is KL:
+            wanted = torch.distributions.kl_divergence(
+                torch.distributions.Normal(moments.mean, moments.std), torch.distributions.Normal(0.0, 1.0)
+            )
+            assert told["kl"] == pytest.approx(wanted.sum().item() / len(images), rel=1e-4)
+        else:
+            used = stage.autoencoder.used(stage.autoencoder.quantise(moments.mean)[1])
+            assert told["usage"] == pytest.approx(used["usage"].item())
+            assert told["perplexity"] == pytest.approx(used["perplexity"].item(), rel=1e-4)
+    assert len(told["mean"]) == len(told["std"]) == 2
+    shown = Image.open(tmp_path / "previews" / "00000002.png")
+    assert shown.size == (8 * 9 + 1, 3 * 9 + 1), "originals, reconstructions, differences: rows of 8 pictures of 8 pixels"
+    assert Image.open(tmp_path / "latents" / "00000002.png").width > 400
 
 
 # ---- bad input

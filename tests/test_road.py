@@ -90,6 +90,27 @@ def test_latents_online_are_those_made_ahead(road):
     torch.testing.assert_close(torch.cat((moments.mean, moments.std), 1), stored["moments"], atol=1e-4, rtol=1e-4)
 
 
+def test_latents_from_shards_need_no_autoencoder_until_something_is_drawn(road, tmp_path):
+    home, _, shared = road
+    text = ["experiment=emoji/text", f"data.train={home}/latents/train", f"data.val={home}/latents/val", "data=latents"]
+    cached = ["autoencoder=cached", f"autoencoder.load.path={home}/autoencoder", "callback=[checkpoint]", *shared, *STEPS, *UNET]
+    folder = train(compose_config("train", [*text, *cached, "run_id=cached"]))
+    assert (folder / "autoencoder.load" / "statistics.json").is_file()
+    drawn = sample(compose_config("sample", [f"model={folder}", f"out={tmp_path}", "prompt=dart", "sampler.steps=2", "tile=4"]))
+    assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
+
+
+@pytest.mark.parametrize("experiment", ["autoencoder_gan", "vq"])
+def test_the_other_autoencoders_train_and_export(road, experiment):
+    _, emoji, shared = road
+    small = ["adversary.start=1", "adversary.network.width=8"] if experiment == "autoencoder_gan" else ["autoencoder.codes=16"]
+    arguments = [f"experiment=emoji/{experiment}", "callback=[checkpoint,latents]", "callback.latents.every=2"]
+    folder = train(compose_config("train", [*arguments, *shared, *emoji, *STEPS, *KL, *small]))
+    assert load_autoencoder(str(folder)).count > 0 and (folder / "latents" / "00000002.json").is_file()
+    named = "train/discriminator" if experiment == "autoencoder_gan" else "train/perplexity"
+    assert named in read_curves(folder)
+
+
 def test_diffusion_trains_on_pictures_too_and_resumes(road):
     _, emoji, shared = road
     arguments = [

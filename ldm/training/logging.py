@@ -1,6 +1,8 @@
 """Loggers that Lightning's own classes do not cover by a config alone."""
 
-from pytorch_lightning.loggers import WandbLogger
+from collections.abc import Iterable
+
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 
 def wandb_logger(run_id: str, project: str, folder: str, offline: bool = False) -> WandbLogger:
@@ -8,3 +10,10 @@ def wandb_logger(run_id: str, project: str, folder: str, offline: bool = False) 
     return WandbLogger(
         name=run_id, id=run_id.replace("/", "-"), project=project, save_dir=folder, offline=offline, log_model=False
     )
+
+
+def close(loggers: Iterable[Logger]) -> None:
+    """Ends wandb's run, which would otherwise take in the next job of a multirun too."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
