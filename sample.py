@@ -15,7 +15,7 @@ def sample(config: DictConfig) -> Any:
     from ldm.autoencoder.tiled import Tiled
     from ldm.build import allowed, build, load_model
     from ldm.generate import draw_all
-    from ldm.request import read_edit, read_request, write_pictures
+    from ldm.request import paste_back, read_edit, read_request, write_pictures
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     model = load_model(config.model, allowed(config)).to(device)
@@ -27,7 +27,9 @@ def sample(config: DictConfig) -> Any:
     sampler, guidance = (build(node, allowed(config)) for node in (config.sampler, config.guidance))
     sampler = read_edit(config, model, ask, sampler, size)
     images = draw_all(model, ask, sampler, guidance, seeds, size, config.batch)
-    write_pictures(images, Path(config.out), {**OmegaConf.to_container(config, resolve=True), "seeds": list(seeds), "asked": ask})
+    images = paste_back(images, ask) if config.paste else images
+    told = {**OmegaConf.to_container(config, resolve=True), "seeds": list(seeds), "asked": ask}
+    write_pictures(images, Path(config.out), told, model.conditioner.show(ask))
     print(f"{count} pictures are in {config.out}")
     return images
 

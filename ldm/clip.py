@@ -1,13 +1,15 @@
 """A frozen CLIP, by open_clip's name or from a local folder, and how its towers are read."""
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -94,6 +96,11 @@ def see(visual: nn.Module, images: Tensor) -> Tensor:
     return (images.add(1).div(2) - mean) / std
 
 
+def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
+    """What open_clip does to a PIL picture before this image tower: its numbers are the plain open_clip ones."""
+    return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
+
+
 def read(tower: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     """ids: (B, L) token ids -> hidden states, (B, L, D) each, from before the transformer to its end; pooled: (B, E)."""
     hidden = [tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]]
@@ -106,3 +113,13 @@ def read(tower: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
 def spoken(ids: Tensor) -> Tensor:
     """ids: (B, L), the end token being the largest id -> (B, L) bool, True up to and with the end of the text."""
     return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
+
+
+def warn_of_cut(caption: str, tokenizer: Any, length: int) -> str:
+    """The same caption; a warning quotes what of it lies behind the first `length` - 2 byte pairs, which nobody reads."""
+    ids = tokenizer.encode(caption) if hasattr(tokenizer, "encode") else []
+    if len(ids) > length - 2:
+        warnings.warn(
+            f"{len(ids)} tokens do not fit into {length - 2}; cut off: {tokenizer.decode(ids[length - 2 :])!r}", stacklevel=2
+        )
+    return caption

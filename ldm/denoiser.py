@@ -77,10 +77,12 @@ def _fitting(maps: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_terminal(schedule: Schedule, prediction: Prediction) -> None:
+    if not getattr(schedule, "zero_terminal_snr", False):
+        return
     one = torch.ones((), dtype=torch.float64)
     alpha, sigma = schedule(one)
     gain = prediction.to_data(one, 0 * one, alpha, sigma).abs()  # of the network's errors, on their way to x_hat
-    if getattr(schedule, "zero_terminal_snr", False) and gain > 1000:
+    if gain > 1000:
         raise ValueError(
             f"prediction={type(prediction).__name__.lower()} with zero terminal SNR (schedule={type(schedule).__name__}): no "
             f"signal is left at t = 1, and the network's errors would be {gain:.0f} times as large in the picture. Use "

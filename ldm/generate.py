@@ -26,7 +26,9 @@ def generate(
     Raises:
         ValueError: the autoencoder's factor does not divide the size.
     """
-    noise = unit_noise(seeds, latent_shape(model, size)).to(next(model.denoiser.parameters()).device)
+    device = next(model.denoiser.parameters()).device
+    noise = unit_noise(seeds, latent_shape(model, size)).to(device)
+    ask = {field: value.to(device) if isinstance(value, Tensor) else value for field, value in ask.items()}
     latents = sampler(guidance(model, ask), model.denoiser.schedule, noise, seeds)
     return model.autoencoder.decode(latents).clamp(-1, 1)
 

@@ -1,4 +1,4 @@
-"""The words of evaluation: what a metric is, what it sees of pictures, and what it says of them. Knows types.py alone."""
+"""The words of evaluation: what a metric is, what it sees of pictures, and what it says of them. Knows types.py alone"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.types import Batch
@@ -18,10 +19,11 @@ Rows = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, with its standard error where it is a mean over pictures or subsets."""
+    """A number, with its standard error where it is a mean over pictures, and a note where it is worth less than it seems."""
 
     value: float
     error: float | None = None
+    note: str | None = None
 
     @classmethod
     def mean(cls, values: Tensor) -> Estimate:
@@ -74,6 +76,12 @@ class Metric(Protocol):
 def to_bytes(images: Tensor) -> Tensor:
     """(B, 3, h, w) in [-1, 1] -> uint8, rounded: the picture as a file holds it."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def transformed(images: Tensor, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """(B, 3, h, w) in [-1, 1] -> each as a PIL picture through its network's own transform, (B, ...), on the same device."""
+    pictures = [Image.fromarray(pixels.numpy()) for pixels in to_bytes(images).permute(0, 2, 3, 1).cpu()]
+    return torch.stack([transform(picture) for picture in pictures]).to(images.device)
 
 
 def weights_sha256(module: nn.Module) -> str:

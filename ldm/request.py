@@ -21,32 +21,42 @@ Size = tuple[int, int]
 
 
 def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[str, Any], int]:
-    """config: prompt, prompts, negative, ask, count -> the fields, N of each, and N.
+    """config: prompt, prompts, negative, ask, count, size -> the fields, N of each, and N.
+
+    Each condition reads what is asked of its fields: numbers, names, words, files or folders of them.
 
     Raises:
         ValueError: a condition of the model is not asked for, is not known, or lists differ in length.
+        FileNotFoundError: a file that is asked for is not there.
     """
-    ask = {key: value if isinstance(value, list) else [value] for key, value in (config.get("ask") or {}).items()}
+    size = config.get("size") or 0
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    asked = {field: value if isinstance(value, list) else [value] for field, value in (config.get("ask") or {}).items()}
     prompts = _prompts(config)
     if prompts:
-        ask["caption"] = prompts
-    keys = {embedder.key: name for name, embedder in model.conditioner.embedders.items()}
-    wrong, missing = ask.keys() - keys.keys(), keys.keys() - ask.keys()
-    if wrong or missing:
-        how = ", ".join("prompt='...'" if key == "caption" else f"ask.{key}=..." for key in keys) or "no condition at all"
-        raise ValueError(f"This model is asked by {how}; found {sorted(ask) or 'nothing'}.")
+        asked["caption"] = prompts
+    readers = {field: e for e in model.conditioner.embedders.values() for field in model.conditioner.fields_of(e)}
+    how = ", ".join("prompt='...'" if key == "caption" else f"ask.{key}=..." for key in readers) or "no condition at all"
+    if asked.keys() - readers.keys():
+        raise ValueError(f"This model is asked by {how}; found {sorted(asked)}.")
+    ask = {field: readers[field].read(field, value, size) for field, value in asked.items()}
+    for field in readers.keys() - ask.keys():
+        usual = readers[field].unasked(field, size) if hasattr(readers[field], "unasked") else None
+        ask |= {} if usual is None else {field: readers[field].read(field, usual, size)}
     count = config.get("count") or max((len(v) for v in ask.values()), default=1)
-    for key, value in ask.items():
-        if count % len(value):
-            raise ValueError(
-                f"{len(value)} values of {key} do not go evenly into {count} pictures; give 1 or {count} (or count=...)."
-            )
-        ask[key] = [str(v) if key == "caption" else v for v in value] * (count // len(value))
-        if key != "caption":
-            ask[key] = torch.tensor([int(v) for v in ask[key]])
+    ask = model.conditioner.fill({field: _repeated(field, value, count) for field, value in ask.items()})
+    if readers.keys() - ask.keys():
+        raise ValueError(f"This model is asked by {how}; found {sorted(asked) or 'nothing'}.")
     if config.get("negative") is not None:
         ask["negative.caption"] = [str(config["negative"])] * count
     return ask, count
+
+
+def paste_back(images: Tensor, ask: Mapping[str, Any]) -> Tensor:
+    """images: (N, 3, h, w) inpainted -> the same with the known part of `ask`'s image, to the bit, where its mask is 0."""
+    if "mask" not in ask:
+        raise ValueError(f"paste=true puts back what a mask keeps, and there is only {sorted(ask)}; it is for inpainting models.")
+    return torch.where(ask["mask"].to(images) > 0, images, ask["image"].to(images))
 
 
 def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, Any], sampler: Sampler, size: Size) -> Sampler:
@@ -88,16 +98,41 @@ def _read_image(path: str, name: str, mode: str, size: Size) -> Tensor:
     return to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))[None]
 
 
-def write_pictures(images: Tensor, folder: Path, request: Mapping[str, Any]) -> None:
-    """images: (N, 3, h, w) in [-1, 1] -> FOLDER/00000.png ..., grid.png, request.json."""
-    unit = images.add(1).div(2).clamp(0, 1)
+def write_pictures(images: Tensor, folder: Path, request: Mapping[str, Any], shown: Mapping[str, Tensor] | None = None) -> None:
+    """images: (N, 3, h, w) in [-1, 1] -> FOLDER/00000.png ..., grid.png, request.json.
+
+    shown: what each picture was told, (N, 3, h', w') by condition -> FOLDER/00000.NAME.png, and left of it in the grid.
+    """
+    shown = {name: _unit(told) for name, told in (shown or {}).items()}
+    unit = _unit(images)
     for i, image in enumerate(unit):
-        write_whole(folder / f"{i:05d}.png", lambda path, image=image: save_image(image, path, format="png"))
-    columns = min(8, len(unit))
-    grid = make_grid(unit, nrow=columns, padding=1, pad_value=1.0)
+        files = {"": image, **{f".{name}": told[i] for name, told in shown.items()}}
+        for name, picture in files.items():
+            write_whole(folder / f"{i:05d}{name}.png", lambda path, p=picture: save_image(p, path, format="png"))
+    told = [torch.nn.functional.interpolate(t, unit.shape[2:], mode="nearest") for t in shown.values()]
+    columns = max(1, min(8, len(unit) * (1 + len(told))) // (1 + len(told)))
+    grid = make_grid(torch.cat((*told, unit), dim=3), nrow=columns, padding=1, pad_value=1.0)
     write_whole(folder / "grid.png", lambda path: save_image(grid, path, format="png"))
-    plain = json.dumps(request, indent=2, ensure_ascii=False, default=lambda x: x.tolist() if isinstance(x, Tensor) else str(x))
-    write_text(plain + "\n", folder / "request.json")
+    write_text(json.dumps(request, indent=2, ensure_ascii=False, default=_plain) + "\n", folder / "request.json")
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images.add(1).div(2).clamp(0, 1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist() if value.ndim < 2 else f"{tuple(value.shape)}, beside each picture"
+    return str(value)
+
+
+def _repeated(field: str, value: Any, count: int) -> Any:
+    if count % len(value):
+        raise ValueError(
+            f"{len(value)} values of {field} do not go evenly into {count} pictures; give 1 or {count} (or count=...)."
+        )
+    times = count // len(value)
+    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * times
 
 
 def _prompts(config: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """What is evaluated and against what: a plain config -> sources of pictures, made when a metric asks for them."""
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.build import build, load_model
+from ldm.build import ALLOWED, build, load_autoencoder, load_model
+from ldm.data.index import expand
+from ldm.data.shards import Shards
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version
+from ldm.evaluation.real import Archive, Folder, read_lines
 from ldm.evaluation.rows import fingerprint
 from ldm.measure import weights_sha256
 from ldm.request import read_request
@@ -28,7 +32,7 @@ class Subject:
         self.device = torch.device(device)
         makers = {"drawing": self._drawings, "reconstruction": self._reconstructions}
         self.pictures = {kind: lambda kind=kind, make=make: self._kept(kind, make()) for kind, make in makers.items()}
-        makers = {"train": lambda: self._split("train"), "reference": self._reference}
+        makers = {"train": lambda: self._split("train"), "val": lambda: self._split("val"), "reference": self._reference}
         self.real = {kind: lambda kind=kind, make=make: self._use(kind, make()) for kind, make in makers.items()}
 
     @cached_property
@@ -39,48 +43,84 @@ class Subject:
     @cached_property
     def data(self) -> Any:
         """The data module, its shards written and read."""
-        data = build(self.config["data"], ("ldm", *self.config["allow"]))
+        data = build(self.config["data"], (*ALLOWED, *self.config["allow"]))
         data.prepare_data()
         data.setup()
         return data
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """What a number depends on beside its metric, pictures and reference."""
-        return {"ema": averaged(Path(self.config["model"])), "code": code_version()}
+        model = self.config["model"]
+        return {"ema": None if model is None else averaged(Path(model)), "code": code_version()}
 
-    @cached_property
+    @property
     def what(self) -> dict[str, Any]:
         """What was measured."""
-        return {"model": str(self.config["model"]), "sha256": self._weights}
+        models = {kind: source.protocol["model"] for kind, source in self.used.items() if "model" in source.protocol}
+        return {"model": self.config["model"], "images": self.config["images"], "sha256": models}
 
     @cached_property
     def _weights(self) -> str:
         return weights_sha256(self.model)
 
-    def _drawings(self) -> Drawings:
+    def _drawings(self) -> Drawings | Folder:
         config = self.config
-        count = config["count"]
-        if config["prompts"] is not None or config["ask"]:
-            requests = Given(*read_request(config, self.model))
-        else:
-            requests = Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
-        size = (config["size"], config["size"]) if isinstance(config["size"], int) else tuple(config["size"])
+        if config["images"] is not None:
+            captions = None if config["prompts"] is None else read_lines(config["prompts"])
+            return Folder(config["images"], config["size"], self.device, captions, config["corrupt"])
+        if config["model"] is None:
+            raise ValueError("model=RUN_OR_FOLDER must be said, or images=FOLDER of pictures that were drawn already.")
+        size = config["size"] or self.data.size
+        size = (size, size) if isinstance(size, int) else tuple(size)
         told = {name: config[name] for name in ("sampler", "guidance", "batch")}
-        sampler, guidance = build(config["sampler"]), build(config["guidance"])
+        allow = (*ALLOWED, *config["allow"])
+        sampler, guidance = build(config["sampler"], allow), build(config["guidance"], allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]))
-        return Drawings(self.model, requests, sampler, guidance, *how, protocol={**told, "model": self._weights})
+        return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, "model": self._weights})
+
+    def _requests(self) -> Split | Given:
+        config, count = self.config, self.config["count"]
+        if config["prompts"] is not None:
+            ask, lines = read_request({**config, "count": None}, self.model)
+            if count > lines:
+                raise ValueError(
+                    f"fewer captions than pictures: count={count}, and prompts={config['prompts']} has {lines} lines."
+                )
+            return Given({name: value[:count] for name, value in ask.items()}, count)
+        if config["ask"] or not self.model.conditioner.embedders:
+            return Given(*read_request(config, self.model))
+        return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
 
     def _reconstructions(self) -> Reconstructions:
-        return Reconstructions(self.model.autoencoder, self._split("val"), self._weights)
+        if self.config["model"] is None:
+            raise ValueError(
+                "Reconstruction is measured with a model: model=RUN_OR_FOLDER; or choose metric=[...] of drawings alone."
+            )
+        recipe = Path(self.config["model"]) / "config.json"
+        alone = recipe.is_file() and json.loads(recipe.read_text()).get("_target_", "").startswith("ldm.autoencoder.")
+        autoencoder = load_autoencoder(self.config["model"]).to(self.device) if alone else self.model.autoencoder
+        return Reconstructions(autoencoder, self._split("val"), weights_sha256(autoencoder))
 
     def _split(self, split: str) -> Split:
         return Split(self.data, split, self.device)
 
-    def _reference(self) -> Split:
-        return self._split(self.config["reference"])
+    def _reference(self) -> Split | Folder | Archive:
+        config, name = self.config, self.config["reference"]
+        if name in ("train", "val"):
+            return self._split(name)
+        size = config["size"] if config["images"] is not None else config["size"] or self.data.size
+        if name.endswith(".npz"):
+            return Archive(name, self.device)
+        if Path(name).is_dir() and not any(Path(name).glob("*.tar")):
+            return Folder(name, size, self.device, limit=config["corrupt"], option="reference")
+        if not isinstance(size, int):
+            raise ValueError(f"reference={name} are shards, whose pictures are brought to one size: say size=256, or the like.")
+        return Split(Shards(expand(name, "reference"), fields={"image": "jpg"}, size=size), "train", self.device)
 
-    def _kept(self, kind: str, source: Any) -> Kept:
+    def _kept(self, kind: str, source: Any) -> Any:
+        if isinstance(source, Folder):
+            return self._use(kind, source)
         folder = self.out / f"{kind}-{fingerprint(source.protocol)[:8]}"
         return self._use(kind, Kept(source, folder, self.config["keep"]))
 

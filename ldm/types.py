@@ -220,6 +220,7 @@ class Embedder(Protocol):
 
     derive(batch, draw) -> {field: value}     what the batch lacks and other fields tell; draw is None outside training
     read(field, asked, size) -> value         what a person writes for a field, N of it, for pictures of size (height, width)
+    show(value) -> (B, 3, h, w)               a picture of what it was told, in [-1, 1]
     unasked(field, size) -> list | None       what a person means who does not write it; None: it must be written
     """
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
     "request": {"types", "folder", "model", "edit"},
-    "subject": {"build", "evaluation", "measure", "request"},
+    "subject": {"build", "data", "evaluation", "measure", "request"},
     "interop": {"types", "clip", "folder", "backbone", "autoencoder", "nn", "interop"},
     "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "training"},
@@ -42,7 +42,7 @@ CONFINED = {
     "omegaconf": {"build", "command_line"},
     "pytorch_lightning": {"training", "data"},
     "webdataset": {"data"},
-    "open_clip": {"clip", "condition", "loss", "metric", "training"},
+    "open_clip": {"clip", "condition", "extractor", "loss", "metric", "training"},
 }
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 

@@ -1,6 +1,6 @@
 """Every config builds, rooms and configs mirror each other, and experiments say how they are run."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -8,26 +8,29 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.models import alexnet
 
+from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
+from ldm.check import check_nodes
 from ldm.command_line import CONFIGS, compose_config
 from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
-ROOMS = ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler")
+ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
 HELPERS = {
     "__init__",
     "adversary",
     "conditioner",
-    "decode",
-    "distance",
     "grid",
-    "index",
     "noise",
-    "order",
     "time",
     "weight",
+    "distance",
+    "decode",
+    "index",
+    "order",
     "write",
 }
+HELPERS |= {"colours", "degrade", "files", "masks", "pairs", "weights"}
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 
@@ -48,6 +51,8 @@ def test_one_config_for_each_file_of_a_room(room):
 @pytest.mark.parametrize("room, name", every(*ROOMS))
 def test_a_config_builds_from_its_own_room(room, name):
     node = OmegaConf.to_container(OmegaConf.load(CONFIGS / room / f"{name}.yaml"))
+    if "defaults" in node:  # a variation of another
+        node = OmegaConf.to_container(OmegaConf.load(CONFIGS / room / f"{node['defaults'][0]}.yaml"))
     node = node if "_target_" in node else node[name]
     assert node["_target_"].startswith((f"ldm.{room}.", "ldm.build."))
 
@@ -98,7 +103,8 @@ def random_alexnet(folder):
 def test_backbones_are_told_channels_and_widths_only(name, runs):
     partial = build(node_of("backbone", name, runs))
     with torch.device("meta"):
-        assert isinstance(partial(channels=4, widths=Widths(vector=6, tokens=64, spatial=1)), nn.Module)
+        widths = Widths(vector=1152, spatial=1) if name.startswith("dit") else Widths(vector=6, tokens=64, spatial=1)
+        assert isinstance(partial(channels=4, widths=widths), nn.Module)
 
 
 @pytest.mark.parametrize("room, name", every("optimizer", "rate"))
@@ -116,8 +122,10 @@ def test_optimizers_and_rates_move_a_weight(room, name, runs):
 @pytest.mark.parametrize("name", names("condition"))
 def test_conditions_say_their_widths(name, runs):
     config = untrained(compose_config("train", [f"condition=[{name}]", f"runs={runs}"]))
-    with torch.device("meta"):
+    local = "local-dir" in (CONFIGS / "condition" / f"{name}.yaml").read_text()
+    with torch.device("cpu" if local else "meta"):
         for embedder in build_members(config, "condition").values():
+            embedder = embedder(autoencoder=Identity()) if isinstance(embedder, partial) else embedder
             assert embedder.key and 0 <= embedder.rate <= 1 and embedder.widths != Widths()
 
 
@@ -132,12 +140,14 @@ def untrained(config):
 @pytest.mark.parametrize("room, name", every("metric", "data"))
 def test_metrics_and_data_build(room, name, runs, tmp_path):
     if room == "metric":
-        node = compose_config("evaluate", [f"metric=[{name}]", "model=m"]).metric[name]
+        node = compose_config("evaluate", [f"metric=[{name}]", "model=m", f"runs={runs}"]).metric[name]
     else:
         node = compose_config("train", [f"{room}={name}", f"runs={runs}"])[room]
     changes = {"model": f"local-dir:{runs}/quickstart/clip", "root": str(tmp_path), "train": str(tmp_path)}
     for key in changes.keys() & node.keys():
         node[key] = changes[key]
+    if node.get("weights") in ("fid", "pretrained"):  # tests build these with weights of their own
+        return check_nodes(OmegaConf.to_container(node, resolve=True), ALLOWED)
     assert build(node) is not None
 
 
@@ -156,7 +166,7 @@ def test_trainers_build(name, tmp_path):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_say_their_name_and_command_and_build(name, runs):
-    config = compose_config("train", [f"experiment={name}", f"runs={runs}"])
+    config = untrained(compose_config("train", [f"experiment={name}", f"runs={runs}"]))
     assert config.name == name and config.run_id.startswith(f"{name}-")
     opening = [line for line in (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()[:8] if line[0] == "#"]
     assert any(f"python train.py experiment={name}" in line for line in opening)
@@ -164,7 +174,7 @@ def test_experiments_say_their_name_and_command_and_build(name, runs):
         config.loss = {**config.loss, "net": "alex", "weights": str(random_alexnet(runs))}
     if "whiten" in config.condition.get("text", {}):
         config.condition.text.whiten = False  # the random tower has no statistics
-    with torch.device("meta" if name.startswith("laion/") else "cpu"):
+    if name not in LAION and not name.startswith(("sd/", "dit/")):  # those are built below, and in test_family
         assert any(p.requires_grad for p in build_stage(config).parameters())
 
 
@@ -237,3 +247,49 @@ def test_a_users_own_autoencoder_is_loaded_where_it_is_trusted_and_nowhere_else(
     for path in ("plain", "claims"):
         with pytest.raises(ValueError, match=r"minecoder\.Mine is not among"):
             build(node | {"path": str(tmp_path / path)})
+
+
+LAION = [name for name in EXPERIMENTS if name.startswith("laion/")]
+KLS = {"kl-f4": ["autoencoder.channels=3", "autoencoder.mult=[1,2,4]"], "kl-f8": []}
+
+
+@pytest.mark.parametrize("name", LAION)
+def test_published_sizes_build_on_the_meta_device(name, runs):
+    opening = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
+    (published,) = [overrides for kl, overrides in KLS.items() if f"/models/{kl}" in opening]
+    with torch.device("meta"):
+        stage = build_stage(untrained(compose_config("train", [f"experiment={name}", "autoencoder=kl", *published])))
+    first = stage.model.denoiser.backbone.encoder[0][0]
+    assert first.in_channels == stage.model.autoencoder.channels + stage.model.conditioner.widths.spatial
+    wanted = {"laion/inpaint_sd": 9, "laion/inpaint": 7, "laion/superres": 6, "laion/semantic": 6, "laion/text": 4}
+    assert first.in_channels == wanted.get(name, first.in_channels)
+
+
+FIELDS = {
+    "image": torch.zeros(2, 3, 16, 16),
+    "map": torch.arange(2)[:, None, None].expand(2, 16, 16),
+    "label": torch.arange(2),
+    "caption": ["a fox", "two"],
+    "json": [{"boxes": [[5, 0.0, 0.0, 0.5, 1.0]]}, {"boxes": []}],
+    "key": ["a", "b"],
+    "position": torch.arange(2),
+}
+
+
+@pytest.mark.parametrize("name", LAION)
+def test_published_recipes_take_steps_when_shrunken(name, runs):
+    """By backbone.width=32 alone; a text model that is trained, or would be fetched, is made small as well."""
+    small = ["condition.transcript.width=32", "condition.transcript.depth=1"] if name == "laion/text" else []
+    if "text_sd1" in (CONFIGS / "experiment" / f"{name}.yaml").read_text():
+        small = [f"condition.text_sd1.model=local-dir:{runs}/quickstart/clip", "condition.text_sd1.pretrained=null"]
+    config = compose_config("train", [f"experiment={name}", f"runs={runs}", "backbone.width=32", *small])
+    config.autoencoder.path = f"{runs}/quickstart/autoencoder"
+    stage, batch = build_stage(config), {field: FIELDS[field] for field in (*config.data.fields, "key", "position")}
+    optimizer = build(config.optimizer)([p for p in stage.parameters() if p.requires_grad])
+    losses = []
+    for _ in range(2):
+        losses.append(stage.losses(batch, Draw(0, batch["position"], 2))["loss"])
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]

@@ -167,11 +167,12 @@ def test_what_cannot_be_asked_is_said(road, tmp_path):
 
 def test_evaluate_writes_numbers_and_their_protocol(road, tmp_path):
     home, emoji, _ = road
-    metric = f"metric.clip_retrieval.model=local-dir:{home}/clip"
-    arguments = [f"model={home}/diffusion", *emoji, f"out={tmp_path}", "count=5", "batch=2", "sampler.steps=2", metric]
+    runs = f"runs={home.parent}"
+    arguments = [f"model={home}/diffusion", *emoji, f"out={tmp_path}", "count=5", "batch=2", "sampler.steps=2", runs]
     numbers, pictures, _ = evaluate(compose_config("evaluate", arguments))
     told = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(numbers) == {"reconstruction_psnr", "text_match_top1", "clip_retrieval_top1"} and len(pictures["drawing"]) == 5
+    assert {"reconstruction_psnr", "text_match_top1", "clip_retrieval_top1", "clip_score", "fd_clip"} <= set(numbers)
+    assert len(pictures["drawing"]) == 5
     assert {k: told[k]["value"] for k in numbers} == numbers
     protocol = told["text_match_top1"]["protocol"]
     assert protocol["sampler"]["steps"] == 2 and protocol["count"] == 5 and protocol["reference"]["shards"]

@@ -20,6 +20,7 @@ class Conditioner(nn.Module):
         super().__init__()
         self.embedders = nn.ModuleDict(embedders)
         self.widths = sum((e.widths for e in self.embedders.values()), Widths())
+        self.fields = tuple(dict.fromkeys(field for e in self.embedders.values() for field in self.fields_of(e)))
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
         """Reads each embedder's fields of the batch.
@@ -47,6 +48,16 @@ class Conditioner(nn.Module):
                 filled |= embedder.derive(filled, draw)
         return filled
 
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        """What conditions with a picture to them were told, by name: (B, 3, h, w) in [-1, 1] each."""
+        shown = {n: e.show(_value(n, e, self.fill(batch))) for n, e in self.embedders.items() if hasattr(e, "show")}
+        return {name: picture for name, picture in shown.items() if picture is not None}
+
+    @staticmethod
+    def fields_of(embedder: Embedder) -> tuple[str, ...]:
+        """The batch fields that an embedder reads."""
+        return (embedder.key,) if isinstance(embedder.key, str) else tuple(embedder.key)
+
     @staticmethod
     def _drop(name: str, rate: float, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
@@ -54,13 +65,8 @@ class Conditioner(nn.Module):
         return torch.full((count,), only is not None and name not in only and rate > 0)
 
 
-def fields(embedder: Embedder) -> tuple[str, ...]:
-    """The batch fields that an embedder reads."""
-    return (embedder.key,) if isinstance(embedder.key, str) else tuple(embedder.key)
-
-
 def _value(name: str, embedder: Embedder, batch: Batch) -> Any:
-    for field in fields(embedder):
+    for field in Conditioner.fields_of(embedder):
         if field not in batch:
             raise ValueError(
                 f"Condition '{name}' reads the field '{field}', but there is only {sorted(batch)}. "

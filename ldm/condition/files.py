@@ -1,5 +1,6 @@
 """What a person names on the command line, pictures, masks and label maps, as tensors of the size asked for."""
 
+import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ def read_maps(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor
             )
         maps.append(torch.from_numpy(np.array(ImageOps.fit(image, size[::-1], Image.Resampling.NEAREST)).astype(np.int64)))
     return torch.stack(maps)
+
+
+def painted(labels: Tensor, count: int) -> Tensor:
+    """labels: (B, h, w) integers in [0, count) -> (B, 3, h, w) in [-1, 1], white for 0, else hues as far apart as can be."""
+    hues = [colorsys.hsv_to_rgb(i / max(count - 1, 1), 0.8, 0.9) for i in range(count - 1)]
+    return torch.tensor([(1.0, 1.0, 1.0), *hues])[labels.cpu()].permute(0, 3, 1, 2).mul(2).sub(1)
 
 
 def _open(field: str, path: Path) -> Image.Image:

@@ -51,6 +51,10 @@ class Inpaint(nn.Module):
         """Files -> pictures (N, 3, height, width) in [-1, 1], or masks (N, 1, height, width), white where to repaint."""
         return (read_pictures if field == self.key[0] else read_masks)(field, asked, size)
 
+    def show(self, value: Sequence[Tensor]) -> Tensor:
+        """value: as in `forward` -> the pictures with their holes grey."""
+        return value[0] * (1 - value[1].to(value[0]))
+
 
 def check_mask(mask: Tensor, image: Tensor) -> None:
     """Raises ValueError unless mask: (B, 1, h, w) of 0 and 1, each with both, fits image: (B, 3, h, w)."""

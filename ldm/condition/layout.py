@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.condition.files import painted
 from ldm.types import Batch, Cond, Draw, Widths
 
 Box = Sequence[float]  # class, left, top, right, bottom; the last four in [0, 1]
@@ -16,8 +17,9 @@ class Layout(nn.Module):
     """Up to `most` boxes -> one token each: its class, and its four edges on a grid of `bins`, read by a small transformer.
 
     A box is [class, left, top, right, bottom], the edges in [0, 1] of the picture; the field `boxes` has a list of them for each
-    sample. Where the batch lacks it, they are the records' `boxes`, or the extents of the labels of a `map`: one box for each
-    label but 0 that covers at least `least` of the picture. Of too many, the largest are told. Dropped, there is no box.
+    sample. Where the batch lacks it, they are the records' `boxes`, cut to the middle square as pictures are, or the extents of
+    the labels of a `map`: one box for each label but 0 that covers at least `least` of the picture. Of too many, the largest
+    are told. Dropped, there is no box.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Layout(nn.Module):
         if self.key in batch:
             return {}
         if "json" in batch and all("boxes" in record for record in batch["json"]):
-            return {self.key: [record["boxes"] for record in batch["json"]]}
+            return {self.key: [in_the_middle(record) for record in batch["json"]]}
         return {self.key: [boxes_of(labels, self.least) for labels in batch["map"].cpu()]} if "map" in batch else {}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
@@ -74,6 +76,15 @@ class Layout(nn.Module):
             rows = [rows]
         return rows
 
+    def show(self, value: Sequence[Sequence[Box]], side: int = 64) -> Tensor:
+        """value: as in `forward` -> (B, 3, side, side) in [-1, 1], each box in its class' colour, small ones above large ones."""
+        labels = torch.zeros(len(value), side, side, dtype=torch.int64)
+        for page, row in zip(labels, value):
+            for kind, *edges in sorted(row, key=_area, reverse=True):
+                left, top, right, bottom = (round(edge * side) for edge in edges)
+                page[top:bottom, left:right] = int(kind)
+        return painted(labels, self.classes)
+
     def _checked(self, box: Box) -> list[float]:
         if len(box) != 5 or not 0 <= box[0] < self.classes or not (0 <= box[1] < box[3] <= 1 and 0 <= box[2] < box[4] <= 1):
             raise ValueError(
@@ -81,6 +92,18 @@ class Layout(nn.Module):
                 "(condition.layout.classes=...) and edges in [0, 1], left < right, top < bottom."
             )
         return [float(v) for v in box]
+
+
+def in_the_middle(record: Mapping[str, Any]) -> list[list[float]]:
+    """A record with `boxes`, in [0, 1] of its `width` and `height` -> the same in the middle square; what lies outside goes."""
+    width, height = record.get("width", 1), record.get("height", 1)
+    side = min(width, height)
+    inside = []
+    for kind, *edges in record["boxes"]:
+        cut = [(e * s - (s - side) / 2) / side for e, s in zip(edges, (width, height) * 2)]
+        left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in cut)
+        inside += [[kind, left, top, right, bottom]] if left < right and top < bottom else []
+    return inside
 
 
 def boxes_of(labels: Tensor, least: float = 0.02) -> list[list[float]]:

@@ -73,3 +73,7 @@ class LowResolution(nn.Module):
         if field == "level":
             return torch.tensor([float(a) for a in asked])
         return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
+
+    def show(self, value: Any) -> Tensor:
+        """value: as in `forward` -> the small pictures."""
+        return value[0] if self.noise else value

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, one_hot
 
-from ldm.condition.files import read_maps
+from ldm.condition.files import painted, read_maps
 from ldm.types import Autoencoder, Cond, Widths
 
 
@@ -48,3 +48,7 @@ class Semantic(nn.Module):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of label maps, or folders of them -> (N, height, width) integers."""
         return read_maps(field, asked, size)
+
+    def show(self, value: Tensor) -> Tensor:
+        """value: as in `forward` -> (B, 3, f * H, f * W) in [-1, 1], a colour for each label."""
+        return painted(value, self.classes)

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.clip import load_text_tower, read, spoken
+from ldm.clip import load_text_tower, read, spoken, warn_of_cut
 from ldm.folder import LOCAL, load_tensors
 from ldm.types import Cond, Widths
 
@@ -84,6 +85,10 @@ class Text(nn.Module):
         ids = self.tokenizer(list(captions)).to(self.tower.token_embedding.weight.device)
         return ids if not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+        """-> the prompts; warns of what the tower's context is too short for."""
+        return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
+
     def _chosen(self, hidden: list[Tensor]) -> list[Tensor]:
         if not all(-len(hidden) <= i < len(hidden) for i in self.layers):
             raise ValueError(
@@ -115,6 +120,10 @@ class Texts(nn.Module):
         vectors = [cond.vector for cond in told if cond.vector is not None]
         vector = torch.cat(vectors, dim=1) if vectors else None
         return Cond(tokens=torch.cat([cond.tokens for cond in told], dim=2), mask=told[0].mask, vector=vector)
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+        """-> the prompts; warns of what the first tower's context is too short for."""
+        return next(iter(self.towers.values())).read(field, asked, size)
 
 
 def check_dropped(dropped: str) -> str:

@@ -7,7 +7,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.clip import spoken
+from ldm.clip import spoken, warn_of_cut
 from ldm.types import Cond, Widths
 
 
@@ -35,5 +35,5 @@ class Transcript(nn.Module):
         return Cond(tokens=self.transformer(self.words(ids) + self.places, src_key_padding_mask=~mask), mask=mask)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
-        """-> the prompts."""
-        return [str(a) for a in asked]
+        """-> the prompts; warns of what the context is too short for."""
+        return [warn_of_cut(str(a), self.tokenizer, len(self.places)) for a in asked]

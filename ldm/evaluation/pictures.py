@@ -1,4 +1,4 @@
-"""Where the pictures that are judged come from: drawn, reconstructed, or real. Each is the 8-bit picture that a file would hold."""
+"""Where the pictures that are judged come from: drawn, reconstructed, or real. Each is rounded to 8 bits, as in a file."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -117,7 +117,7 @@ class Drawings:
             raise ValueError(f"precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
         self.model, self.requests, self.sampler, self.guidance = model, requests, sampler, guidance
         self.seed, self.size, self.conditioning, self.precision = seed, size, conditioning, precision
-        self.count, self.fields = requests.count, requests.fields
+        self.count = requests.count
         if conditioning == "shuffled" and self.count < 2:
             raise ValueError("conditioning=shuffled needs at least 2 requests to shuffle (count=...).")
         self.protocol = {
@@ -130,14 +130,17 @@ class Drawings:
             **(protocol or {}),
         }
 
+    def fields(self, numbers: Sequence[int]) -> Batch:
+        """The requests' fields, with what the model's conditions derive from them, such as masks."""
+        return self.model.conditioner.fill(self.requests.fields(numbers))
+
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """fields: the requests' -> drawn pictures."""
         device = next(self.model.denoiser.parameters()).device
         guidance = untold(self.guidance) if self.conditioning == "none" else self.guidance
         if self.conditioning == "shuffled":
             others = self.fields([another(n, self.count, self.seed) for n in numbers])
-            told = {embedder.key for embedder in self.model.conditioner.embedders.values()}
-            fields = {name: others[name] if name in told else value for name, value in fields.items()}
+            fields = {name: others[name] if name in self.model.conditioner.fields else value for name, value in fields.items()}
         kind = PRECISIONS[self.precision]
         with torch.autocast(device.type, kind) if kind else nullcontext():
             seeds = [self.seed + n for n in numbers]

@@ -17,10 +17,12 @@ def entries(
     sources: Mapping[str, Any],
     settings: Mapping[str, Any],
     subject: Mapping[str, Any],
+    corrupt: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
     """What metrics.json holds: number -> value, standard error, what was measured (`subject`), and the `protocol`.
 
-    sources: those that were used, by kind; settings: what else the pictures depend on.
+    sources: those that were used, by kind; settings: what else the pictures depend on; corrupt: how many of a kind could not be
+    read.
     """
     told = {}
     for name, estimates in numbers.items():
@@ -36,6 +38,8 @@ def entries(
         }
         for number, estimate in estimates.items():
             told[number] = {"value": estimate.value, "error": estimate.error, "subject": dict(subject), "protocol": protocol}
+            told[number] |= {} if estimate.note is None else {"note": estimate.note}
+            told[number] |= {"corrupt": dict(corrupt)} if corrupt else {}
     return told
 
 

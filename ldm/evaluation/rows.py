@@ -93,10 +93,12 @@ class Seen:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._rows: Rows = {}
 
     def rows(self) -> Rows:
-        """All rows, in order."""
-        return self.store.rows()
+        """All rows, in order, read once."""
+        self._rows = self._rows or self.store.rows()
+        return self._rows
 
     def kept(self, name: str, make: Callable[[Rows], Rows]) -> Rows:
         """make(rows), from FOLDER/name.safetensors where it was made before."""

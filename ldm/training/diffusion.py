@@ -59,6 +59,19 @@ class Diffusion(Stage):
             return Moments(mean, std)
         return self.model.autoencoder.encode(batch["image"])
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose conditions are others.
+
+        Raises:
+            ValueError: names both models' conditions.
+        """
+        theirs, ours = (list((recipe.get("condition") or {}).keys()) for recipe in (checkpoint["recipe"], self.recipe))
+        if theirs != ours:
+            raise ValueError(
+                f"The checkpoint was trained with the conditions {theirs}, this run has {ours}: condition=[{','.join(theirs)}] "
+                "goes on with it; resume=never or another run_id begins anew."
+            )
+
     def export(self, folder: Path) -> None:
         """Writes the model and, as sub-folders, the frozen models it needs: the folder stands on its own."""
         weights = {k: v for k, v in self.model.state_dict().items() if not self._is_frozen(f"model.{k}")}

@@ -1,0 +1,48 @@
+"""How well a hole is filled: against the picture that was there, and against its known part's mean colour."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ldm.measure import Estimate, Reference, Rows
+from ldm.types import Batch
+
+
+class Inpainting:
+    """Means over pictures of PSNR in dB, peak-to-peak 2: inside the hole, of the drawing and of the known part's mean colour;
+    of the known part, which the drawing has through the autoencoder. `inpainting_gain` is the difference inside the hole.
+    """
+
+    of, against = "drawing", None
+
+    def __init__(self) -> None:
+        self.protocol = {"extractor": "psnr inside and outside of the mask"}
+
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]; batch: image, mask (B, 1, h, w), 1 in the hole -> hole, known, mean: (B), in dB.
+
+        Raises:
+            ValueError: the requests have no mask.
+        """
+        if "mask" not in batch:
+            raise ValueError(f"inpainting reads the field 'mask', and there is only {sorted(batch)} (condition=[inpaint]).")
+        real, hole = batch["image"], batch["mask"].to(images)
+        colour = (real * (1 - hole)).sum((2, 3), keepdim=True) / (1 - hole).sum((2, 3), keepdim=True)
+        return {
+            "hole": psnr_where(images, real, hole),
+            "mean": psnr_where(colour.expand_as(real), real, hole),
+            "known": psnr_where(images, real, 1 - hole),
+        }
+
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> `inpainting_psnr`, `inpainting_psnr_of_mean_colour`, `inpainting_gain`, `inpainting_known_psnr`."""
+        hole, mean = rows["hole"], rows["mean"]
+        told = {"psnr": hole, "psnr_of_mean_colour": mean, "gain": hole - mean, "known_psnr": rows["known"]}
+        return {f"inpainting_{name}": Estimate.mean(values) for name, values in told.items()}
+
+
+def psnr_where(images: Tensor, real: Tensor, where: Tensor) -> Tensor:
+    """images, real: (B, 3, h, w) in [-1, 1], where: (B, 1, h, w) of 0 and 1 -> (B), in dB, at most 60."""
+    error = ((images - real).square().mean(1, keepdim=True) * where).sum((1, 2, 3)) / where.sum((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp(min=4e-6))

@@ -1,0 +1,52 @@
+"""Whether a picture has the colours asked for within the boxes asked for."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.measure import Estimate, Reference, Rows
+from ldm.metric.colours import labels_of, regions
+from ldm.types import Batch
+
+
+class LayoutIoU:
+    """Mean over pictures of the mean, over the boxes asked for, of intersection over union of the box with the region of its
+    class: the pixels whose nearest colour of `palette` is the class' own.
+
+    `layout_iou_real` is the same of the real picture that the boxes came from: what a perfect drawing would get. A request
+    without a box is left out.
+    """
+
+    of, against = "drawing", None
+
+    def __init__(self, palette: Sequence[Sequence[int]]) -> None:
+        self.palette = [tuple(colour) for colour in palette]
+        self.protocol = {"extractor": "nearest colour, boxes", "palette": self.palette}
+
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]; batch: boxes, image -> iou, real: (B), NaN where there is no box.
+
+        Raises:
+            ValueError: the requests have no boxes.
+        """
+        if "boxes" not in batch:
+            raise ValueError(f"layout_iou reads the field 'boxes', and there is only {sorted(batch)} (condition=[layout]).")
+        return {name: self._iou(x, batch["boxes"]) for name, x in {"iou": images, "real": batch["image"]}.items()}
+
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> `layout_iou` of the drawings, `layout_iou_real` of the pictures that the boxes came from."""
+        told = {"layout_iou": rows["iou"], "layout_iou_real": rows["real"]}
+        return {name: Estimate.mean(values[~values.isnan()]) for name, values in told.items()}
+
+    def _iou(self, images: Tensor, boxes: Sequence[Sequence[Sequence[float]]]) -> Tensor:
+        found = regions(labels_of(images, self.palette), len(self.palette)).cpu()
+        height, width = images.shape[2:]
+        y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
+        means = []
+        for region, row in zip(found, boxes):
+            each = [region[int(c)] for c, *_ in row]
+            inside = [((y >= t) & (y < b))[:, None] & ((x >= left) & (x < r)) for _, left, t, r, b in row]
+            ious = [((a & b).sum() / (a | b).sum().clamp(min=1)).item() for a, b in zip(each, inside)]
+            means.append(sum(ious) / len(ious) if ious else float("nan"))
+        return torch.tensor(means)

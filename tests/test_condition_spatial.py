@@ -1,0 +1,373 @@
+"""Maps, holes, low resolution, boxes: what is told at latent resolution, made from the key, read from files."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.condition.conditioner import Conditioner
+from ldm.condition.degrade import bicubic, bsr_light
+from ldm.condition.embedding import Embedding
+from ldm.condition.inpaint import Inpaint
+from ldm.condition.layout import Layout, boxes_of, in_the_middle
+from ldm.condition.low_resolution import LowResolution
+from ldm.condition.masks import key_generator, random_mask
+from ldm.condition.picture import Picture
+from ldm.condition.semantic import Semantic
+from ldm.condition.text import Text
+from ldm.condition.transcript import Transcript
+from ldm.model import LatentModel
+from ldm.request import paste_back, read_request, write_pictures
+from ldm.types import Draw, Moments, Widths
+
+
+class Halves(torch.nn.Module):
+    """An autoencoder of factor 2: the mean of each 2x2."""
+
+    channels, factor = 3, 2
+
+    def encode(self, images):
+        mean = torch.nn.functional.avg_pool2d(images, 2)
+        return Moments(mean, torch.zeros_like(mean))
+
+
+def no(count):
+    return torch.zeros(count, dtype=torch.bool)
+
+
+def pictures(count=2, size=8):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def draw(positions, seed=0):
+    return Draw(seed, torch.tensor(positions), len(positions))
+
+
+# ---- semantic maps
+
+
+def test_a_thin_region_does_not_vanish():
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[0, :, 3] = 2
+    told = Semantic(Halves(), classes=3)(labels, no(1)).spatial
+    assert told.shape == (1, 3, 4, 4)
+    torch.testing.assert_close(told.sum(1), torch.ones(1, 4, 4))
+    torch.testing.assert_close(told[0, 2], torch.tensor([0.0, 0.5, 0.0, 0.0]).expand(4, 4))
+
+
+def test_learned_labels_are_the_mean_of_their_vectors():
+    semantic, labels = Semantic(Halves(), classes=5, width=4), torch.randint(5, (2, 8, 8))
+    each = semantic.table[labels].permute(0, 3, 1, 2)
+    torch.testing.assert_close(semantic(labels, no(2)).spatial, torch.nn.functional.avg_pool2d(each, 2))
+    assert not semantic(labels, torch.tensor([True, False])).spatial[0].any() and semantic.widths == Widths(spatial=4)
+
+
+def test_unknown_labels_and_odd_sizes_are_named():
+    semantic = Semantic(Halves(), classes=3)
+    with pytest.raises(
+        ValueError, match=r"'map' has labels from 0 to 255; this model knows 0 to 2.*condition\.semantic\.classes"
+    ):
+        semantic(torch.tensor([[[0, 255], [1, 1]]]), no(1))
+    with pytest.raises(ValueError, match=r"\(3, 4\).*factor 2"):
+        semantic(torch.zeros(1, 3, 4, dtype=torch.int64), no(1))
+
+
+def test_maps_of_another_size_than_the_latents_are_refused():
+    from ldm.backbone.unet import UNet
+    from ldm.denoiser import Denoiser, LogRatio
+    from ldm.prediction import Flow
+    from ldm.schedule import Linear
+    from ldm.types import Cond
+
+    net = UNet(3, Widths(spatial=1), width=8, mult=(1,), res_blocks=1, depth=(0,), middle_depth=0, groups=4)
+    with pytest.raises(ValueError, match=r"maps are of \(8, 8\) latent pixels, the latents of \(4, 4\)"):
+        Denoiser(net, Linear(), Flow(), LogRatio())(
+            torch.zeros(1, 3, 4, 4), torch.tensor(0.5), Cond(spatial=torch.zeros(1, 1, 8, 8))
+        )
+
+
+def test_other_pictures_are_encoded_or_pooled():
+    x = pictures()
+    for how, told in (("encoded", Halves().encode(x).mean), ("pooled", torch.nn.functional.avg_pool2d(x, 2))):
+        picture = Picture(Halves(), how=how)
+        torch.testing.assert_close(picture(x, no(2)).spatial, told)
+        assert not picture(x, ~no(2)).spatial.any()
+
+
+# ---- inpainting
+
+
+def test_the_hole_is_told_as_stable_diffusion_tells_it():
+    x, mask = pictures(1), torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    told = Inpaint(Halves())([x, mask], no(1)).spatial
+    assert told.shape == (1, 4, 4, 4)
+    assert torch.equal(told[0, 0], torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(4, 4)), "the mask first, 1 where to repaint"
+    torch.testing.assert_close(told[:, 1:], Halves().encode(x * (1 - mask)).mean)
+    assert torch.equal(told, Inpaint(Halves())([torch.where(mask > 0, 5.0, x), mask], no(1)).spatial), "nothing of the hole leaks"
+
+
+def test_masks_depend_on_the_key_and_in_training_on_the_position():
+    conditioner = Conditioner({"inpaint": Inpaint(Halves())})
+    batch = {"image": pictures(4, 16), "key": list("abcd")}
+    masks = conditioner.fill(batch)["mask"]
+    assert torch.equal(masks, conditioner.fill(batch)["mask"])
+    other = conditioner.fill({"image": batch["image"][2:], "key": ["c", "d"]})["mask"]
+    assert torch.equal(masks[2:], other)
+    trained = [conditioner.fill(batch, draw([p, p + 1, p + 2, p + 3]))["mask"] for p in (0, 4, 0)]
+    assert torch.equal(trained[0], trained[2]) and not torch.equal(trained[0], trained[1])
+    assert torch.equal(conditioner.fill(batch | {"mask": 1 - masks})["mask"], 1 - masks), "the shards' masks come first"
+    assert torch.equal(conditioner(batch).spatial, conditioner(batch, only=()).spatial), "never dropped"
+
+
+def test_masks_are_of_many_shapes_and_sizes():
+    masks = torch.stack([random_mask((32, 24), key_generator(str(i))) for i in range(200)])
+    share = masks.mean((1, 2, 3))
+    assert masks.shape == (200, 1, 32, 24) and set(masks.unique().tolist()) == {0.0, 1.0}
+    assert share.min() > 0 and share.max() < 1 and 0.35 < share.mean() < 0.6 and share.std() > 0.15
+    assert masks.mean(0).min() > 0.2, "no place is never repainted"
+
+
+@pytest.mark.parametrize("value, said", [(0.0, "empty"), (1.0, "full"), (0.5, "0 .keep. and 1")])
+def test_masks_that_say_nothing_are_refused(value, said):
+    with pytest.raises(ValueError, match=said):
+        Inpaint(Halves())([pictures(1), torch.full((1, 1, 8, 8), value)], no(1))
+    with pytest.raises(ValueError, match="does not fit"):
+        Inpaint(Halves())([pictures(1), torch.zeros(1, 1, 4, 8)], no(1))
+
+
+def test_what_is_known_comes_back_to_the_bit():
+    x, drawn, mask = pictures(1), pictures(1) * 0.5, torch.zeros(1, 1, 8, 8)
+    mask[..., 2:4, 2:4] = 1
+    pasted = paste_back(drawn, {"image": x, "mask": mask})
+    keep = (mask == 0).expand_as(x)
+    assert torch.equal(pasted[keep], x[keep]) and torch.equal(pasted[~keep], drawn[~keep])
+    with pytest.raises(ValueError, match="inpainting models"):
+        paste_back(drawn, {"caption": ["a"]})
+
+
+# ---- super-resolution
+
+
+def test_low_resolution_is_told_as_it_is_or_brought_to_the_latents_size():
+    x = pictures(1, 8)
+    conditioner = Conditioner({"low_resolution": LowResolution(Halves(), scale=2)})
+    low = torch.nn.functional.interpolate(x, (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
+    torch.testing.assert_close(conditioner({"image": x}).spatial, low)
+    larger = Conditioner({"low_resolution": LowResolution(Halves(), scale=4)})({"low": torch.full((1, 3, 2, 2), 0.3)}).spatial
+    torch.testing.assert_close(larger, torch.full((1, 3, 4, 4), 0.3))
+    assert not conditioner({"image": x}, only=()).spatial.any()
+    with pytest.raises(ValueError, match="6x6 pixels is no multiple of 4"):
+        bicubic(pictures(1, 6), 4, torch.Generator())
+
+
+def test_noise_augmentation_adds_the_noise_that_it_tells():
+    low_resolution = LowResolution(Halves(), scale=2, noise=0.5, rate=0.0)
+    conditioner = Conditioner({"low": low_resolution})
+    batch = {"image": torch.full((512, 3, 8, 8), 0.5), "position": torch.arange(512)}
+    filled = conditioner.fill(batch, draw(list(range(512))))
+    level, spatial = filled["level"], conditioner(batch, draw(list(range(512)))).spatial
+    assert 0 <= level.min() and level.max() < 0.5 and level.mean().item() == pytest.approx(0.25, abs=0.03)
+    left = (spatial - (1 - level.square()).sqrt()[:, None, None, None] * 0.5) / level[:, None, None, None]
+    assert left.std().item() == pytest.approx(1, abs=0.03) and abs(left.mean().item()) < 0.03
+    asked = conditioner({"low": torch.zeros(2, 3, 4, 4), "level": torch.tensor([0.0, 0.5])})
+    assert not asked.spatial[0].any() and asked.spatial[1].std() > 0.3 and not torch.equal(*asked.vector)
+    assert torch.equal(conditioner({"low": torch.zeros(1, 3, 4, 4)}).vector[0], asked.vector[0]), "0 where it is not said"
+
+
+def test_the_light_damage_is_light_and_follows_its_generator():
+    x = torch.nn.functional.interpolate(pictures(1, 4), (64, 64), mode="bicubic").clamp(-1, 1)
+    lows = [bsr_light(x, 4, key_generator(str(i))) for i in range(20)]
+    assert all(low.shape == (1, 3, 16, 16) and low.abs().max() <= 1 for low in lows)
+    assert torch.equal(lows[3], bsr_light(x, 4, key_generator("3"))) and not torch.equal(lows[3], lows[4])
+    plain = bicubic(x, 4, torch.Generator())
+    psnr = [(10 * torch.log10(4 / (low - plain).square().mean())).item() for low in lows]
+    assert 20 < min(psnr) and max(psnr) < 50
+
+
+# ---- layout
+
+
+def test_boxes_of_a_map_are_its_labels_extents():
+    labels = torch.zeros(10, 20, dtype=torch.int64)
+    labels[2:5, 4:10], labels[9, 19] = 7, 3
+    assert boxes_of(labels) == [[7.0, 0.2, 0.2, 0.5, 0.5]]
+    assert [3.0, 0.95, 0.9, 1.0, 1.0] in boxes_of(labels, least=0.0)
+
+
+def test_layouts_are_read_from_records_or_maps_and_their_order_does_not_matter():
+    layout = Layout(8, width=16, depth=1, heads=2, most=3).eval()
+    conditioner = Conditioner({"layout": layout})
+    boxes = [[1, 0.0, 0.0, 0.5, 1.0], [2, 0.5, 0.0, 1.0, 0.5]]
+    told = conditioner({"json": [{"boxes": boxes}, {"boxes": []}]})
+    assert told.tokens.shape == (2, 4, 16) and told.mask.tolist() == [[True, True, True, False], [True, False, False, False]]
+    torch.testing.assert_close(conditioner({"boxes": [boxes[::-1]]}).tokens[0, :3], told.tokens[0, :3])
+    null = conditioner({"boxes": [boxes]}, only=())
+    torch.testing.assert_close(null.tokens[0, 0], told.tokens[1, 0])
+    assert null.mask.sum() == 1
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    labels[0, :, :2] = 1
+    same = conditioner({"map": labels}), conditioner({"boxes": [[[1, 0, 0, 0.5, 1]]]})
+    assert torch.equal(same[0].tokens, same[1].tokens)
+    crowd = conditioner({"boxes": [[[1, 0, 0, 0.1, 0.1 * i] for i in range(1, 9)]]})
+    largest = conditioner({"boxes": [[[1, 0, 0, 0.1, 0.1 * i] for i in (8, 7, 6)]]})
+    assert torch.equal(crowd.tokens, largest.tokens)
+
+
+def test_boxes_follow_the_crop_to_the_middle():
+    record = {"width": 200, "height": 100, "boxes": [[1, 0.25, 0.0, 0.5, 1.0], [2, 0.0, 0.0, 0.2, 1.0], [3, 0.5, 0.5, 1.0, 1.0]]}
+    assert in_the_middle(record) == [[1, 0.0, 0.0, 0.5, 1.0], [3, 0.5, 0.5, 1.0, 1.0]]
+    assert in_the_middle({"boxes": [[1, 0.1, 0.2, 0.3, 0.4]]}) == [[1, 0.1, 0.2, 0.3, 0.4]]
+
+
+@pytest.mark.parametrize("box", [[8, 0, 0, 1, 1], [1, 0.5, 0, 0.5, 1], [1, 0, 0, 1.2, 1], [1, 0, 0, 1]])
+def test_boxes_out_of_range_are_named(box):
+    with pytest.raises(ValueError, match=r"Found the box .*class from 0 to 7 .*left < right"):
+        Layout(8, width=16, depth=1, heads=2)([[box]], no(1))
+
+
+# ---- pictures and words
+
+
+def test_the_image_embedding_is_open_clips(clip_folder):
+    from ldm.clip import load_clip, see
+
+    x, clip = pictures(2, 32), load_clip(f"local-dir:{clip_folder}", None, "x")
+    embedding = Embedding(f"local-dir:{clip_folder}")
+    wanted = clip.encode_image(see(clip.visual, x), normalize=True)
+    told = embedding(x, torch.tensor([False, True])).tokens
+    torch.testing.assert_close(told[0, 0], wanted[0] * 4)
+    assert not told[1].any() and embedding.frozen == ("tower",) and embedding.widths == Widths(tokens=16)
+
+
+def test_a_text_model_of_its_own_ignores_padding_and_learns():
+    transcript = Transcript(width=16, depth=1, heads=2, length=8)
+    short, long = (Transcript(width=16, depth=1, heads=2, length=n) for n in (8, 12))
+    long.load_state_dict(short.state_dict() | {"places": torch.cat((short.places, torch.randn(4, 16)))})
+    a, b = (t.eval()(["a fox"], no(1)) for t in (short, long))
+    torch.testing.assert_close(a.tokens[a.mask], b.tokens[b.mask])
+    cond = transcript(["a fox", "a cat"], torch.tensor([False, True]))
+    torch.testing.assert_close(cond.tokens[1][cond.mask[1]], transcript([""], no(1)).tokens[0][cond.mask[1]])
+    cond.tokens.sum().backward()
+    assert transcript.words.weight.grad is not None
+
+
+def test_what_a_prompt_loses_is_said(clip_folder):
+    for reader, length in ((Text(f"local-dir:{clip_folder}"), 12), (Transcript(width=16, depth=1, heads=2, length=12), 12)):
+        with pytest.warns(UserWarning, match="14 tokens do not fit into 10; cut off: 'k l m n"):
+            reader.read("caption", [" ".join("abcdefghijklmn")], (8, 8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert reader.read("caption", ["a fox"], (8, 8)) == ["a fox"]
+        assert length == 12
+
+
+# ---- requests
+
+
+@pytest.fixture
+def files(tmp_path):
+    """photo.png 20x10 red, left half blue; mask.png white on its right half; maps/a.png with labels 0 and 2; small.png."""
+    photo = np.zeros((10, 20, 3), dtype=np.uint8)
+    photo[..., 0], photo[:, :10] = 255, (0, 0, 255)
+    mask, labels = np.zeros((10, 20), dtype=np.uint8), np.zeros((8, 8), dtype=np.uint8)
+    mask[:, 10:], labels[4:] = 255, 2
+    (tmp_path / "maps").mkdir()
+    images = {"photo": photo, "mask": mask, "maps/a": labels, "maps/b": labels * 0, "small": photo[:4, :4]}
+    for name, pixels in images.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def model_of(**embedders):
+    from ldm.denoiser import Denoiser, LogRatio
+    from ldm.prediction import Flow
+    from ldm.schedule import Linear
+
+    return LatentModel(Halves(), Conditioner(embedders), Denoiser(torch.nn.Identity(), Linear(), Flow(), LogRatio()))
+
+
+def test_pictures_and_masks_are_read_cropped_and_scaled(files):
+    model = model_of(inpaint=Inpaint(Halves()))
+    ask, count = read_request({"ask": {"image": f"{files}/photo.png", "mask": f"{files}/mask.png"}, "size": 8, "count": 2}, model)
+    assert count == 2 and ask["image"].shape == (2, 3, 8, 8) and ask["mask"].shape == (2, 1, 8, 8)
+    torch.testing.assert_close(ask["image"][0, :, 0, 0], torch.tensor([-1.0, -1.0, 1.0]))
+    assert torch.equal(ask["mask"][0, 0], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
+    shown = model.conditioner.show(ask)["inpaint"]
+    assert shown.shape == (2, 3, 8, 8) and not shown[..., 4:].any()
+
+
+def test_folders_of_maps_names_and_defaults(files):
+    from ldm.condition.label import Label
+    from ldm.condition.number import Number
+
+    numbers = Number({"target_height": "height"}, width=4)
+    model = model_of(semantic=Semantic(Halves(), 3), label=Label(["Fox", "Cat"], 4), number=numbers)
+    ask, count = read_request({"ask": {"map": f"{files}/maps", "label": "cat"}, "size": [4, 8]}, model)
+    assert count == 2 and ask["map"].shape == (2, 4, 8) and ask["map"][0].unique().tolist() == [0, 2]
+    assert ask["label"].tolist() == [1, 1] and ask["target_height"].tolist() == [4.0, 4.0]
+    model.tell(ask)
+
+
+def test_small_pictures_and_boxes(files):
+    model = model_of(low=LowResolution(Halves(), scale=2, noise=0.2), layout=Layout(8, width=8, depth=1, heads=2))
+    box = json.dumps([[1, 0, 0, 1, 1]])
+    ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": box}, "size": 8}, model)
+    assert count == 1 and ask["low"].shape == (1, 3, 4, 4) and ask["level"].tolist() == [0.0]
+    assert model.tell(ask).spatial.shape == (1, 3, 4, 4) and model.conditioner.show(ask)["layout"].shape == (1, 3, 64, 64)
+
+
+def test_what_cannot_be_read_is_named(files):
+    model = model_of(semantic=Semantic(Halves(), 3))
+    (files / "broken.png").write_bytes(b"no picture")
+    cases = [
+        ({"map": f"{files}/none.png"}, FileNotFoundError, r"ask\.map=.*none\.png: there is no such picture"),
+        (
+            {"map": f"{files}/photo.png"},
+            ValueError,
+            r"ask\.map=.*photo\.png is a picture of mode RGB; a label map has one channel",
+        ),
+        ({"map": f"{files}/broken.png"}, ValueError, r"ask\.map=.*broken\.png is no whole"),
+        ({"depth": "x"}, ValueError, r"asked by ask\.map=\.\.\.; found \['depth'\]"),
+        ({}, ValueError, r"asked by ask\.map=\.\.\.; found nothing"),
+    ]
+    for ask, error, said in cases:
+        with pytest.raises(error, match=said):
+            read_request({"ask": ask, "size": 8}, model)
+
+
+def test_each_picture_lies_beside_what_it_was_told(tmp_path):
+    write_pictures(
+        torch.zeros(2, 3, 8, 8), tmp_path, {"asked": {"map": torch.zeros(2, 8, 8)}}, {"semantic": torch.ones(2, 3, 4, 4)}
+    )
+    names = {f.name for f in tmp_path.iterdir()}
+    assert names == {"00000.png", "00000.semantic.png", "00001.png", "00001.semantic.png", "grid.png", "request.json"}
+    assert Image.open(tmp_path / "grid.png").size == (2 * 17 + 1, 10)
+    assert "beside each picture" in (tmp_path / "request.json").read_text()
+
+
+@torch.no_grad()
+def test_a_map_of_twice_the_size_draws_twice_the_picture(files):
+    """Convolutional sampling, as in the paper."""
+    from ldm.backbone.unet import UNet
+    from ldm.denoiser import Denoiser, LogRatio
+    from ldm.generate import generate
+    from ldm.guidance.none import Unguided
+    from ldm.prediction import Flow
+    from ldm.sampler.ddim import DDIM
+    from ldm.schedule import Linear
+
+    conditioner = Conditioner({"semantic": Semantic(Halves(), 3)})
+    net = UNet(3, conditioner.widths, width=8, mult=(1,), res_blocks=1, depth=(0,), middle_depth=0, groups=1)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    autoencoder = Halves()
+    autoencoder.decode = lambda z: torch.nn.functional.interpolate(z, scale_factor=2.0)
+    model = LatentModel(autoencoder, conditioner, Denoiser(net, Linear(), Flow(), LogRatio())).eval()
+    for size in (16, 32):
+        ask, count = read_request({"ask": {"map": f"{files}/maps/a.png"}, "size": size}, model)
+        drawn = generate(model, ask, DDIM(2), Unguided(), range(count), (size, size))
+        assert drawn.shape == (1, 3, size, size) and drawn.isfinite().all()
