@@ -22,7 +22,7 @@ from ldm.denoiser import Denoiser
 from ldm.folder import as_run, from_parts, load_tensors
 from ldm.interop.begin import begin, weights_for
 from ldm.model import LatentModel
-from ldm.nn.empty import weightless
+from ldm.nn.empty import weighted, weightless
 from ldm.training.checkpoint import newest, read_checkpoint
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
@@ -139,7 +139,8 @@ def load_autoencoder(path: str) -> nn.Module:
     with weightless():
         autoencoder = build(json.loads((folder / "config.json").read_text()), narrowed(UNDER_WAY.get()))
     weights = {name: x.float() if x.is_floating_point() else x for name, x in load_tensors(folder / "model.safetensors").items()}
-    autoencoder.load_state_dict(weights, assign=True)
+    with weighted():
+        autoencoder.load_state_dict(weights, assign=True)
     if hasattr(autoencoder, "count") and not autoencoder.count:
         raise ValueError(
             f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "

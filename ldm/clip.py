@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.folder import LOCAL, as_run, load_tensors
-from ldm.nn.empty import weighted, weightless
+from ldm.nn.empty import is_weightless, weighted, weightless
 
 
 def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -30,7 +29,9 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
             f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
             f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
         )
-    with weighted() if pretrained or ":" in model else nullcontext():
+    if is_weightless() and not pretrained and ":" not in model:
+        return open_clip.create_model(model, device="meta").eval().requires_grad_(False)
+    with weighted():
         clip = open_clip.create_model(model, pretrained=pretrained, device=torch.get_default_device())
     return clip.eval().requires_grad_(False)
 
@@ -56,7 +57,8 @@ def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Modul
         if lacking := sorted(text - weights.keys()):
             raise ValueError(f"{option}.model={model}: its weights lack {lacking[:3]} of the text tower; export the CLIP again.")
         whole = {name: weights[name].float() for name in text} | {"logit_scale": torch.zeros(())}
-        clip.load_state_dict(whole, assign=True)
+        with weighted():
+            clip.load_state_dict(whole, assign=True)
         return clip
     del clip.visual
     return clip

@@ -328,8 +328,8 @@ def test_stable_diffusion_1_at_full_size():
     unet_there = UNet2DConditionModel(attention_head_dim=8, cross_attention_dim=768).eval()
     torch.nn.init.normal_(unet_there.conv_out.weight, std=0.05)
     settings = {"res_blocks": 2, "heads": 8, "head_width": None, "width": 320, "mult": (1, 2, 4, 4), "depth": (1, 1, 1, 0)}
-    config = CLIPTextConfig(768, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    config.vocab_size, config.hidden_act, config.projection_dim = 49408, "quick_gelu", 768
+    config = CLIPTextConfig(projection_dim=768, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    config.vocab_size, config.hidden_act = 49408, "quick_gelu"
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae_there = AutoencoderKL(block_out_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2, **levels).eval()
     text_there = CLIPTextModel(config).eval()
@@ -350,12 +350,12 @@ def test_stable_diffusion_1_at_full_size():
     from ldm.clip import read as read_tower
 
     torch.set_grad_enabled(False)
-    x, words, ids = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768), torch.randint(0, 49406, (1, 77))
+    x, words, ids = torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768), torch.randint(0, 49406, (1, 77))
     ids[0, -1] = 49407
     pairs = {
         "U-Net": (unet_here(x, T[1:], Cond(tokens=words)), unet_there(x, T[1:], words).sample),
         "text tower": (text_here.ln_final(read_tower(text_here, ids)[0][-1]), text_there(ids).last_hidden_state),
-        "decoder": (vae_here.reconstruct(x[..., :32, :32]), vae_there.decode(x[..., :32, :32]).sample),
+        "decoder": (vae_here.reconstruct(x[..., :16, :16]), vae_there.decode(x[..., :16, :16]).sample),
     }
     torch.set_grad_enabled(True)
     for name, (here, there) in pairs.items():

@@ -22,6 +22,11 @@ def weighted() -> Iterator[None]:
         yield
 
 
+def is_weightless() -> bool:
+    """Whether modules are made without memory now."""
+    return nn.Module.register_parameter is _on_meta
+
+
 def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     empty = None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
     REGISTER(module, name, empty)
