@@ -328,7 +328,9 @@ def test_stable_diffusion_1_at_full_size():
     unet_there = UNet2DConditionModel(attention_head_dim=8, cross_attention_dim=768).eval()
     torch.nn.init.normal_(unet_there.conv_out.weight, std=0.05)
     settings = {"res_blocks": 2, "heads": 8, "head_width": None, "width": 320, "mult": (1, 2, 4, 4), "depth": (1, 1, 1, 0)}
-    config = CLIPTextConfig(projection_dim=768, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    config = CLIPTextConfig(
+        projection_dim=768, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
     config.vocab_size, config.hidden_act = 49408, "quick_gelu"
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae_there = AutoencoderKL(block_out_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2, **levels).eval()
