@@ -20,12 +20,24 @@ from ldm.command_line import CONFIGS
 from ldm.condition.conditioner import Conditioner
 from ldm.denoiser import Denoiser
 from ldm.folder import as_run, from_parts, load_tensors
+from ldm.interop.begin import begin, weights_for
 from ldm.model import LatentModel
+from ldm.nn.empty import weighted, weightless
 from ldm.training.checkpoint import newest, read_checkpoint
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
-ROOMS = ("autoencoder", "backbone", "condition", "schedule", "prediction", "denoiser", "build.assemble", "build.load_autoencoder")
+ROOMS = (
+    "autoencoder",
+    "backbone",
+    "nn",
+    "condition",
+    "schedule",
+    "prediction",
+    "denoiser",
+    "build.assemble",
+    "build.load_autoencoder",
+)
 NARROW = tuple(f"ldm.{room}" for room in ROOMS)
 # The list of the build under way: packages that the user trusts hold for the folders it loads too, whatever these say.
 UNDER_WAY: ContextVar[Sequence[str]] = ContextVar("under_way", default=())
@@ -98,8 +110,11 @@ def build_stage(config: DictConfig) -> Any:
     recipe = plain["training"].pop("recipe")
     stage = build(plain["training"], allowed(config))
     stage.recipe = recipe
-    if hasattr(stage, "model"):
-        stage.frozen = tuple(f"model.{part}" for part in frozen_parts(stage.model))
+    frozen = frozen_parts(stage.model) if hasattr(stage, "model") else ()
+    stage.frozen = tuple(f"model.{part}" for part in frozen) or stage.frozen
+    if config.model.init is not None:
+        part = next(name for name in ("model", "autoencoder", "clip") if hasattr(stage, name))
+        print(begin(getattr(stage, part), weights_for(part, config.model.init), config.model.init, frozen), flush=True)
     return stage
 
 
@@ -121,8 +136,11 @@ def load_autoencoder(path: str) -> nn.Module:
             f"There is no autoencoder in {path} (model.safetensors is missing). Train one first: "
             f"python train.py experiment=emoji/autoencoder {as_run(folder)}; or name another with autoencoder.path=FOLDER."
         )
-    autoencoder = build(json.loads((folder / "config.json").read_text()), narrowed(UNDER_WAY.get()))
-    autoencoder.load_state_dict(load_tensors(folder / "model.safetensors"))
+    with weightless():
+        autoencoder = build(json.loads((folder / "config.json").read_text()), narrowed(UNDER_WAY.get()))
+    weights = {name: x.float() if x.is_floating_point() else x for name, x in load_tensors(folder / "model.safetensors").items()}
+    with weighted():
+        autoencoder.load_state_dict(weights, assign=True)
     if hasattr(autoencoder, "count") and not autoencoder.count:
         raise ValueError(
             f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "
@@ -145,7 +163,8 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
         weights = load_tensors(path / "model.safetensors")
     else:
         recipe, weights = _from_checkpoint(path)
-    model = build(recipe, narrowed(allow))
+    with weightless():
+        model = build(recipe, narrowed(allow))
     if not isinstance(model, LatentModel):
         raise ValueError(
             f"{path} holds a {type(model).__name__}, not a latent diffusion model; use its diffusion run (model=...)."
@@ -155,7 +174,8 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     unknown = sorted(weights.keys() - own.keys())
     if missing or unknown:
         raise ValueError(f"The weights in {path} do not fit its config: missing {sorted(missing)[:3]}, unknown {unknown[:3]}.")
-    model.load_state_dict(weights, strict=False)
+    whole = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
+    model.load_state_dict(whole, strict=False, assign=True)
     return model.eval()
 
 

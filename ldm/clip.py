@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.folder import LOCAL, as_run, load_tensors
+from ldm.nn.empty import is_weightless, weighted, weightless
 
 
 def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -28,8 +29,11 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
             f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
             f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
         )
-    device = torch.get_default_device()
-    return open_clip.create_model(model, pretrained=pretrained, device=device).eval().requires_grad_(False)
+    if is_weightless() and not pretrained and ":" not in model:
+        return open_clip.create_model(model, device="meta").eval().requires_grad_(False)
+    with weighted():
+        clip = open_clip.create_model(model, pretrained=pretrained, device=torch.get_default_device())
+    return clip.eval().requires_grad_(False)
 
 
 def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -46,15 +50,41 @@ def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Modul
         if not hasattr(clip, "token_embedding"):
             return clip.text
     else:
-        gelu = config.get("quick_gelu", False)
-        clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
+        with weightless():
+            clip = blank_text_tower(config)
         weights = load_tensors(folder / "open_clip_model.safetensors")
-        text = {name for name in clip.state_dict() if not name.startswith(("visual.", "logit_scale"))}
+        text = set(clip.state_dict()) - {"logit_scale"}
         if lacking := sorted(text - weights.keys()):
             raise ValueError(f"{option}.model={model}: its weights lack {lacking[:3]} of the text tower; export the CLIP again.")
-        clip.load_state_dict({name: weights[name] for name in text}, strict=False, assign=True)
+        whole = {name: weights[name].float() for name in text} | {"logit_scale": torch.zeros(())}
+        with weighted():
+            clip.load_state_dict(whole, assign=True)
+        return clip
     del clip.visual
     return clip
+
+
+def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
+    """The text half of open_clip's model_cfg, frozen, with random weights."""
+    gelu = config.get("quick_gelu", False)
+    clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
+    del clip.visual
+    return clip
+
+
+def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One of open_clip's names -> its model_cfg, and its text tower's weights."""
+    tower = load_text_tower(model, pretrained, "condition.text")
+    return open_clip.get_model_config(model), {n: x for n, x in tower.state_dict().items() if n != "logit_scale"}
+
+
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's byte-pair encoding, which ships with open_clip, as OpenAI wrote it: ids by token, and the merges in their order."""
+    words = open_clip.tokenizer.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {names.get(word, word): number for word, number in words.encoder.items()}, [
+        " ".join(pair) for pair in sorted(words.bpe_ranks, key=words.bpe_ranks.get)
+    ]
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
@@ -79,7 +109,7 @@ def read(tower: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     for block in tower.transformer.resblocks:
         hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
     end = tower.ln_final(hidden[-1])[torch.arange(len(ids)), ids.argmax(dim=1)]
-    return hidden, end @ tower.text_projection
+    return hidden, end if tower.text_projection is None else end @ tower.text_projection
 
 
 def spoken(ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ldm.check import nearest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FREE_TEXT = re.compile(
-    r"^(?P<key>\+{0,2}(?:prompt|prompts|negative|model|images|reference|out|init|mask|source|runs|cache|root|sweep"
+    r"^(?P<key>\+{0,2}(?:prompt|prompts|negative|model|model\.init|images|reference|out|init|mask|source|runs|cache|root|sweep"
     r"|ask\.[\w.]+|data\.(?:train|val|root)))=(?P<value>.*)$",
     re.S,
 )

@@ -18,7 +18,7 @@ ALLOWED = {
     "folder": set(),
     "report": set(),
     "quickstart_report": {"folder", "report"},
-    "clip": {"folder"},
+    "clip": {"folder", "nn"},
     **{room: {"types", "nn", "clip", "folder", room} for room in ROOMS},
     "metric": {"types", "measure", "clip", "folder", "metric"},
     "extractor": {"types", "measure", "clip", "folder", "extractor"},
@@ -32,8 +32,9 @@ ALLOWED = {
     "generate": {"types", "model"},
     "request": {"types", "folder", "model", "edit"},
     "subject": {"build", "data", "evaluation", "measure", "request"},
+    "interop": {"types", "clip", "folder", "backbone", "autoencoder", "nn", "interop"},
     "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
-    "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
+    "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
 }
 CONFINED = {

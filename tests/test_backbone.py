@@ -4,10 +4,15 @@ import math
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import nn
 
+from ldm.backbone.dit import DiT, rotation, turned
 from ldm.backbone.mlp import MLP
-from ldm.backbone.unet import UNet, sinusoid
+from ldm.backbone.unet import UNet
+from ldm.interop.dit import published
+from ldm.interop.tie import bring, give, taken
+from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
 
 
@@ -35,3 +40,111 @@ def test_gradients_reach_every_weight_of_the_unet():
     cond = Cond(vector=torch.randn(2, 6), tokens=torch.randn(2, 4, 12))
     net(torch.randn(2, 5, 8, 8), torch.rand(2) * 100, cond).square().sum().backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+# ---- DiT
+
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+COUNTS = {  # of the published files, positions and class table included
+    "S": (32_963_360, 32_945_024, 33_148_160),
+    "XL": (675_129_632, 675_074_432, 675_683_072),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_dits(name):
+    width, depth, heads = SIZES[name]
+    for patch, wanted in zip((2, 4, 8), COUNTS[name]):
+        with torch.device("meta"):
+            net = DiT(4, Widths(vector=width), patch=patch, width=width, depth=depth, heads=heads, learn_range=True)
+        assert sum(x.numel() for x in net.state_dict().values()) + 1001 * width == wanted
+
+
+def small_dit(**settings):
+    net = DiT(4, Widths(vector=32), size=8, width=32, depth=2, heads=2, **settings)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    return net
+
+
+def test_dit_against_diffusers():
+    """The same weights in diffusers' network, where the noise level's and the class' embedding stand in every block.
+
+    diffusers' waves end at 1/10,000 where the published code's, and ours, stop one step before: they are set to the latter.
+    """
+    peer = DiTTransformer2DModel(2, 16, 4, 8, 2, sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=32).eval()
+    net, table = small_dit(learn_range=True), torch.randn(11, 32)
+    w = net.state_dict()
+    theirs = {"pos_embed.proj": "embed", "proj_out_1": "last.modulate", "proj_out_2": "last.out"}
+    for i in range(2):
+        block, ours = f"transformer_blocks.{i}", f"blocks.{i}"
+        theirs |= {f"{block}.norm1.emb.timestep_embedder.linear_{j}": f"level.{k}" for j, k in ((1, 0), (2, 2))}
+        theirs |= {f"{block}.norm1.linear": f"{ours}.modulate", f"{block}.attn1.to_out.0": f"{ours}.attend.out"}
+        theirs |= {f"{block}.ff.net.0.proj": f"{ours}.feed.wide", f"{block}.ff.net.2": f"{ours}.feed.out"}
+    state = {f"{a}.{leaf}": w[f"{b}.{leaf}"] for a, b in theirs.items() for leaf in ("weight", "bias")}
+    for i in range(2):
+        for leaf in ("weight", "bias"):
+            parts = w[f"blocks.{i}.attend.qkv.{leaf}"].chunk(3)
+            state |= {f"transformer_blocks.{i}.attn1.to_{x}.{leaf}": part for x, part in zip("qkv", parts)}
+        state[f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"] = table
+    peer.load_state_dict(state)
+    for block in peer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([4, 10])
+    with torch.no_grad():
+        wanted = peer(x, t, label).sample[:, :4]
+        torch.testing.assert_close(net(x, t.float(), Cond(vector=table[label])), wanted, atol=1e-4, rtol=0)
+
+
+def test_dit_starts_silent_and_every_weight_learns():
+    net = DiT(4, Widths(vector=32), size=8, width=32, depth=2, heads=2, rms_norm=True, swiglu=True, rotary=True, norm_heads=True)
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.rand(2), Cond(vector=torch.randn(2, 32))
+    assert not net(x, t, cond).any()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    net(x, t, cond).square().sum().backward()
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_rotary_attention_depends_on_distances_alone():
+    """Moving both places by the same rows and columns changes no product of query and key."""
+    cos, sin = rotation(6, 6, 16, torch.zeros(1, dtype=torch.float64))
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+
+    def product(a, b):
+        return turned(q[None], cos[[a]], sin[[a]]) @ turned(k[None], cos[[b]], sin[[b]]).T
+
+    torch.testing.assert_close(product(0, 8), product(13, 21))
+    assert not torch.allclose(product(0, 8), product(0, 9))
+
+
+def test_rotary_without_rotation_is_plain():
+    x = torch.randn(1, 2, 5, 16)
+    cos, sin = rotation(1, 1, 16, x)
+    torch.testing.assert_close(turned(x, cos, sin), x)
+
+
+def test_the_published_names_of_dit():
+    net = small_dit()
+    ties = published(net.state_dict())
+    assert {
+        "x_embedder.proj.weight",
+        "t_embedder.mlp.2.bias",
+        "blocks.1.adaLN_modulation.1.weight",
+        "blocks.0.mlp.fc2.bias",
+    } <= taken(ties)
+    theirs = give(ties, net.state_dict())
+    assert theirs["pos_embed"].shape == (1, 16, 32) and len(theirs) == len(net.state_dict())
+    shapes = {name: tuple(x.shape) for name, x in net.state_dict().items()}
+    assert all(torch.equal(x, net.state_dict()[name]) for name, x in bring(ties, theirs, shapes).items())
+    turned_round = give(published(net.state_dict(), reverse=True), net.state_dict())
+    assert torch.equal(turned_round["final_layer.linear.weight"], -net.state_dict()["last.out.weight"])
+
+
+def test_what_dit_cannot_do_is_said():
+    with pytest.raises(ValueError, match=r"condition\.label\.slot=vector"):
+        DiT(4, Widths(tokens=8))
+    with pytest.raises(ValueError, match=r"width=30 must divide into heads=4"):
+        DiT(4, Widths(), width=30, heads=4)
+    with pytest.raises(ValueError, match=r"latents are 4x4; this backbone's positions are for 8x8"):
+        small_dit()(torch.randn(1, 4, 4, 4), torch.rand(1), Cond(vector=torch.randn(1, 32)))

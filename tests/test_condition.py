@@ -262,9 +262,11 @@ def test_numbers_are_read_from_the_records_and_told_in_the_null():
     direct = conditioner({"original_height": [64, 64], "original_width": [48, 48], "crop_top": [3, 5]})
     assert torch.equal(told.vector, direct.vector) and torch.equal(told.vector, conditioner(batch, only=()).vector)
     with pytest.raises(
-        ValueError, match=r"'crop_top'.*found None; the numbers there are \['original_height', 'original_width'\]"
+        ValueError, match=r"'original_width'.*found None; the numbers there are \['crop_top', 'original_height'\]"
     ):
-        conditioner({"json": [{k: v for k, v in record.items() if k != "crop_top"}]})
+        conditioner({"json": [{k: v for k, v in record.items() if k != "original_width"}]})
+    cropless = {k: v for k, v in record.items() if k != "crop_top"}  # as img2dataset writes it: where nothing is cropped, 0
+    assert conditioner.embedders["number"].derive({"json": [cropless]}, None)["crop_top"] == [0.0]
     assert [conditioner.embedders["number"].unasked(f, (32, 48)) for f in SIZES] == [[32.0], [48.0], [0.0]]
 
 

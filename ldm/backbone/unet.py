@@ -5,12 +5,14 @@ tokens. Encoder, middle and decoder stay apart, and `encoder[i]` is the i-th of 
 travel and a ControlNet can borrow the first half.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention, silu
 
+from ldm.nn.layers import mlp, zero
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
 
@@ -18,9 +20,16 @@ from ldm.types import Cond, Widths
 class UNet(nn.Module):
     """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W).
 
-    Level i works at 1 / 2^i of the size, with width * mult[i] channels, `res_blocks` residual blocks, each followed by
-    depth[i] transformer blocks. Heads: `heads` of them, or channels / head_width where that is given. `groups` is
-    GroupNorm's. The defaults are Stable Diffusion 1's.
+    Level i works at 1 / 2^i of the size, with width * mult[i] channels and `res_blocks` residual blocks, each followed by
+    depth[i] transformer blocks, or plain attention blocks where there are no tokens to attend to (the paper's unconditional
+    models). Heads: `heads` of them, or channels / head_width where that is given. `groups` is GroupNorm's. `tokens_only`
+    are the levels whose transformers attend to the tokens twice and never to the picture (the x4 upscaler).
+    `scale_shift` lets the noise level scale a residual block's features too, and `res_resample` resizes within residual
+    blocks (LDM-8 of LSUN churches). `vector` makes the way of a vector into the noise level's embedding: an MLP (Stable
+    Diffusion XL), or nothing where it has that width already. The defaults are Stable Diffusion 1's.
+
+    Raises:
+        ValueError: `mult` and `depth` differ in length, or a width does not divide into heads.
     """
 
     def __init__(
@@ -35,55 +44,93 @@ class UNet(nn.Module):
         heads: int = 8,
         head_width: int | None = None,
         groups: int = 32,
+        tokens_only: Sequence[int] = (),
+        scale_shift: bool = False,
+        res_resample: bool = False,
+        vector: Callable[[int, int], nn.Module] = mlp,
     ) -> None:
         super().__init__()
         if len(mult) != len(depth):
             raise ValueError(f"backbone.mult has {len(mult)} levels, backbone.depth has {len(depth)}; give both the same number.")
         self.width, told = width, 4 * width
         self.level = mlp(width, told)
-        self.vector = mlp(widths.vector, told) if widths.vector else None
+        self.vector = vector(widths.vector, told) if widths.vector else None
+        make = Layers(told, groups, widths.tokens, heads, head_width, scale_shift, res_resample)
 
-        def res(inward: int, outward: int) -> ResBlock:
-            return ResBlock(inward, outward, told, groups)
-
-        def attend(ch: int, blocks: int) -> list[nn.Module]:
-            count = heads if head_width is None else ch // head_width
-            return [Transformer(ch, count, widths.tokens or ch, blocks, groups)] if blocks else []
+        def level(i: int, inward: int) -> list[nn.Module]:
+            ch = mult[i] * width
+            return [make.res(inward, ch), *make.attention(ch, depth[i], i in tokens_only)]
 
         ch, skips = width, [width]
         self.encoder = nn.ModuleList([Stage(nn.Conv2d(channels + widths.spatial, ch, 3, padding=1))])
         for i, m in enumerate(mult):
             for _ in range(res_blocks):
-                self.encoder.append(Stage(res(ch, m * width), *attend(m * width, depth[i])))
+                self.encoder.append(Stage(*level(i, ch)))
                 ch = m * width
                 skips.append(ch)
             if i < len(mult) - 1:
-                self.encoder.append(Stage(Downsample(ch)))
+                self.encoder.append(Stage(make.down(ch)))
                 skips.append(ch)
 
-        self.middle = Stage(res(ch, ch), *attend(ch, middle_depth), res(ch, ch))
+        self.middle = Stage(make.res(ch, ch), *make.attention(ch, middle_depth), make.res(ch, ch))
 
         self.decoder = nn.ModuleList()
         for i, m in reversed(list(enumerate(mult))):
             for j in range(res_blocks + 1):
-                grow = [Upsample(m * width)] if i and j == res_blocks else []
-                self.decoder.append(Stage(res(ch + skips.pop(), m * width), *attend(m * width, depth[i]), *grow))
-                ch = m * width
+                layers, ch = level(i, ch + skips.pop()), m * width
+                self.decoder.append(Stage(*layers, *([make.up(ch)] if i and j == res_blocks else [])))
         self.out = nn.Sequential(nn.GroupNorm(groups, ch), nn.SiLU(), zero(nn.Conv2d(ch, channels, 3, padding=1)))
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W)."""
         told = self.level(sinusoid(noise_level, self.width).to(x))
-        told = told if self.vector is None else told + self.vector(cond.vector.to(x))
+        told = silu(told if self.vector is None else told + self.vector(cond.vector.to(x)))
+        tokens = None if cond.tokens is None else cond.tokens.to(x)
         mask = None if cond.mask is None else cond.mask[:, None, None]
         h, skips = x, []
         for stage in self.encoder:
-            h = stage(h, told, cond.tokens, mask)
+            h = stage(h, told, tokens, mask)
             skips.append(h)
-        h = self.middle(h, told, cond.tokens, mask)
+        h = self.middle(h, told, tokens, mask)
         for stage in self.decoder:
-            h = stage(torch.cat((h, skips.pop()), dim=1), told, cond.tokens, mask)
+            h = stage(torch.cat((h, skips.pop()), dim=1), told, tokens, mask)
         return self.out(h)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Makes the layers of one U-Net, alike on every level."""
+
+    told: int
+    groups: int
+    tokens: int
+    heads: int
+    head_width: int | None
+    scale_shift: bool
+    res_resample: bool
+
+    def res(self, inward: int, outward: int, resize: nn.Module | None = None) -> nn.Module:
+        """A residual block."""
+        tell = (ScaleShift if self.scale_shift else Shift)(outward, self.told, self.groups)
+        return ResBlock(inward, outward, self.groups, tell, resize or nn.Identity())
+
+    def attention(self, ch: int, depth: int, tokens_only: bool = False) -> list[nn.Module]:
+        """Attention of a depth: one transformer of so many blocks, or, without tokens, so many plain blocks."""
+        heads = self.heads if self.head_width is None else ch // self.head_width
+        if depth and (not heads or ch % heads):
+            raise ValueError(f"{ch} channels are not a whole number of heads (backbone.heads or backbone.head_width).")
+        if not self.tokens:
+            return [SelfAttention(ch, heads, self.groups) for _ in range(depth)]
+        first = self.tokens if tokens_only else 0
+        return [Transformer(ch, heads, first, self.tokens, depth, self.groups)] if depth else []
+
+    def down(self, ch: int) -> nn.Module:
+        """Halves height and width."""
+        return self.res(ch, ch, nn.AvgPool2d(2)) if self.res_resample else Downsample(ch)
+
+    def up(self, ch: int) -> nn.Module:
+        """Doubles height and width."""
+        return self.res(ch, ch, nn.Upsample(scale_factor=2.0)) if self.res_resample else Upsample(ch)
 
 
 class Stage(nn.ModuleList):
@@ -105,32 +152,73 @@ class Stage(nn.ModuleList):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the noise level."""
+    """Two convolutions around the noise level; `resize` is what happens to the size before the first."""
 
-    def __init__(self, inward: int, outward: int, told: int, groups: int) -> None:
+    def __init__(self, inward: int, outward: int, groups: int, tell: nn.Module, resize: nn.Module) -> None:
         super().__init__()
         self.norm_in, self.conv_in = nn.GroupNorm(groups, inward), nn.Conv2d(inward, outward, 3, padding=1)
-        self.told = nn.Linear(told, outward)
-        self.norm_out, self.conv_out = nn.GroupNorm(groups, outward), zero(nn.Conv2d(outward, outward, 3, padding=1))
+        self.resize, self.tell = resize, tell
+        self.conv_out = zero(nn.Conv2d(outward, outward, 3, padding=1))
         self.skip = nn.Identity() if inward == outward else nn.Conv2d(inward, outward, 1)
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x: (B, C, H, W), told: (B, E) -> (B, C', H, W)."""
-        h = self.conv_in(silu(self.norm_in(x))) + self.told(silu(told))[:, :, None, None]
-        return self.skip(x) + self.conv_out(silu(self.norm_out(h)))
+        """x: (B, C, H, W), told: (B, E) -> (B, C', H', W')."""
+        h = self.conv_in(self.resize(silu(self.norm_in(x))))
+        return self.skip(self.resize(x)) + self.conv_out(silu(self.tell(h, told)))
+
+
+class Shift(nn.Module):
+    """The noise level moves the features, which are normalised after it."""
+
+    def __init__(self, channels: int, told: int, groups: int) -> None:
+        super().__init__()
+        self.told, self.norm = nn.Linear(told, channels), nn.GroupNorm(groups, channels)
+
+    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+        """h: (B, C, H, W), told: (B, E) -> (B, C, H, W)."""
+        return self.norm(h + self.told(told)[:, :, None, None])
+
+
+class ScaleShift(nn.Module):
+    """The noise level scales and moves the normalised features (https://arxiv.org/abs/2105.05233, AdaGN)."""
+
+    def __init__(self, channels: int, told: int, groups: int) -> None:
+        super().__init__()
+        self.told, self.norm = nn.Linear(told, 2 * channels), nn.GroupNorm(groups, channels)
+
+    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+        """h: (B, C, H, W), told: (B, E) -> (B, C, H, W)."""
+        scale, shift = self.told(told)[:, :, None, None].chunk(2, dim=1)
+        return self.norm(h) * (1 + scale) + shift
+
+
+class SelfAttention(nn.Module):
+    """Each pixel attends to all: the attention of unconditional models. Each head's q, k and v lie together in `qkv`."""
+
+    def __init__(self, channels: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
+        self.qkv, self.proj_out = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y = self.qkv(self.norm(x).flatten(2).transpose(1, 2))
+        q, k, v = y.unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        y = self.proj_out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + y.transpose(1, 2).reshape(x.shape)
 
 
 class Transformer(nn.Module):
     """Transformer blocks over the pixels of a feature map."""
 
-    def __init__(self, channels: int, heads: int, tokens: int, depth: int, groups: int) -> None:
+    def __init__(self, channels: int, heads: int, first: int, tokens: int, depth: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in, self.proj_out = nn.Linear(channels, channels), zero(nn.Linear(channels, channels))
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, tokens) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, first, tokens) for _ in range(depth))
 
-    def forward(self, x: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x: (B, C, H, W), tokens: (B, L, D) or None: the pixels attend to themselves -> (B, C, H, W)."""
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """x: (B, C, H, W), tokens: (B, L, D), mask: (B, 1, 1, L) -> (B, C, H, W)."""
         h = self.proj_in(self.norm(x).permute(0, 2, 3, 1).flatten(1, 2))
         for block in self.blocks:
             h = block(h, tokens, mask)
@@ -138,20 +226,20 @@ class Transformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention to the picture, attention to the tokens, a gated feed-forward."""
+    """Attention to the picture, or to tokens of width `first`; attention to the tokens; a gated feed-forward."""
 
-    def __init__(self, channels: int, heads: int, tokens: int) -> None:
+    def __init__(self, channels: int, heads: int, first: int, tokens: int) -> None:
         super().__init__()
-        self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, heads, channels)
+        self.first = first
+        self.norm_self, self.attend_self = nn.LayerNorm(channels), Attention(channels, heads, first or channels)
         self.norm_tokens, self.attend_tokens = nn.LayerNorm(channels), Attention(channels, heads, tokens)
         self.norm_out, self.feed = nn.LayerNorm(channels), GEGLU(channels)
 
-    def forward(self, x: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x: (B, N, C), tokens: (B, L, D) -> (B, N, C)."""
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """x: (B, N, C), tokens: (B, L, D), mask: (B, 1, 1, L) -> (B, N, C)."""
         y = self.norm_self(x)
-        x = x + self.attend_self(y, y, None)
-        y = self.norm_tokens(x)
-        x = x + self.attend_tokens(y, y if tokens is None else tokens.to(y), mask)
+        x = x + (self.attend_self(y, tokens, mask) if self.first else self.attend_self(y, y, None))
+        x = x + self.attend_tokens(self.norm_tokens(x), tokens, mask)
         return x + self.feed(self.norm_out(x))
 
 
@@ -200,15 +288,3 @@ class Upsample(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
         return super().forward(interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def mlp(inward: int, outward: int) -> nn.Sequential:
-    """How a noise level or a vector enters: (B, inward) -> (B, outward)."""
-    return nn.Sequential(nn.Linear(inward, outward), nn.SiLU(), nn.Linear(outward, outward))
-
-
-def zero(layer: nn.Module) -> nn.Module:
-    """The layer, with all its weights at zero: a residual branch that starts silent."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer

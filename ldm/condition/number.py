@@ -31,12 +31,14 @@ class Number(nn.Module):
         return Cond(vector=vector.masked_fill(drop[:, None], 0.0))
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
-        """The numbers that the batch lacks, from its records.
+        """The numbers that the batch lacks, from its records, or the one that is usual where a record does not say.
 
         Raises:
             ValueError: a record lacks one, or has something else there.
         """
-        return {name: [_number(r, name) for r in batch["json"]] for name in self.usual if name not in batch and "json" in batch}
+        usual = {name: u for name, u in self.usual.items() if isinstance(u, int | float)}
+        lacking = [name for name in self.usual if name not in batch and "json" in batch]
+        return {name: [_number(usual | r, name) for r in batch["json"]] for name in lacking}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Numbers, or words for them -> (N)."""

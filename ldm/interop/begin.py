@@ -1,0 +1,66 @@
+"""Fine-tuning: a module takes over what it can from a model in any layout, and says what it took."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.folder import load_tensors
+from ldm.interop.bundle import CLIP_FILES
+from ldm.interop.convert import read
+
+
+def weights_for(part: str, source: str) -> dict[str, Tensor]:
+    """The tensors in `source`, a folder or file in any layout, for a stage's `model`, `autoencoder` or `clip`.
+
+    Raises:
+        ValueError: it holds no such part.
+    """
+    if part == "clip":
+        return load_tensors(Path(source) / CLIP_FILES[1])
+    bundle, _ = read(source)
+    if part == "autoencoder":
+        return bundle.parts["autoencoder"].weights
+    if bundle.recipe is None:
+        raise ValueError(f"model.init={source} is an autoencoder alone; a latent diffusion model begins from a whole one.")
+    return bundle.weights
+
+
+@torch.no_grad()
+def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen: Sequence[str] = ()) -> str:
+    """Copies what fits into the module's weights -> the list of what was taken, what is new and what was left.
+
+    `frozen` parts come from elsewhere. A convolution with more input channels than its source starts with zeros there, and
+    so draws as its source did. What a condition brings may differ (another number of classes); a backbone or autoencoder
+    that differs is refused.
+
+    Raises:
+        ValueError: another network, or nothing in common.
+    """
+    own = {n: x for n, x in module.state_dict().items() if not any(n.startswith(f"{part}.") for part in frozen)}
+    taken, grown, other = [], [], []
+    for name in sorted(own.keys() & weights.keys()):
+        here, there = own[name], weights[name]
+        if here.shape == there.shape:
+            here.copy_(there)
+            taken.append(name)
+        elif here.ndim == 4 and here.shape[1] > there.shape[1] and here[:, : there.shape[1]].shape == there.shape:
+            here.zero_()[:, : there.shape[1]].copy_(there)
+            grown.append(f"{name}: {there.shape[1]} of {here.shape[1]} input channels, the others zero")
+        else:
+            other.append(f"{name}: {tuple(there.shape)} there, {tuple(here.shape)} here")
+    wrong = [line for line in other if not line.startswith("conditioner.")]
+    if wrong or not taken:
+        few = "; ".join(wrong[:3]) or f"none of its {len(weights)} tensors is one of these {len(own)}"
+        raise ValueError(f"model.init={source} is another network: {few}. Choose the backbone it was trained with.")
+    new = sorted(own.keys() - weights.keys())
+    left = sorted(weights.keys() - own.keys())
+    lines = [f"model.init={source}: {len(taken)} tensors taken, {len(grown)} grown, {len(new)} new, {len(left + other)} left"]
+    lines += [f"  grown  {line}" for line in grown] + [f"  new    {name}" for name in _few(new)]
+    lines += [f"  left   {name}" for name in _few(left + other)]
+    return "\n".join(lines)
+
+
+def _few(names: list[str], most: int = 8) -> list[str]:
+    return names if len(names) <= most else [*names[:most], f"... and {len(names) - most} more"]

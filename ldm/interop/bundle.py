@@ -1,0 +1,197 @@
+"""A latent model taken apart, in our names: what every foreign layout is read into and written from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.kl import KL
+from ldm.autoencoder.vq import VQ
+from ldm.backbone.unet import UNet
+from ldm.clip import blank_text_tower, named_text_tower
+from ldm.folder import LOCAL, load_tensors, save_model, save_tensors, write_json
+from ldm.types import Widths
+
+BACKBONE = "denoiser.backbone."
+AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
+CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
+
+
+@dataclass
+class Part:
+    """A frozen model: how it is built and its weights. `tower` says that it is a CLIP's text tower, else an autoencoder."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    tower: bool = False
+
+
+@dataclass
+class Bundle:
+    """`recipe` builds the model, `weights` are what was trained, `parts` the frozen models by their sub-folder.
+
+    Without a recipe it is an autoencoder alone, parts["autoencoder"].
+    """
+
+    recipe: dict[str, Any] | None
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def backbone(self) -> dict[str, Tensor]:
+        """The backbone's weights, by its own names."""
+        return {n.removeprefix(BACKBONE): x for n, x in self.weights.items() if n.startswith(BACKBONE)}
+
+    def settings(self) -> dict[str, Any]:
+        """How the U-Net is built, the defaults filled in."""
+        defaults = {"res_blocks": 2, "heads": 8, "head_width": None, "width": 320, "mult": [1, 2, 4, 4], "groups": 32}
+        defaults |= {"depth": [1, 1, 1, 0], "middle_depth": 1, "tokens_only": [], "scale_shift": False, "res_resample": False}
+        return {**defaults, **{k: v for k, v in self.recipe["backbone"].items() if not k.startswith("_")}}
+
+
+def read_folder(folder: Path) -> Bundle:
+    """A model at rest, as training exports it.
+
+    Raises:
+        ValueError: it is not one. FileNotFoundError: a part of it is not there.
+    """
+    recipe, weights = json.loads((folder / "config.json").read_text()), load_tensors(folder / "model.safetensors")
+    if recipe.get("_target_") in AUTOENCODERS:
+        return Bundle(None, {}, {"autoencoder": Part(recipe, weights)})
+    if recipe.get("_target_") != "ldm.build.assemble":
+        raise ValueError(f"{folder} holds {recipe.get('_target_')}, neither a latent model nor an autoencoder.")
+    parts = {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
+    for place, node in towers(recipe["condition"]).items():
+        parts[place] = _tower(node, folder)
+    return Bundle(recipe, weights, parts)
+
+
+def write_folder(bundle: Bundle, folder: Path) -> None:
+    """The same folder again; its last file says that it is whole."""
+    for place, part in bundle.parts.items():
+        home = folder if bundle.recipe is None else folder / place
+        if part.tower:
+            write_json({"model_cfg": part.config, "preprocess_cfg": {}}, home / CLIP_FILES[0])
+            save_tensors(part.weights, home / CLIP_FILES[1])
+        else:
+            save_model(part.weights, part.config, home)
+    if bundle.recipe is not None:
+        save_model(bundle.weights, bundle.recipe, folder)
+
+
+def towers(condition: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The text towers' configs by the sub-folder where their weights lie."""
+    found = {}
+    for name, node in condition.items():
+        if node.get("_target_") == "ldm.condition.text.Text":
+            found[f"condition.{name}"] = node
+        for tower, inner in node.get("towers", {}).items():
+            found[f"condition.{name}.towers.{tower}"] = inner
+    return found
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a module's weights."""
+    return {name: tuple(x.shape) for name, x in module.state_dict().items()}
+
+
+def unet_shapes(channels: int, widths: Mapping[str, int], **settings: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of such a U-Net, which is not built in memory."""
+    with torch.device("meta"):
+        return shapes_of(UNet(channels, Widths(**widths), **settings))
+
+
+def autoencoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of such a KL or VQ autoencoder."""
+    with torch.device("meta"):
+        return shapes_of(AUTOENCODERS[config["_target_"]](**{k: v for k, v in config.items() if k[0] != "_"}))
+
+
+def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a text tower of open_clip's model_cfg."""
+    with torch.device("meta"):
+        return {name: tuple(x.shape) for name, x in blank_text_tower(config).state_dict().items() if name != "logit_scale"}
+
+
+def published_statistics(channels: int, scale: float, shift: float = 0.0) -> dict[str, Tensor]:
+    """A published scale factor as statistics: z = shift + x / scale. How many pictures they come from nobody says: -1."""
+    mean, std = torch.full((channels,), shift), torch.full((channels,), 1 / scale)
+    return {"mean": mean, "std": std, "count": torch.tensor(-1)}
+
+
+def recipe_of(
+    backbone: Mapping[str, Any],
+    condition: Mapping[str, Any],
+    prediction: str,
+    beta_start: float,
+    beta_end: float,
+    schedule: str = "ScaledLinear",
+) -> dict[str, Any]:
+    """The recipe of a model of the family: discrete steps, 1000 of them, and a variance-preserving schedule."""
+    return {
+        "_target_": "ldm.build.assemble",
+        "autoencoder": {"_target_": "ldm.build.load_autoencoder", "path": "./autoencoder"},
+        "condition": dict(condition),
+        "backbone": {"_target_": "ldm.backbone.unet.UNet", "_partial_": True, **backbone},
+        "schedule": {"_target_": f"ldm.schedule.{schedule}", "beta_start": beta_start, "beta_end": beta_end},
+        "prediction": {"_target_": f"ldm.prediction.{prediction}"},
+        "level": {"_target_": "ldm.denoiser.Timestep", "steps": 1000},
+        "unit_input": False,
+    }
+
+
+def text_node(place: str, **settings: Any) -> dict[str, Any]:
+    """The config of a text condition whose tower lies in the sub-folder `place`."""
+    return {"_target_": "ldm.condition.text.Text", "model": f"{LOCAL}./{place}", **settings}
+
+
+def scale_of(part: Part) -> float | None:
+    """The published scale factor that an autoencoder's statistics are, or None: they are measured, per channel."""
+    mean, std = part.weights["mean"], part.weights["std"]
+    if bool(mean.any()) or bool((std != std[0]).any()):
+        return None
+    scale = 1 / float(std[0])
+    short = float(f"{scale:.6g}")
+    return short if torch.tensor(1 / short) == std[0] else scale
+
+
+def folded(part: Part) -> dict[str, Tensor]:
+    """A KL autoencoder's weights with its statistics inside, so that its own latents are white and the scale factor is 1.
+
+    The two 1x1 convolutions around the latents take them up, exactly but for rounding.
+    """
+    w = dict(part.weights)
+    mean, std = w["mean"], w["std"]
+    scale, move = torch.cat((1 / std, torch.ones_like(std))), torch.cat((mean / std, 2 * std.log()))
+    w["quant_conv.weight"] = w["quant_conv.weight"] * scale[:, None, None, None]
+    w["quant_conv.bias"] = w["quant_conv.bias"] * scale - move
+    w["post_quant_conv.bias"] = w["post_quant_conv.bias"] + w["post_quant_conv.weight"][:, :, 0, 0] @ mean
+    w["post_quant_conv.weight"] = w["post_quant_conv.weight"] * std[:, None, None]
+    return w
+
+
+def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
+    if node.get("_target_") != "ldm.build.load_autoencoder":
+        raise ValueError(f"The autoencoder of {folder} is {node.get('_target_')}, which no other layout knows.")
+    home = _home(node["path"], folder)
+    config = json.loads((home / "config.json").read_text())
+    if config.get("_target_") not in AUTOENCODERS:
+        raise ValueError(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
+    return Part(config, load_tensors(home / "model.safetensors"))
+
+
+def _tower(node: Mapping[str, Any], folder: Path) -> Part:
+    if not node["model"].startswith(LOCAL):
+        config, weights = named_text_tower(node["model"], node.get("pretrained"))
+        return Part(config, weights, tower=True)
+    home = _home(node["model"].removeprefix(LOCAL), folder)
+    config, weights = json.loads((home / CLIP_FILES[0]).read_text())["model_cfg"], load_tensors(home / CLIP_FILES[1])
+    return Part(config, {name: weights[name] for name in tower_shapes(config)}, tower=True)
+
+
+def _home(path: str, folder: Path) -> Path:
+    return folder / path[2:] if path.startswith("./") else Path(path)

@@ -1,0 +1,225 @@
+"""Folders as diffusers' pipelines write and read them: model_index.json and a sub-folder for each part."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.clip import vocabulary
+from ldm.folder import save_tensors, write_json, write_text
+from ldm.interop import autoencoder as first_stage
+from ldm.interop import unet
+from ldm.interop.bundle import (
+    BACKBONE,
+    PREDICTIONS,
+    Bundle,
+    Part,
+    autoencoder_shapes,
+    folded,
+    published_statistics,
+    recipe_of,
+    scale_of,
+    text_node,
+    tower_shapes,
+    towers,
+    unet_shapes,
+)
+from ldm.interop.conditions import inpaint_node, number_node
+from ldm.interop.diffusers_config import pipeline_of, scheduler_config, unet_config, unet_settings, vae_config, vae_settings
+from ldm.interop.text import PREFIX, open_clip_config, transformers, transformers_config
+from ldm.interop.tie import Shapes, Tie, bring, give, taken
+from ldm.interop.weights import check_finite, open_weights
+
+PADDING = {"!": 0, "<|endoftext|>": 49407}
+
+
+def read_folder(folder: Path) -> Bundle:
+    """A pipeline's folder, or that of an autoencoder alone.
+
+    Raises:
+        ValueError: names what is missing, unknown, or not of this family.
+    """
+    if not (folder / "model_index.json").is_file():
+        return Bundle(None, {}, {"autoencoder": _read_autoencoder(folder)})
+    index = json.loads((folder / "model_index.json").read_text())
+    if "unet" not in index or "vae" not in index:
+        raise ValueError(
+            f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae are known."
+        )
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    settings, channels, widths = unet_settings(config)
+    shapes = unet_shapes(channels, widths, **settings)
+    ours = _take(folder / "unet", unet.diffusers(shapes, settings), shapes)
+    condition, parts = _read_texts(folder, index)
+    if widths["vector"]:
+        condition["number"] = number_node(refiner=len(parts) == 1)
+    condition |= inpaint_node(widths["spatial"], channels)
+    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    kinds = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
+    if schedule.get("beta_schedule", "linear") not in kinds or schedule.get("trained_betas") is not None:
+        raise ValueError(f"{folder}/scheduler has beta_schedule={schedule['beta_schedule']}; {', '.join(kinds)} are known.")
+    kind = PREDICTIONS[schedule.get("prediction_type", "epsilon")]
+    betas = (schedule.get("beta_start", 1e-4), schedule.get("beta_end", 0.02))
+    recipe = recipe_of(settings, condition, kind, *betas, kinds[schedule.get("beta_schedule", "linear")])
+    if schedule.get("rescale_betas_zero_snr"):
+        recipe["schedule"]["zero_terminal_snr"] = True
+    weights = {BACKBONE + name: x for name, x in ours.items()}
+    return Bundle(recipe, weights, {"autoencoder": _read_autoencoder(folder / "vae"), **parts})
+
+
+def write_folder(bundle: Bundle, folder: Path) -> None:
+    """A folder that the pipeline's `from_pretrained` reads; model_index.json, written last, says that it is whole.
+
+    Raises:
+        ValueError: the model has something that no pipeline of diffusers can do; names it.
+    """
+    if bundle.recipe is None:
+        _write_autoencoder(bundle.parts["autoencoder"], folder)
+        return
+    settings, backbone = bundle.settings(), bundle.backbone()
+    scheduler = scheduler_config(bundle.recipe)
+    texts = _texts(bundle)
+    index = pipeline_of(bundle.recipe, backbone, len(texts))
+    _write_autoencoder(bundle.parts["autoencoder"], folder / "vae")
+    write_json(unet_config(settings, backbone, bundle.recipe["condition"]), folder / "unet" / "config.json")
+    save_tensors(give(unet.diffusers(backbone, settings), backbone), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    slots = [""] if len(texts) == 1 and "text_encoder" in index else ["_2"] if len(texts) == 1 else ["", "_2"]
+    for slot, (node, part) in zip(slots, texts):
+        _write_text(node, part, folder, slot)
+    write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
+    write_json(index, folder / "model_index.json")
+
+
+def _read_autoencoder(folder: Path) -> Part:
+    config = json.loads((folder / "config.json").read_text())
+    ours = vae_settings(config, folder)
+    shapes = autoencoder_shapes(ours)
+    weights = _take(folder, first_stage.diffusers(shapes, ours), shapes)
+    scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
+    own = published_statistics(ours["channels"], scale, shift)
+    if "codebook" in weights:
+        own |= {name: weights["codebook"].new_zeros(shapes[name]) for name in ("hits", "sums")}
+    return Part(ours, weights | own)
+
+
+def _write_autoencoder(part: Part, folder: Path) -> None:
+    scale = scale_of(part)
+    weights = part.weights if scale is not None else folded(part)
+    write_json(vae_config(part.config, scale or 1.0), folder / "config.json")
+    save_tensors(give(first_stage.diffusers(weights, part.config), weights), folder / "diffusion_pytorch_model.safetensors")
+
+
+def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:
+    """The text condition, and its towers by sub-folder."""
+    slots = [slot for slot in ("", "_2") if index.get(f"text_encoder{slot}", [None])[0]]
+    names = {"": "large", "_2": "giant"}
+    large = "_2" in slots
+    nodes, parts = {}, {}
+    for slot in slots:
+        place = f"condition.text.towers.{names[slot]}" if large else "condition.text"
+        parts[place] = _read_tower(folder / f"text_encoder{slot}")
+        told = {"padding": _padding(folder / f"tokenizer{slot}")}
+        if large:
+            dropped = "zeros" if index.get("force_zeros_for_empty_prompt") else "empty_prompt"
+            told |= {"layers": [-2], "final_norm": False, "dropped": dropped, "pooled": slot == "_2"}
+        nodes[names[slot]] = text_node(place, **({"layers": [-1], "final_norm": True} | told))
+    if not large:
+        return {"text": nodes["large"]} if nodes else {}, parts
+    return {"text": {"_target_": "ldm.condition.text.Texts", "towers": nodes}}, parts
+
+
+def _read_tower(folder: Path) -> Part:
+    config = open_clip_config(json.loads((folder / "config.json").read_text()))
+    shapes = tower_shapes(config)
+    return Part(config, _take(folder, transformers(shapes), shapes, "model"), tower=True)
+
+
+def _padding(folder: Path) -> int:
+    path = folder / "tokenizer_config.json"
+    word = json.loads(path.read_text()).get("pad_token", "<|endoftext|>") if path.is_file() else "<|endoftext|>"
+    word = word["content"] if isinstance(word, dict) else word
+    if word not in PADDING:
+        raise ValueError(f"{path} pads with {word!r}; {', '.join(PADDING)} are known.")
+    return PADDING[word]
+
+
+def _texts(bundle: Bundle) -> list[tuple[dict[str, Any], Part]]:
+    """Each text condition with its tower, cut to the layer that is read.
+
+    Raises:
+        ValueError: it reads what no pipeline of diffusers reads.
+    """
+    found, several = [], False
+    for place, node in towers(bundle.recipe["condition"]).items():
+        several = several or ".towers." in place
+        layers, norm = list(node.get("layers", [-1])), node.get("final_norm", True)
+        wrong = [f"layers={layers}, final_norm={norm}"] if (layers, norm) not in _readable(several) else []
+        wrong += ["whiten=true"] if node.get("whiten") else []
+        wrong += [f"padding={node.get('padding')}"] if node.get("padding") not in PADDING.values() else []
+        if wrong:
+            raise ValueError(f"diffusers' pipelines do not read text with {', '.join(wrong)} ({place}); padding is 0 or 49407.")
+        found.append((node, _cut(bundle.parts[place], 1 if layers == [-2] and norm else 0, node.get("pooled", False))))
+    if not found:
+        raise ValueError("diffusers' pipelines of this family are asked by text; this model has no text condition.")
+    return found
+
+
+def _readable(several: bool) -> list[tuple[list[int], bool]]:
+    return [([-2], False)] if several else [([-1], True), ([-2], True)]
+
+
+def _cut(part: Part, layers: int, pooled: bool) -> Part:
+    """A tower without its last blocks, and without a projection that nobody reads."""
+    text = dict(part.config["text_cfg"])
+    text["layers"] -= layers
+    last = tuple(f"transformer.resblocks.{text['layers'] + i}." for i in range(layers))
+    weights = {n: x for n, x in part.weights.items() if not (last and n.startswith(last))}
+    if not pooled:
+        text["proj_type"] = "none"
+        weights.pop("text_projection", None)
+    return Part({**part.config, "text_cfg": text}, weights, tower=True)
+
+
+def _write_text(node: Mapping[str, Any], part: Part, folder: Path, slot: str) -> None:
+    encoder, tokenizer = folder / f"text_encoder{slot}", folder / f"tokenizer{slot}"
+    write_json(transformers_config(part.config), encoder / "config.json")
+    save_tensors(give(transformers(part.weights), part.weights), encoder / "model.safetensors")
+    ids, merges = vocabulary()
+    write_text(json.dumps(ids, ensure_ascii=False), tokenizer / "vocab.json")
+    write_text("#version: 0.2\n" + "\n".join(merges) + "\n", tokenizer / "merges.txt")
+    end = "<|endoftext|>"
+    pad = next(word for word, number in PADDING.items() if number == node["padding"])
+    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": part.config["text_cfg"]["context_length"]}
+    told |= {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": pad}
+    write_json(told, tokenizer / "tokenizer_config.json")
+    write_json({k: v for k, v in told.items() if k.endswith("_token")}, tokenizer / "special_tokens_map.json")
+
+
+def _take(folder: Path, ties: Mapping[str, Tie], shapes: Shapes, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
+    """The tensors of one part, by our names; nothing may be missing or left."""
+    files = [folder / f"{s}.{e}" for s in (stem, "pytorch_model") for e in ("safetensors", "fp16.safetensors", "bin")]
+    path = next((f for f in files if f.is_file()), files[0])
+    weights = _current(open_weights(path))
+    try:
+        ours = bring(ties, weights, shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    left = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids"})
+    if left:
+        raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
+    check_finite(ours, path)
+    return ours
+
+
+def _current(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Today's names for older ones: attention of early autoencoders, and text encoders saved without their prefix."""
+    renamed = {}
+    for name, x in weights.items():
+        if ".attentions." in name and not name.endswith(("group_norm.weight", "group_norm.bias")):
+            name = first_stage.DEPRECATED(name)
+            x = x.flatten(1) if x.ndim == 4 and ".to_" in name else x
+        bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
+        renamed[PREFIX + name if bare else name] = x
+    return renamed

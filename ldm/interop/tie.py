@@ -1,0 +1,95 @@
+"""What a tensor of ours is called elsewhere, and how its numbers lie there; the one table serves both ways."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One tensor of ours: the names it has elsewhere, theirs -> ours, and ours -> theirs."""
+
+    theirs: tuple[str, ...]
+    join: Callable[..., Tensor]
+    split: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def same(name: str) -> Tie:
+    """The same numbers in the same places."""
+    return Tie((name,), lambda x: x, lambda x: (x,))
+
+
+def kernel(name: str, dims: int) -> Tie:
+    """A matrix of ours that is a convolution's kernel of size 1 over `dims` dimensions there."""
+    return Tie((name,), lambda x: x.flatten(1), lambda x: (x[(..., *(None,) * dims)],))
+
+
+def turned(name: str) -> Tie:
+    """A matrix that lies transposed there."""
+    return Tie((name,), lambda x: x.T, lambda x: (x.T.contiguous(),))
+
+
+def stacked(*names: str) -> Tie:
+    """Several of theirs, one below the other."""
+    return Tie(names, lambda *parts: torch.cat(parts), lambda x: x.chunk(len(names)))
+
+
+def headwise(heads: int, *names: str) -> Tie:
+    """Several of theirs, of which ours keeps each head's rows together."""
+
+    def join(*parts: Tensor) -> Tensor:
+        return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.flatten(0, 1) for part in x.unflatten(0, (heads, len(names), -1)).unbind(1))
+
+    return Tie(names, join, split)
+
+
+def renamer(table: Mapping[str, str]) -> Callable[[str], str]:
+    """Replaces whole dotted pieces of a name, the longest first."""
+    pieces = "|".join(re.escape(piece) for piece in sorted(table, key=len, reverse=True))
+    pattern = re.compile(rf"(?<![^.])({pieces})(?![^.])")
+    return lambda name: pattern.sub(lambda found: table[found[0]], name)
+
+
+def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Shapes, prefix: str = "") -> dict[str, Tensor]:
+    """Their tensors, by our names and in our shapes.
+
+    Raises:
+        ValueError: some are missing, or have another shape.
+    """
+    missing = [prefix + name for tie in ties.values() for name in tie.theirs if prefix + name not in weights]
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}.")
+    ours = {}
+    for name, tie in ties.items():
+        ours[name] = tie.join(*(weights[prefix + theirs] for theirs in tie.theirs))
+        if tuple(ours[name].shape) != tuple(shapes[name]):
+            found = [tuple(weights[prefix + theirs].shape) for theirs in tie.theirs]
+            raise ValueError(f"{prefix}{tie.theirs[0]} has the shape {found[0]}; {tuple(shapes[name])} was wanted for {name}.")
+    return ours
+
+
+def give(ties: Mapping[str, Tie], ours: Weights, prefix: str = "") -> dict[str, Tensor]:
+    """Our tensors, by their names and in their shapes."""
+    theirs = {}
+    for name, tie in ties.items():
+        theirs |= {prefix + their: part for their, part in zip(tie.theirs, tie.split(ours[name]), strict=True)}
+    return theirs
+
+
+def taken(ties: Mapping[str, Tie], prefix: str = "") -> set[str]:
+    """Their names that the ties use."""
+    return {prefix + name for tie in ties.values() for name in tie.theirs}
+
+
+def tied(names: Iterable[str], tie: Callable[[str], Tie]) -> dict[str, Tie]:
+    """A tie for each of our names."""
+    return {name: tie(name) for name in names}

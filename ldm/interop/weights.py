@@ -1,0 +1,69 @@
+"""Weights out of strangers' files: never running code, and saying what a file is where it is not what was wanted."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.folder import load_tensors
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+LORA = ("lora_", ".lora.", "lora_unet", "hada_w1")
+
+
+class Inert:
+    """Stands for a class that an old checkpoint names, such as a callback; holds nothing and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# sd-v1-4.ckpt names Lightning's callback as a key; anything else that is no tensor or plain container stays refused.
+STUBS = [(Inert, f"pytorch_lightning.callbacks.{place}ModelCheckpoint") for place in ("model_checkpoint.", "")]
+
+
+def open_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickle of tensors, mapped into memory and not read yet.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: the file is damaged, holds code, or is no model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        weights = load_tensors(path)
+    elif path.suffix in PICKLES:
+        weights = _unpickle(path)
+    else:
+        raise ValueError(f"{path} is none of .safetensors, {', '.join(PICKLES)}.")
+    lora = [name for name in weights if any(word in name for word in LORA)]
+    if lora:
+        raise ValueError(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model. Merge it into its base first.")
+    return weights
+
+
+def check_finite(weights: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError where a tensor holds NaN or infinity, as models saved in half precision sometimes do."""
+    for name, x in weights.items():
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            kind = str(x.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals(STUBS):
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} does not load as plain tensors ({reason}). It is damaged, or holds code.") from error
+    held = held.get("state_dict", held.get("ema", held.get("model", held))) if isinstance(held, dict) else held
+    weights = {n: x for n, x in held.items() if isinstance(x, Tensor)} if isinstance(held, dict) else {}
+    if not weights:
+        raise ValueError(f"{path} holds a {type(held).__name__} and no tensors by name: it is no model's weights.")
+    return weights

@@ -1,0 +1,104 @@
+"""Small random models of the Stable Diffusion family as diffusers and transformers build them."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ldm.clip import vocabulary
+from ldm.folder import write_json, write_text
+
+CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+
+
+def loud(network):
+    """Random weights that leave no branch silent."""
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return network.eval()
+
+
+def their_unet(attends, tokens, width=32, mult=(1, 2), spatial=0, **settings):
+    """diffusers' U-Net; attends: one switch a level."""
+    torch.manual_seed(1)
+    return loud(
+        UNet2DConditionModel(
+            in_channels=4 + spatial,
+            out_channels=4,
+            block_out_channels=tuple(width * m for m in mult),
+            down_block_types=tuple(CROSS[0] if a else PLAIN[0] for a in attends),
+            up_block_types=tuple(CROSS[1] if a else PLAIN[1] for a in reversed(attends)),
+            layers_per_block=1,
+            cross_attention_dim=tokens,
+            sample_size=8,
+            **settings,
+        )
+    )
+
+
+def their_vae(mult=(1, 2), **settings):
+    """diffusers' KL autoencoder, of factor 2."""
+    torch.manual_seed(2)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * len(mult), "up_block_types": ("UpDecoderBlock2D",) * len(mult)}
+    return loud(
+        AutoencoderKL(block_out_channels=[32 * m for m in mult], latent_channels=4, layers_per_block=1, **kinds, **settings)
+    )
+
+
+def their_text(act="quick_gelu", width=64, layers=3, projection=None):
+    """transformers' CLIP text tower, with CLIP's vocabulary."""
+    torch.manual_seed(3)
+    config = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        max_position_embeddings=16,
+        projection_dim=projection or width,
+        hidden_act=act,
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    return loud((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
+
+
+def their_tokenizer(folder, pad="<|endoftext|>"):
+    """transformers' CLIP tokenizer, of the vocabulary that ships with open_clip."""
+    ids, merges = vocabulary()
+    write_json(ids, folder / "vocab.json")
+    write_text("#version: 0.2\n" + "\n".join(merges) + "\n", folder / "merges.txt")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=16, pad_token=pad)
+
+
+def scheduler(prediction="epsilon"):
+    """Stable Diffusion's, as published."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return DDIMScheduler(**betas, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+def their_pipeline(kind, folder):
+    """A pipeline of `kind` (sd1, sd2, inpaint, xl), its words from `folder`."""
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    vae = their_vae(scaling_factor=0.13025 if kind == "xl" else 0.18215)
+    tokenizer = their_tokenizer(folder / "a", "!" if kind == "sd2" else "<|endoftext|>")
+    if kind == "xl":
+        extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        extra |= {"projection_class_embeddings_input_dim": 48 + 6 * 256, "transformer_layers_per_block": (1, 3)}
+        unet = their_unet((False, True), 64 + 128, use_linear_projection=True, attention_head_dim=(1, 2), **extra)
+        second = their_text("gelu", 128, projection=48)
+        both = {"text_encoder": their_text(), "text_encoder_2": second, "tokenizer_2": their_tokenizer(folder / "b", "!")}
+        return StableDiffusionXLPipeline(vae=vae, unet=unet, tokenizer=tokenizer, scheduler=scheduler(), **both)
+    if kind == "sd2":
+        unet = their_unet((True, False), 64, width=64, use_linear_projection=True, attention_head_dim=(1, 2))
+        words = {"text_encoder": their_text("gelu"), "tokenizer": tokenizer}
+        return StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler("v_prediction"), **words, **nothing)
+    made = StableDiffusionInpaintPipeline if kind == "inpaint" else StableDiffusionPipeline
+    unet = their_unet((True, False), 64, spatial=5 if kind == "inpaint" else 0)
+    return made(vae=vae, unet=unet, text_encoder=their_text(), tokenizer=tokenizer, scheduler=scheduler(), **nothing)
