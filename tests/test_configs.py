@@ -13,7 +13,22 @@ from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler")
-HELPERS = {"__init__", "conditioner", "grid", "time", "decode", "index", "order", "write"}
+HELPERS = {
+    "__init__",
+    "conditioner",
+    "grid",
+    "time",
+    "bad",
+    "bucket",
+    "decode",
+    "doctor",
+    "fetch",
+    "filter",
+    "index",
+    "order",
+    "pack",
+}
+HELPERS |= {"recent", "record", "samples", "selection", "source", "tar", "write"}
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 
