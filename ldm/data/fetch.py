@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from aiohttp import ClientError
 from filelock import FileLock
 
 CACHE = os.environ.get("LDM_CACHE", "~/.cache/ldm")
 SCHEMES = ("s3", "gs", "http", "https")
 _REMOTE = re.compile(rf"({'|'.join(SCHEMES)})://")
 ATTEMPTS = 6
-FAULTS = (OSError, TimeoutError, ValueError)  # what the file systems of fsspec raise when a transfer fails
+FAULTS = (OSError, ValueError, ClientError)  # what the file systems of fsspec raise when a transfer fails
 
 
 def is_remote(address: str) -> bool:

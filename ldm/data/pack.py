@@ -117,7 +117,7 @@ def _table(path: Path) -> list[dict[str, Any]]:
             f"{path} has the columns {', '.join(columns) or 'none'}; wanted one that names the picture ({', '.join(PICTURES)}) "
             f"and one with its caption ({', '.join(CAPTIONS)})."
         )
-    rest = [{k: v for k, v in line.items() if k not in (picture, caption)} for line in lines]
+    rest = [{k: _value(v) for k, v in line.items() if k not in (picture, caption)} for line in lines]
     return [
         {
             **more,
@@ -127,6 +127,14 @@ def _table(path: Path) -> list[dict[str, Any]]:
         }
         for line, more in zip(lines, rest)
     ]
+
+
+def _value(cell: Any) -> Any:
+    """A cell of a table, as a number where it is one."""
+    try:
+        return json.loads(cell) if isinstance(cell, str) else cell
+    except ValueError:
+        return cell
 
 
 def _sample(row: Mapping[str, Any], classes: Sequence[str], size: int | None, skipped: dict[str, str]) -> dict[str, Any] | None:
