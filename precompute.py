@@ -15,13 +15,14 @@ def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val; -> OUT."""
     import torch
 
-    from ldm.build import build, load_autoencoder
+    from ldm.build import allowed, build
     from ldm.data.latents import write_latents
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     found = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     device = found if config.device == "auto" else config.device
-    autoencoder, data = load_autoencoder(config.model).to(device), build(config.data)
+    trained = {"_target_": "ldm.build.load_autoencoder", "path": config.model}
+    autoencoder, data = build(trained, allowed(config)).to(device), build(config.data, allowed(config))
     data.prepare_data()
     data.setup()
     for split in ("train", "val") if data.val_set else ("train",):

@@ -19,6 +19,7 @@ from ldm.folder import write_json
 
 HOME = Path("runs/quickstart")
 USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
+EXPERIMENTS = {"clip": "emoji/clip", "autoencoder": "emoji/autoencoder", "diffusion": "emoji/text"}
 STEPS = {"clip": 150, "autoencoder": 1000, "diffusion": 1800}
 PROMPTS = [
     "blue apple",
@@ -35,7 +36,8 @@ Timer = Callable[[str, Callable[[], Any]], Any]
 
 def main(minutes: float) -> None:
     """Every stage in its turn; the three trainings' lengths grow with `minutes`."""
-    set_aside(minutes)
+    steps = {stage: round(count * minutes / USUAL) for stage, count in STEPS.items()}
+    set_aside({"minutes": minutes, "steps": steps, "recipes": [recipe_name(e) for e in EXPERIMENTS.values()]})
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -52,7 +54,6 @@ def main(minutes: float) -> None:
             mark.write_text(str(seconds[name]))
         return result
 
-    steps = {stage: round(count * minutes / USUAL) for stage, count in STEPS.items()}
     train_all(timed, steps)
     numbers, shown = judge(timed)
     seconds["total"] = round(sum(seconds.values()), 1)
@@ -65,23 +66,28 @@ def main(minutes: float) -> None:
     print(f"Look at it: {HOME / 'report.html'}")
 
 
-def set_aside(minutes: float) -> None:
-    """Keeps a quickstart of another length: its folder is renamed, not overwritten."""
-    plan = HOME / "plan.json"
-    if plan.is_file() and (before := json.loads(plan.read_text())["minutes"]) != minutes:
-        kept = HOME.with_name(f"quickstart-{before:g}-minutes-{int(plan.stat().st_mtime)}")
+def recipe_name(experiment: str) -> str:
+    """The experiment's name and 8 hex digits of its config."""
+    return compose_config("train", [f"experiment={experiment}"]).run_id
+
+
+def set_aside(plan: dict[str, Any]) -> None:
+    """Keeps a quickstart of another length or recipe: its folder is renamed, not overwritten or mixed with this one."""
+    path = HOME / "plan.json"
+    if path.is_file() and (before := json.loads(path.read_text())) != plan:
+        kept = HOME.with_name(f"quickstart-{before['minutes']:g}-minutes-{int(path.stat().st_mtime)}")
         HOME.rename(kept)
-        print(f"The quickstart of {before:g} minutes is kept in {kept}")
-    write_json({"minutes": minutes}, plan)
+        print(f"The quickstart that was made by another plan ({before['minutes']:g} minutes) is kept in {kept}")
+    write_json(plan, path)
 
 
 def train_all(timed: Timer, steps: dict[str, int]) -> None:
     """data -> clip -> autoencoder -> latents -> diffusion."""
     timed("data", prepare)
-    for stage, experiment in (("clip", "emoji/clip"), ("autoencoder", "emoji/autoencoder")):
-        timed(stage, lambda stage=stage, experiment=experiment: train_one(stage, experiment, steps[stage], []))
+    for stage in ("clip", "autoencoder"):
+        timed(stage, lambda stage=stage: train_one(stage, steps[stage], []))
     timed("latents", precompute_all)
-    timed("diffusion", lambda: train_one("diffusion", "emoji/text", steps["diffusion"], ["data=latents"]))
+    timed("diffusion", lambda: train_one("diffusion", steps["diffusion"], ["data=latents"]))
 
 
 def prepare() -> None:
@@ -91,7 +97,7 @@ def prepare() -> None:
     build(compose_config("train").data).prepare_data()
 
 
-def train_one(stage: str, experiment: str, steps: int, overrides: list[str]) -> None:
+def train_one(stage: str, steps: int, overrides: list[str]) -> None:
     """One stage into runs/quickstart/<stage>, validated and shown ten times on the way."""
     from train import train
 
@@ -99,7 +105,7 @@ def train_one(stage: str, experiment: str, steps: int, overrides: list[str]) -> 
     lengths = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={often}", f"callback.checkpoint.every={often}"]
     preview = {"autoencoder": "callback.reconstructions.every", "diffusion": "callback.drawings.every"}
     lengths += [f"{preview[stage]}={often}"] if stage in preview else []
-    arguments = [f"experiment={experiment}", f"run_id=quickstart/{stage}", *overrides, *lengths]
+    arguments = [f"experiment={EXPERIMENTS[stage]}", f"run_id=quickstart/{stage}", *overrides, *lengths]
     print("python train.py", *arguments, flush=True)
     train(compose_config("train", arguments))
 

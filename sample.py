@@ -12,16 +12,21 @@ def sample(config: DictConfig) -> Any:
     """Writes OUT/00000.png ..., OUT/grid.png and OUT/request.json; -> pictures (N, 3, h, w) in [-1, 1]."""
     import torch
 
-    from ldm.build import build, load_model
+    from ldm.autoencoder.tiled import Tiled
+    from ldm.build import allowed, build, load_model
     from ldm.generate import draw_all
-    from ldm.request import read_request, write_pictures
+    from ldm.request import read_edit, read_request, write_pictures
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    model = load_model(config.model).to(device)
+    model = load_model(config.model, allowed(config)).to(device)
+    if config.tile:
+        model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     ask, count = read_request(OmegaConf.to_container(config, resolve=True), model)
     size = (config.size, config.size) if isinstance(config.size, int) else tuple(config.size)
     seeds = range(config.seed, config.seed + count)
-    images = draw_all(model, ask, build(config.sampler), build(config.guidance), seeds, size, config.batch)
+    sampler, guidance = (build(node, allowed(config)) for node in (config.sampler, config.guidance))
+    sampler = read_edit(config, model, ask, sampler, size)
+    images = draw_all(model, ask, sampler, guidance, seeds, size, config.batch)
     write_pictures(images, Path(config.out), {**OmegaConf.to_container(config, resolve=True), "seeds": list(seeds), "asked": ask})
     print(f"{count} pictures are in {config.out}")
     return images

@@ -13,6 +13,7 @@ def train(config: DictConfig) -> Path:
 
     from ldm.build import allowed, build, build_members, build_stage
     from ldm.folder import write_text
+    from ldm.training.logging import close
     from ldm.training.run import fit
 
     folder = Path(config.folder)
@@ -24,7 +25,10 @@ def train(config: DictConfig) -> Path:
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     trainer = build(config.trainer, allowed(config), callbacks=callbacks, logger=loggers)
-    fit(stage, data, trainer, folder, config.resume)
+    try:
+        fit(stage, data, trainer, folder, config.resume)
+    finally:
+        close(loggers)
     return folder
 
 

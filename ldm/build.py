@@ -5,6 +5,7 @@ What a config may build is a positive list of module prefixes; the config `allow
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
 ROOMS = ("autoencoder", "backbone", "condition", "schedule", "prediction", "denoiser", "build.assemble", "build.load_autoencoder")
 NARROW = tuple(f"ldm.{room}" for room in ROOMS)
+# The list of the build under way: packages that the user trusts hold for the folders it loads too, whatever these say.
+UNDER_WAY: ContextVar[Sequence[str]] = ContextVar("under_way", default=())
 
 
 def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
@@ -35,6 +38,7 @@ def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     check_nodes(plain, allow)
+    before = UNDER_WAY.set(allow)
     try:
         return instantiate(plain, _convert_="all", **arguments)
     except InstantiationException as error:
@@ -42,6 +46,8 @@ def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise cause from None
+    finally:
+        UNDER_WAY.reset(before)
 
 
 def build_members(config: DictConfig, group: str) -> dict[str, Any]:
@@ -63,6 +69,11 @@ def build_members(config: DictConfig, group: str) -> dict[str, Any]:
 def allowed(config: DictConfig) -> tuple[str, ...]:
     """The module prefixes that a run's config may build."""
     return (*ALLOWED, *config.get("allow", ()))
+
+
+def narrowed(allow: Sequence[str]) -> tuple[str, ...]:
+    """What a model at rest may build, where a run may build `allow`: models, and the user's own packages."""
+    return (*NARROW, *(prefix for prefix in allow if prefix not in (*ALLOWED, *NARROW)))
 
 
 def assemble(
@@ -109,7 +120,7 @@ def load_autoencoder(path: str) -> nn.Module:
             f"There is no autoencoder in {path} (model.safetensors is missing). Train one first: "
             f"python train.py experiment=emoji/autoencoder {as_run(folder)}; or name another with autoencoder.path=FOLDER."
         )
-    autoencoder = build(json.loads((folder / "config.json").read_text()), NARROW)
+    autoencoder = build(json.loads((folder / "config.json").read_text()), narrowed(UNDER_WAY.get()))
     autoencoder.load_state_dict(load_tensors(folder / "model.safetensors"))
     if hasattr(autoencoder, "count") and not autoencoder.count:
         raise ValueError(
@@ -119,8 +130,10 @@ def load_autoencoder(path: str) -> nn.Module:
     return autoencoder.eval()
 
 
-def load_model(path: str | Path) -> LatentModel:
+def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     """A latent model from an exported folder, a run folder or a checkpoint, with its averaged weights where it has them.
+
+    `allow` names packages of the user's own that it may be built from.
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: its weights do not fit its config.
@@ -131,7 +144,7 @@ def load_model(path: str | Path) -> LatentModel:
         weights = load_tensors(path / "model.safetensors")
     else:
         recipe, weights = _from_checkpoint(path)
-    model = build(recipe, NARROW)
+    model = build(recipe, narrowed(allow))
     if not isinstance(model, LatentModel):
         raise ValueError(
             f"{path} holds a {type(model).__name__}, not a latent diffusion model; use its diffusion run (model=...)."
@@ -155,5 +168,5 @@ def _from_checkpoint(path: Path) -> tuple[dict, dict]:
     weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("EMA"):
-            weights |= {k.removeprefix("model."): v for k, v in state["average"].items()}
+            weights |= {k.removeprefix("model."): v for k, v in state["average"].items() if k.startswith("model.")}
     return checkpoint["recipe"], weights

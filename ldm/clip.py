@@ -1,9 +1,12 @@
 """A frozen CLIP, by open_clip's name or from a local folder, and how its towers are read."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -32,6 +35,11 @@ def see(visual: nn.Module, images: Tensor) -> Tensor:
         images = interpolate(images, visual.image_size, mode="bicubic", antialias=True)
     mean, std = (images.new_tensor(visual.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     return (images.add(1).div(2) - mean) / std
+
+
+def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
+    """What open_clip does to a PIL picture before this image tower: its numbers are the plain open_clip ones."""
+    return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
 
 
 def read(tower: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:

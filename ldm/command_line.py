@@ -21,7 +21,8 @@ from ldm.check import nearest
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FREE_TEXT = re.compile(
-    r"^(?P<key>\+{0,2}(?:prompt|prompts|negative|model|images|reference|out|init|runs|ask\.[\w.]+|data\.(?:train|val|root)))=(?P<value>.*)$",
+    r"^(?P<key>\+{0,2}(?:prompt|prompts|negative|model|images|reference|out|init|mask|source|runs|cache|root|sweep"
+    r"|ask\.[\w.]+|data\.(?:train|val|root)))=(?P<value>.*)$",
     re.S,
 )
 LISTS = ("condition", "metric", "callback", "logger")
@@ -164,7 +165,8 @@ def _check_value(override: Override, config: DictConfig) -> None:
             if override.is_add() or override.is_force_add() or (i == len(path) - 1 and override.is_delete()):
                 return
             place = ".".join(path[:i]) or "the config"
-            raise ValueError(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}")
+            more = f" What {node['_target_']} takes besides: +{override.key_or_group}=..." if "_target_" in node else ""
+            raise ValueError(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}{more}")
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             return
         node = node[key]

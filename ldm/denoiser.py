@@ -36,6 +36,9 @@ class Denoiser(nn.Module):
 
     `level` tells the noise level. With `unit_input` the network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance
     (the published variance-preserving networks are the same with either).
+
+    Raises:
+        ValueError: the prediction cannot be read where the schedule ends: noise, at zero terminal SNR.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Denoiser(nn.Module):
         unit_input: bool = True,
     ) -> None:
         super().__init__()
+        _check_terminal(schedule, prediction)
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
         self.level, self.unit_input = level, unit_input
 
@@ -61,3 +65,15 @@ class Denoiser(nn.Module):
         x = x_t / like(torch.hypot(alpha, sigma), x_t) if self.unit_input else x_t
         x = x if cond.spatial is None else torch.cat((x, cond.spatial.to(x)), dim=1)
         return self.backbone(x, self.level(t, alpha, sigma).to(x_t).expand(len(x_t)), cond).to(x_t)
+
+
+def _check_terminal(schedule: Schedule, prediction: Prediction) -> None:
+    one = torch.ones((), dtype=torch.float64)
+    alpha, sigma = schedule(one)
+    gain = prediction.to_data(one, 0 * one, alpha, sigma).abs()  # of the network's errors, on their way to x_hat
+    if getattr(schedule, "zero_terminal_snr", False) and gain > 1000:
+        raise ValueError(
+            f"prediction={type(prediction).__name__.lower()} with zero terminal SNR (schedule={type(schedule).__name__}): no "
+            f"signal is left at t = 1, and the network's errors would be {gain:.0f} times as large in the picture. Use "
+            "prediction=velocity, flow or data, or schedule.zero_terminal_snr=false."
+        )

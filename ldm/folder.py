@@ -86,7 +86,14 @@ def as_run(folder: Path) -> str:
     return f"runs={folder.parent.parent} run_id={folder.parent.name}/{folder.name}" if folder.parent.name else f"folder={folder}"
 
 
-PART = ("config.json", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors", "statistics.safetensors")
+PART = (
+    "config.json",
+    "model.safetensors",
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+    "statistics.safetensors",
+    "statistics.json",
+)
 
 
 def with_parts(config: Any, folder: Path, name: str = "") -> Any:

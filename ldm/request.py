@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid, save_image
 
+from ldm.edit import FromInversion, FromPicture, Inpainting
 from ldm.folder import write_text, write_whole
 from ldm.model import LatentModel
+from ldm.types import Denoise, Sampler
+
+Size = tuple[int, int]
 
 
 def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[str, Any], int]:
@@ -40,6 +47,45 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     if config.get("negative") is not None:
         ask["negative.caption"] = [str(config["negative"])] * count
     return ask, count
+
+
+def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, Any], sampler: Sampler, size: Size) -> Sampler:
+    """config: init, mask, source, strength, resamples -> the sampler, begun from the picture `init` where there is one.
+
+    `mask` (white is drawn anew) asks for inpainting, `source` (what the picture shows) for inversion.
+
+    Raises:
+        ValueError: a mask or a source without a picture, or both. FileNotFoundError: no such file.
+    """
+    init, mask, source, strength = (config.get(name) for name in ("init", "mask", "source", "strength"))
+    if (init is None and (mask is not None or source is not None)) or (mask is not None and source is not None):
+        raise ValueError(f"init={init} mask={mask} source={source}: one of mask and source goes with a picture (init=FILE).")
+    if init is None:
+        return sampler
+    device = next(model.denoiser.parameters()).device
+    with torch.no_grad():
+        picture = model.autoencoder.encode(_read_image(init, "init", "RGB", size).to(device) * 2 - 1).mean
+    if mask is not None:
+        cells = adaptive_max_pool2d(_read_image(mask, "mask", "L", size), picture.shape[2:])
+        return Inpainting(sampler, picture, (cells > 0.5).float(), config["resamples"], strength)
+    if source is None:
+        return FromPicture(sampler, picture, strength)
+
+    shown = {k: v[:1] for k, v in ask.items() if not k.startswith("negative.")} | {"caption": [str(source)]}
+
+    def denoise(count: int) -> Denoise:
+        told = model.tell({k: v.repeat(count) if isinstance(v, Tensor) else v * count for k, v in shown.items()})
+        return lambda x_t, t: model.denoiser(x_t, t, told)
+
+    return FromInversion(sampler, picture, denoise, strength)
+
+
+def _read_image(path: str, name: str, mode: str, size: Size) -> Tensor:
+    """A file, cut in its middle to `size` -> (1, 3 or 1, height, width) in [0, 1]."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name}={path}: there is no such picture.")
+    image = ImageOps.exif_transpose(Image.open(path)).convert(mode)
+    return to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))[None]
 
 
 def write_pictures(images: Tensor, folder: Path, request: Mapping[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """Noise schedules: t -> (alpha, sigma), and back from log(sigma / alpha). A few lines each, to be read side by side.
 
 Floors keep both scales above zero, so that no formula elsewhere needs a special case at its ends.
+
+Published tables of N steps are continued between the steps: step n is t = (n + 1) / N, and log(sigma / alpha) is linear in
+t from one step to the next; below the first it falls to log(floor) at t = 0.
 """
 
 import math
@@ -9,37 +12,53 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# alpha^2 at t = 1 of zero terminal SNR, at most: the smallest positive float16, so that sigma / alpha is finite.
+TERMINAL_ALPHA_BAR = 2.0**-24
+
 
 @dataclass(frozen=True)
 class Linear:
-    """Straight paths from data to noise (rectified flow, https://arxiv.org/abs/2209.03003)."""
+    """Straight paths from data to noise (rectified flow, https://arxiv.org/abs/2209.03003).
+
+    `shift` multiplies sigma / alpha everywhere: m / n for pictures of m times the pixels of n at equal uncertainty
+    (SD3, https://arxiv.org/abs/2403.03206, equation 23, where the shift is sqrt(m / n)).
+    """
 
     floor: float = 1e-3
+    shift: float = 1.0
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: (*) in [0, 1] -> alpha: (*), sigma: (*), alpha + sigma = 1."""
         sigma = self.floor + (1 - 2 * self.floor) * t
+        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         return 1 - sigma, sigma
 
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*)."""
-        return ((torch.sigmoid(log_ratio) - self.floor) / (1 - 2 * self.floor)).clamp(0, 1)
+        return ((torch.sigmoid(log_ratio - math.log(self.shift)) - self.floor) / (1 - 2 * self.floor)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Variance preserving, alpha^2 + sigma^2 = 1 (https://arxiv.org/abs/2102.09672, equation 17 without its offset)."""
+    """Variance preserving, alpha^2 + sigma^2 = 1 (https://arxiv.org/abs/2102.09672, equation 17 without its offset).
+
+    `shift` multiplies sigma / alpha everywhere: d / 64 for pictures of side d (simple diffusion,
+    https://arxiv.org/abs/2301.11093, section 3.1).
+    """
 
     floor: float = 1e-3
+    shift: float = 1.0
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: (*) in [0, 1] -> alpha: (*), sigma: (*)."""
         angle = (self.floor + (1 - 2 * self.floor) * t) * math.pi / 2
+        angle = torch.atan2(self.shift * torch.sin(angle), torch.cos(angle))
         return torch.cos(angle), torch.sin(angle)
 
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*)."""
-        return ((torch.atan(log_ratio.exp()) * 2 / math.pi - self.floor) / (1 - 2 * self.floor)).clamp(0, 1)
+        angle = torch.atan((log_ratio - math.log(self.shift)).exp())
+        return ((angle * 2 / math.pi - self.floor) / (1 - 2 * self.floor)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -63,35 +82,78 @@ class Karras:
 
 @dataclass(frozen=True)
 class ScaledLinear:
-    """Stable Diffusion's: sqrt(beta) linear over discrete steps (https://arxiv.org/abs/2112.10752, appendix).
+    """Stable Diffusion's table: sqrt(beta) linear over the steps (https://arxiv.org/abs/2112.10752, appendix).
 
-    Step n of N is t = (n + 1) / N; between steps log(sigma / alpha) is linear in t. Below the first step it falls to
-    log(`floor`) at t = 0.
+    `zero_terminal_snr` rescales it so that no signal is left at t = 1 (https://arxiv.org/abs/2305.08891, algorithm 1).
     """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     steps: int = 1000
-    floor: float = 1e-3
+    floor: float = 1e-5
+    zero_terminal_snr: bool = False
     table: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64) ** 2
-        alpha_bar = torch.cumprod(1 - betas, dim=0)
-        log_ratio = ((1 - alpha_bar) / alpha_bar).log() / 2
-        start = torch.tensor([math.log(self.floor)], dtype=torch.float64)
-        object.__setattr__(self, "table", torch.cat((start, log_ratio)))
+        object.__setattr__(self, "table", _table(betas, self.floor, self.zero_terminal_snr))
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: (*) in [0, 1] -> alpha: (*), sigma: (*), alpha^2 + sigma^2 = 1."""
-        table, place = self.table.to(t.device), t.double().clamp(0, 1) * self.steps
-        low = place.floor().long().clamp(max=self.steps - 1)
-        log_ratio = torch.lerp(table[low], table[low + 1], place - low)
-        return torch.sigmoid(-2 * log_ratio).sqrt().to(t), torch.sigmoid(2 * log_ratio).sqrt().to(t)
+        return _read(self.table.to(t.device), t)
 
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*)."""
-        table, ratio = self.table.to(log_ratio.device), log_ratio.double().contiguous()
-        low = (torch.searchsorted(table, ratio) - 1).clamp(0, self.steps - 1)
-        place = low + (ratio - table[low]) / (table[low + 1] - table[low])
-        return (place / self.steps).clamp(0, 1).to(log_ratio)
+        return _find(self.table.to(log_ratio.device), log_ratio)
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """DDPM's table: beta linear over the steps (https://arxiv.org/abs/2006.11239, section 4); DiT's and ADM's too.
+
+    `zero_terminal_snr` rescales it so that no signal is left at t = 1 (https://arxiv.org/abs/2305.08891, algorithm 1).
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+    floor: float = 1e-5
+    zero_terminal_snr: bool = False
+    table: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+        object.__setattr__(self, "table", _table(betas, self.floor, self.zero_terminal_snr))
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t: (*) in [0, 1] -> alpha: (*), sigma: (*), alpha^2 + sigma^2 = 1."""
+        return _read(self.table.to(t.device), t)
+
+    def inverse(self, log_ratio: Tensor) -> Tensor:
+        """log(sigma / alpha): (*) -> t: (*)."""
+        return _find(self.table.to(log_ratio.device), log_ratio)
+
+
+def _table(betas: Tensor, floor: float, zero_terminal_snr: bool) -> Tensor:
+    """betas: (N) float64 -> log(sigma / alpha) at t = 0, 1 / N, ..., 1: (N + 1)."""
+    alpha = torch.cumprod(1 - betas, dim=0).sqrt()
+    if zero_terminal_snr:
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        alpha[-1] = min(TERMINAL_ALPHA_BAR**0.5, alpha[-2].item() / 2)
+    start = torch.tensor([math.log(floor)], dtype=torch.float64)
+    return torch.cat((start, (1 / alpha**2 - 1).log() / 2))
+
+
+def _read(table: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    steps = len(table) - 1
+    place = t.double().clamp(0, 1) * steps
+    low = place.floor().long().clamp(max=steps - 1)
+    log_ratio = torch.lerp(table[low], table[low + 1], place - low)
+    return torch.sigmoid(-2 * log_ratio).sqrt().to(t), torch.sigmoid(2 * log_ratio).sqrt().to(t)
+
+
+def _find(table: Tensor, log_ratio: Tensor) -> Tensor:
+    steps, ratio = len(table) - 1, log_ratio.double().contiguous()
+    low = (torch.searchsorted(table, ratio) - 1).clamp(0, steps - 1)
+    place = low + (ratio - table[low]) / (table[low + 1] - table[low])
+    return (place / steps).clamp(0, 1).to(log_ratio)

@@ -135,7 +135,7 @@ class Draw:
     def _each(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         name = zlib.crc32(stream.encode())
         generator = torch.Generator()
-        return torch.stack([draw(generator.manual_seed(_mix(self.seed, name, p))) for p in self.position.tolist()])
+        return torch.stack([draw(generator.manual_seed(mix(self.seed, name, p))) for p in self.position.tolist()])
 
 
 @dataclass(frozen=True)
@@ -235,17 +235,12 @@ class Autoencoder(Protocol):
         """(B, C, H, W) whitened -> (B, 3, f * H, f * W) in [-1, 1]."""
 
 
-class Metric(Protocol):
-    of: str  # which pictures it judges: "reconstruction" or "drawing"
+class AdversarialLoss(Protocol):
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) of each -> (), what the discriminator minimises."""
 
-    def prepare(self, data: Any) -> None:
-        """Reads what it needs of the data module, once, beforehand."""
-
-    def update(self, images: Tensor, batch: Batch) -> None:
-        """images: (B, 3, height, width) in [-1, 1], to be judged; batch: the real samples that they answer to."""
-
-    def compute(self) -> dict[str, float]:
-        """The numbers, by name."""
+    def generator(self, fake: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) -> (), what the autoencoder minimises."""
 
 
 def like(scale: Tensor, x: Tensor) -> Tensor:
@@ -259,7 +254,7 @@ def _join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
     return torch.cat((a, b), dim)
 
 
-def _mix(*words: int) -> int:
+def mix(*words: int) -> int:
     """Hashes integers to one of 63 bits (splitmix64, Steele et al. 2014), the same on every platform."""
     state = 0
     for word in words:

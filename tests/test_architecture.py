@@ -11,6 +11,7 @@ LDM = ROOT / "ldm"
 ROOMS = ["autoencoder", "backbone", "condition", "guidance", "loss", "metric", "objective", "sampler"]
 ALLOWED = {
     "types": set(),
+    "measure": {"types"},
     "schedule": set(),
     "prediction": set(),
     "check": set(),
@@ -19,12 +20,19 @@ ALLOWED = {
     "quickstart_report": {"folder", "report"},
     "clip": {"folder"},
     **{room: {"types", "nn", "clip", "folder", room} for room in ROOMS},
+    "metric": {"types", "measure", "clip", "folder", "metric"},
+    "extractor": {"types", "measure", "clip", "folder", "extractor"},
+    "evaluation": {"types", "measure", "folder", "model", "generate", "data", "report", "evaluation"},
     "data": {"types", "data"},
     "denoiser": {"types"},
+    "likelihood": {"types"},
+    "edit": {"types", "sampler"},
+    "average": {"folder"},
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
-    "request": {"folder", "model"},
-    "training": {"types", "clip", "folder", "model", "generate", "training"},
+    "request": {"types", "folder", "model", "edit"},
+    "subject": {"build", "data", "evaluation", "measure", "request"},
+    "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},
 }
@@ -33,7 +41,7 @@ CONFINED = {
     "omegaconf": {"build", "command_line"},
     "pytorch_lightning": {"training", "data"},
     "webdataset": {"data"},
-    "open_clip": {"clip", "condition", "loss", "metric", "training"},
+    "open_clip": {"clip", "condition", "extractor", "loss", "metric", "training"},
 }
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 

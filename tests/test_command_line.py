@@ -236,5 +236,5 @@ def test_several_devices_in_a_multirun_are_refused(tmp_path):
 
 def test_help_says_what_there_is():
     answer = run("train.py", "--help")
-    assert answer.returncode == 0 and "sampler: ddim, dpmpp, heun" in answer.stdout
+    assert answer.returncode == 0 and "sampler: ddim, ddpm, dpmpp" in answer.stdout
     assert not list(Path(ROOT).glob("outputs"))

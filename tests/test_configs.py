@@ -6,29 +6,43 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torchvision.models import alexnet
 
-from ldm.build import build, build_members, build_stage
+from ldm.build import ALLOWED, build, build_members, build_stage, load_model
+from ldm.check import check_nodes
 from ldm.command_line import CONFIGS, compose_config
 from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
-ROOMS = ("autoencoder", "backbone", "condition", "data", "guidance", "loss", "metric", "objective", "sampler")
+ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
 HELPERS = {
     "__init__",
+    "adversary",
     "conditioner",
+    "decode",
+    "distance",
     "grid",
+    "index",
+    "noise",
+    "order",
+    "pairs",
     "time",
+    "weight",
+    "weights",
+    "write",
     "bad",
     "bucket",
-    "decode",
     "doctor",
     "fetch",
     "filter",
-    "index",
-    "order",
     "pack",
+    "recent",
+    "record",
+    "samples",
+    "selection",
+    "source",
+    "tar",
 }
-HELPERS |= {"recent", "record", "samples", "selection", "source", "tar", "write"}
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 
 
@@ -64,7 +78,7 @@ def runs(tmp_path_factory, clip_folder):
     return home.parent
 
 
-SETTINGS = ("schedule", "prediction", "level", "optimizer", "rate")
+SETTINGS = ("adversary", "schedule", "prediction", "level", "optimizer", "rate")
 CHOICES = ("autoencoder", "backbone", "guidance", "loss", "objective", "sampler", *SETTINGS)
 
 
@@ -81,8 +95,18 @@ def node_of(room, name, runs):
 
 @pytest.mark.parametrize("room, name", every(*sorted(set(CHOICES) - {"backbone", "optimizer", "rate"})))
 def test_choices_build(room, name, runs):
-    with torch.device("meta" if name == "kl" else "cpu"):
-        assert build(node_of(room, name, runs)) is not None
+    node = node_of(room, name, runs)
+    if name == "lpips":
+        node = {**node, "net": "alex", "weights": str(random_alexnet(runs))}
+    with torch.device("meta" if name.startswith(("kl", "vq")) else "cpu"):
+        assert build(node) is not None
+
+
+def random_alexnet(folder):
+    """The features of torchvision's network, as it saves them."""
+    weights = {f"features.{name}": value for name, value in alexnet().features.state_dict().items()}
+    torch.save(weights, folder / "alexnet.pth")
+    return folder / "alexnet.pth"
 
 
 @pytest.mark.parametrize("name", names("backbone"))
@@ -113,18 +137,20 @@ def test_conditions_say_their_widths(name, runs):
 @pytest.mark.parametrize("room, name", every("metric", "data"))
 def test_metrics_and_data_build(room, name, runs, tmp_path):
     if room == "metric":
-        node = compose_config("evaluate", [f"metric=[{name}]", "model=m"]).metric[name]
+        node = compose_config("evaluate", [f"metric=[{name}]", "model=m", f"runs={runs}"]).metric[name]
     else:
         node = compose_config("train", [f"{room}={name}", f"runs={runs}"])[room]
     changes = {"model": f"local-dir:{runs}/quickstart/clip", "root": str(tmp_path), "train": str(tmp_path)}
     for key in changes.keys() & node.keys():
         node[key] = changes[key]
+    if node.get("weights") in ("fid", "pretrained"):  # tests build these with weights of their own
+        return check_nodes(OmegaConf.to_container(node, resolve=True), ALLOWED)
     assert build(node) is not None
 
 
 @pytest.mark.parametrize("room", ["callback", "logger"])
-def test_callbacks_and_loggers_build(room, tmp_path):
-    everything = [f"{room}=[{','.join(names(room))}]", f"runs={tmp_path}"]
+def test_callbacks_and_loggers_build(room, runs):
+    everything = [f"{room}=[{','.join(names(room))}]", f"runs={runs}"]
     offline = ["logger.wandb.offline=true"] if room == "logger" else []
     assert sorted(build_members(compose_config("train", [*everything, *offline]), room)) == names(room)
 
@@ -141,9 +167,12 @@ def test_experiments_say_their_name_and_command_and_build(name, runs):
     assert config.name == name and config.run_id.startswith(f"{name}-")
     opening = [line for line in (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()[:8] if line[0] == "#"]
     assert any(f"python train.py experiment={name}" in line for line in opening)
+    if "net" in config.loss:
+        config.loss = {**config.loss, "net": "alex", "weights": str(random_alexnet(runs))}
     if "whiten" in config.condition.get("text", {}):
         config.condition.text.whiten = False  # the random tower has no statistics
-    assert any(p.requires_grad for p in build_stage(config).parameters())
+    with torch.device("meta" if name.startswith("laion/") else "cpu"):
+        assert any(p.requires_grad for p in build_stage(config).parameters())
 
 
 def test_nothing_need_be_told(runs):
@@ -190,3 +219,28 @@ def test_a_users_own_backbone_trains_in_ours(tmp_path, monkeypatch):
     assert stage.model.denoiser.backbone.gain.grad.abs() > 0
     with pytest.raises(ValueError, match=r"own\.bright\.Bright is not among.*allow=\[own\]"):
         build_stage(compose_config("train", mine))
+    stage.export(tmp_path / "model")
+    assert load_model(tmp_path / "model", allow=["own"]).denoiser.backbone.gain == 3
+    with pytest.raises(ValueError, match=r"own\.bright\.Bright is not among.*allow=\[own\]"):
+        load_model(tmp_path / "model")
+
+
+AUTOENCODER = '''
+from ldm.autoencoder.identity import Identity
+
+
+class Mine(Identity):
+    """An autoencoder of the user's own."""
+'''
+
+
+def test_a_users_own_autoencoder_is_loaded_where_it_is_trusted_and_nowhere_else(tmp_path, monkeypatch):
+    (tmp_path / "minecoder.py").write_text(AUTOENCODER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    save_model({}, {"_target_": "minecoder.Mine", "allow": ["minecoder"]}, tmp_path / "claims")
+    save_model({}, {"_target_": "minecoder.Mine"}, tmp_path / "plain")
+    node = {"_target_": "ldm.build.load_autoencoder", "path": str(tmp_path / "plain")}
+    assert build(node, (*ALLOWED, "minecoder")).channels == 3
+    for path in ("plain", "claims"):
+        with pytest.raises(ValueError, match=r"minecoder\.Mine is not among"):
+            build(node | {"path": str(tmp_path / path)})

@@ -1,20 +1,29 @@
 """Guidance on a whole model, told by two conditions of which one is never dropped."""
 
+import copy
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.autoencoder.identity import Identity
 from ldm.backbone.unet import UNet
+from ldm.build import build
 from ldm.command_line import CONFIGS
 from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
 from ldm.denoiser import Denoiser, LogRatio
+from ldm.guidance.autoguidance import Autoguidance
 from ldm.guidance.cfg import CFG
+from ldm.guidance.interval import Interval
 from ldm.guidance.none import Unguided
+from ldm.guidance.scales import Scales
 from ldm.model import LatentModel
 from ldm.prediction import Flow
-from ldm.schedule import Linear
+from ldm.schedule import Cosine, Linear
 
 ASK = {"kind": torch.tensor([1, 2]), "size": torch.tensor([0, 3])}
 
@@ -54,15 +63,118 @@ def test_a_negative_like_the_request_is_no_guidance(model):
     torch.testing.assert_close(CFG(4.0)(model, ask)(X, T), Unguided()(model, ASK)(X, T), atol=1e-4, rtol=1e-4)
 
 
+NAMES = sorted(path.stem for path in (CONFIGS / "guidance").glob("*.yaml"))
+SETTINGS = {"scales": {"scales": {"kind": 3.0}}}  # the shipped one names conditions of another model
+
+
+def guidance(name, model, **settings):
+    """The configured member, for this file's model; its weak model has weights of its own."""
+    node = OmegaConf.to_container(OmegaConf.load(CONFIGS / "guidance" / f"{name}.yaml")) | SETTINGS.get(name, {}) | settings
+    built = build(node)
+    return replace(built, weak=partial(weaker, model)) if name == "autoguidance" else built
+
+
+def weaker(model):
+    weak = copy.deepcopy(model)
+    for p in weak.denoiser.parameters():
+        p.data.mul_(0.9)
+    return weak
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("config", sorted((CONFIGS / "guidance").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_guidance_treats_each_picture_alone(model, config):
-    from omegaconf import OmegaConf
-
-    from ldm.build import build
-
-    guidance = build(OmegaConf.load(config))
-    whole = guidance(model, ASK)(X, T)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guidance_treats_each_picture_alone(model, name):
+    chosen = guidance(name, model)
+    whole = chosen(model, ASK)(X, T)
     for i in range(2):
-        alone = guidance(model, {k: v[i : i + 1] for k, v in ASK.items()})(X[i : i + 1], T)
+        alone = chosen(model, {k: v[i : i + 1] for k, v in ASK.items()})(X[i : i + 1], T)
         torch.testing.assert_close(whole[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+NEUTRAL = {
+    "none": {},
+    "cfg": {"scale": 1.0},
+    "interval": {"low": 1e9},
+    "autoguidance": {"scale": 1.0},
+    "scales": {"scales": {"kind": 1.0}},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_every_guidance_is_the_identity_to_the_bit_where_neutral_and_calls_once(model, name):
+    calls = count_calls(model)
+    assert torch.equal(guidance(name, model, **NEUTRAL.get(name, {}))(model, ASK)(X, T), model.denoiser(X, T, model.tell(ASK)))
+    assert calls == [2, 2]
+
+
+def count_calls(model):
+    """-> the batch sizes that the network is called with from now on."""
+    sizes = []
+    model.denoiser.backbone.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    return sizes
+
+
+@torch.no_grad()
+def test_an_interval_of_everything_is_what_it_holds_and_outside_calls_once(model):
+    cfg, calls = CFG(3.0), count_calls(model)
+    whole = Interval(0.0, 1e9, cfg)(model, ASK)
+    assert torch.equal(whole(X, T), cfg(model, ASK)(X, T))
+    part = Interval(0.5, 2.0, cfg)(model, ASK)
+    times = torch.tensor([0.2, 0.5])  # sigma / alpha = 0.25, 1
+    calls.clear()
+    outside, inside = part(X, times[0]), part(X, times[1])
+    assert calls == [2, 4]
+    both = part(X, times)
+    torch.testing.assert_close(both, torch.stack((outside[0], inside[1])), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rescaling_brings_back_the_std_of_the_unguided(model):
+    """Equations 15 and 16 of https://arxiv.org/abs/2305.08891, at 0, 1 and between."""
+    cond = model.denoiser(X, T, model.tell(ASK))
+    plain, full, half = (CFG(60.0, rescale)(model, ASK)(X, T) for rescale in (0.0, 1.0, 0.5))
+    std = [v.flatten(1).std(1) for v in (cond, plain, full)]
+    torch.testing.assert_close(std[2], std[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(std[1], std[0], rtol=2e-3)
+    torch.testing.assert_close(half, (plain + full) / 2, atol=1e-4, rtol=1e-3)
+    assert torch.equal(plain, CFG(60.0)(model, ASK)(X, T))
+
+
+@torch.no_grad()
+def test_autoguidance_moves_away_from_the_weak_model(model):
+    weak, cond = weaker(model), model.tell(ASK)
+    x_strong, x_weak = model.denoiser(X, T, cond), weak.denoiser(X, T, cond)
+    drawn = guidance("autoguidance", model, scale=2.5)(model, ASK)(X, T)
+    torch.testing.assert_close(drawn, x_weak + 2.5 * (x_strong - x_weak))
+    other = copy.deepcopy(model)
+    other.denoiser.schedule = Cosine()
+    with pytest.raises(ValueError, match=r"weak model's schedule is Cosine.*guidance\.weak\.path"):
+        Autoguidance(lambda: other)(model, ASK)
+
+
+@torch.no_grad()
+def test_a_scale_per_condition():
+    """Equation 3 of https://arxiv.org/abs/2211.09800; one scale for all is classifier-free guidance."""
+    conditioner = Conditioner({n: Label(4, 8, key=n, rate=0.1) for n in ("a", "b", "c")})
+    net = UNet(3, conditioner.widths, width=8, mult=(1,), res_blocks=1, depth=(1,), heads=2, groups=4)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    model = LatentModel(Identity(), conditioner, Denoiser(net, Linear(), Flow(), LogRatio())).eval()
+    ask = {n: torch.tensor([1, 2]) for n in "abc"}
+    x0, x1, x2 = (model.denoiser(X, T, model.tell(ask, only=only)) for only in (["c"], ["a", "c"], None))
+    drawn = Scales({"a": 1.5, "b": 4.0})(model, ask)(X, T)
+    torch.testing.assert_close(drawn, x0 + 1.5 * (x1 - x0) + 4.0 * (x2 - x1), atol=1e-4, rtol=1e-3)
+    same = Scales({"a": 3.0, "b": 3.0, "c": 3.0})(model, ask)(X, T)
+    torch.testing.assert_close(same, CFG(3.0)(model, ask)(X, T), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="conditions"):
+        Scales({"d": 2.0})(model, ask)
+
+
+@torch.no_grad()
+def test_guidances_nest(model):
+    """Autoguidance in an interval in an interval."""
+    inner = Autoguidance(partial(weaker, model), 2.0)
+    nested = Interval(0.1, 10.0, Interval(1.0, 10.0, inner))
+    torch.testing.assert_close(nested(model, ASK)(X, T), inner(model, ASK)(X, T))
+    assert torch.equal(nested(model, ASK)(X, torch.tensor(0.2)), Unguided()(model, ASK)(X, torch.tensor(0.2)))

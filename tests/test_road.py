@@ -90,6 +90,27 @@ def test_latents_online_are_those_made_ahead(road):
     torch.testing.assert_close(torch.cat((moments.mean, moments.std), 1), stored["moments"], atol=1e-4, rtol=1e-4)
 
 
+def test_latents_from_shards_need_no_autoencoder_until_something_is_drawn(road, tmp_path):
+    home, _, shared = road
+    text = ["experiment=emoji/text", f"data.train={home}/latents/train", f"data.val={home}/latents/val", "data=latents"]
+    cached = ["autoencoder=cached", f"autoencoder.load.path={home}/autoencoder", "callback=[checkpoint]", *shared, *STEPS, *UNET]
+    folder = train(compose_config("train", [*text, *cached, "run_id=cached"]))
+    assert (folder / "autoencoder.load" / "statistics.json").is_file()
+    drawn = sample(compose_config("sample", [f"model={folder}", f"out={tmp_path}", "prompt=dart", "sampler.steps=2", "tile=4"]))
+    assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
+
+
+@pytest.mark.parametrize("experiment", ["autoencoder_gan", "vq"])
+def test_the_other_autoencoders_train_and_export(road, experiment):
+    _, emoji, shared = road
+    small = ["adversary.start=1", "adversary.network.width=8"] if experiment == "autoencoder_gan" else ["autoencoder.codes=16"]
+    arguments = [f"experiment=emoji/{experiment}", "callback=[checkpoint,latents]", "callback.latents.every=2"]
+    folder = train(compose_config("train", [*arguments, *shared, *emoji, *STEPS, *KL, *small]))
+    assert load_autoencoder(str(folder)).count > 0 and (folder / "latents" / "00000002.json").is_file()
+    named = "train/discriminator" if experiment == "autoencoder_gan" else "train/perplexity"
+    assert named in read_curves(folder)
+
+
 def test_diffusion_trains_on_pictures_too_and_resumes(road):
     _, emoji, shared = road
     arguments = [
@@ -146,13 +167,15 @@ def test_what_cannot_be_asked_is_said(road, tmp_path):
 
 def test_evaluate_writes_numbers_and_their_protocol(road, tmp_path):
     home, emoji, _ = road
-    metric = f"metric.clip_retrieval.model=local-dir:{home}/clip"
-    arguments = [f"model={home}/diffusion", *emoji, f"out={tmp_path}", "count=5", "batch=2", "sampler.steps=2", metric]
+    runs = f"runs={home.parent}"
+    arguments = [f"model={home}/diffusion", *emoji, f"out={tmp_path}", "count=5", "batch=2", "sampler.steps=2", runs]
     numbers, pictures, _ = evaluate(compose_config("evaluate", arguments))
     told = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(numbers) == {"reconstruction_psnr", "text_match_top1", "clip_retrieval_top1"} and len(pictures["drawing"]) == 5
-    assert {k: told[k] for k in numbers} == numbers
-    assert told["protocol"]["sampler"]["steps"] == 2 and told["protocol"]["count"] == 5 and told["protocol"]["shards"]
+    assert {"reconstruction_psnr", "text_match_top1", "clip_retrieval_top1", "clip_score", "fd_clip"} <= set(numbers)
+    assert len(pictures["drawing"]) == 5
+    assert {k: told[k]["value"] for k in numbers} == numbers
+    protocol = told["text_match_top1"]["protocol"]
+    assert protocol["sampler"]["steps"] == 2 and protocol["count"] == 5 and protocol["reference"]["shards"]
     with pytest.raises(ValueError, match="use count="):
         evaluate(compose_config("evaluate", [*arguments, "count=5000"]))
 

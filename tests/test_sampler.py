@@ -6,7 +6,8 @@ from omegaconf import OmegaConf
 
 from ldm.build import build
 from ldm.command_line import CONFIGS
-from ldm.sampler.grid import Uniform
+from ldm.sampler.grid import Karras as KarrasGrid
+from ldm.sampler.grid import Leading, Linspace, Listed, Trailing, Uniform
 from ldm.schedule import Cosine, Karras, Linear, ScaledLinear
 
 SAMPLERS = sorted((CONFIGS / "sampler").glob("*.yaml"))
@@ -14,8 +15,14 @@ every_sampler = pytest.mark.parametrize("config", SAMPLERS, ids=lambda p: p.stem
 every_schedule = pytest.mark.parametrize("schedule", [Linear(), Cosine(), Karras(), ScaledLinear()], ids=repr)
 
 
-def sampler(config, steps):
-    return build(OmegaConf.to_container(OmegaConf.load(config)) | {"steps": steps})
+def sampler(config, steps, **settings):
+    return build(OmegaConf.to_container(OmegaConf.load(config)) | {"steps": steps} | settings)
+
+
+def stochastic(draw):
+    """Whether the seeds alone change what is drawn."""
+    noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    return not torch.equal(*(draw(lambda x_t, t: x_t / 2, Linear(), noise, [seed]) for seed in (0, 1)))
 
 
 @every_sampler
@@ -25,9 +32,12 @@ def test_data_that_is_one_point_is_reached_exactly(config, schedule, steps):
     """The flow's paths are straight in sigma / alpha then: x = alpha * point + sigma * noise in any number of steps."""
     noise, point = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
     start, end = (schedule(torch.tensor(t, dtype=torch.float64)) for t in (1.0, 0.0))
-    slope = (start[1] * noise - start[0] * point) / start[1]
+    slope = (torch.hypot(*start) * noise - start[0] * point) / start[1]
     wanted = end[0] * point + end[1] * slope
     drawn = sampler(config, steps)(lambda x_t, t: point, schedule, noise, range(4))
+    if stochastic(sampler(config, 2)):  # fresh noise in the end, of the last time's size
+        assert (drawn - end[0] * point).abs().max() < 6 * end[1]
+        return
     torch.testing.assert_close(drawn, wanted, atol=1e-6, rtol=1e-6)
 
 
@@ -49,6 +59,8 @@ def test_a_picture_does_not_see_its_batch(config):
 @every_sampler
 def test_there_and_back_again(config):
     """A walk from data to noise and back returns, the closer the more steps: inversion. Stochastic samplers may not."""
+    if stochastic(sampler(config, 2)):
+        pytest.skip("stochastic")
     schedule, x = Cosine(), torch.randn(4, 1, 2, 2, dtype=torch.float64)
 
     def denoise(x_t, t):
@@ -84,3 +96,28 @@ def test_shift_is_sd3s():
     torch.testing.assert_close(shifted / (1 - shifted), 3 * t / (1 - t))
     ends = Uniform(shift=3.0)(10, Linear())
     assert ends[0] == 1 and ends[-1] == 0 and (ends.diff() < 0).all()
+
+
+@every_schedule
+def test_grids_fall_from_first_to_last_in_steps_plus_one(schedule):
+    for config in sorted((CONFIGS / "sampler" / "grid").glob("*.yaml")):
+        for steps in (1, 2, 10):
+            times = build(OmegaConf.load(config))(steps, schedule)
+            assert times.dtype == torch.float64 and (times.diff() < 0).all() and 0 <= times[-1] and times[0] <= 1
+            assert len(times) == steps + 1 or config.stem == "listed"
+
+
+def test_the_karras_grid_is_edms():
+    """Equation 5 of https://arxiv.org/abs/2206.00364 on its own schedule, and then the data."""
+    sigma = Karras()(KarrasGrid(lowest=0.0, last=0.0)(18, Karras()))[1]
+    i = torch.arange(18, dtype=torch.float64)
+    wanted = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    torch.testing.assert_close(sigma[:-1], wanted)
+
+
+def test_grids_of_steps_refuse_more_than_there_are():
+    for grid in (Leading(), Trailing(), Linspace()):
+        with pytest.raises(ValueError, match=r"sampler\.steps=2000.*sampler/grid=uniform"):
+            grid(2000, ScaledLinear())
+    with pytest.raises(ValueError, match=r"sampler\.grid\.times.*falling"):
+        Listed([0.0, 1.0])

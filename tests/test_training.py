@@ -2,6 +2,8 @@
 
 import errno
 import math
+import re
+from functools import partial
 
 import open_clip
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from ldm.autoencoder.identity import Identity
-from ldm.autoencoder.kl import KL
+from ldm.autoencoder.kl import KL, kl_divergence
 from ldm.backbone.unet import UNet
 from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
@@ -20,14 +22,16 @@ from ldm.folder import load_tensors, save_tensors, write_text
 from ldm.loss.features import Features
 from ldm.model import LatentModel
 from ldm.objective.regression import Regression
-from ldm.objective.time import LogitNormal, Uniform
+from ldm.objective.time import LogitNormal
 from ldm.prediction import Flow
 from ldm.schedule import Linear
-from ldm.training.autoencoding import Autoencoding, kl_divergence
+from ldm.training.autoencoding import Autoencoding
 from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
 from ldm.training.contrast import Contrast
 from ldm.training.diffusion import Diffusion
 from ldm.training.ema import EMA
+from ldm.training.groups import parameter_groups
+from ldm.training.logging import close, wandb_logger
 from ldm.training.muon import Muon, orthogonal
 from ldm.training.rate import Constant, Cosine, InverseSqrt
 from ldm.training.rate import Linear as Straight
@@ -103,14 +107,6 @@ def test_stratified_times_cover_every_interval_once_a_global_batch():
     assert sorted((u * 64).floor().long().tolist()) == list(range(64))
 
 
-def test_logit_normal_times_have_their_quantiles():
-    u = (torch.arange(100_000) + 0.5) / 100_000
-    t = LogitNormal(0.5, 1.2)(u)
-    logit = torch.log(t / (1 - t))
-    assert logit.mean().item() == pytest.approx(0.5, abs=1e-2) and logit.std().item() == pytest.approx(1.2, abs=1e-2)
-    assert torch.equal(Uniform()(u), u)
-
-
 # ---- optimizers, rates, averages
 
 
@@ -173,6 +169,34 @@ class OneWeight(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
+def test_parameter_groups_cover_every_trained_weight_once():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    net[2].bias.requires_grad_(False)
+    groups = parameter_groups(net.named_parameters(), {r"^0\.": {"scale": 0.1}, "weight": {"weight_decay": 0.5}})
+    found = [(g["scale"], g.get("weight_decay"), len(g["params"])) for g in groups]
+    assert found == [(0.1, None, 1), (0.1, 0.0, 1), (1.0, 0.5, 1), (1.0, 0.0, 1), (1.0, 0.5, 1)]
+    plain = parameter_groups(net.named_parameters())
+    assert [(g["scale"], g.get("weight_decay"), len(g["params"])) for g in plain] == [(1.0, None, 2), (1.0, 0.0, 3)]
+    with pytest.raises(ValueError, match=r"groups\.nothing: no trained weight"):
+        parameter_groups(net.named_parameters(), {"nothing": {}})
+
+
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.AdamW, lr=0.1), partial(Muon, lr=0.1, adam_lr=0.1)], ids=["adamw", "muon"]
+)
+def test_groups_scale_the_rate_and_settle_the_decay(optimizer):
+    stage = diffusion()
+    stage.optimizer, stage.groups, stage.rate = optimizer, {"conditioner": {"scale": 0.01, "weight_decay": 0.3}}, Constant(1)
+    made = stage.configure_optimizers()["optimizer"]
+    table = stage.model.conditioner.embedders["label"].table.weight
+    for group in made.param_groups:
+        told = any(p is table for p in group["params"])
+        assert group["lr"] == pytest.approx(0.1 * 0.5 * (0.01 if told else 1))
+        assert not told or group["weight_decay"] == 0.3
+        assert told or all(p.ndim >= 2 for p in group["params"]) or group["weight_decay"] == 0
+    assert sum(len(g["params"]) for g in made.param_groups) == sum(p.requires_grad for p in stage.parameters())
+
+
 def loaders(n=4):
     return torch.utils.data.DataLoader(torch.zeros(n, 1)), torch.utils.data.DataLoader(torch.zeros(1, 1))
 
@@ -218,7 +242,7 @@ def test_each_term_reaches_the_decoder_and_none_the_tower(autoencoding, term):
     batch = {"image": torch.rand(8, 3, 32, 32) * 2 - 1}
     losses = autoencoding.losses(batch, Draw(0, torch.arange(8), 8))
     losses[term].backward()
-    assert autoencoding.autoencoder.decoder.last_layer.grad.abs().max() > 0
+    assert autoencoding.autoencoder.last_layer.grad.abs().max() > 0
     assert autoencoding.autoencoder.encoder.conv_in.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in autoencoding.perceptual.parameters())
 
@@ -473,7 +497,7 @@ class Interrupt(pl.Callback):
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, after):
+def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, after, capsys):
     whole, folder = autoencoder_stage(), tmp_path / "run"
     fit(whole, small(emoji_root), trainer(tmp_path, 5), tmp_path / "whole")
 
@@ -487,6 +511,8 @@ def test_an_interrupted_run_exports_nothing_and_goes_on(emoji_root, tmp_path, af
         return stage
 
     run(Interrupt(after))
+    how = "begins anew" if after == 1 else "goes on from .*step-00000002.ckpt"
+    assert re.search(rf"Stopped at step {after}. The same command {how}", capsys.readouterr().out)
     assert not (folder / "model.safetensors").exists() and not list(tmp_path.rglob("*.part"))
     run()
     exported, wanted = (load_tensors(f / "model.safetensors") for f in (folder, tmp_path / "whole"))
@@ -559,3 +585,11 @@ def test_regression_of_silence_is_the_targets_power():
     assert loss == pytest.approx(2, abs=5 * math.sqrt(8 / x.numel()))
     parts = [objective(denoiser, x[r], Cond(), Draw(0, position[r], 256))["loss"].item() for r in position.split(64)]
     assert sum(parts) / 4 == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_job_of_a_multirun_has_a_wandb_run_of_its_own(tmp_path):
+    for name in ("emoji/text-1", "emoji/text-2"):
+        logger = wandb_logger(name, "ldm", str(tmp_path), offline=True)
+        logger.log_hyperparams({"seed": 1})
+        assert logger.experiment.id == name.replace("/", "-")
+        close([logger])

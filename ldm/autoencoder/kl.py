@@ -9,15 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
 
-from ldm.types import Moments
+from ldm.types import Draw, Moments
 
 
 class KL(nn.Module):
     """(B, 3, f * H, f * W) <-> (B, channels, H, W), f = 2 ^ (levels - 1).
 
-    `width` * mult[i] features at level i, `res_blocks` residual blocks each, one attention at the smallest size.
-    The defaults are Stable Diffusion's KL-f8. `mean` and `std` (channels) hold the statistics of sampled latents,
+    `width` * mult[i] features at level i, `res_blocks` residual blocks each, one attention at the smallest size, and one
+    after each block of the levels that `attention` names. `checkpointing` computes activations again instead of keeping
+    them. The defaults are Stable Diffusion's KL-f8. `mean` and `std` (channels) hold the statistics of sampled latents,
     `count` the number of pictures that they were measured on: 0 until then.
     """
 
@@ -26,12 +28,19 @@ class KL(nn.Module):
     count: Tensor
 
     def __init__(
-        self, channels: int = 4, width: int = 128, mult: Sequence[int] = (1, 2, 4, 4), res_blocks: int = 2, groups: int = 32
+        self,
+        channels: int = 4,
+        width: int = 128,
+        mult: Sequence[int] = (1, 2, 4, 4),
+        res_blocks: int = 2,
+        groups: int = 32,
+        attention: Sequence[int] = (),
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.factor = channels, 2 ** (len(mult) - 1)
-        self.encoder = Encoder(2 * channels, width, mult, res_blocks, groups)
-        self.decoder = Decoder(channels, width, mult, res_blocks, groups)
+        self.encoder = Encoder(2 * channels, width, mult, res_blocks, groups, attention, checkpointing)
+        self.decoder = Decoder(channels, width, mult, res_blocks, groups, attention, checkpointing)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
@@ -43,23 +52,15 @@ class KL(nn.Module):
         Raises:
             ValueError: f does not divide the size.
         """
-        raw = self.posterior(images)
-        mean, std = self.mean[:, None, None], self.std[:, None, None]
-        return Moments((raw.mean - mean) / std, raw.std / std)
+        return whiten(self.posterior(images), self.mean, self.std)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) whitened -> (B, 3, f * H, f * W), about [-1, 1]."""
-        return self.reconstruct(latents * self.std[:, None, None] + self.mean[:, None, None])
+        return self.reconstruct(unwhiten(latents, self.mean, self.std))
 
     def posterior(self, images: Tensor) -> Moments:
         """(B, 3, f * H, f * W) in [-1, 1] -> moments of the network's own latents, not whitened."""
-        height, width = images.shape[2:]
-        if height % self.factor or width % self.factor:
-            cropped = height - height % self.factor, width - width % self.factor
-            raise ValueError(
-                f"A picture of {height}x{width} pixels cannot be encoded by an autoencoder of factor {self.factor}; "
-                f"crop it to {cropped[0]}x{cropped[1]} (data.size=...)."
-            )
+        check_size(images, self.factor)
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return Moments(mean, torch.exp(0.5 * log_variance.clamp(-30, 20)))
 
@@ -67,16 +68,61 @@ class KL(nn.Module):
         """(B, C, H, W), the network's own latents -> (B, 3, f * H, f * W)."""
         return self.decoder(self.post_quant_conv(z))
 
+    def bottleneck(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, 3, f * H, f * W) in [-1, 1] -> sampled latents (B, C, H, W) to reconstruct from, and `kl` in nats."""
+        told = self.posterior(images)
+        return told.sample(draw.normal("posterior", told.mean.shape[1:])), {"kl": kl_divergence(told.mean, told.std)}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The last convolution's weight, where an adaptive adversarial weight is measured."""
+        return self.decoder.conv_out.weight
+
+
+def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(0, 1)) in nats, (B, C, H, W) each -> (), the mean over all latent numbers."""
+    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+
+
+def whiten(raw: Moments, mean: Tensor, std: Tensor) -> Moments:
+    """Moments of the network's own latents (B, C, H, W), statistics (C) -> whitened moments."""
+    return Moments((raw.mean - mean[:, None, None]) / std[:, None, None], raw.std / std[:, None, None])
+
+
+def unwhiten(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B, C, H, W) whitened, statistics (C) -> the network's own latents."""
+    return latents * std[:, None, None] + mean[:, None, None]
+
+
+def check_size(images: Tensor, factor: int) -> None:
+    """Raises ValueError where `factor` does not divide the height and width of (B, 3, height, width)."""
+    height, width = images.shape[2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"A picture of {height}x{width} pixels cannot be encoded by an autoencoder of factor {factor}; "
+            f"crop it to {height - height % factor}x{width - width % factor} (data.size=...)."
+        )
+
 
 class Encoder(nn.Module):
     """(B, 3, f * H, f * W) -> (B, channels, H, W)."""
 
-    def __init__(self, channels: int, width: int, mult: Sequence[int], res_blocks: int, groups: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        mult: Sequence[int],
+        res_blocks: int,
+        groups: int,
+        attention: Sequence[int],
+        checkpointing: bool,
+    ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.conv_in, ch = nn.Conv2d(3, width, 3, padding=1), width
         self.levels = nn.ModuleList()
         for i, m in enumerate(mult):
-            blocks = [ResBlock(ch if j == 0 else m * width, m * width, groups) for j in range(res_blocks)]
+            blocks = level(ch, m * width, res_blocks, groups, i in attention)
             ch = m * width
             self.levels.append(nn.Sequential(*blocks, *([Downsample(ch)] if i < len(mult) - 1 else [])))
         self.middle = middle(ch, groups)
@@ -84,37 +130,37 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, f * H, f * W) -> (B, channels, H, W)."""
-        h = self.conv_in(x)
-        for level in self.levels:
-            h = level(h)
+        h = through(self.levels, self.conv_in(x), self.checkpointing)
         return self.conv_out(silu(self.norm_out(self.middle(h))))
 
 
 class Decoder(nn.Module):
     """(B, channels, H, W) -> (B, 3, f * H, f * W)."""
 
-    def __init__(self, channels: int, width: int, mult: Sequence[int], res_blocks: int, groups: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        mult: Sequence[int],
+        res_blocks: int,
+        groups: int,
+        attention: Sequence[int],
+        checkpointing: bool,
+    ) -> None:
         super().__init__()
-        ch = width * mult[-1]
+        self.checkpointing, ch = checkpointing, width * mult[-1]
         self.conv_in, self.middle = nn.Conv2d(channels, ch, 3, padding=1), middle(ch, groups)
         self.levels = nn.ModuleList()
         for i, m in reversed(list(enumerate(mult))):
-            blocks = [ResBlock(ch if j == 0 else m * width, m * width, groups) for j in range(res_blocks + 1)]
+            blocks = level(ch, m * width, res_blocks + 1, groups, i in attention)
             ch = m * width
             self.levels.append(nn.Sequential(*blocks, *([Upsample(ch)] if i else [])))
         self.norm_out, self.conv_out = nn.GroupNorm(groups, ch, eps=1e-6), nn.Conv2d(ch, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, 3, f * H, f * W)."""
-        h = self.middle(self.conv_in(z))
-        for level in self.levels:
-            h = level(h)
+        h = through(self.levels, self.middle(self.conv_in(z)), self.checkpointing)
         return self.conv_out(silu(self.norm_out(h)))
-
-    @property
-    def last_layer(self) -> Tensor:
-        """The last convolution's weight, where an adaptive adversarial weight is measured."""
-        return self.conv_out.weight
 
 
 class ResBlock(nn.Module):
@@ -172,3 +218,19 @@ class Upsample(nn.Conv2d):
 def middle(channels: int, groups: int) -> nn.Sequential:
     """The blocks at the smallest size: (B, C, H, W) -> (B, C, H, W)."""
     return nn.Sequential(ResBlock(channels, channels, groups), Attention(channels, groups), ResBlock(channels, channels, groups))
+
+
+def level(inward: int, outward: int, count: int, groups: int, attend: bool) -> list[nn.Module]:
+    """`count` residual blocks of one size, each with an attention behind it where `attend` says so."""
+    blocks: list[nn.Module] = []
+    for i in range(count):
+        blocks.append(ResBlock(outward if i else inward, outward, groups))
+        blocks += [Attention(outward, groups)] if attend else []
+    return blocks
+
+
+def through(levels: nn.ModuleList, h: Tensor, checkpointing: bool) -> Tensor:
+    """(B, C, H, W) through one level after another -> (B, C', H', W'); with `checkpointing`, activations are not kept."""
+    for block in levels:
+        h = checkpoint(block, h, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(h)
+    return h

@@ -7,7 +7,7 @@ with a key of its own: a place in an epoch of 400 million samples is found witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -84,8 +84,8 @@ class Stream:
         """-> shard and row of each sample of a window, in their order."""
         epoch, w = at
         shards = self._epochs[epoch][0][w * self.window : (w + 1) * self.window]
-        shard = np.repeat(shards, self.selection.counts[shards])
-        rows = np.concatenate([self.selection.rows_of(s) for s in shards])
+        shard = np.repeat(shards.astype(np.int32), self.selection.counts[shards])
+        rows = np.concatenate([self.selection.rows_of(s) for s in shards]).astype(np.int32)
         order = generator(self.seed, epoch, self.number, w + 1).permutation(len(shard))
         return shard[order], rows[order]
 
@@ -184,32 +184,21 @@ class Batches(Sampler[list[Place]]):
 
     Args:
         start: the first optimizer step; where an earlier run stopped.
-        begin: called before the first one.
 
     Raises:
         ValueError: the batch cannot be divided evenly.
     """
 
-    def __init__(
-        self,
-        steps: Steps,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        start: int = 0,
-        begin: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, steps: Steps, rank: int = 0, world: int = 1, accumulate: int = 1, start: int = 0) -> None:
         if steps.batch < 1 or steps.batch % (world * accumulate):
             raise ValueError(
                 f"data.batch={steps.batch} samples cannot be divided evenly over {world} devices (trainer.devices, "
                 f"trainer.num_nodes) x {accumulate} micro-batches (trainer.accumulate_grad_batches); make it a multiple of "
                 f"{world * accumulate}."
             )
-        self.steps, self.rank, self.world, self.accumulate = steps, rank, world, accumulate
-        self.start, self.begin = start, begin
+        self.steps, self.rank, self.world, self.accumulate, self.start = steps, rank, world, accumulate, start
 
     def __iter__(self) -> Iterator[list[Place]]:
-        self.begin()
         share = self.steps.batch // self.world
         size = share // self.accumulate
         for step in count(self.start):

@@ -99,6 +99,7 @@ class Shards(pl.LightningDataModule):
         self.bad = BadSamples(max_bad_fraction)
         self.consumed = 0  # samples that training had taken where this run begins
         self._ahead = 0  # consumed samples beyond global_step * batch, after an epoch was begun anew
+        self._resumed = False
         self._buckets: dict[Split, list[Selection]] = {}
 
     @cached_property
@@ -137,7 +138,7 @@ class Shards(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Endless micro-batches of this device, from sample `consumed` on."""
         rank, world, accumulate = self._share()
-        order = Batches(self.steps, rank, world, accumulate, self.consumed // self.batch, self._align)
+        order = Batches(self.steps, rank, world, accumulate, self.consumed // self.batch)
         others = dict(zip(self.sizes, self._buckets["train"]))
         return self._load(Loaded(self.train_set, others, self.crop, self.flip, self.seed), order)
 
@@ -166,6 +167,16 @@ class Shards(pl.LightningDataModule):
         batch = Loaded(samples).__getitems__(places)
         if "bad" in batch:
             raise ValueError(f"{batch['bad'][0]}; choose others, or mend the shards (python -m ldm.data.doctor).")
+        return batch
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Where the checkpoint lay between two micro-batches, whose gradients are lost, its step begins anew with all of them."""
+        if self._resumed and self.trainer is not None and self.trainer.training:
+            self._resumed = False
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            lost = progress.ready % self.trainer.accumulate_grad_batches
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(progress, name, getattr(progress, name) - lost)
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
@@ -228,6 +239,7 @@ class Shards(pl.LightningDataModule):
                 f"The checkpoint's order of samples is not this run's: {changes}. Beginning epoch {state_dict['epoch']} anew."
             )
         self._ahead = self.consumed - state_dict["step"] * self.batch
+        self._resumed = True
 
     def _check(self) -> None:
         for field, member in self.fields.items():
@@ -260,14 +272,6 @@ class Shards(pl.LightningDataModule):
         if self.trainer is None:
             return 0, 1, 1
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
-
-    def _align(self) -> None:
-        """A checkpoint from between two micro-batches has lost their gradients; its step begins anew with all of them."""
-        if self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            lost = progress.ready % self.trainer.accumulate_grad_batches
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(progress, name, max(getattr(progress, name) - lost, 0))
 
     def _load(self, loaded: Loaded, order: Batches | Once) -> DataLoader:
         return DataLoader(

@@ -56,7 +56,7 @@ class Streamed(Shards):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with other draws."""
         self.consumed = state_dict["consumed"]
-        self._ahead = self.consumed - state_dict["step"] * self.batch
+        self._ahead, self._resumed = self.consumed - state_dict["step"] * self.batch, True
 
 
 class Drawn(IterableDataset):

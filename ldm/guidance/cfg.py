@@ -5,17 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.types import Batch, Denoise, Told
+from ldm.types import Batch, Denoise, Told, like
 
 
 @dataclass(frozen=True)
 class CFG:
-    """scale = 0 ignores the condition, 1 follows it (one call of the network), more than 1 exaggerates it.
+    """scale = 0 ignores the condition, 1 follows it (one call of the network), more than 1 exaggerates it (two, as one batch).
 
-    A request's field `negative.<key>` takes the place of `<key>` in the null condition.
+    A request's field `negative.<key>` takes the place of `<key>` in the null condition. `rescale`, from 0 to 1, brings the
+    estimate's std, over each picture, back to that of the unguided one, against over-exposure at large scales
+    (https://arxiv.org/abs/2305.08891, equations 15 and 16).
     """
 
     scale: float = 2.0
+    rescale: float = 0.0
 
     def __call__(self, model: Told, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
@@ -28,6 +31,14 @@ class CFG:
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             x_cond, x_null = model.denoiser(torch.cat((x_t, x_t)), t.expand(len(x_t)).repeat(2), both).chunk(2)
-            return x_null + self.scale * (x_cond - x_null)
+            return rescaled(x_null + self.scale * (x_cond - x_null), x_cond, self.rescale)
 
         return denoise
+
+
+def rescaled(x_hat: Tensor, x_cond: Tensor, rescale: float) -> Tensor:
+    """x_hat: (B, C, H, W), with `rescale` of the way to x_cond's std over each picture -> (B, C, H, W)."""
+    if rescale == 0:
+        return x_hat
+    ratio = x_cond.flatten(1).std(1) / x_hat.flatten(1).std(1)
+    return x_hat * like(1 + rescale * (ratio - 1), x_hat)

@@ -1,36 +1,48 @@
-"""Whether a CLIP finds, among all captions asked for, the one that a picture was drawn for."""
+"""Whether a CLIP finds, among captions asked for, the one that a picture was drawn for."""
 
-import open_clip
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from ldm.clip import load_clip, see
+from ldm.measure import Estimate, Reference, Rows
+from ldm.metric.pairs import Pairs
 from ldm.types import Batch
 
 
 class ClipRetrieval:
-    """Top-1 of the captions asked for, by cosine in a CLIP (R-precision, https://arxiv.org/abs/1711.10485, section 5)."""
+    """Top-1 by cosine in a CLIP (R-precision, https://arxiv.org/abs/1711.10485, section 5): the own caption against `others`
+    random ones, 99 in the paper, or against all that were asked for. Equal captions are no rivals.
+    """
 
-    of = "drawing"
+    of, against = "drawing", None
 
-    def __init__(self, model: str, pretrained: str | None = None) -> None:
-        self.clip = load_clip(model, pretrained, "metric.clip_retrieval")
-        self.tokenizer = open_clip.get_tokenizer(model, context_length=self.clip.context_length)
-        self.images: list[Tensor] = []
-        self.texts: list[Tensor] = []
+    def __init__(self, model: str, pretrained: str | None = None, others: int | None = None, seed: int = 0) -> None:
+        self.pairs = Pairs(model, pretrained, "metric.clip_retrieval")
+        self.protocol, self.others, self.seed = self.pairs.protocol, others, seed
 
-    def prepare(self, data: object) -> None:
-        """Needs nothing beforehand."""
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]; batch: caption."""
+        return self.pairs.look(images, batch)
 
-    @torch.no_grad()
-    def update(self, images: Tensor, batch: Batch) -> None:
-        """images: (B, 3, h, w) drawn, in [-1, 1]; batch: caption."""
-        self.images.append(self.clip.encode_image(see(self.clip.visual, images.float().cpu())))
-        self.texts.append(self.clip.encode_text(self.tokenizer(list(batch["caption"]))))
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> {"clip_retrieval_top1": share in [0, 1]}.
 
-    def compute(self) -> dict[str, float]:
-        """-> {"clip_retrieval_top1": share in [0, 1]}."""
-        images, texts = (normalize(torch.cat(x), dim=1) for x in (self.images, self.texts))
-        hit = (images @ texts.T).argmax(1) == torch.arange(len(images))
-        return {"clip_retrieval_top1": hit.float().mean().item()}
+        Raises:
+            ValueError: there are not so many other captions.
+        """
+        count = len(rows["image"])
+        if self.others is not None and self.others >= count:
+            raise ValueError(
+                f"metric.clip_retrieval.others={self.others}: of {count} captions there are only {count - 1} others."
+            )
+        random = torch.Generator().manual_seed(self.seed)
+        hits = []
+        for i, (image, own) in enumerate(zip(rows["image"], rows["text"])):
+            rivals = rows["text"]
+            if self.others is not None:
+                drawn = torch.randperm(count - 1, generator=random)[: self.others]
+                rivals = rivals[drawn + (drawn >= i)]
+            rivals = rivals[(rivals != own).any(dim=1)]
+            hits.append(bool((rivals @ image < own @ image).all()))
+        return {"clip_retrieval_top1": Estimate.mean(torch.tensor(hits).float())}

@@ -1,9 +1,12 @@
 """Whether a picture drawn for a training caption looks like the picture that the caption names."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ldm.measure import Estimate, Reference, Rows
 from ldm.types import Batch
 
 
@@ -13,25 +16,29 @@ class TextMatch:
     A test of conditioning, not of generalisation. `matched` holds the answers, picture by picture.
     """
 
-    of = "drawing"
+    of, against = "drawing", "train"
 
     def __init__(self, side: int = 16) -> None:
         self.side = side
-        self.known, self.matched = torch.empty(0), torch.empty(0, dtype=torch.bool)
+        self.protocol = {"extractor": "pooled pixels", "side": side}
+        self.matched = torch.empty(0, dtype=torch.bool)
 
-    def prepare(self, data: object) -> None:
-        """Pools the whole training set."""
-        batches = data.ordered("train", batch=256)
-        self.known = torch.cat([self._pool(data.on_after_batch_transfer(b, 0)["image"]) for b in batches])
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]; batch: position (B), split -> pooled: (B, 3 side side), position: (B).
 
-    def update(self, images: Tensor, batch: Batch) -> None:
-        """images: (B, 3, h, w) drawn, in [-1, 1]; batch: position (B), the training sample that each caption names."""
-        found = torch.cdist(self._pool(images.cpu()), self.known).argmin(dim=1)
-        self.matched = torch.cat((self.matched, found == batch["position"].cpu()))
+        Raises:
+            ValueError: the requests are not of the training set.
+        """
+        if batch.get("split") != "train":
+            raise ValueError(
+                "text_match asks whether a drawing is nearest to the training picture that its caption names, so it needs "
+                f"requests=train; these requests are of {batch.get('split', 'a file')!r}."
+            )
+        return {"pooled": adaptive_avg_pool2d(images.float(), self.side).flatten(1), "position": batch["position"]}
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> {"text_match_top1": share in [0, 1]}."""
-        return {"text_match_top1": self.matched.float().mean().item()}
-
-    def _pool(self, images: Tensor) -> Tensor:
-        return adaptive_avg_pool2d(images.float(), self.side).flatten(1)
+        known = reference.rows()
+        found = known["position"][torch.cdist(rows["pooled"], known["pooled"]).argmin(dim=1)]
+        self.matched = found == rows["position"]
+        return {"text_match_top1": Estimate.mean(self.matched.float())}

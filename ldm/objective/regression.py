@@ -1,24 +1,42 @@
-"""Plain regression on the prediction's target: DDPM, v-prediction, EDM and flow matching at once."""
+"""Regression on the prediction's target: DDPM, v-prediction, EDM and flow matching at once."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ldm.types import Cond, Denoiser, Draw, like
+from ldm.objective.distance import Square
+from ldm.objective.noise import Normal
+from ldm.objective.time import LogitNormal
+from ldm.objective.weight import Plain
+from ldm.types import Cond, Denoiser, Draw, Schedule, like
+
+PLAIN, NORMAL, SQUARE, LOGIT_NORMAL = Plain(), Normal(), Square(), LogitNormal()
 
 
 class Regression(nn.Module):
-    """E_t || output - target ||^2, with t drawn by `time`."""
+    """E_t weight(t) distance(output - target), with t drawn by `time` and x_t made with `noise`."""
 
-    def __init__(self, time: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
+        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
+        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
+        distance: Callable[[Tensor], Tensor] = SQUARE,
+    ) -> None:
         super().__init__()
-        self.time = time
+        self.time, self.weight, self.noise, self.distance = time, weight, noise, distance
 
     def forward(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> {"loss": ()}."""
-        t = self.time(draw.stratified("time")).to(x)
-        noise = draw.normal("noise", x.shape[1:]).to(x)
+        return {"loss": self.each(denoiser, x, cond, draw)[0].mean()}
+
+    def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Tensor]:
+        """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), and its log(sigma / alpha): (B)."""
+        t = self.time(draw.stratified("time"), denoiser.schedule).to(x)
+        noise = self.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond)
         target = denoiser.prediction.target(x, noise, alpha, sigma)
-        return {"loss": (output - target).square().mean()}
+        gain = denoiser.prediction.to_data(alpha / alpha, 0 * alpha, alpha, sigma).abs()
+        weight = self.weight(alpha, sigma, gain).flatten()
+        return weight * self.distance(output - target).flatten(1).mean(1), (sigma / alpha).log().flatten()

@@ -1,4 +1,4 @@
-"""DDIM, deterministic (https://arxiv.org/abs/2010.02502, equation 12 at eta = 0); on the linear schedule Euler's method."""
+"""DDIM (https://arxiv.org/abs/2010.02502, equation 12)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,29 +7,41 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM
+from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.noise import Streams
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
 class DDIM:
-    """First order; calls the network once a step."""
+    """First order; calls the network once a step.
+
+    eta = 0 is deterministic, and inverted by walking its times backwards; eta = 1 is DDPM's ancestral sampling.
+    """
 
     order: ClassVar[int] = 1
     steps: int = 50
+    eta: float = 0.0
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule).to(noise.device)
-        return self.walk(denoise, schedule, schedule(times[0])[1].to(noise) * noise, times, seeds)
+        times = self.times(schedule)
+        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
-        for t, s in pairwise(times.to(x)):
+        draw = Streams(seeds)
+        for t, s in pairwise(times.double().cpu()):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
             x_hat = denoise(x, t)
-            x = alpha_s * x_hat + sigma_s * (x - alpha_t * x_hat) / sigma_t
+            noise_hat = (x - alpha_t * x_hat) / sigma_t
+            if self.eta == 0:
+                x = alpha_s * x_hat + sigma_s * noise_hat
+                continue
+            # equation 16, whose ratio of signals is 1 - beta
+            added = self.eta * sigma_s * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0).sqrt()
+            x = alpha_s * x_hat + (sigma_s**2 - added**2).sqrt() * noise_hat + added * draw(x)
         return x
 
     def times(self, schedule: Schedule) -> Tensor:

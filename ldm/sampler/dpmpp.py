@@ -8,13 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM
+from ldm.sampler.grid import UNIFORM, start
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
 class DPMpp:
-    """Second order; calls the network once a step."""
+    """Second order; calls the network once a step.
+
+    The step into t = 0 is first order: log(alpha / sigma) goes far there, and extrapolating over it does harm.
+    """
 
     order: ClassVar[int] = 2
     steps: int = 20
@@ -22,17 +25,17 @@ class DPMpp:
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule).to(noise.device)
-        return self.walk(denoise, schedule, schedule(times[0])[1].to(noise) * noise, times, seeds)
+        times = self.times(schedule)
+        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
         last, h_last = None, None
-        for t, s in pairwise(times.to(x)):
+        for t, s in pairwise(times.double().cpu()):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
             h = torch.log(alpha_s / sigma_s) - torch.log(alpha_t / sigma_t)
             x_hat = denoise(x, t)
-            ahead = x_hat if last is None else x_hat + (x_hat - last) * h / h_last / 2
+            ahead = x_hat if last is None or s == 0 else x_hat + (x_hat - last) * h / h_last / 2
             x = sigma_s / sigma_t * x - alpha_s * torch.expm1(-h) * ahead
             last, h_last = x_hat, h
         return x

@@ -1,5 +1,6 @@
-"""The times a sampler visits, from first (noise) down to last (data)."""
+"""The times a sampler visits, from first (noise) down to last (data); it calls the network at all but the last."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,4 +23,125 @@ class Uniform:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
 
+@dataclass(frozen=True)
+class Quadratic:
+    """Equal steps in sqrt(t), more of them near the data (DDIM, https://arxiv.org/abs/2010.02502, appendix D.2)."""
+
+    first: float = 1.0
+    last: float = 0.0
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64."""
+        return torch.linspace(self.first**0.5, self.last**0.5, steps + 1, dtype=torch.float64) ** 2
+
+
+@dataclass(frozen=True)
+class Karras:
+    """(sigma / alpha)^(1 / rho) in equal steps from `first` to `lowest`, then `last` (EDM, equation 5).
+
+    https://arxiv.org/abs/2206.00364; `lowest` = 0.001 is Stable Diffusion's first step, and sigma / alpha = 0.002 on
+    straight paths.
+    """
+
+    rho: float = 7.0
+    first: float = 1.0
+    lowest: float = 0.001
+    last: float = 0.0
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64."""
+        alpha, sigma = schedule(torch.tensor([self.first, self.lowest], dtype=torch.float64))
+        high, low = ((sigma / alpha) ** (1 / self.rho)).tolist()
+        log_ratio = self.rho * torch.linspace(high, low, steps, dtype=torch.float64).log()
+        return torch.cat((schedule.inverse(log_ratio), torch.tensor([self.last], dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Steps 0, 1, 2, ... times total // steps, plus `offset`: how Stable Diffusion 1, 2 and XL are drawn from.
+
+    Table 2 of https://arxiv.org/abs/2305.08891. diffusers' multistep schedulers leave out `spare` = 1 step at the data;
+    its DDIM stops at `last` = 1 / total where `set_alpha_to_one` is false.
+    """
+
+    total: int = 1000
+    offset: int = 1
+    spare: int = 0
+    last: float = 0.0
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64."""
+        _check(steps, self.total - self.spare - self.offset)
+        n = torch.arange(self.spare, steps + self.spare) * (self.total // (steps + self.spare)) + self.offset
+        return _at(n.flip(0), self.total, self.last)
+
+
+@dataclass(frozen=True)
+class Trailing:
+    """Equal steps down from the very last one, rounded (table 2 of https://arxiv.org/abs/2305.08891)."""
+
+    total: int = 1000
+    last: float = 0.0
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64."""
+        _check(steps, self.total)
+        n = self.total - torch.arange(steps, dtype=torch.float64) * self.total / steps
+        return _at(n.round() - 1, self.total, self.last)
+
+
+@dataclass(frozen=True)
+class Linspace:
+    """Equal steps from the last one to the first, both visited, rounded (table 2 of https://arxiv.org/abs/2305.08891).
+
+    diffusers' multistep schedulers leave out `spare` = 1 step at the data.
+    """
+
+    total: int = 1000
+    spare: int = 0
+    last: float = 0.0
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64."""
+        _check(steps, self.total - self.spare)
+        n = torch.linspace(0, self.total - 1, steps + self.spare, dtype=torch.float64).round().flip(0)
+        return _at(n[:steps], self.total, self.last)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Your own times, from first to last; their number decides, not the sampler's `steps`.
+
+    Raises:
+        ValueError: fewer than two times, times outside [0, 1], or times that do not fall.
+    """
+
+    times: Sequence[float]
+
+    def __post_init__(self) -> None:
+        t = torch.tensor(list(self.times), dtype=torch.float64)
+        if len(t) < 2 or t[0] > 1 or t[-1] < 0 or not (t.diff() < 0).all():
+            raise ValueError(f"sampler.grid.times={list(self.times)}: at least two falling times in [0, 1] are wanted.")
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (number of times), float64."""
+        return torch.tensor(list(self.times), dtype=torch.float64)
+
+
 UNIFORM = Uniform()
+
+
+def start(schedule: Schedule, times: Tensor, noise: Tensor) -> Tensor:
+    """noise: (B, C, H, W) unit normal -> x at times[0], of the variance that x_t of whitened latents has."""
+    alpha, sigma = schedule(times[0])
+    return torch.hypot(alpha, sigma) * noise
+
+
+def _check(steps: int, most: int) -> None:
+    if steps > most:
+        raise ValueError(f"sampler.steps={steps}: this grid has room for {most} (sampler.grid.total); use sampler/grid=uniform.")
+
+
+def _at(n: Tensor, total: int, last: float) -> Tensor:
+    """Step n of `total` is t = (n + 1) / total."""
+    return torch.cat(((n.double() + 1) / total, torch.tensor([last], dtype=torch.float64)))

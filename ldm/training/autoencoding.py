@@ -5,17 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics.functional.image import structural_similarity_index_measure
 
-from ldm.folder import save_model
+from ldm.folder import save_model, write_json
+from ldm.training.adversary import Adversary
 from ldm.training.stage import Stage, reduce_sum
 from ldm.types import Batch, Draw
 
 
 class Autoencoding(Stage):
-    """L1 + L2 + perceptual + KL (https://arxiv.org/abs/2112.10752, equation 25, without the adversary).
+    """L1 + L2 + perceptual + KL or codebook + adversary (https://arxiv.org/abs/2112.10752, equation 25).
 
     `perceptual`: (images, targets) -> distance, or None. Each weight multiplies a mean, over pixels or over latent numbers,
-    where the KL is in nats; L1 has weight 1. `flip` is the share of training pictures that are mirrored.
+    where the KL is in nats; L1 has weight 1. So the paper's `kl_weight`, which multiplies a sum beside a sum over pixels, is
+    channels / (3 f^2) of its value here. `log_variance`, where given, is the first value of a learned number s, and the
+    reconstruction's terms count as terms / exp(s) + s. `flip` is the share of training pictures that are mirrored.
     """
 
     def __init__(
@@ -25,33 +30,101 @@ class Autoencoding(Stage):
         perceptual_weight: float,
         kl_weight: float,
         l2_weight: float = 0.0,
+        codebook_weight: float = 1.0,
+        adversary: Adversary | None = None,
+        log_variance: float | None = None,
         flip: float = 0.0,
         **stage: Any,
     ) -> None:
         super().__init__(frozen=("perceptual",), **stage)
-        self.autoencoder, self.perceptual = autoencoder, perceptual
-        self.perceptual_weight, self.kl_weight, self.l2_weight = perceptual_weight, kl_weight, l2_weight
+        self.autoencoder, self.perceptual, self.adversary = autoencoder, perceptual, adversary
+        self.perceptual_weight, self.l2_weight = perceptual_weight, l2_weight
+        self.latent_weights = {"kl": kl_weight, "codebook": codebook_weight}
+        self.log_variance = None if log_variance is None else nn.Parameter(torch.tensor(float(log_variance)))
         self.flip = flip
+        self.seen: Batch = {}
+        self.measured: dict[str, Any] = {}
+        self.resumed: dict[str, Any] | None = None
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """batch: image (B, 3, h, w) -> loss and its terms, and in validation the PSNR of decoded means, in dB."""
-        images = batch["image"]
-        if self.training and self.flip:
-            mirrored = (draw.uniform("flip") < self.flip).to(images.device)
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        posterior = self.autoencoder.posterior(images)
-        z = posterior.sample(draw.normal("posterior", posterior.mean.shape[1:]))
+        """batch: image (B, 3, h, w) -> loss and its terms, and in validation PSNR in dB and SSIM of what is decoded."""
+        images = self.mirrored(batch["image"], draw)
+        z, latent = self.autoencoder.bottleneck(images, draw)
         output = self.autoencoder.reconstruct(z)
-        terms = {"l1": (output - images).abs().mean(), "kl": kl_divergence(posterior.mean, posterior.std)}
-        terms["l2"] = (output - images).square().mean()
-        loss = terms["l1"] + self.l2_weight * terms["l2"] + self.kl_weight * terms["kl"]
+        loss, terms = self.reconstruction(output, images)
+        opposition = 0.0
+        if self.training and self.adversary is not None and self.trainer.global_step >= self.adversary.start:
+            opposition, heard = self.adversary.oppose(output, loss, self.autoencoder.last_layer)
+            terms |= heard | self.adversary.learn(images, output.detach(), self.trainer)
+        loss = loss + sum(self.latent_weights.get(name, 0.0) * term for name, term in latent.items()) + opposition
+        if not self.training:
+            terms |= fidelity(self.autoencoder.decode(self.autoencoder.encode(images).mean).clamp(-1, 1), images)
+        return {"loss": loss, **terms, **latent}
+
+    def mirrored(self, images: Tensor, draw: Draw) -> Tensor:
+        """(B, 3, h, w) -> the same, in training a share of them mirrored."""
+        if not self.training or not self.flip:
+            return images
+        chosen = (draw.uniform("flip") < self.flip).to(images.device)
+        return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+    def reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, 3, h, w) each -> the reconstruction's loss (), and its terms."""
+        terms = {"l1": (output - images).abs().mean(), "l2": (output - images).square().mean()}
+        loss = terms["l1"] + self.l2_weight * terms["l2"]
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(output, images)
             loss = loss + self.perceptual_weight * terms["perceptual"]
-        if not self.training:
-            error = (self.autoencoder.reconstruct(posterior.mean).clamp(-1, 1) - images).square().mean((1, 2, 3))
-            terms["psnr"] = (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()
-        return {"loss": loss, **terms}
+        if self.log_variance is not None:
+            terms["log_variance"] = self.log_variance
+            loss = loss / self.log_variance.exp() + self.log_variance
+        return loss, terms
+
+    def training_step(self, batch: Batch, i: int) -> Tensor:
+        """Gradients of one micro-batch; the discriminator's, too, once it takes part."""
+        self.seen = batch
+        return super().training_step(batch, i)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Beside the autoencoder's update, those of the discriminator and of a codebook that follows its vectors.
+
+        Raises:
+            ValueError: the gradients are not finite; names the pictures that are not, on this rank.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self.check_finite()
+        if self.adversary is not None:
+            self.adversary.step(self.trainer)
+        if hasattr(self.autoencoder, "update"):
+            self.autoencoder.update(self.trainer.global_step, reduce_sum, self.trainer.global_rank, self.trainer.world_size)
+
+    def check_finite(self) -> None:
+        """Stops on all ranks before weights are spoilt: the last layer's gradient is not finite where any picture's is not."""
+        gradient = self.autoencoder.last_layer.grad
+        if gradient is None or gradient.isfinite().all():
+            return
+        finite = self.seen["image"].isfinite().flatten(1).all(1).tolist()
+        bad = [key for key, good in zip(self.seen.get("key", self.seen["position"].tolist()), finite) if not good]
+        raise ValueError(
+            f"At step {self.trainer.global_step} the loss is not finite. "
+            + (f"Pictures that hold NaN or infinity: {bad[:5]}; leave them out of the shards (data.train)." if bad else "The ")
+            + ("" if bad else "pictures of this rank are finite: lower optimizer.lr, or train with trainer.precision=32-true.")
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The discriminator's optimizer goes with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        if self.adversary is not None:
+            checkpoint["adversary"] = self.adversary.optimizer.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the discriminator's optimizer until the weights are on their device."""
+        self.resumed = checkpoint.get("adversary")
+
+    def on_train_start(self) -> None:
+        """The discriminator's optimizer goes on where it stopped."""
+        if self.adversary is not None and self.resumed is not None:
+            self.adversary.optimizer.load_state_dict(self.resumed)
 
     @torch.no_grad()
     def finish(self, data: Any) -> None:
@@ -73,12 +146,20 @@ class Autoencoding(Stage):
         self.autoencoder.mean.copy_(mean)
         self.autoencoder.std.copy_((square / count - mean.square()).sqrt())
         self.autoencoder.count.copy_(reduce_sum(pictures))
+        self.measured = {"fingerprint": data.train_set.index.fingerprint(), "size": data.size}
 
     def export(self, folder: Path) -> None:
-        """Writes model.safetensors, the statistics with it, and config.json."""
+        """Writes model.safetensors, the statistics with it, config.json, and statistics.json: what they are and of what data."""
+        numbers = {name: getattr(self.autoencoder, name).tolist() for name in ("mean", "std", "count")}
+        write_json({**numbers, **self.measured}, folder / "statistics.json")
         save_model(self.autoencoder.state_dict(), self.recipe, folder)
 
 
-def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(0, 1)) in nats, (B, C, H, W) each -> (), the mean over all latent numbers."""
-    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+@torch.no_grad()
+def fidelity(output: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """(B, 3, h, w) each in [-1, 1] -> means over pictures: `psnr` in dB; `ssim` (https://doi.org/10.1109/TIP.2003.819861)."""
+    error = (output - images).square().mean((1, 2, 3))
+    terms = {"psnr": (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()}
+    if min(images.shape[2:]) > 11:  # its window
+        terms["ssim"] = structural_similarity_index_measure(output.float(), images.float(), data_range=2.0)
+    return terms

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from ldm.folder import save_model, with_parts
 from ldm.model import LatentModel
+from ldm.training.levels import LEVELS, curve, level_errors
 from ldm.training.stage import Stage
-from ldm.types import Batch, Draw, Moments, Objective
+from ldm.types import Batch, Cond, Draw, Moments, Objective
+
+INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 64
 
 
 class Diffusion(Stage):
@@ -21,10 +24,32 @@ class Diffusion(Stage):
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says."""
+        return self.objective(self.model.denoiser, *self.given(batch, draw), draw)
+
+    def given(self, batch: Batch, draw: Draw) -> tuple[Tensor, Cond]:
+        """batch -> sampled latents: (B, C, H, W), and the condition, dropped now and then in training."""
         moments = self.moments(batch)
         x = moments.sample(draw.normal("posterior", moments.mean.shape[1:]))
-        cond = self.model.conditioner(batch, draw=draw if self.training else None)
-        return self.objective(self.model.denoiser, x, cond, draw)
+        return x, self.model.conditioner(batch, draw=draw if self.training else None)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the curve of errors."""
+        self.level_sums = torch.zeros(2, len(LEVELS), device=self.device)
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """The objective's losses and the error by noise level, at times and noise that belong to the sample.
+
+        So they are the same at every validation, whatever the run's seed, batch size or number of devices.
+        """
+        draw = Draw(0, batch["position"], INTERVALS)
+        x, cond = self.given(batch, draw)
+        losses = self.objective(self.model.denoiser, x, cond, draw)
+        self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(x), sync_dist=True)
+        self.level_sums += level_errors(self.model.denoiser, x, cond, draw)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the curve as val/error and val/error/log_snr_+2 and so on."""
+        self.log_dict(curve(self.level_sums), sync_dist=True)
 
     @torch.no_grad()
     def moments(self, batch: Batch) -> Moments:

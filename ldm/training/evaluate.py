@@ -1,89 +1,120 @@
-"""Reconstructs, draws and measures: what evaluate.py and the quickstart do."""
+"""Metrics as training goes on: any metric, on averaged weights, on all ranks, beside the training and never in its way."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from ldm.generate import generate
-from ldm.model import LatentModel
-from ldm.types import Batch, Guidance, Metric, Sampler
+from ldm.evaluation.pictures import Drawings, Reconstructions, Split, chosen
+from ldm.evaluation.protocol import code_version, entries, tell
+from ldm.evaluation.run import measure
+from ldm.measure import Metric, weights_sha256
+from ldm.training.ema import averaged
+from ldm.types import Guidance, Sampler
 
 
-@torch.no_grad()
-def evaluate(
-    model: LatentModel,
-    data: Any,
-    metrics: Mapping[str, Metric],
-    sampler: Sampler,
-    guidance: Guidance,
-    count: int,
-    seed: int,
-    batch: int,
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """-> the metrics' numbers, and the pictures that they judged: `reconstruction`, `drawing`, each (N, 3, h, w) in [-1, 1].
+class Evaluate(pl.Callback):
+    """Every `every` optimizer steps, draws for `count` evenly chosen samples of a split and measures.
 
-    Reconstructions are of all validation pictures; drawings of `count` evenly chosen training captions, picture i from
-    seed + i.
+    The numbers go to the loggers as `evaluate/<number>` and, with their protocol, to FOLDER/<step>/metrics.json. Data come from a
+    module of its own, and pictures from their own seeds: training takes the same samples and the same noise as without.
 
-    Raises:
-        ValueError: there are fewer captions than pictures asked for, or no validation pictures.
+    Args:
+        best: the number by which the best checkpoint is kept as CHECKPOINTS/best.ckpt; None keeps none.
+        mode: whether the best is the `min` or the `max`.
     """
-    device = next(model.denoiser.parameters()).device
-    sources = {
-        "reconstruction": lambda: _reconstruct(model, data, batch, device),
-        "drawing": lambda: _draw(model, data, sampler, guidance, count, seed, batch, device),
-    }
-    pictures: dict[str, Tensor] = {}
-    for source in dict.fromkeys(metric.of for metric in metrics.values()):
-        judges = [metric for metric in metrics.values() if metric.of == source]
-        for metric in judges:
-            metric.prepare(data)
-        drawn = []
-        for images, asked in sources[source]():
-            drawn.append(images.float().cpu())
-            for metric in judges:
-                metric.update(images, asked)
-        pictures[source] = torch.cat(drawn)
-    numbers: dict[str, float] = {}
-    for metric in metrics.values():
-        numbers |= metric.compute()
-    return numbers, pictures
 
+    def __init__(
+        self,
+        folder: str,
+        every: int,
+        metric: Mapping[str, Metric],
+        data: Any,
+        sampler: Sampler,
+        guidance: Guidance,
+        count: int = 128,
+        requests: str = "val",
+        reference: str = "train",
+        batch: int = 32,
+        seed: int = 0,
+        checkpoints: str = "checkpoints",
+        best: str | None = None,
+        mode: str = "min",
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"callback.evaluate.mode={mode}: wanted min or max.")
+        self.folder, self.every, self.metric, self.data = Path(folder), every, metric, data
+        self.sampler, self.guidance, self.count, self.requests, self.reference = sampler, guidance, count, requests, reference
+        self.batch, self.seed, self.checkpoints, self.best, self.mode = batch, seed, Path(checkpoints), best, mode
+        self.record: float | None = None
+        self.step = -1
 
-def chosen(data: Any, count: int) -> list[int]:
-    """`count` evenly chosen training samples.
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Reads the data, and refuses what could only fail after the first steps."""
+        self.data.setup()
+        if not self.metric:
+            raise ValueError("callback=[evaluate] has nothing to measure; choose metric@callback.evaluate.metric=[clip_score].")
+        if any(metric.of == "drawing" for metric in self.metric.values()):
+            chosen(self.data, self.count, self.requests)
 
-    Raises:
-        ValueError: there are not that many.
-    """
-    total = len(data.train_set)
-    if count > total:
-        raise ValueError(
-            f"count={count} pictures were asked for, but there are only {total} training captions; use count={total}."
-        )
-    return torch.linspace(0, total - 1, count).round().long().tolist()
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        """Measures when a multiple of `every` steps is done."""
+        step = trainer.global_step
+        if step == self.step or step % self.every:
+            return
+        self.step, training = step, module.training
+        with torch.no_grad(), torch.random.fork_rng(), averaged(trainer, module):
+            told = self._measure(module.eval(), step)
+        module.train(training)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"evaluate/{name}": entry["value"] for name, entry in told.items()}, step=step)
+        if trainer.is_global_zero:
+            tell(told, self.folder / f"{step:08d}")
+        self._keep_best(trainer, told)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, so that a resumed run goes on from it."""
+        return {"record": self.record}
 
-def _reconstruct(model: LatentModel, data: Any, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
-    if not data.val_set:
-        raise ValueError(
-            "Reconstruction is measured on validation pictures, and data.val is empty; name shards with data.val=PATH."
-        )
-    for asked in tqdm(data.ordered("val", batch=batch), desc="reconstructing"):
-        asked = data.on_after_batch_transfer(data.transfer_batch_to_device(asked, device, 0), 0)
-        yield model.autoencoder.decode(model.autoencoder.encode(asked["image"]).mean).clamp(-1, 1), asked
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.record = state_dict["record"]
 
+    def _measure(self, module: pl.LightningModule, step: int) -> dict[str, dict[str, Any]]:
+        model = getattr(module, "model", None)
+        autoencoder, device = model.autoencoder if model else module.autoencoder, module.device
+        weights, used = weights_sha256(model or autoencoder), {}
 
-def _draw(
-    model: LatentModel, data: Any, sampler: Sampler, guidance: Guidance, count: int, seed: int, batch: int, device: torch.device
-) -> Iterator[tuple[Tensor, Batch]]:
-    rows = chosen(data, count)
-    for start in tqdm(range(0, count, batch), desc="drawing"):
-        part = rows[start : start + batch]
-        asked = data.rows("train", part)
-        asked = data.on_after_batch_transfer(data.transfer_batch_to_device(asked, device, 0), 0)
-        size = tuple(asked["image"].shape[2:])
-        yield generate(model, asked, sampler, guidance, range(seed + start, seed + start + len(part)), size), asked
+        def use(kind: str, source: Any) -> Any:
+            used[kind] = source
+            return source
+
+        def draw() -> Drawings:
+            requests = Split(self.data, self.requests, device, chosen(self.data, self.count, self.requests))
+            told = {"sampler": repr(self.sampler), "guidance": repr(self.guidance), "model": weights}
+            return Drawings(model, requests, self.sampler, self.guidance, self.seed, (self.data.size,) * 2, protocol=told)
+
+        pictures = {
+            "drawing": lambda: use("drawing", draw()),
+            "reconstruction": lambda: use(
+                "reconstruction", Reconstructions(autoencoder, Split(self.data, "val", device), weights)
+            ),
+        }
+        places = {"train": "train", "val": "val", "reference": self.reference}
+        real = {k: lambda k=k, split=split: use(k, Split(self.data, split, device)) for k, split in places.items()}
+        numbers, corrupt = measure(self.metric, pictures, real, self.folder / "rows", self.folder / "references", self.batch)
+        settings = {"ema": True, "code": code_version()}
+        return entries(numbers, self.metric, used, settings, {"step": step, "sha256": weights}, corrupt)
+
+    def _keep_best(self, trainer: pl.Trainer, told: Mapping[str, Mapping[str, Any]]) -> None:
+        if self.best is None:
+            return
+        if self.best not in told:
+            raise ValueError(f"callback.evaluate.best={self.best}: there are the numbers {', '.join(told)}.")
+        value = told[self.best]["value"]
+        sign = 1 if self.mode == "min" else -1
+        if self.record is None or sign * value < sign * self.record:
+            self.record = value
+            trainer.save_checkpoint(self.checkpoints / "best.ckpt")

@@ -18,7 +18,7 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter | dict[str, Any]],
         lr: float = 0.02,
         adam_lr: float = 1e-3,
         momentum: float = 0.95,
@@ -27,11 +27,16 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         least: int = 16,
     ) -> None:
-        matrices, rest = [], []
-        for p in params:
-            hidden = p.ndim >= 2 and min(p.shape[:2]) >= least
-            (matrices if hidden else rest).append(p)
-        groups = [{"params": matrices, "lr": lr, "muon": True}, {"params": rest, "lr": adam_lr, "muon": False}]
+        given, groups = list(params), []
+        for group in given if isinstance(given[0], dict) else [{"params": given}]:
+            matrices, rest = [], []
+            for p in group["params"]:
+                hidden = p.ndim >= 2 and min(p.shape[:2]) >= least
+                (matrices if hidden else rest).append(p)
+            groups += [
+                {**group, "params": matrices, "lr": lr, "muon": True},
+                {**group, "params": rest, "lr": adam_lr, "muon": False},
+            ]
         defaults = {"momentum": momentum, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__([g for g in groups if g["params"]], defaults)
 

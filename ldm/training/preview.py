@@ -37,11 +37,12 @@ class Preview(pl.Callback):
         grid = make_grid(pictures.add(1).div(2).clamp(0, 1), nrow=8, padding=1, pad_value=1.0)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(grid, self.folder / f"{step:08d}.png")
+        name = type(self).__name__.lower()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("preview", grid, step)
+                logger.experiment.add_image(name, grid, step)
             if isinstance(logger, WandbLogger):
-                logger.log_image("preview", [grid], step=step)
+                logger.log_image(name, [grid], step=step)
 
 
 class Drawings(Preview):
@@ -68,14 +69,14 @@ class Drawings(Preview):
 
 
 class Reconstructions(Preview):
-    """Validation pictures: a row of originals above a row of their reconstructions."""
+    """Validation pictures: a row of originals, below it their reconstructions, below them what these add (grey: nothing)."""
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
-        """-> (2 * count, 3, h, w)."""
+        """-> (3 * count, 3, h, w)."""
         images = first(trainer, module, self.count)["image"]
-        output = module.autoencoder.decode(module.autoencoder.encode(images).mean)
-        rows = [row for pair in zip(images.split(8), output.split(8)) for row in pair]
-        return torch.cat(rows)
+        output = module.autoencoder.decode(module.autoencoder.encode(images).mean).clamp(-1, 1)
+        columns = (images.split(8), output.split(8), ((output - images) / 2).split(8))
+        return torch.cat([row for rows in zip(*columns) for row in rows])
 
 
 def first(trainer: pl.Trainer, module: pl.LightningModule, count: int) -> dict:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.training.checkpoint import resume_from
+from ldm.training.checkpoint import newest, resume_from
 from ldm.training.ema import averaged
 from ldm.training.stage import Stage
 
@@ -25,7 +25,13 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     checkpoint = resume_from(resume, folder)
     if checkpoint is not None:
         _say(trainer, f"Resuming from {checkpoint}")
-    trainer.fit(stage, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
+    try:
+        trainer.fit(stage, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        kept = newest(folder)
+        how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
+        _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
+        raise
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         return
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"

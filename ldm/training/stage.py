@@ -6,10 +6,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.training.groups import parameter_groups
 from ldm.types import Batch, Draw
 
 
@@ -17,21 +18,23 @@ class Stage(pl.LightningModule):
     """One stage of training. A subclass says its losses and what it exports.
 
     `batch` is the number of samples in the global batch. `frozen` names the parts that a checkpoint leaves out, because
-    they come from elsewhere; `recipe`, set by build.py, is the plain config that builds the exported model again.
+    they come from elsewhere; `groups` says what the optimizer does otherwise for some weights (groups.py); `recipe`, set by
+    build.py, is the plain config that builds the exported model again.
     """
 
     def __init__(
         self,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
         rate: Callable[[int], float],
         seed: int,
         batch: int,
         frozen: Iterable[str] = (),
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.recipe: Mapping[str, Any]
         self.optimizer, self.rate, self.seed, self.batch = optimizer, rate, seed, batch
-        self.recipe, self.frozen = {}, tuple(frozen)
+        self.recipe, self.frozen, self.groups = {}, tuple(frozen), groups
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Scalars to log, among them `loss`."""
@@ -57,8 +60,10 @@ class Stage(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer over what is trained, its rate told step by step."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.rate), "interval": "step"}}
+        optimizer = self.optimizer(parameter_groups(self.named_parameters(), self.groups))
+        scales = [group.get("scale", 1.0) for group in optimizer.param_groups]
+        rates = [lambda step, scale=scale: scale * self.rate(step) for scale in scales]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds: everything but the frozen parts."""

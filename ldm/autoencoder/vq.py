@@ -1,0 +1,154 @@
+"""The vector-quantised autoencoder of Latent Diffusion (https://arxiv.org/abs/1711.00937; https://arxiv.org/abs/2112.10752, 3.1).
+
+Encoder and decoder are the KL autoencoder's. A latent vector is replaced by the nearest of `codes` vectors before it is
+decoded. As in LDM's interface, `encode` gives the latents before that, which is what a diffusion model learns, and `decode`
+replaces first.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.autoencoder.kl import Decoder, Encoder, check_size, unwhiten, whiten
+from ldm.types import Draw, Moments
+
+ROWS = 16384  # vectors whose distances to all codes are held at once
+
+
+class VQ(nn.Module):
+    """(B, 3, f * H, f * W) <-> (B, channels, H, W), f = 2 ^ (levels - 1); sizes and statistics as in `KL`.
+
+    `codebook` (codes, channels) moves to the running mean of the vectors that chose each code (`ema`, rate 1 - `decay`; van den
+    Oord et al., appendix A.1), or by gradient. A code chosen less often than `dead` times the mean is put onto a vector of the
+    batch; 0 leaves it where it is. `commitment` is beta in their equation 3. The defaults are LDM's VQ-f4.
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+    codebook: Tensor
+    hits: Tensor
+    sums: Tensor
+
+    def __init__(
+        self,
+        channels: int = 3,
+        width: int = 128,
+        mult: Sequence[int] = (1, 2, 4),
+        res_blocks: int = 2,
+        groups: int = 32,
+        attention: Sequence[int] = (),
+        checkpointing: bool = False,
+        codes: int = 8192,
+        commitment: float = 0.25,
+        ema: bool = True,
+        decay: float = 0.99,
+        dead: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.channels, self.factor = channels, 2 ** (len(mult) - 1)
+        self.commitment, self.ema, self.decay, self.dead = commitment, ema, decay, dead
+        self.encoder = Encoder(channels, width, mult, res_blocks, groups, attention, checkpointing)
+        self.decoder = Decoder(channels, width, mult, res_blocks, groups, attention, checkpointing)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        codebook = torch.empty(codes, channels).uniform_(-1 / codes, 1 / codes)
+        if ema:
+            self.register_buffer("codebook", codebook)
+        else:
+            self.codebook = nn.Parameter(codebook)
+        self.register_buffer("hits", torch.zeros(codes))
+        self.register_buffer("sums", torch.zeros(codes, channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.window: list[tuple[Tensor, Tensor]] = []
+
+    def encode(self, images: Tensor) -> Moments:
+        """(B, 3, f * H, f * W) in [-1, 1] -> whitened latents before quantisation, (B, C, H, W), as moments with no spread.
+
+        Raises:
+            ValueError: f does not divide the size.
+        """
+        return whiten(self.posterior(images), self.mean, self.std)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) whitened, not quantised -> (B, 3, f * H, f * W), about [-1, 1]."""
+        return self.reconstruct(self.quantise(unwhiten(latents, self.mean, self.std))[0])
+
+    def posterior(self, images: Tensor) -> Moments:
+        """(B, 3, f * H, f * W) in [-1, 1] -> the network's own latents before quantisation, not whitened, with no spread."""
+        check_size(images, self.factor)
+        z = self.quant_conv(self.encoder(images))
+        return Moments(z, torch.zeros_like(z))
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """(B, C, H, W), quantised -> (B, 3, f * H, f * W)."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> the nearest codes (B, C, H, W) and their numbers (B, H, W)."""
+        rows = z.detach().permute(0, 2, 3, 1).flatten(0, 2).float()
+        with torch.autocast(z.device.type, enabled=False):
+            book = self.codebook.float()
+            numbers = torch.cat([(book.square().sum(1) - 2 * part @ book.T).argmin(1) for part in rows.split(ROWS)])
+        numbers = numbers.view(z.shape[0], *z.shape[2:])
+        return self.codebook[numbers].permute(0, 3, 1, 2), numbers
+
+    def bottleneck(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, 3, f * H, f * W) in [-1, 1] -> quantised latents (B, C, H, W) whose gradient goes straight through, and terms.
+
+        codebook: beta |z - sg(e)|^2, and |sg(z) - e|^2 where the codebook learns by gradient, means over all numbers;
+        perplexity, usage: of the codes that these pictures chose.
+        """
+        z = self.posterior(images).mean.float()
+        e, numbers = self.quantise(z)
+        loss = self.commitment * (z - e.detach()).square().mean()
+        if not self.ema:
+            loss = loss + (z.detach() - e).square().mean()
+        if self.training:
+            self.window.append((z.detach().permute(0, 2, 3, 1).flatten(0, 2), numbers.flatten()))
+        return z + (e - z).detach(), {"codebook": loss, **self.used(numbers)}
+
+    def used(self, numbers: Tensor) -> dict[str, Tensor]:
+        """Chosen codes (...) -> `perplexity`, exp of their entropy, up to `codes`; `usage`, the share of all codes among them."""
+        share = torch.bincount(numbers.flatten(), minlength=len(self.hits)) / numbers.numel()
+        return {"perplexity": torch.special.entr(share).sum().exp(), "usage": (share > 0).float().mean()}
+
+    @torch.no_grad()
+    def update(self, step: int, reduce: Callable[[Tensor], Tensor], rank: int = 0, world: int = 1) -> None:
+        """Once a training step: counts what its pictures chose, on all ranks, moves the codes, and brings dead ones back.
+
+        reduce: sums a tensor over the ranks, each of which saw as many pictures.
+        """
+        rows, numbers = (torch.cat(parts) for parts in zip(*self.window))
+        self.window.clear()
+        fresh = self.hits.sum() == 0
+        chosen = torch.zeros_like(self.hits).index_add_(0, numbers, torch.ones_like(rows[:, 0]))
+        told = torch.zeros_like(self.sums).index_add_(0, numbers, rows)
+        self.hits.lerp_(reduce(chosen), 1 - self.decay)
+        self.sums.lerp_(reduce(told), 1 - self.decay)
+        if self.ema:
+            self._move(self.hits > 1e-5, self.sums / self.hits[:, None].clamp(min=1e-5))
+        if self.dead:
+            usual = self.hits.mean()
+            dead = (self.hits < self.dead * usual) | fresh
+            vectors = self._pick(rows, step, reduce, rank, world)
+            self._move(dead, vectors)
+            self.hits.copy_(torch.where(dead, usual, self.hits))
+            self.sums.copy_(torch.where(dead[:, None], vectors * usual, self.sums))
+
+    def _move(self, which: Tensor, vectors: Tensor) -> None:
+        self.codebook.copy_(torch.where(which[:, None], vectors, self.codebook))
+
+    def _pick(self, rows: Tensor, step: int, reduce: Callable[[Tensor], Tensor], rank: int, world: int) -> Tensor:
+        """One vector of the global batch for each code: the same whatever the number of ranks."""
+        generator = torch.Generator().manual_seed(step)
+        place = torch.randint(world * len(rows), (len(self.hits),), generator=generator).to(rows.device) - rank * len(rows)
+        mine = (place >= 0) & (place < len(rows))
+        return reduce(torch.where(mine[:, None], rows[place.clamp(0, len(rows) - 1)], 0.0))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The last convolution's weight, where an adaptive adversarial weight is measured."""
+        return self.decoder.conv_out.weight

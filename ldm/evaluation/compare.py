@@ -1,0 +1,59 @@
+"""Numbers beside each other, where they were made by one protocol and differ in what was measured alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ASIDE = ("code",)  # told, but no reason to refuse: the same protocol may be run by a later version
+
+
+def compare(places: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """places: folders of evaluations, or their metrics.json -> a table's header and rows, one number a row.
+
+    Raises:
+        FileNotFoundError: there is no metrics.json. ValueError: nothing in common, or numbers made by different protocols.
+    """
+    told = {place: read(place) for place in places}
+    if len(told) < 2:
+        raise ValueError(f"compare={list(places)}: name two evaluations or more, compare=[A,B].")
+    shared = [name for name in next(iter(told.values())) if all(name in entries for entries in told.values())]
+    if not shared:
+        have = "; ".join(f"{place} has {', '.join(entries)}" for place, entries in told.items())
+        raise ValueError(f"These evaluations have no number in common: {have}.")
+    first, *others = told
+    wrong = [
+        f"{name}: {field} is {a} in {first} and {b} in {other}"
+        for name in shared
+        for other in others
+        for field, a, b in differences(told[first][name]["protocol"], told[other][name]["protocol"])
+        if field not in ASIDE
+    ]
+    if wrong:
+        more = f" ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError("These numbers were made by different protocols and do not compare:\n  " + "\n  ".join(wrong[:8]) + more)
+    return ["number", *told], [[name, *(shown(entries[name]) for entries in told.values())] for name in shared]
+
+
+def read(place: str) -> dict[str, dict[str, Any]]:
+    """What an evaluation wrote."""
+    path = Path(place) / "metrics.json" if Path(place).is_dir() else Path(place)
+    if not path.is_file():
+        raise FileNotFoundError(f"{place}: there is no metrics.json; name the OUT folder of an evaluation.")
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not all(isinstance(entry, dict) and {"value", "protocol"} <= entry.keys() for entry in entries.values()):
+        raise ValueError(f"{path} has numbers without their protocol, and what has none compares with nothing.")
+    return entries
+
+
+def shown(entry: Mapping[str, Any]) -> str:
+    """A number with its standard error."""
+    return f"{entry['value']:.4g}" + ("" if entry.get("error") is None else f" ± {entry['error']:.2g}")
+
+
+def differences(one: Any, other: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    """The fields in which two plain values differ: (field, its value here, its value there)."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        names = sorted(one.keys() | other.keys())
+        return [d for name in names for d in differences(one.get(name), other.get(name), f"{place}.{name}".strip("."))]
+    return [] if one == other else [(place, one, other)]

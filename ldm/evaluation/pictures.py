@@ -1,0 +1,200 @@
+"""Where the pictures that are judged come from: drawn, reconstructed, or real. Each is rounded to 8 bits, as in a file."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.evaluation.rows import Source, fingerprint
+from ldm.folder import write_whole
+from ldm.generate import generate
+from ldm.measure import to_bytes
+from ldm.model import LatentModel
+from ldm.types import Autoencoder, Batch, Cond, Denoise, Guidance, Sampler, Told
+
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def on_grid(images: Tensor) -> Tensor:
+    """(B, 3, h, w) in [-1, 1] -> the same, rounded to 8 bits."""
+    return to_bytes(images).float().div(127.5).sub(1)
+
+
+def chosen(data: Any, count: int, split: str = "train") -> list[int]:
+    """`count` evenly chosen samples of a split.
+
+    Raises:
+        ValueError: there are not that many.
+    """
+    total = len({"train": data.train_set, "val": data.val_set}[split] or ())
+    if count > total:
+        raise ValueError(f"count={count} pictures were asked for, but there are only {total} {split} samples; use count={total}.")
+    return torch.linspace(0, total - 1, count).round().long().tolist()
+
+
+class Split:
+    """Samples of a data module: `numbers` of its training or validation set, all by default."""
+
+    def __init__(self, data: Any, split: str, device: Any, numbers: Sequence[int] | None = None) -> None:
+        samples = {"train": data.train_set, "val": data.val_set}[split]
+        if not samples:
+            raise ValueError(
+                f"The {split} pictures are asked for, and data.{split} is empty; name shards with data.{split}=PATH."
+            )
+        self.data, self.split, self.device = data, split, device
+        self.numbers = range(len(samples)) if numbers is None else list(numbers)
+        self.count = len(self.numbers)
+        self.protocol = {"shards": samples.index.fingerprint(), "split": split, "size": data.size}
+        self.protocol |= {} if numbers is None else {"chosen": fingerprint(self.numbers)}
+
+    def fields(self, numbers: Sequence[int]) -> Batch:
+        """The samples' fields, on the device, with their `split`."""
+        batch = self.data.rows(self.split, [self.numbers[n] for n in numbers])
+        batch = self.data.on_after_batch_transfer(self.data.transfer_batch_to_device(batch, self.device, 0), 0)
+        return {**batch, "split": self.split}
+
+    def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
+        """The real pictures."""
+        if "image" not in fields:
+            raise ValueError(f"Real pictures are asked for, and data.fields has no image, only {sorted(self.data.fields)}.")
+        return fields["image"]
+
+
+class Given:
+    """Requests that a person wrote: fields of `count` lists or tensors each."""
+
+    def __init__(self, ask: Mapping[str, Any], count: int) -> None:
+        self.ask, self.count = ask, count
+        self.protocol = {"asked": {k: v.tolist() if isinstance(v, Tensor) else v for k, v in ask.items()}}
+
+    def fields(self, numbers: Sequence[int]) -> Batch:
+        """The fields of these requests."""
+        numbers = list(numbers)
+        return {k: v[numbers] if isinstance(v, Tensor) else [v[n] for n in numbers] for k, v in self.ask.items()}
+
+
+class Reconstructions:
+    """Pictures through the autoencoder, decoded from the posterior's mean."""
+
+    def __init__(self, autoencoder: Autoencoder, originals: Split, weights: str) -> None:
+        self.autoencoder, self.originals, self.count = autoencoder, originals, originals.count
+        self.fields = originals.fields
+        self.protocol = {"pictures": "reconstruction", "model": weights, "of": originals.protocol}
+
+    def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
+        """decode(encode(image).mean)."""
+        moments = self.autoencoder.encode(self.originals.images(numbers, fields))
+        return on_grid(self.autoencoder.decode(moments.mean).clamp(-1, 1))
+
+
+class Drawings:
+    """Pictures drawn by a model, number n from seed + n.
+
+    conditioning: `right` tells each its own request, `shuffled` another one's, `none` the null condition; all are judged by
+    their own. How much better the right ones are is what a condition is worth.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        requests: Any,
+        sampler: Sampler,
+        guidance: Guidance,
+        seed: int,
+        size: tuple[int, int],
+        conditioning: str = "right",
+        precision: str = "32",
+        protocol: Mapping[str, Any] | None = None,
+    ) -> None:
+        if conditioning not in ("right", "shuffled", "none"):
+            raise ValueError(f"conditioning={conditioning}: wanted right, shuffled or none.")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
+        self.model, self.requests, self.sampler, self.guidance = model, requests, sampler, guidance
+        self.seed, self.size, self.conditioning, self.precision = seed, size, conditioning, precision
+        self.count, self.fields = requests.count, requests.fields
+        if conditioning == "shuffled" and self.count < 2:
+            raise ValueError("conditioning=shuffled needs at least 2 requests to shuffle (count=...).")
+        self.protocol = {
+            "pictures": "drawing",
+            "requests": requests.protocol,
+            "seed": seed,
+            "size": list(size),
+            "conditioning": conditioning,
+            "precision": precision,
+            **(protocol or {}),
+        }
+
+    def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
+        """fields: the requests' -> drawn pictures."""
+        device = next(self.model.denoiser.parameters()).device
+        guidance = untold(self.guidance) if self.conditioning == "none" else self.guidance
+        if self.conditioning == "shuffled":
+            others = self.fields([another(n, self.count, self.seed) for n in numbers])
+            told = {embedder.key for embedder in self.model.conditioner.embedders.values()}
+            fields = {name: others[name] if name in told else value for name, value in fields.items()}
+        kind = PRECISIONS[self.precision]
+        with torch.autocast(device.type, kind) if kind else nullcontext():
+            seeds = [self.seed + n for n in numbers]
+            return on_grid(generate(self.model, fields, self.sampler, guidance, seeds, self.size))
+
+
+def untold(guidance: Guidance) -> Guidance:
+    """Guidance of a model that is told nothing: its null condition in every place."""
+
+    class Untold:
+        def __init__(self, model: Told) -> None:
+            self.model, self.denoiser = model, model.denoiser
+
+        def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
+            return self.model.tell(ask, only=())
+
+    def guide(model: Told, ask: Batch) -> Denoise:
+        return guidance(Untold(model), ask)
+
+    return guide
+
+
+def another(number: int, count: int, seed: int) -> int:
+    """The request that `number` gets instead of its own when `count` are shuffled: a cycle through all in random order."""
+    order = np.random.Generator(np.random.Philox(key=[seed % 2**64, count])).permutation(count)
+    place = int(np.flatnonzero(order == number)[0])
+    return int(order[(place + 1) % count])
+
+
+class Kept:
+    """A source whose first `keep` pictures are written as FOLDER/000000.png, and read from there where they are."""
+
+    def __init__(self, source: Source, folder: Path, keep: int) -> None:
+        self.source, self.folder, self.keep = source, folder, min(keep, source.count)
+        self.count, self.protocol, self.fields = source.count, source.protocol, source.fields
+
+    def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
+        """The pictures, from the files if all are there."""
+        files = [self._file(n) for n in numbers]
+        if all(file.is_file() for file in files):
+            return read_pictures(files)
+        images = self.source.images(numbers, fields)
+        for file, n, image in zip(files, numbers, to_bytes(images).cpu()):
+            if n < self.keep and not file.is_file():
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                write_whole(file, lambda path, picture=picture: picture.save(path, format="png"))
+        return images
+
+    def pictures(self) -> Tensor:
+        """All that were kept, (N, 3, h, w) in [-1, 1]."""
+        return read_pictures([self._file(n) for n in range(self.keep)])
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.png"
+
+
+def read_pictures(files: Sequence[Path]) -> Tensor:
+    """PNG files of one size -> (N, 3, h, w) in [-1, 1]."""
+    pixels = [torch.from_numpy(np.array(Image.open(file, formats=("PNG",)).convert("RGB"))) for file in files]
+    return torch.stack(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1) if pixels else torch.empty(0, 3, 0, 0)

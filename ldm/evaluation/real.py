@@ -1,0 +1,167 @@
+"""Pictures that lie in files: folders, ADM's .npz batches, and statistics that others made of them."""
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm.data.decode import FAULTS, View, decode, to_rgb
+from ldm.measure import Rows
+from ldm.types import Batch
+
+ORIENTATION = 274  # the EXIF tag; 5 to 8 lie on their side
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Folder:
+    """All pictures below a folder, by name; their captions, one for each, where there are some.
+
+    size: pixels; the shorter side is brought to it and the middle kept. None: as they are, all of one size.
+    limit: the share of unreadable pictures that is counted and passed over.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        size: int | None,
+        device: Any,
+        captions: Sequence[str] | None = None,
+        limit: float = 0,
+        option: str = "images",
+    ) -> None:
+        self.path, self.size, self.device, self.limit, self.option = Path(path), size, device, limit, option
+        self.files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in ENDINGS)
+        if not self.files:
+            raise FileNotFoundError(f"{option}={path}: there are no pictures ({', '.join(ENDINGS)}) in it.")
+        self.count, self.captions = len(self.files), captions
+        if captions is not None and len(captions) != self.count:
+            few = "fewer captions than pictures" if len(captions) < self.count else "more captions than pictures"
+            raise ValueError(
+                f"{few}: prompts has {len(captions)} lines, and {option}={path} {self.count} pictures; line i belongs to "
+                "the i-th picture by name."
+            )
+        names = "\n".join(f"{f.relative_to(self.path).as_posix()} {f.stat().st_size}" for f in self.files)
+        self.protocol = {"files": hashlib.sha256(names.encode()).hexdigest(), "count": self.count, "size": size}
+
+    def fields(self, numbers: Sequence[int]) -> Batch:
+        """image: (B, 3, h, w) in [-1, 1]; corrupt: (B) bool, where the picture is grey; caption, where there are captions."""
+        read = [self._read(self.files[n]) for n in numbers]
+        shape = self._as_they_are if self.size is None else (self.size, self.size)
+        blank = torch.full((3, *shape), 128, dtype=torch.uint8)
+        images = torch.stack([blank if image is None else image for image in read]).to(self.device)
+        fields = {"image": images.float().div(127.5).sub(1), "corrupt": torch.tensor([image is None for image in read])}
+        return fields if self.captions is None else {**fields, "caption": [self.captions[n] for n in numbers]}
+
+    def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
+        """The pictures themselves."""
+        return fields["image"]
+
+    @cached_property
+    def _as_they_are(self) -> tuple[int, int]:
+        """The one height and width of all pictures whose size can be read."""
+        sizes = set()
+        for file in self.files:
+            with suppress(*FAULTS), Image.open(file) as image:
+                lying = image.getexif().get(ORIENTATION, 1) >= 5
+                sizes.add(image.size if lying else image.size[::-1])
+        if len(sizes) > 1:
+            several = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
+            raise ValueError(f"{self.option}={self.path} has pictures of mixed size ({several}); size=256 brings them to one.")
+        return sizes.pop() if sizes else (8, 8)
+
+    def check(self, corrupt: Sequence[int]) -> None:
+        """Raises ValueError where more pictures than `limit` could not be read."""
+        if len(corrupt) > self.limit * self.count:
+            named = ", ".join(str(self.files[n]) for n in corrupt[:3])
+            raise ValueError(
+                f"{len(corrupt)} of {self.count} pictures in {self.option}={self.path} cannot be read, such as {named}; at most "
+                f"a share of {self.limit} is passed over (corrupt=...)."
+            )
+
+    def _read(self, file: Path) -> Tensor | None:
+        try:
+            if self.size is not None:
+                return decode(file.suffix[1:].lower(), file.read_bytes(), View(self.size, self.size), where=str(file))
+            with Image.open(file) as image:
+                return torch.from_numpy(np.array(to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
+        except FAULTS:
+            return None
+
+
+class Archive:
+    """Pictures and statistics in an .npz, as ADM's reference batches: `arr_0` uint8 (N, h, w, 3), `mu` and `sigma` of Inception.
+
+    Either may be missing: pytorch-fid writes statistics alone, ADM's samplers pictures alone.
+    """
+
+    def __init__(self, path: str, device: Any, option: str = "reference") -> None:
+        self.path, self.device, self.option = path, device, option
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = set(file.files)
+                self.array = file["arr_0"] if "arr_0" in found else None
+                self.statistics = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= found else None
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{option}={path} is no whole .npz file: {error}.") from error
+        if self.array is None and self.statistics is None:
+            raise ValueError(f"{option}={path} holds {sorted(found)}; wanted arr_0 (pictures), or mu and sigma (statistics).")
+        if self.array is not None and (self.array.ndim != 4 or self.array.shape[3] != 3 or self.array.dtype != np.uint8):
+            raise ValueError(
+                f"{option}={path}: arr_0 is {self.array.dtype} of shape {self.array.shape}; wanted uint8 (N, height, width, 3)."
+            )
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.count = 0 if self.array is None else len(self.array)
+        self.protocol = {"file": Path(path).name, "sha256": sha256, "count": self.count}
+
+    def fields(self, numbers: Sequence[int]) -> Batch:
+        """image: (B, 3, h, w) in [-1, 1]."""
+        if self.array is None:
+            raise ValueError(
+                f"{self.option}={self.path} holds statistics alone, which do for the Fréchet distance of Inception; other "
+                "metrics see the pictures themselves: name a folder, shards, or an .npz with arr_0."
+            )
+        images = torch.from_numpy(self.array[list(numbers)]).permute(0, 3, 1, 2)
+        return {"image": images.to(self.device).float().div(127.5).sub(1)}
+
+    def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
+        """The pictures themselves."""
+        return fields["image"]
+
+    def moments(self) -> Rows:
+        """The statistics that the file brings: mean (D), covariance (D, D) in float64."""
+        mean, covariance = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in self.statistics)
+        return {"mean": mean, "covariance": covariance}
+
+
+class Known:
+    """A reference whose moments are known, and whose rows may be."""
+
+    def __init__(self, moments: Rows, rows: Callable[[], Rows]) -> None:
+        self.moments, self.rows = moments, rows
+
+    def kept(self, name: str, make: Callable[[Rows], Rows]) -> Mapping[str, Tensor]:
+        """The given moments; anything else is made of the rows."""
+        return self.moments if name == "moments" else make(self.rows())
+
+
+def read_lines(path: str) -> list[str]:
+    """A file of captions, one a line.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: an empty line, which would shift all after it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"prompts={path}: there is no such file; it should hold one prompt a line.")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    if "" in lines:
+        raise ValueError(f"prompts={path}: line {lines.index('') + 1} is empty; every picture has its line.")
+    return lines

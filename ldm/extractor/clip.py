@@ -1,0 +1,27 @@
+"""The image tower of a CLIP, by open_clip's name or from a local folder, fed as open_clip feeds it."""
+
+import torch
+from torch import Tensor
+
+from ldm.clip import load_clip, transform
+from ldm.extractor.weights import frozen
+from ldm.measure import Rows, transformed
+
+
+class Clip:
+    """Pictures of any size -> `features` (B, E), the image tower's projection, not normalised.
+
+    model, weights: open_clip's name and tag or local file, or `local-dir:FOLDER` without weights.
+    """
+
+    def __init__(self, model: str, weights: str | None = None) -> None:
+        self.clip = load_clip(model, weights, "metric.<name>.extractor")
+        self.transform = transform(self.clip.visual)
+        name = f"open_clip {model} {weights or ''}".strip()
+        self.protocol = frozen(self.clip, name, "open_clip's own, on 8-bit pictures")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]."""
+        self.clip.to(images.device)
+        return {"features": self.clip.encode_image(transformed(images, self.transform)).float()}

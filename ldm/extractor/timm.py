@@ -1,0 +1,43 @@
+"""Any image network of timm, fed as timm feeds it: DINOv2, DINOv3, ConvNeXt, ..."""
+
+import inspect
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ldm.extractor.weights import frozen, read_weights
+from ldm.measure import Rows, transformed
+
+
+class Timm:
+    """Pictures of any size -> `features` (B, D), before the classifier.
+
+    weights: `pretrained` downloads timm's; or a local file of them, held to `sha256` where given. size: pixels that the network
+    sees, its own by default.
+    """
+
+    def __init__(self, model: str, weights: str = "pretrained", size: int | None = None, sha256: str | None = None) -> None:
+        sides = {} if size is None else {"img_size": size}
+        self.net = timm.create_model(model, num_classes=0, pretrained=weights == "pretrained", **sides)
+        if weights != "pretrained":
+            _load(self.net, read_weights(weights, "pretrained", "timm's", sha256))
+        config = timm.data.resolve_model_data_config(self.net)
+        config |= {} if size is None else {"input_size": (3, size, size)}
+        self.transform = timm.data.create_transform(**config, is_training=False)
+        resize = f"timm's own to {config['input_size'][-1]}, {config['interpolation']}, antialiased"
+        self.protocol = frozen(self.net, f"timm {model}", resize)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]."""
+        return {"features": self.net.to(images.device)(transformed(images, self.transform)).float()}
+
+
+def _load(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads weights as they were published, for any size of picture; a classifier among them is left out."""
+    adapt = getattr(inspect.getmodule(type(net)), "checkpoint_filter_fn", None)
+    missing, unknown = net.load_state_dict(weights if adapt is None else adapt(weights, net), strict=False)
+    unknown = [name for name in unknown if name.split(".")[0] not in ("head", "fc", "classifier")]
+    if missing or unknown:
+        raise ValueError(f"The weights are of another network: missing {missing[:3]}, unknown {unknown[:3]}.")

@@ -1,0 +1,49 @@
+"""Guiding a model with a bad version of itself (https://arxiv.org/abs/2406.02507, equation 3)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ldm.types import Batch, Denoise, Told
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """weak + scale (strong - weak), both told the condition: quality without loss of variety.
+
+    `weak` loads a smaller or less trained model of the same latents, such as an earlier checkpoint, when it is first needed.
+    scale = 1 does without it (one call of the network); otherwise there is one call of each.
+
+    Raises:
+        ValueError: the two have different schedules.
+    """
+
+    weak: Callable[[], Told]
+    scale: float = 2.0
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The weak model."""
+        return self.weak()
+
+    def __call__(self, model: Told, ask: Batch) -> Denoise:
+        """ask: the request's fields -> Denoise."""
+        cond = model.tell(ask)
+        if self.scale == 1:
+            return lambda x_t, t: model.denoiser(x_t, t, cond)
+        weak = self.loaded.to(next(model.denoiser.parameters()).device)
+        if weak.denoiser.schedule != model.denoiser.schedule:
+            raise ValueError(
+                f"The weak model's schedule is {weak.denoiser.schedule} and the model's {model.denoiser.schedule}; "
+                "autoguidance needs two of one schedule (guidance.weak.path)."
+            )
+        cond_weak = weak.tell(ask)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            x_strong, x_weak = model.denoiser(x_t, t, cond), weak.denoiser(x_t, t, cond_weak)
+            return x_weak + self.scale * (x_strong - x_weak)
+
+        return denoise

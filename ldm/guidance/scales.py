@@ -1,0 +1,43 @@
+"""A scale for each condition (InstructPix2Pix, https://arxiv.org/abs/2211.09800, equation 3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from ldm.types import Batch, Cond, Denoise, Told
+
+
+@dataclass(frozen=True)
+class Scales:
+    """x_0 + s_1 (x_1 - x_0) + s_2 (x_2 - x_1) + ..., where x_i is told the first i conditions of `scales`.
+
+    Conditions that `scales` does not name are always told. With one scale for all it is classifier-free guidance, and with
+    1 for all no guidance (one call of the network); otherwise there is one call more than conditions, as one batch.
+
+    Raises:
+        ValueError: no condition is named.
+    """
+
+    scales: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise ValueError("guidance.scales={}: name the model's conditions, as guidance.scales={text: 7.5, map: 1.5}.")
+
+    def __call__(self, model: Told, ask: Batch) -> Denoise:
+        """ask: the request's fields -> Denoise."""
+        if all(scale == 1 for scale in self.scales.values()):
+            cond = model.tell(ask)
+            return lambda x_t, t: model.denoiser(x_t, t, cond)
+        named, others = list(self.scales), [n for n in model.conditioner.embedders if n not in self.scales]
+        told = [model.tell(ask, only=[*others, *named[:i]]) for i in range(len(named) + 1)]
+        all_told, count = reduce(Cond.stack, told), len(told)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            x_hat = model.denoiser(torch.cat([x_t] * count), t.expand(len(x_t)).repeat(count), all_told).chunk(count)
+            return x_hat[0] + sum(s * (x_hat[i + 1] - x_hat[i]) for i, s in enumerate(self.scales.values()))
+
+        return denoise

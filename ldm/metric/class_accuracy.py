@@ -1,0 +1,57 @@
+"""Whether a drawing looks like the class that was asked for, by a classifier fitted to the training pictures."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.types import Batch
+
+
+class ClassAccuracy:
+    """Top-1 of a linear classifier on an extractor's features: ridge regression onto classes, fitted to the training set.
+
+    key: the field with the class. ridge: in units of the features' mean variance. The classifier's own worth is measured with it,
+    on each training picture by the fit without that picture. `right` holds the answers, picture by picture.
+    """
+
+    of, against = "drawing", "train"
+
+    def __init__(
+        self, extractor: Callable[..., Extractor], weights: str | None = None, key: str = "label", ridge: float = 0.1
+    ) -> None:
+        self.extractor = extractor() if weights is None else extractor(weights=weights)
+        self.key, self.ridge = key, ridge
+        self.protocol = {**self.extractor.protocol, "class": key}
+
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]; batch: the class, (B) -> features: (B, D), label: (B).
+
+        Raises:
+            ValueError: the requests have no class.
+        """
+        if self.key not in batch:
+            raise ValueError(
+                f"class_accuracy reads the field `{self.key}`, and there is only {sorted(batch)}: +data.fields.{self.key}=cls"
+            )
+        return {"features": self.extractor(images)["features"], "label": torch.as_tensor(batch[self.key])}
+
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> `class_accuracy` of the drawings, `class_accuracy_real` of the training pictures, each left out of its own fit."""
+        real = reference.rows()
+        classes = int(torch.cat((real["label"], rows["label"])).max()) + 1
+        x, y = real["features"].double(), one_hot(real["label"], classes).double()
+        mean = x.mean(0)
+        x = torch.cat((x - mean, torch.ones(len(x), 1, dtype=x.dtype)), 1)
+        penalty = self.ridge * x[:, :-1].square().mean() * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        penalty[-1, -1] = 0
+        inverse = torch.linalg.inv(x.T @ x + penalty)
+        fit = inverse @ x.T @ y
+        leverage = (x @ inverse * x).sum(1, keepdim=True)
+        left_out = (x @ fit - leverage * y) / (1 - leverage).clamp(min=1e-9)
+        drawn = torch.cat((rows["features"].double() - mean, torch.ones(len(rows["label"]), 1, dtype=x.dtype)), 1)
+        self.right = (drawn @ fit).argmax(1) == rows["label"]
+        own = left_out.argmax(1) == real["label"]
+        return {"class_accuracy": Estimate.mean(self.right), "class_accuracy_real": Estimate.mean(own)}

@@ -1,0 +1,32 @@
+"""CLIP score: how near a picture is to its caption in a CLIP."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ldm.measure import Estimate, Reference, Rows
+from ldm.metric.pairs import Pairs
+from ldm.types import Batch
+
+
+class ClipScore:
+    """Mean over pictures of max(100 cos(image, text), 0) (https://arxiv.org/abs/2104.08718, with weight 100 as in torchmetrics).
+
+    model, pretrained: any CLIP of open_clip, or `local-dir:FOLDER`. Scores of different CLIPs do not compare. `scores` holds them
+    picture by picture.
+    """
+
+    of, against = "drawing", None
+
+    def __init__(self, model: str, pretrained: str | None = None) -> None:
+        self.pairs = Pairs(model, pretrained, "metric.clip_score")
+        self.protocol = self.pairs.protocol
+
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]; batch: caption."""
+        return self.pairs.look(images, batch)
+
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> {"clip_score": in [0, 100]}."""
+        self.scores = 100 * (rows["image"] * rows["text"]).sum(1).clamp(min=0)
+        return {"clip_score": Estimate.mean(self.scores)}

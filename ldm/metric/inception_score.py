@@ -1,0 +1,57 @@
+"""Inception Score: how sure Inception is of each picture, and how varied of all."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from torch import Tensor
+
+from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.types import Batch
+
+
+class InceptionScore:
+    """exp E[KL(p(y|x) || p(y))] (https://arxiv.org/abs/1606.03498, section 4), the mean over `splits` parts in random order.
+
+    Order and parts are torch-fidelity's; the logits are those of the ImageNet classifier without its bias.
+    """
+
+    of, against = "drawing", None
+
+    def __init__(
+        self, extractor: Callable[..., Extractor], weights: str | None = None, splits: int = 10, seed: int = 2020
+    ) -> None:
+        self.extractor = extractor() if weights is None else extractor(weights=weights)
+        self.protocol, self.splits, self.seed = self.extractor.protocol, splits, seed
+
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
+        return self.extractor(images)
+
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> `inception_score` and `inception_score_std`, its standard deviation over the parts.
+
+        Raises:
+            ValueError: an extractor without logits, or fewer pictures than parts.
+        """
+        if "logits" not in rows:
+            raise ValueError(
+                "The Inception Score reads class logits, which this extractor does not say; use extractor=inception."
+            )
+        logits = rows["logits"].double()
+        n = len(logits)
+        if n < self.splits:
+            raise ValueError(f"{n} pictures do not fill {self.splits} parts (metric.inception_score.splits=...).")
+        logits = logits[np.random.RandomState(self.seed).permutation(n)]
+        scores = []
+        for i in range(self.splits):
+            log_p = logits[i * n // self.splits : (i + 1) * n // self.splits].log_softmax(1)
+            scores.append((log_p.exp() * (log_p - log_p.exp().mean(0).log())).sum(1).mean().exp().item())
+        note = (
+            None
+            if n >= 5000
+            else f"{n // self.splits} pictures a part cannot show the variety of 1,008 classes; 5,000 are usual."
+        )
+        return {
+            "inception_score": Estimate(float(np.mean(scores)), note=note),
+            "inception_score_std": Estimate(float(np.std(scores))),
+        }

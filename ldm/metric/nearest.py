@@ -1,0 +1,55 @@
+"""The training pictures nearest to the drawings: does the model draw, or remember?"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.types import Batch
+
+CHUNK = 1000  # rows of a block of similarities
+
+
+class Nearest:
+    """Nearest neighbours by cosine of an extractor's features.
+
+    Authenticity (https://arxiv.org/abs/2102.08921, section 3.3) is the share of drawings that lie farther from their nearest
+    training picture than that one lies from its own nearest: 0 where all are copies, about 1/2 for new pictures of the same kind.
+    `number` and `similarity` hold each drawing's nearest training picture, for the picture of them.
+    """
+
+    of, against = "drawing", "train"
+
+    def __init__(self, extractor: Callable[..., Extractor], weights: str | None = None) -> None:
+        self.extractor = extractor() if weights is None else extractor(weights=weights)
+        self.protocol = self.extractor.protocol
+
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
+        return self.extractor(images)
+
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> `nearest_similarity`, a mean cosine, and `authenticity`, a share in [0, 1]."""
+        known = reference.rows()
+        own, real = (normalize(x["features"].double(), dim=1) for x in (rows, known))
+        self.similarity, place = nearest(own, real)
+        self.number = known["number"][place]
+        among, _ = nearest(real, real, same=True)
+        authentic = self.similarity < among[place]
+        return {"nearest_similarity": Estimate.mean(self.similarity), "authenticity": Estimate.mean(authentic)}
+
+
+def nearest(points: Tensor, x: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
+    """points: (M, D), x: (N, D), of unit length -> cosine with the nearest of x, (M), and its place, (M).
+
+    same: points are x, and no point is its own neighbour.
+    """
+    found = []
+    for start in range(0, len(points), CHUNK):
+        cosine = points[start : start + CHUNK] @ x.T
+        if same:
+            cosine.diagonal(start).fill_(-2)
+        found.append(cosine.max(dim=1))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])

@@ -1,0 +1,47 @@
+"""Ancestral sampling (DDPM, https://arxiv.org/abs/2006.11239, algorithm 2 and equation 7, for any schedule and any steps)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor
+
+from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.noise import Streams
+from ldm.types import Denoise, Schedule
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """First order, stochastic; calls the network once a step.
+
+    The variance of a step is variance_posterior^(1 - v) * variance_forward^v, DDPM's lower bound at v = 0 and its upper bound
+    at v = 1 (improved DDPM, https://arxiv.org/abs/2102.09672, equation 15). The step into t = 0 adds nothing.
+    """
+
+    order: ClassVar[int] = 1
+    steps: int = 250
+    v: float = 0.0
+    grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
+        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
+        times = self.times(schedule)
+        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
+
+    def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
+        """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""
+        draw = Streams(seeds)
+        for t, s in pairwise(times.double().cpu()):
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+            forward = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
+            kept = (sigma_s / sigma_t) ** 2
+            x = alpha_t / alpha_s * kept * x + alpha_s * forward / sigma_t**2 * denoise(x, t)
+            if s > 0:
+                x = x + (forward * kept ** (1 - self.v)).sqrt() * draw(x)
+        return x
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """-> (steps + 1), float64."""
+        return self.grid(self.steps, schedule)

@@ -1,0 +1,48 @@
+"""SDE-DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095, section 5 and appendix D.2)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.noise import Streams
+from ldm.types import Denoise, Schedule
+
+
+@dataclass(frozen=True)
+class DPMppSDE:
+    """Second order in the drift, stochastic; calls the network once a step.
+
+    The step into t = 0 is first order, as in `dpmpp`.
+    """
+
+    order: ClassVar[int] = 2
+    steps: int = 25
+    grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
+        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
+        times = self.times(schedule)
+        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
+
+    def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
+        """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""
+        draw = Streams(seeds)
+        last, h_last = None, None
+        for t, s in pairwise(times.double().cpu()):
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+            h = torch.log(alpha_s / sigma_s) - torch.log(alpha_t / sigma_t)
+            x_hat = denoise(x, t)
+            ahead = x_hat if last is None or s == 0 else x_hat + (x_hat - last) * h / h_last / 2
+            fresh = -torch.expm1(-2 * h)
+            x = sigma_s / sigma_t * torch.exp(-h) * x + alpha_s * fresh * ahead + sigma_s * fresh.sqrt() * draw(x)
+            last, h_last = x_hat, h
+        return x
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """-> (steps + 1), float64."""
+        return self.grid(self.steps, schedule)

@@ -1,0 +1,46 @@
+"""Euler's method down to less noise than wanted, then fresh noise up to it (k-diffusion's `euler_ancestral`)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor
+
+from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.noise import Streams
+from ldm.types import Denoise, Schedule
+
+
+@dataclass(frozen=True)
+class EulerAncestral:
+    """First order, stochastic; calls the network once a step.
+
+    eta = 1 has DDPM's variance (https://arxiv.org/abs/2006.11239, equation 7), told in sigma / alpha; eta = 0 is Euler's method.
+    """
+
+    order: ClassVar[int] = 1
+    steps: int = 50
+    eta: float = 1.0
+    grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
+        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
+        times = self.times(schedule)
+        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
+
+    def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
+        """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""
+        draw = Streams(seeds)
+        for t, s in pairwise(times.double().cpu()):
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+            ratio_t, ratio_s = sigma_t / alpha_t, sigma_s / alpha_s
+            up = (self.eta * ratio_s * (1 - (ratio_s / ratio_t) ** 2).sqrt()).clamp(max=ratio_s)
+            down = (ratio_s**2 - up**2).sqrt()
+            slope = (x - alpha_t * denoise(x, t)) / sigma_t
+            x = alpha_s * (x / alpha_t + (down - ratio_t) * slope + up * draw(x))
+        return x
+
+    def times(self, schedule: Schedule) -> Tensor:
+        """-> (steps + 1), float64."""
+        return self.grid(self.steps, schedule)

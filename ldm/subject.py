@@ -1,0 +1,150 @@
+"""What is evaluated and against what: a plain config -> sources of pictures, made when a metric asks for them."""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ldm.build import allowed, build, load_autoencoder, load_model
+from ldm.data.shards import Shards
+from ldm.data.source import expand
+from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
+from ldm.evaluation.protocol import code_version
+from ldm.evaluation.real import Archive, Folder, read_lines
+from ldm.evaluation.rows import fingerprint
+from ldm.measure import weights_sha256
+from ldm.request import read_request
+
+
+class Subject:
+    """The model, pictures and references that an evaluation's config names.
+
+    used: the sources that were made, by kind; what they hold as `protocol` goes beside the numbers.
+    """
+
+    def __init__(self, config: Mapping[str, Any], out: Path) -> None:
+        self.config, self.out, self.used, self.allow = config, out, {}, allowed(config)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if config["device"] == "auto" else config["device"]
+        self.device = torch.device(device)
+        makers = {"drawing": self._drawings, "reconstruction": self._reconstructions}
+        self.pictures = {kind: lambda kind=kind, make=make: self._kept(kind, make()) for kind, make in makers.items()}
+        makers = {"train": lambda: self._split("train"), "val": lambda: self._split("val"), "reference": self._reference}
+        self.real = {kind: lambda kind=kind, make=make: self._use(kind, make()) for kind, make in makers.items()}
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, on its device."""
+        return load_model(self.config["model"], self.allow).to(self.device)
+
+    @cached_property
+    def data(self) -> Any:
+        """The data module, its shards written and read."""
+        data = build(self.config["data"], self.allow)
+        data.prepare_data()
+        data.setup()
+        return data
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a number depends on beside its metric, pictures and reference."""
+        model = self.config["model"]
+        return {"ema": None if model is None else averaged(Path(model)), "code": code_version()}
+
+    @property
+    def what(self) -> dict[str, Any]:
+        """What was measured."""
+        models = {kind: source.protocol["model"] for kind, source in self.used.items() if "model" in source.protocol}
+        return {"model": self.config["model"], "images": self.config["images"], "sha256": models}
+
+    def captions(self, count: int) -> list[str]:
+        """The captions of the first drawings, where they have some."""
+        source = self.used.get("drawing")
+        fields = {} if source is None else source.fields(range(min(count, source.count)))
+        return list(fields.get("caption", ()))
+
+    @cached_property
+    def _weights(self) -> str:
+        return weights_sha256(self.model)
+
+    def _drawings(self) -> Drawings | Folder:
+        config = self.config
+        if config["images"] is not None:
+            captions = None if config["prompts"] is None else read_lines(config["prompts"])
+            return Folder(config["images"], config["size"], self.device, captions, config["corrupt"])
+        if config["model"] is None:
+            raise ValueError("model=RUN_OR_FOLDER must be said, or images=FOLDER of pictures that were drawn already.")
+        size = config["size"] or self.data.size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        told = {name: config[name] for name in ("sampler", "guidance", "batch")}
+        sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
+        how = (config["seed"], size, config["conditioning"], str(config["precision"]))
+        return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, "model": self._weights})
+
+    def _requests(self) -> Split | Given:
+        config, count = self.config, self.config["count"]
+        if config["prompts"] is not None:
+            ask, lines = read_request({**config, "count": None}, self.model)
+            if count > lines:
+                raise ValueError(
+                    f"fewer captions than pictures: count={count}, and prompts={config['prompts']} has {lines} lines."
+                )
+            return Given({name: value[:count] for name, value in ask.items()}, count)
+        if config["ask"] or not self.model.conditioner.embedders:
+            return Given(*read_request({**config, "ask": spread(config["ask"])}, self.model))
+        return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
+
+    def _reconstructions(self) -> Reconstructions:
+        if self.config["model"] is None:
+            raise ValueError(
+                "Reconstruction is measured with a model: model=RUN_OR_FOLDER; or choose metric=[...] of drawings alone."
+            )
+        recipe = Path(self.config["model"]) / "config.json"
+        alone = recipe.is_file() and json.loads(recipe.read_text()).get("_target_", "").startswith("ldm.autoencoder.")
+        autoencoder = load_autoencoder(self.config["model"]).to(self.device) if alone else self.model.autoencoder
+        return Reconstructions(autoencoder, self._split("val"), weights_sha256(autoencoder))
+
+    def _split(self, split: str) -> Split:
+        return Split(self.data, split, self.device)
+
+    def _reference(self) -> Split | Folder | Archive:
+        config, name = self.config, self.config["reference"]
+        if name in ("train", "val"):
+            return self._split(name)
+        size = config["size"] if config["images"] is not None else config["size"] or self.data.size
+        if name.endswith(".npz"):
+            return Archive(name, self.device)
+        if Path(name).is_dir() and not any(Path(name).glob("*.tar")):
+            return Folder(name, size, self.device, limit=config["corrupt"], option="reference")
+        if not isinstance(size, int):
+            raise ValueError(f"reference={name} are shards, whose pictures are brought to one size: say size=256, or the like.")
+        return Split(Shards(expand(name, "reference"), fields={"image": "jpg"}, size=size), "train", self.device)
+
+    def _kept(self, kind: str, source: Any) -> Any:
+        if isinstance(source, Folder):
+            return self._use(kind, source)
+        folder = self.out / f"{kind}-{fingerprint(source.protocol)[:8]}"
+        return self._use(kind, Kept(source, folder, self.config["keep"]))
+
+    def _use(self, kind: str, source: Any) -> Any:
+        self.used[kind] = source
+        return source
+
+
+def spread(ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Conditions as they were asked for, where `0..999` stands for the whole numbers from 0 to 999."""
+    spans = {name: re.fullmatch(r"(\d+)\.\.(\d+)", str(value)) for name, value in ask.items()}
+    return {n: ask[n] if span is None else list(range(int(span[1]), int(span[2]) + 1)) for n, span in spans.items()}
+
+
+def averaged(model: Path) -> float | str:
+    """The decay of the weights' average, as the run's config.yaml has it."""
+    for folder in (model, model.parent.parent):
+        if (folder / "config.yaml").is_file():
+            callbacks = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("callback") or {}
+            return (callbacks.get("ema") or {}).get("decay", "none")
+    return "unknown"

@@ -1,0 +1,154 @@
+"""Schedules and samplers against diffusers' schedulers: the same random network, noise and grid, 10 steps.
+
+Exceptions, by name: diffusers' DDIM takes 1000 // steps for the distance to the next step, which is wrong on its linspace
+grid; its tables are float32, so that outputs which it divides by a small alpha are compared where they stay moderate.
+"""
+
+import diffusers
+import pytest
+import torch
+
+from ldm.denoiser import Denoiser, Timestep
+from ldm.prediction import Data, Noise, Velocity
+from ldm.sampler.ddim import DDIM
+from ldm.sampler.ddpm import DDPM as Ancestral
+from ldm.sampler.dpmpp import DPMpp
+from ldm.sampler.dpmpp_sde import DPMppSDE
+from ldm.sampler.euler import Euler
+from ldm.sampler.euler_ancestral import EulerAncestral
+from ldm.sampler.grid import Karras, Leading, Linspace, Trailing
+from ldm.sampler.heun import Heun
+from ldm.sampler.noise import Streams
+from ldm.sampler.unipc import UniPC
+from ldm.schedule import DDPM, ScaledLinear
+from ldm.types import Cond, like
+
+STEPS = 10
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULE = ScaledLinear(floor=1e-7)
+PREDICTIONS = {"epsilon": Noise(), "v_prediction": Velocity(), "sample": Data()}
+GRIDS = {
+    "leading": (Leading(), {"timestep_spacing": "leading", "steps_offset": 1}),
+    "trailing": (Trailing(), {"timestep_spacing": "trailing"}),
+    "linspace": (Linspace(), {"timestep_spacing": "linspace"}),
+}
+X = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Network(torch.nn.Module):
+    """A fixed random function of the noisy picture and the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 2
+
+    def forward(self, x, noise_level, cond):
+        return torch.tanh(torch.einsum("dc,bchw->bdhw", self.mix, x) + like(noise_level, x) / 1000)
+
+
+def theirs(scheduler, x, **step):
+    """What a scheduler of diffusers makes of x, of unit variance, in the loop of its pipelines."""
+    scheduler.set_timesteps(STEPS)
+    if scheduler.init_noise_sigma != 1:  # it works on x / alpha
+        x = x * (scheduler.sigmas[0].double() ** 2 + 1).sqrt()
+    for t in scheduler.timesteps:
+        x = scheduler.step(Network()(scheduler.scale_model_input(x, t), t.double(), None), t, x, **step).prev_sample
+    return x
+
+
+def ours(sampler, prediction, x, schedule=SCHEDULE):
+    """The same of a sampler; the published networks are told the step."""
+    denoiser = Denoiser(Network(), schedule, PREDICTIONS[prediction], Timestep(1000))
+    return sampler.walk(lambda x_t, t: denoiser(x_t, t, Cond()), schedule, x, sampler.times(schedule), range(len(x)))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("schedule, betas", [(ScaledLinear, SCALED), (DDPM, {"beta_schedule": "linear"})])
+def test_alphas(schedule, betas, zero):
+    scheduler = diffusers.EulerDiscreteScheduler(**{"beta_start": 1e-4, "beta_end": 0.02} | betas, rescale_betas_zero_snr=zero)
+    alpha, sigma = schedule(zero_terminal_snr=zero)((torch.arange(1000, dtype=torch.float64) + 1) / 1000)
+    torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sigma**2, 1 - scheduler.alphas_cumprod.double(), atol=1e-6, rtol=0)
+    assert (alpha[-1] ** 2 <= 2**-24 * (1 + 1e-9)) == zero and (alpha.diff() < 0).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "peer, sampler, spare",
+    [
+        (diffusers.DDIMScheduler, DDIM, 0),
+        (diffusers.EulerDiscreteScheduler, Euler, 0),
+        (diffusers.HeunDiscreteScheduler, Heun, 0),
+        (diffusers.DPMSolverMultistepScheduler, DPMpp, 1),
+        (diffusers.UniPCMultistepScheduler, UniPC, 1),
+    ],
+)
+def test_deterministic_samplers(peer, sampler, spare, grid, prediction):
+    if (peer, grid) == (diffusers.DDIMScheduler, "linspace"):
+        pytest.skip("diffusers' DDIM steps by 1000 // steps, whatever the grid")
+    points, spacing = GRIDS[grid]
+    points = points if grid == "trailing" else type(points)(spare=spare)
+    only = {"clip_sample": False} if peer is diffusers.DDIMScheduler else {}
+    scheduler = peer(**SCALED, **spacing, **only, prediction_type=prediction)
+    wanted = theirs(scheduler, X)
+    torch.testing.assert_close(ours(sampler(STEPS, grid=points), prediction, X), wanted, atol=1e-4, rtol=0)
+
+
+def test_ddim_that_stops_at_the_first_step():
+    """`set_alpha_to_one` false, as in Stable Diffusion's own config."""
+    scheduler = diffusers.DDIMScheduler(**SCALED, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    drawn = ours(DDIM(STEPS, grid=Leading(last=1 / 1000)), "epsilon", X)
+    torch.testing.assert_close(drawn, theirs(scheduler, X), atol=1e-4, rtol=0)
+
+
+def test_zero_terminal_snr():
+    scheduler = diffusers.EulerDiscreteScheduler(
+        **SCALED, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+    )
+    drawn = ours(Euler(STEPS, grid=Trailing()), "v_prediction", X, ScaledLinear(floor=1e-7, zero_terminal_snr=True))
+    torch.testing.assert_close(drawn, theirs(scheduler, X), atol=1e-4, rtol=0)
+
+
+def test_karras_grid():
+    scheduler = diffusers.EulerDiscreteScheduler(**SCALED, use_karras_sigmas=True, prediction_type="v_prediction")
+    drawn = ours(Euler(STEPS, grid=Karras()), "v_prediction", X)
+    torch.testing.assert_close(drawn, theirs(scheduler, X), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("p", [1, 3])
+def test_unipc_of_other_orders(p):
+    scheduler = diffusers.UniPCMultistepScheduler(
+        **SCALED, timestep_spacing="trailing", prediction_type="v_prediction", solver_order=p
+    )
+    drawn = ours(UniPC(STEPS, p, Trailing()), "v_prediction", X)
+    torch.testing.assert_close(drawn, theirs(scheduler, X), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "peer, only, step, sampler",
+    [
+        (diffusers.DDPMScheduler, {"clip_sample": False}, {}, Ancestral(STEPS, grid=Leading(offset=0))),
+        (
+            diffusers.DDPMScheduler,
+            {"clip_sample": False, "variance_type": "fixed_large"},
+            {},
+            Ancestral(STEPS, v=1.0, grid=Leading(offset=0)),
+        ),
+        (diffusers.DDIMScheduler, {"clip_sample": False, "steps_offset": 1}, {"eta": 0.7}, DDIM(STEPS, 0.7, Leading())),
+        (diffusers.EulerAncestralDiscreteScheduler, {}, {}, EulerAncestral(STEPS, grid=Linspace())),
+        (
+            diffusers.DPMSolverMultistepScheduler,
+            {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+            {},
+            DPMppSDE(STEPS, Trailing()),
+        ),
+    ],
+    ids=["ddpm", "ddpm_large", "ddim_eta", "euler_ancestral", "dpmpp_sde"],
+)
+def test_stochastic_samplers_given_the_same_noise(peer, only, step, sampler, monkeypatch):
+    """diffusers draws for the whole batch; here it is handed what each picture's own seed says."""
+    draw = Streams(range(len(X)))
+    monkeypatch.setattr(f"{peer.__module__}.randn_tensor", lambda shape, **_: draw(X))
+    scheduler = peer(**SCALED, **only, prediction_type="v_prediction")
+    torch.testing.assert_close(ours(sampler, "v_prediction", X), theirs(scheduler, X, **step), atol=1e-4, rtol=0)

@@ -1,0 +1,148 @@
+"""What is trained: weights, noises, distances and times against closed forms, for every prediction."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm.build import build
+from ldm.command_line import CONFIGS, compose_config
+from ldm.denoiser import Denoiser, LogRatio
+from ldm.objective.distance import Huber, Square
+from ldm.objective.noise import Normal, Offset
+from ldm.objective.regression import Regression
+from ldm.objective.time import LogitNormal, LogNormal, Uniform
+from ldm.objective.uncertainty import Uncertainty
+from ldm.objective.weight import EDM, MinSNR, Plain, SoftMinSNR
+from ldm.prediction import Data, Flow, Noise, Velocity
+from ldm.schedule import Cosine, Karras, Linear, ScaledLinear
+from ldm.types import Cond, Draw, like
+
+PREDICTIONS = [Data(), Noise(), Flow(), Velocity()]
+SCHEDULES = [Linear(), Cosine(), Karras(), ScaledLinear()]
+POSITION = torch.arange(64)
+DRAW = Draw(0, POSITION, 64)
+X = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+class Echo(nn.Module):
+    """Says half of what it hears."""
+
+    def forward(self, x, noise_level, cond):
+        return x / 2
+
+
+def denoiser(schedule, prediction):
+    return Denoiser(Echo(), schedule, prediction, LogRatio())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
+@pytest.mark.parametrize("weight", [MinSNR(), SoftMinSNR(), EDM()], ids=repr)
+def test_a_weight_is_of_the_datas_error_whatever_is_predicted(weight, prediction, schedule):
+    """The loss is w ||x_hat - x||^2 with w = min(SNR, 5), SNR 4 / (SNR + 4), SNR + 1."""
+    net, t = denoiser(schedule, prediction), 0.02 + 0.96 * DRAW.stratified("time").double()
+    alpha, sigma = (like(s, X) for s in schedule(t))
+    x_hat = net(alpha * X + sigma * DRAW.normal("noise", X.shape[1:]).double(), t, Cond())
+    snr = (alpha / sigma).flatten() ** 2
+    w = {MinSNR: snr.clamp(max=5), SoftMinSNR: snr * 4 / (snr + 4), EDM: snr + 1}[type(weight)]
+    each, log_ratio = Regression(lambda u, s: 0.02 + 0.96 * u.double(), weight).each(net, X, Cond(), DRAW)
+    torch.testing.assert_close(each, w * (x_hat - X).square().flatten(1).mean(1))
+    torch.testing.assert_close(log_ratio, -snr.log() / 2)
+
+
+def test_min_snr_is_the_papers_factor_for_noise_and_velocity():
+    """min(SNR, 5) / SNR for noise, / (SNR + 1) for velocity (sections 3.4 and 4 of https://arxiv.org/abs/2303.09556)."""
+    alpha, sigma = Cosine()(torch.linspace(0.01, 0.99, 50, dtype=torch.float64))
+    snr, one = (alpha / sigma) ** 2, torch.ones_like(alpha)
+    for prediction, divisor in ((Noise(), snr), (Velocity(), snr + 1), (Data(), one)):
+        gain = prediction.to_data(one, 0 * one, alpha, sigma).abs()
+        torch.testing.assert_close(MinSNR()(alpha, sigma, gain), snr.clamp(max=5) / divisor)
+
+
+def test_edms_weight_of_velocity_is_plain():
+    net = denoiser(Karras(), Velocity())
+    plain, edm = (Regression(Uniform(), weight).each(net, X, Cond(), DRAW)[0] for weight in (Plain(), EDM()))
+    torch.testing.assert_close(plain, edm)
+
+
+def test_offset_noise_moves_whole_channels():
+    """Each pixel has variance 1 + 0.1^2, and two of one channel covariance 0.1^2."""
+    draw, x = Draw(0, torch.arange(4096), 4096), torch.zeros(4096, 2, 2, 2)
+    noise = Offset(0.5)(draw, x)
+    a, b, other = noise[:, 0, 0, 0], noise[:, 0, 1, 1], noise[:, 1, 0, 0]
+    se = 1.25 / 4096**0.5
+    assert (a * a).mean().item() == pytest.approx(1.25, abs=6 * se) and (a * b).mean().item() == pytest.approx(0.25, abs=4 * se)
+    assert (a * other).mean().item() == pytest.approx(0, abs=4 * se)
+    assert torch.equal(Offset(0.0)(draw, x), Normal()(draw, x))
+
+
+def test_huber_is_the_square_when_small_and_straight_when_large():
+    error = torch.tensor([0.0, 1e-4, -1e-4, 100.0, -100.0], dtype=torch.float64)
+    assert Huber(0.1)(error)[:3].tolist() == pytest.approx(Square()(error)[:3].tolist(), rel=1e-5)
+    assert Huber(0.1)(error)[3:].tolist() == pytest.approx([2 * 0.1 * (100 - 0.1)] * 2, rel=1e-5)
+
+
+def test_times_have_the_distribution_they_say():
+    u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+    assert torch.equal(Uniform()(u, Cosine()), u)
+    logit = LogitNormal(0.4, 0.7)(u, Cosine()).logit()
+    assert logit.mean().item() == pytest.approx(0.4, abs=1e-3) and logit.std().item() == pytest.approx(0.7, rel=1e-3)
+    for schedule in (Karras(1e-4, 1e4), Linear(1e-6), Cosine(1e-6)):
+        alpha, sigma = schedule(LogNormal(-0.5, 1.2)(u, schedule))
+        log_ratio = (sigma / alpha).log()
+        assert log_ratio.mean().item() == pytest.approx(-0.5, abs=1e-3) and log_ratio.std().item() == pytest.approx(1.2, rel=1e-3)
+
+
+def test_uncertainty_begins_plain_and_is_best_at_the_log_of_the_loss():
+    """Then the loss is 1 + E log(regression), and no gradient is left."""
+    net, plain = denoiser(Linear(), Flow()), Regression(Uniform())
+    uncertain = Uncertainty(Uniform()).double()
+    each, _ = plain.each(net, X, Cond(), DRAW)
+    said = uncertain(net, X, Cond(), DRAW)
+    torch.testing.assert_close(said["loss"], each.mean())
+    torch.testing.assert_close(said["regression"], each.mean())
+    u = each.log().requires_grad_()
+    uncertain.u = lambda log_ratio: u
+    best = uncertain(net, X, Cond(), DRAW)["loss"]
+    assert best.item() == pytest.approx(1 + each.log().mean().item())
+    assert torch.autograd.grad(best, u)[0].abs().max() < 1e-12
+
+
+def test_uncertainty_learns_the_level_of_the_loss():
+    net, uncertain = denoiser(Linear(), Flow()), Uncertainty(Uniform()).double()
+    optimizer = torch.optim.LBFGS(uncertain.head.parameters(), max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = uncertain(net, X, Cond(), DRAW)["loss"]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    each, log_ratio = uncertain.regression.each(net, X, Cond(), DRAW)
+    assert (uncertain.u(log_ratio) - each.log()).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "objective").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_objective_is_a_scalar_and_the_same_in_parts(path):
+    """Halves of a global batch, each on its own device, have the mean of their losses."""
+    torch.manual_seed(0)
+    objective, net = build(OmegaConf.load(path)), denoiser(Linear(), Flow())
+    whole = objective(net, X.float(), Cond(), DRAW)
+    halves = [objective(net, X[r].float(), Cond(), Draw(0, POSITION[r], 64))["loss"] for r in POSITION.split(32)]
+    assert all(value.shape == () and value.isfinite() for value in whole.values())
+    torch.testing.assert_close(whole["loss"], sum(halves) / 2)
+
+
+def test_parts_are_chosen_by_name_and_unknown_ones_refused():
+    parts = {part: sorted(p.stem for p in (CONFIGS / "objective" / part).glob("*.yaml")) for part in ("weight", "noise")}
+    for objective in ("regression", "uncertainty"):
+        for weight in parts["weight"]:
+            chosen = [f"objective={objective}", f"objective/weight={weight}", "objective/noise=offset"]
+            built = build(compose_config("train", [*chosen, "objective/time=log_normal", "objective/distance=huber"]).objective)
+            regression = getattr(built, "regression", built)
+            assert isinstance(regression.noise, Offset) and isinstance(regression.time, LogNormal)
+            assert type(regression.weight).__name__.lower() == weight.replace("_", "")
+    with pytest.raises(ValueError, match="objective/weight=max_snr"):
+        compose_config("train", ["objective/weight=max_snr"])
