@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from ldm.build import allowed, build, load_autoencoder, load_model
-from ldm.data.index import expand
 from ldm.data.shards import Shards
+from ldm.data.source import expand
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version
 from ldm.evaluation.real import Archive, Folder, read_lines

@@ -35,6 +35,18 @@ HELPERS = {
     "weight",
     "weights",
     "write",
+    "bad",
+    "bucket",
+    "doctor",
+    "fetch",
+    "filter",
+    "pack",
+    "recent",
+    "record",
+    "samples",
+    "selection",
+    "source",
+    "tar",
 }
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 

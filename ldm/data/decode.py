@@ -1,11 +1,11 @@
 """Bytes of a shard's member to values, by a fixed table of member names. Nothing in a shard can name code to run.
 
-jpg jpeg png webp    picture    uint8 (3, size, size)
-map.png, map.*.png   label map  int64 (size, size), the numbers in the file
+jpg jpeg png webp    picture    uint8 (3, height, width)
+map.png, map.*.png   label map  int64 (height, width), the numbers in the file
 txt                  text       str
 json                 record     dict
 cls                  class      int
-npy, *.npy           array      tensor; floats as float32
+npy, *.npy           array      tensor of its own type
 """
 
 from __future__ import annotations
@@ -15,35 +15,75 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacked
+MAX_BYTES = 2**28  # a member that is larger is refused before it is read
+MAX_RECORD = 2**20  # a json or a text that is larger is refused
 FORMATS = ("JPEG", "PNG", "WEBP")
 FAULTS = (OSError, ValueError, SyntaxError, EOFError, IndexError, RecursionError, struct.error, Image.DecompressionBombError)
+SRGB_MODES = ("RGB", "L")  # of a JPEG that torchvision's decoder reads, to the very pixels of Pillow's
+ORIENTATION = 0x0112  # of EXIF
 
 
-def decode(member: str, data: bytes, size: int, where: str = "") -> Any:
-    """One member's bytes -> its value, as the table above says; pictures have the shorter side brought to `size`, middle kept.
+class BadSample(ValueError):
+    """A sample that cannot be read, through no fault of the program."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What to cut out of a picture, and how large it becomes.
+
+    height, width: pixels of the result;  v, u: in [0, 1], where the cut lies, 0 at the top or left, 0.5 in the middle
+    flip: mirrored
+    """
+
+    height: int
+    width: int
+    v: float = 0.5
+    u: float = 0.5
+    flip: bool = False
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The largest cut of a picture that has the result's shape -> left, top, width and height in its pixels."""
+        scale = min(width / self.width, height / self.height)
+        w, h = min(width, round(self.width * scale)), min(height, round(self.height * scale))
+        return int((width - w) * self.u), int((height - h) * self.v), max(w, 1), max(h, 1)
+
+    def corner(self, width: int, height: int) -> tuple[int, int]:
+        """Top and left of the cut once the picture is scaled: SDXL's crop (https://arxiv.org/abs/2307.01952, 2.2)."""
+        left, top, w, h = self.box(width, height)
+        return round(top * self.height / h), round(left * self.width / w)
+
+
+def decode(member: str, data: bytes, view: View, where: str = "") -> Any:
+    """One member's bytes -> its value, as the table above says.
 
     Args:
         where: shard and key, for the error.
 
     Raises:
-        ValueError: the bytes are not what the member's name says.
+        BadSample: the bytes are not what the member's name says.
     """
     read = decoder(member)
     try:
-        return read(data, size)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"more than the {MAX_BYTES} bytes that a member may have")
+        return read(data, view)
     except FAULTS as error:
-        raise ValueError(f"Cannot read member {member!r} of {where or 'a sample'} ({len(data)} bytes): {error!r}") from error
+        raise BadSample(f"Cannot read member {member!r} of {where or 'a sample'} ({len(data)} bytes): {error!r}") from error
 
 
-def decoder(member: str) -> Callable[[bytes, int], Any]:
+def decoder(member: str) -> Callable[[bytes, View], Any]:
     """The function that reads members of this name.
 
     Raises:
@@ -60,8 +100,13 @@ def decoder(member: str) -> Callable[[bytes, int], Any]:
 
 
 def is_image(member: str) -> bool:
-    """Whether a member is a picture, (3, size, size) uint8."""
-    return decoder(member) is _image
+    """Whether a member is a picture, (3, height, width) uint8."""
+    return member.rpartition(".")[2].lower() in _TABLE and decoder(member) is _image
+
+
+def is_array(member: str) -> bool:
+    """Whether a member is an array of numbers."""
+    return decoder(member) is _array
 
 
 def is_text(member: str) -> bool:
@@ -80,41 +125,69 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _image(data: bytes, size: int) -> Tensor:
-    image = ImageOps.exif_transpose(_open(data))
-    image = _fit(to_rgb(image), size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def picture_size(file: io.BytesIO) -> tuple[int, int]:
+    """-> width and height as it is looked at, from the header alone.
+
+    Raises:
+        ValueError: no picture.
+    """
+    try:
+        image = Image.open(file, formats=FORMATS)
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+    except FAULTS as error:
+        raise ValueError(f"no picture: {error!r}") from error
+    return (image.height, image.width) if turned else image.size
 
 
-def _label_map(data: bytes, size: int) -> Tensor:
+def _image(data: bytes, view: View) -> Tensor:
+    return _fit(_pixels(data), view, InterpolationMode.BICUBIC)
+
+
+def _pixels(data: bytes) -> Tensor:
+    """-> uint8 (3, H, W), channels last."""
     image = _open(data)
-    labels = np.array(_fit(image, size, Image.Resampling.NEAREST)).astype(np.int64)
+    upright = image.getexif().get(ORIENTATION, 1) == 1
+    if image.format == "JPEG" and image.mode in SRGB_MODES and upright:
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[0]) from error
+    image = to_rgb(ImageOps.exif_transpose(image))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _label_map(data: bytes, view: View) -> Tensor:
+    image = _open(data)
+    labels = torch.from_numpy(np.array(image).astype(np.int64))
     if labels.ndim != 2:
         raise ValueError(f"a label map has one channel of labels, this one has mode {image.mode}")
-    return torch.from_numpy(labels)
+    return _fit(labels[None], view, InterpolationMode.NEAREST_EXACT)[0]
 
 
-def _text(data: bytes, size: int) -> str:
+def _text(data: bytes, view: View) -> str:
+    if len(data) > MAX_RECORD:
+        raise ValueError(f"more than the {MAX_RECORD} bytes that a text may have")
     return data.decode("utf-8").strip()
 
 
-def _record(data: bytes, size: int) -> dict:
+def _record(data: bytes, view: View) -> dict:
+    if len(data) > MAX_RECORD:
+        raise ValueError(f"more than the {MAX_RECORD} bytes that a record may have")
     record = json.loads(data)
     if not isinstance(record, dict):
         raise ValueError(f"wanted a JSON object, found {type(record).__name__}")
     return record
 
 
-def _class(data: bytes, size: int) -> int:
+def _class(data: bytes, view: View) -> int:
     return int(data)
 
 
-def _array(data: bytes, size: int) -> Tensor:
+def _array(data: bytes, view: View) -> Tensor:
     array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"wanted numbers, found an array of {array.dtype}")
-    dtype = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -124,15 +197,16 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _fit(image: Image.Image, size: int, how: Image.Resampling) -> Image.Image:
-    """The middle square, size x size. Cropped before it is scaled, so that no shape, however long, fills the memory."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.crop(box) if side == size else image.resize((size, size), how, box=box)
+def _fit(image: Tensor, view: View, how: InterpolationMode) -> Tensor:
+    """(C, H, W) -> (C, height, width). Cut before it is scaled, so that no shape, however long, fills the memory."""
+    left, top, w, h = view.box(image.shape[2], image.shape[1])
+    image = image[:, top : top + h, left : left + w]
+    if (h, w) != (view.height, view.width):
+        image = resize(image, [view.height, view.width], how, antialias=how is InterpolationMode.BICUBIC)
+    return image.flip(2) if view.flip else image
 
 
-_TABLE: dict[str, Callable[[bytes, int], Any]] = {
+_TABLE: dict[str, Callable[[bytes, View], Any]] = {
     "jpg": _image,
     "jpeg": _image,
     "png": _image,

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,7 @@ class Emoji(Shards):
         size: pixels.
         groups: names out of CLASSES, "all", or None for all but "People & Body", "Symbols" and "Flags".
         val_fraction: share of the pictures kept for validation, chosen by a hash of the key; 0 keeps none.
-        others: as in Shards.
+        shards: as in Shards.
 
     Raises:
         FileNotFoundError: the atlas is not there.
@@ -73,20 +73,16 @@ class Emoji(Shards):
         root: str | Path = "runs/data",
         size: int = 32,
         groups: Sequence[str] | Literal["all"] | None = None,
-        fields: Mapping[str, str] | None = None,
-        batch: int = 64,
-        seed: int = 0,
-        workers: int = 0,
         val_fraction: float = 0.05,
-        on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
+        **shards: Any,
     ) -> None:
         self.groups, self.val_fraction = _choose(groups), val_fraction
         self.folder = Path(root) / f"emoji-{size}-{_name(size, self.groups, val_fraction)}"
         val = self.folder / "val" if val_fraction > 0 else None
-        super().__init__(self.folder / "train", val, fields, size, batch, seed, workers, on_mismatch)
+        super().__init__(self.folder / "train", val, size=size, **shards)
 
     def prepare_data(self) -> None:
-        """Writes the shards, unless they are there."""
+        """Writes the shards, unless they are there, and indexes them."""
         for split, held_out in SPLIT.items():
             if (held_out and self.val is None) or (self.folder / split).exists():
                 continue
@@ -94,6 +90,7 @@ class Emoji(Shards):
                 write_shards(self._samples(held_out), self.folder / split, per_shard=10_000)
             except FileExistsError:
                 pass  # another process wrote them meanwhile
+        super().prepare_data()
 
     def _samples(self, held_out: bool) -> Iterator[dict[str, Any]]:
         atlas = Image.open(_asset("emoji.webp"), formats=("WEBP",)).convert("RGBA")

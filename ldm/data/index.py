@@ -1,175 +1,221 @@
-"""What lies where in a list of tar shards, so that any sample is one read away and no damage goes unseen.
+"""Where every member of every sample lies, and what is known about it: one Arrow file for each shard, mapped into memory.
 
-A sample is the members of one shard that share a key: the path up to the first dot of its last part. What follows that dot
-names the member (`jpg`, `txt`, `map.png`). Python's tarfile, and with it WebDataset, takes a bad header for the end of the
-archive; here such a shard is refused by name.
+The files lie in `.index` beside the shards, or below the cache folder where those cannot be written to. They are made in
+parallel, once, and again only for shards whose size or time has changed. A table of all shards (path, count, digest) is
+read by every process; a shard's own file only when its samples are. So memory does not grow with the number of samples.
+
+Columns: `key`; `<member>:offset` and `<member>:size` in bytes (offset -1 where a sample lacks it); `width`, `height`,
+`original_width`, `original_height` and every other number of the sample's record (json, or 00000.parquet beside 00000.tar),
+NaN where it is not said; `caption_length` in characters; `hash`, 64 bits of the record's sha256, sha512 or md5, else 0.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import tarfile
+import os
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from glob import glob
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+from ldm.data.fetch import CACHE, Fetch, is_remote
+from ldm.data.recent import Recent
+from ldm.data.record import describe
+from ldm.data.tar import Damaged
 
-Spans = dict[str, dict[str, tuple[int, int]]]  # key -> member -> (offset, size)
+VERSION = 1  # of the columns; another one is made anew
+OPEN_TABLES = 256
+FEW = 16  # shards that are read without more processes
+
+Damage = Literal["refuse", "leave_out"]
 
 
-@dataclass(frozen=True)
 class Index:
-    """Where every member of every sample lies.
+    """The samples of some shards, by (shard, row).
 
-    shards: paths;  keys: one a sample;  shard: (N) int32, the sample's place in `shards`
-    spans:  member -> (N, 2) int64, offset and size in bytes; offset -1 where the sample lacks the member
+    Args:
+        shards: paths or addresses, as `expand` gives them.
+        fetch: brings remote shards here.
+        damaged: "refuse" damaged shards, or "leave_out" what they hold, naming each.
+        cache: folder for index files that cannot lie beside the shards.
+
+    Raises:
+        ValueError: shards are damaged and `damaged` is "refuse"; names each, with its reason.
     """
 
-    shards: list[str]
-    sizes: list[int]
-    keys: list[str]
-    shard: np.ndarray
-    spans: dict[str, np.ndarray]
+    def __init__(
+        self, shards: Sequence[str], fetch: Fetch | None = None, damaged: Damage = "refuse", cache: str | Path = CACHE
+    ) -> None:
+        self.fetch = fetch or Fetch(cache)
+        self.folder = _index_folder(shards[0], cache)
+        stamps = _stamps(shards, self.fetch)
+        summary = self.folder / f"all-{_digest(map(str, [VERSION, *shards, *stamps]))[:16]}.arrow"
+        if not summary.is_file():
+            _write(_describe_all(shards, stamps, self.fetch, cache), summary)
+        table = _read(summary)
+        self.damage = {s: why for s, why in zip(shards, table["damage"].to_pylist()) if why}
+        if self.damage and damaged == "refuse":
+            raise ValueError(_refusal(self.damage, len(shards)))
+        whole = np.array([s not in self.damage for s in shards])
+        self.shards = [s for s in shards if s not in self.damage]
+        self.counts = table["count"].to_numpy()[whole]  # (S) int64, samples of each shard
+        self.digests = [d for d, w in zip(table["digest"].to_pylist(), whole) if w]
+        self._files = [_index_file(s, cache) for s in self.shards]
+        self._tables: Recent[int, Table] = Recent(OPEN_TABLES, self._open)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self.counts.sum())
+
+    def table(self, shard: int) -> Table:
+        """The columns of a shard."""
+        return self._tables[shard]
+
+    @cached_property
+    def members(self) -> list[str]:
+        """The members that samples of the first shard have."""
+        return self.table(0).members if self.shards else []
 
     def fingerprint(self) -> str:
         """-> sha256, in hex, over the shards' names and sizes and the samples' keys: another data set has another."""
-        words = [f"{Path(path).name} {size}" for path, size in zip(self.shards, self.sizes, strict=True)] + self.keys
-        return hashlib.sha256("\n".join(words).encode()).hexdigest()
+        return _digest(self.digests)
+
+    def _open(self, shard: int) -> Table:
+        return Table(_read(self._files[shard]))
 
 
-def build(shards: Sequence[str]) -> Index:
-    """Reads the headers of every shard.
+class Table:
+    """The columns of one shard, mapped into memory."""
 
-    Raises:
-        ValueError: a shard is damaged, not a tar, or holds another number of samples than its `_stats.json` says.
-    """
-    read = [_read_shard(path) for path in shards]
-    keys = [key for samples in read for key in samples]
-    members = [found for samples in read for found in samples.values()]
-    spans = {name: np.full((len(keys), 2), -1, dtype=np.int64) for name in sorted({m for found in members for m in found})}
-    for i, found in enumerate(members):
-        for name, span in found.items():
-            spans[name][i] = span
-    shard = np.repeat(np.arange(len(read), dtype=np.int32), [len(samples) for samples in read])
-    return Index(list(shards), [Path(path).stat().st_size for path in shards], keys, shard, spans)
+    def __init__(self, table: pa.Table) -> None:
+        self._keys = table["key"]
+        self._columns = {name: table[name].to_numpy() for name in table.column_names if name != "key"}
 
+    def __len__(self) -> int:
+        return len(self._keys)
 
-def expand(source: str | Path | Sequence[str | Path], option: str = "data.train") -> list[str]:
-    """Names the shards behind a folder, a tar, a glob, a brace pattern (`{00000..00012}.tar`), or a list of these.
+    @property
+    def numbers(self) -> list[str]:
+        """The columns that say something of the samples themselves."""
+        return [name for name in self._columns if ":" not in name and name != "hash"]
 
-    Args:
-        option: the config line to name in errors.
-    Returns:
-        paths, sorted, each once.
+    def has(self, member: str) -> np.ndarray:
+        """(rows) bool, which samples have a member."""
+        offsets = self.column(f"{member}:offset")
+        return np.zeros(len(self), dtype=bool) if offsets is None else offsets >= 0
 
-    Raises:
-        ValueError: an address that is not a local path (`pipe:`, `s3:`).
-        FileNotFoundError: there are no shards.
-    """
-    sources = [source] if isinstance(source, str | Path) else list(source)
-    shards = sorted({path for one in sources for path in _expand_one(str(one), option)})
-    if not shards:
-        raise FileNotFoundError(_nothing("[]", option))
-    return shards
+    @property
+    def members(self) -> list[str]:
+        """What the samples may have."""
+        return [name.removesuffix(":size") for name in self._columns if name.endswith(":size")]
 
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys."""
+        return self._keys.to_pylist()
 
-def _expand_one(source: str, option: str) -> list[str]:
-    if _SCHEME.match(source):
-        raise ValueError(f"{option}={source!r} is an address; shards are read from local paths only (a folder, *.tar, a list).")
-    if Path(source).is_dir():
-        found = [str(path) for path in Path(source).glob("*.tar")]
-        if not found:
-            raise FileNotFoundError(_nothing(f"{source}/*.tar", option))
-        return found
-    paths = []
-    for pattern in _braces(source):
-        found = [pattern] if Path(pattern).is_file() else [path for path in glob(pattern) if Path(path).is_file()]
-        if not found:
-            raise FileNotFoundError(_nothing(pattern, option))
-        paths += found
-    return paths
+    def key(self, row: int) -> str:
+        """A sample's key."""
+        return self._keys[row].as_py()
+
+    def column(self, name: str) -> np.ndarray | None:
+        """(rows) a column, None where the shard has none of that name."""
+        return self._columns.get(name)
+
+    def span(self, row: int, member: str) -> tuple[int, int]:
+        """-> offset and size in bytes; offset -1 where the sample lacks the member."""
+        offsets = self._columns.get(f"{member}:offset")
+        return (-1, 0) if offsets is None else (int(offsets[row]), int(self._columns[f"{member}:size"][row]))
+
+    def number(self, row: int, name: str) -> float:
+        """One number of a sample's record, NaN where it is not said."""
+        column = self._columns.get(name)
+        return float("nan") if column is None else float(column[row])
 
 
-def _nothing(looked_for: str, option: str) -> str:
-    return (
-        f"No shards: looked for {looked_for} ({option}). `data=emoji` makes its own shards; for other pictures, img2dataset or "
-        f"`python -m ldm.data.pack` makes them. Then set {option} to their folder."
-    )
-
-
-def _braces(pattern: str) -> list[str]:
-    """`a{00..02}` -> a00, a01, a02; `a{b,c}` -> ab, ac."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        width = len(numbers[1])
-        choices = [f"{i:0{width}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
+def _describe_all(shards: Sequence[str], stamps: Sequence[str], fetch: Fetch, cache: str | Path) -> pa.Table:
+    """Reads the shards whose index files are missing or old; -> count, digest and damage of each shard."""
+    works = [(s, stamp, _index_file(s, cache), fetch) for s, stamp in zip(shards, stamps)]
+    kept = [_kept(file, stamp) for _, stamp, file, _ in works]
+    todo = [work for work, found in zip(works, kept) if found is None]
+    if len(todo) <= FEW:
+        made = [_describe_one(work) for work in todo]
     else:
-        choices = match[1].split(",")
-    return [path for choice in choices for path in _braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+            made = list(tqdm(pool.map(_describe_one, todo, chunksize=4), total=len(todo), desc="reading shards", unit="shard"))
+    fresh = iter(made)
+    rows = [next(fresh) if found is None else found for found in kept]
+    return pa.Table.from_pylist([{k: row[k] for k in ("count", "digest", "damage")} for row in rows])
 
 
-def _read_shard(path: str) -> Spans:
-    """-> key -> member -> (offset, size), in the shard's order."""
+def _describe_one(work: tuple[str, str, Path, Fetch]) -> dict:
+    shard, stamp, file, fetch = work
+    path = fetch(shard)
     try:
-        with tarfile.open(path, "r:") as tar:
-            samples = _read_members(tar)
-            _check_end(path, tar.offset)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"Shard {path} is damaged or no plain tar: {error}. Make it again or leave it out.") from error
-    _check_count(path, len(samples))
-    return samples
+        table, damage = describe(path), ""
+    except Damaged as error:
+        table, damage = pa.table({"key": pa.array([], pa.string())}), str(error)
+    digest = _digest([Path(shard).name, str(os.stat(path).st_size), *table["key"].to_pylist()])
+    about = {"stamp": stamp, "count": len(table), "digest": digest, "damage": damage}
+    _write(table.replace_schema_metadata({"ldm": json.dumps(about)}), file)
+    return about
 
 
-def _read_members(tar: tarfile.TarFile) -> Spans:
-    samples: Spans = {}
-    for info in tar:
-        tar.members = []  # type: ignore[attr-defined]  # forget what was read, or a large shard fills the memory
-        match = _MEMBER.fullmatch(info.name)
-        if not match or not info.isreg() or info.issparse():
-            continue
-        key, member = match[1], match[2].lower()
-        found = samples.setdefault(key, {})
-        if member in found:
-            raise ValueError(f"member {info.name} is there twice")
-        found[member] = (info.offset_data, info.size)
-    return samples
-
-
-def _check_end(path: str, offset: int) -> None:
-    """A whole tar ends in two blocks of zeros, and nothing but zeros follows."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        length = 0
-        while chunk := file.read(2**20):
-            if chunk.count(0) != len(chunk):
-                raise ValueError(f"bad header at byte {offset}, with more data behind it")
-            length += len(chunk)
-    if length < 1024:
-        raise ValueError(f"cut off at byte {offset + length}, without the end mark")
-
-
-def _check_count(path: str, count: int) -> None:
-    """img2dataset says in 00000_stats.json how many samples 00000.tar holds."""
-    stats = Path(path).with_name(f"{Path(path).stem}_stats.json")
-    if not stats.is_file():
-        if count == 0:
-            raise ValueError(f"Shard {path} holds no samples. Make it again or leave it out.")
-        return
+def _kept(file: Path, stamp: str) -> dict | None:
+    """What an index file says of its shard, None where it is missing or of another state of the shard."""
     try:
-        wanted = json.loads(stats.read_text(encoding="utf-8"))["successes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{stats} is no img2dataset statistics file with `successes`: {error!r}. Remove it.") from error
-    if wanted != count:
-        raise ValueError(f"Shard {path} holds {count} samples, but {stats.name} counted {wanted}: it is cut, or another file.")
+        about = json.loads(_read(file).schema.metadata[b"ldm"])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        return None
+    return about if about["stamp"] == stamp else None
+
+
+def _stamps(shards: Sequence[str], fetch: Fetch) -> list[str]:
+    """What changes when a shard does."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda s: f"{VERSION} {fetch.stamp(s)}", shards))
+
+
+def _index_file(shard: str, cache: str | Path) -> Path:
+    return _index_folder(shard, cache) / f"{shard.rpartition('/')[2]}.arrow"
+
+
+def _index_folder(shard: str, cache: str | Path) -> Path:
+    folder = shard.rpartition("/")[0] or "."
+    if not is_remote(shard) and os.access(folder, os.W_OK):
+        return Path(folder) / ".index"
+    return Path(cache).expanduser() / "index" / _digest([folder if is_remote(shard) else str(Path(folder).resolve())])[:16]
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    os.replace(part, path)
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _digest(words: Sequence[str] | map) -> str:
+    return hashlib.sha256("\n".join(words).encode(errors="surrogateescape")).hexdigest()
+
+
+def _refusal(damage: dict[str, str], count: int) -> str:
+    named = "; ".join(f"{shard} {why}" for shard, why in list(damage.items())[:5])
+    more = f"; and {len(damage) - 5} more" if len(damage) > 5 else ""
+    return (
+        f"{len(damage)} of {count} shards are damaged: {named}{more}. Make them again, mend them with "
+        "`python -m ldm.data.doctor SHARDS --repair OUT`, or go on without them: data.damaged=leave_out."
+    )

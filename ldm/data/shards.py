@@ -1,141 +1,65 @@
 """Tar shards in LAION's layout as batches for Lightning, in an order that survives a restart.
 
-A batch is a dict: each of `fields` under its name (pictures uint8 (B, 3, size, size), label maps int64 (B, size, size), texts
-and records as lists, classes int64 (B), arrays stacked), `key` list[str], and `position` (B,) int64, the sample's place in the
-global order of training. On the device pictures become float32 in [-1, 1]. Trainers need `use_distributed_sampler=False`.
+A batch is a dict: each of `fields` under its name (pictures uint8 (B, 3, height, width), label maps int64 (B, height, width),
+texts and records as lists, classes int64 (B), arrays stacked), `key` list[str], and `position` (B,) int64, the sample's place
+in the global order of training. With pictures come `original_height`, `original_width`, `crop_top`, `crop_left`,
+`target_height`, `target_width`, int64 (B) in pixels. On the device pictures become float32 in [-1, 1], arrays of floats
+float32. Trainers need `use_distributed_sampler=False`.
 """
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from ldm.data.decode import decode, decoder, is_image, is_text
-from ldm.data.index import Index, build, expand
-from ldm.data.order import Batches, Once
+from ldm.data.bad import BadSamples
+from ldm.data.bucket import sizes_of
+from ldm.data.decode import decoder, is_image
+from ldm.data.fetch import CACHE, Fetch
+from ldm.data.filter import select
+from ldm.data.index import Damage, Index
+from ldm.data.latents import check_provenance
+from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
+from ldm.data.samples import Loaded, Samples, as_is, to_float
+from ldm.data.selection import Selection
+from ldm.data.source import Sources, expand
 from ldm.types import Batch
 
-Sources = str | Path | Sequence[str | Path]
 FIELDS = {"image": "jpg", "caption": "txt"}
-OPEN_FILES = 128  # shards a process holds open
-
-
-class Samples(Dataset[dict[str, Any]]):
-    """The samples of some shards by number: {field: value, "key": str}. Files are opened by the process that reads them.
-
-    Args:
-        fields: batch field -> member of the sample.
-        size: pixels; the shorter side of a picture is brought to it and the middle kept.
-
-    Raises:
-        ValueError: a shard is damaged, samples lack a member, or have an empty caption.
-    """
-
-    def __init__(self, index: Index, fields: Mapping[str, str], size: int) -> None:
-        self.index, self.fields, self.size = index, dict(fields), size
-        self._files: OrderedDict[int, FileIO] = OrderedDict()
-        for field, member in self.fields.items():
-            self._check_present(field, member)
-            if is_text(member):
-                self._check_spoken(field)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"There is no sample {i} among {len(self)}.")
-        sample: dict[str, Any] = {field: self._decode(i, member) for field, member in self.fields.items()}
-        return sample | {"key": self.index.keys[i]}
-
-    @property
-    def keys(self) -> list[str]:
-        """The samples' keys, in order."""
-        return self.index.keys
-
-    def captions(self, field: str = "caption") -> list[str]:
-        """All captions, in order, without unpacking a picture."""
-        if field not in self.fields:
-            raise ValueError(f"The samples have no field {field!r}, only {', '.join(self.fields)}; add +data.fields.{field}=txt.")
-        return [self._decode(i, self.fields[field]) for i in range(len(self))]
-
-    def _decode(self, i: int, member: str) -> Any:
-        return decode(member, self._read(i, member), self.size, where=self._where(i))
-
-    def _read(self, i: int, member: str) -> bytes:
-        offset, size = self.index.spans[member][i].tolist()
-        data = os.pread(self._file(int(self.index.shard[i])).fileno(), size, offset)
-        if len(data) != size:
-            raise ValueError(
-                f"Member {member!r} of {self._where(i)} ends after {len(data)} of {size} bytes: the shard has changed."
-            )
-        return data
-
-    def _file(self, shard: int) -> FileIO:
-        if shard not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = FileIO(self.index.shards[shard])
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def _where(self, i: int) -> str:
-        return f"sample {self.index.keys[i]!r} in {self.index.shards[int(self.index.shard[i])]}"
-
-    def _check_present(self, field: str, member: str) -> None:
-        spans = self.index.spans.get(member)
-        lacking = range(len(self)) if spans is None else (spans[:, 0] < 0).nonzero()[0].tolist()
-        if len(lacking):
-            raise ValueError(
-                f"{len(lacking)} of {len(self)} samples lack member {member!r} for field {field!r}, "
-                f"first {self._where(lacking[0])}. "
-                f"The shards have {', '.join(self.index.spans)}; set data.fields.{field} to one of these, or remove the field."
-            )
-
-    def _check_spoken(self, field: str) -> None:
-        silent = [i for i, text in enumerate(self.captions(field)) if not text]
-        if silent:
-            raise ValueError(
-                f"{len(silent)} of {len(self)} samples have an empty {field} (data.fields.{field}), "
-                f"first {self._where(silent[0])}. Leave them out of the shards, or give them words."
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict()}
-
-
-class Placed(Dataset[dict[str, Any]]):
-    """The same samples, asked for as (position, index), which they carry on as `position`."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
-
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        position, index = place
-        return self.samples[index] | {"position": position}
+RESERVED = ("key", "position", "bad")
+Split = Literal["train", "val"]
 
 
 class Shards(pl.LightningDataModule):
     """Training and validation shards.
 
     Args:
-        train, val: a folder, a tar, a glob, a brace pattern, or a list of these.
+        train, val: a folder, a tar, a glob, a brace pattern, an address (s3, gs, http), or a list of these.
         fields: batch field -> member; {"image": "jpg", "caption": "txt"} by default.
-        size: pixels of pictures and label maps.
+        size: pixels of pictures and label maps; of the square of the same area where there are buckets.
         batch: samples of one optimizer step, over all devices and micro-batches.
-        seed: of the order.
+        seed: of the order, and of `crop` and `flip`.
         workers: processes that decode, on each device; 0 decodes in the training process.
+        crop, flip: of training pictures: "center" or "random", and the share that is mirrored.
+        filters: what to train on, see filter.py.
+        buckets: sizes of training pictures, see bucket.py; each batch is of one size.
+        weights: the shares that the entries of `train` have in every batch; None joins them into one data set.
+        window: shards whose samples are mixed.
+        lanes: parts of an epoch that are read side by side; as many as there are nodes, each node reads shards of its own.
+        damaged: "refuse" damaged shards, or "leave_out" them, naming each.
+        max_bad_fraction: training stops when more samples than that cannot be read; fewer are replaced by others and named.
+        cache: folder for remote shards, at most `cache_gb` of them, and for indices that cannot lie beside their shards.
         on_mismatch: when a checkpoint was trained with other data, seed or batch: "refuse", or "restart_epoch" to begin its
             epoch anew with these.
     """
@@ -149,74 +73,148 @@ class Shards(pl.LightningDataModule):
         batch: int = 64,
         seed: int = 0,
         workers: int = 0,
+        crop: Literal["center", "random"] = "center",
+        flip: float = 0.0,
+        filters: Mapping[str, Any] | None = None,
+        buckets: str | Mapping[str, Any] | Sequence[Sequence[int]] | None = None,
+        weights: Sequence[float] | None = None,
+        window: int = 16,
+        lanes: int = 1,
+        damaged: Damage = "refuse",
+        max_bad_fraction: float = 0.01,
+        cache: str | Path = CACHE,
+        cache_gb: float = 100.0,
         on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
     ) -> None:
         super().__init__()
         self.fields = dict(FIELDS if fields is None else fields)
-        for field, member in self.fields.items():
-            if field in ("key", "position"):
-                raise ValueError(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
-            decoder(member)
-        if on_mismatch not in ("refuse", "restart_epoch"):
-            raise ValueError(f"data.on_mismatch={on_mismatch!r}; wanted `refuse` or `restart_epoch`.")
-        self.train, self.val, self.size, self.batch = train, val, size, batch
-        self.seed, self.workers, self.on_mismatch = seed, workers, on_mismatch
+        self.train, self.val, self.size, self.batch, self.seed, self.workers = train, val, size, batch, seed, workers
+        self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
+        self.window, self.lanes, self.damaged, self.cache, self.on_mismatch = window, lanes, damaged, cache, on_mismatch
+        self._check()
+        self.sizes = sizes_of(buckets, size)
+        if weights and len(self.sizes) > 1:
+            raise ValueError("data.weights with data.buckets: a mixture has no buckets; leave one of the two out.")
+        self.fetch = Fetch(cache, cache_gb)
+        self.bad = BadSamples(max_bad_fraction)
         self.consumed = 0  # samples that training had taken where this run begins
         self._ahead = 0  # consumed samples beyond global_step * batch, after an epoch was begun anew
+        self._resumed = False
+        self._buckets: dict[Split, list[Selection]] = {}
 
     @cached_property
     def train_set(self) -> Samples:
-        """The training samples; reads the shards' headers at first."""
-        return Samples(build(expand(self.train, "data.train")), self.fields, self.size)
+        """The training samples; indexes the shards at first."""
+        return self._opened("train", self.train)
 
     @cached_property
     def val_set(self) -> Samples | None:
         """The validation samples, None without data.val."""
-        return None if self.val is None else Samples(build(expand(self.val, "data.val")), self.fields, self.size)
+        return None if self.val is None else self._opened("val", self.val)
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The order of training."""
+        index, parts = self.train_set.index, self._buckets["train"]
+        if self.weights is None:
+            streams = [Stream(part, self.seed, self.window, self.lanes, number) for number, part in enumerate(parts)]
+            return Steps(streams, self.sizes, [len(part) for part in parts], self.batch, self.seed)
+        owner = {shard: i for i, one in enumerate(self.train) for shard in expand(one)}
+        of = np.array([owner[shard] for shard in index.shards])
+        sets = [parts[0].within(of == i) for i in range(len(self.train))]
+        streams = [Stream(one, self.seed, self.window, number=i) for i, one in enumerate(sets)]
+        mixture = Mixture(streams, self.weights, self.batch, self.seed)
+        return Steps([mixture], self.sizes, [len(parts[0])], self.batch, self.seed)
+
+    def prepare_data(self) -> None:
+        """Indexes all shards, once on each node."""
+        _ = self.train_set, self.val_set
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the headers of all shards and checks that every sample has what `fields` names."""
+        """Checks that every sample has what `fields` names, and that latents are those of the trained model's autoencoder."""
         _ = self.train_set, self.val_set
+        check_provenance(self.train, getattr(self.trainer, "lightning_module", None))
 
     def train_dataloader(self) -> DataLoader:
         """Endless micro-batches of this device, from sample `consumed` on."""
         rank, world, accumulate = self._share()
-        order = Batches(len(self.train_set), self.batch, rank, world, accumulate, self.seed, self.consumed)
-        return self._load(self.train_set, order)
+        order = Batches(self.steps, rank, world, accumulate, self.consumed // self.batch)
+        others = dict(zip(self.sizes, self._buckets["train"]))
+        return self._load(Loaded(self.train_set, others, self.crop, self.flip, self.seed), order)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Every validation sample once over all devices, in order; position = index. Empty without data.val."""
+        """Every validation sample once over all devices, bucket by bucket. Empty without data.val."""
         rank, world, accumulate = self._share()
-        return [] if self.val_set is None else self.ordered("val", self.batch // accumulate, rank, world)
+        return [] if self.val_set is None else self.bucketed("val", self.batch // accumulate, rank, world)
 
-    def ordered(self, split: Literal["train", "val"], batch: int, rank: int = 0, world: int = 1) -> DataLoader:
-        """Every sample of a split once, in order, `batch` at a time over all `world` processes; position = index."""
-        samples = {"train": self.train_set, "val": self.val_set}[split]
-        if samples is None:
-            raise ValueError("There are no validation samples; set data.val.")
-        return self._load(samples, Once(len(samples), batch, rank, world))
+    def ordered(self, split: Split, batch: int, rank: int = 0, world: int = 1) -> DataLoader:
+        """Every sample of a split once, in order and square, `batch` at a time over all `world` processes; position = index.
 
-    def rows(self, split: Literal["train", "val"], chosen: Sequence[int]) -> Batch:
-        """The chosen samples of a split as one batch; position = index."""
-        samples = Placed({"train": self.train_set, "val": self.val_set}[split])
-        return collate([samples[i, i] for i in chosen])
+        What cannot be read is left out, and counted as in training.
+        """
+        samples = self._split(split)
+        return self._load(Loaded(samples), Once([samples.selection], [(self.size, self.size)], batch, rank, world))
+
+    def bucketed(self, split: Split, batch: int, rank: int = 0, world: int = 1) -> DataLoader:
+        """As `ordered`, but bucket by bucket, each in its size; position counts up."""
+        samples = self._split(split)
+        return self._load(Loaded(samples), Once(self._buckets[split], self.sizes, batch, rank, world))
+
+    def rows(self, split: Split, chosen: Sequence[int]) -> Batch:
+        """The chosen samples of a split as one batch, square; position = index."""
+        samples = self._split(split)
+        places = [Place(i, *samples.selection.locate(i), self.size, self.size) for i in chosen]
+        batch = Loaded(samples).__getitems__(places)
+        if "bad" in batch:
+            raise ValueError(f"{batch['bad'][0]}; choose others, or mend the shards (python -m ldm.data.doctor).")
+        return batch
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Where the checkpoint lay between two micro-batches, whose gradients are lost, its step begins anew with all of them."""
+        if self._resumed and self.trainer is not None and self.trainer.training:
+            self._resumed = False
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            lost = progress.ready % self.trainer.accumulate_grad_batches
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(progress, name, getattr(progress, name) - lost)
+        return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Pictures uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last; all else stays."""
-        pictures = [field for field, member in self.fields.items() if is_image(member) and field in batch]
-        return {**batch, **{field: to_float(batch[field]) for field in pictures}}
+        """Pictures uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last; other floats -> float32; all else stays.
+
+        Raises:
+            ValueError: too many samples could not be read.
+        """
+        self.bad.note(batch.get("bad", ()), len(batch["key"]), self._bad_file())
+        self._log_bad(batch)
+        batch = {field: value for field, value in batch.items() if field != "bad"}
+        for field, member in self.fields.items():
+            value = batch.get(field)
+            if value is not None and is_image(member):
+                batch[field] = to_float(value)
+            elif isinstance(value, Tensor) and value.dtype.is_floating_point:
+                batch[field] = value.float()
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, the same on every rank, in plain Python."""
         step = self.trainer.global_step if self.trainer else 0
+        consumed = step * self.batch + self._ahead
         return {
-            "consumed": step * self.batch + self._ahead,
+            "consumed": consumed,
+            "epoch": self.steps.epoch_of(consumed // self.batch),
             "step": step,
-            "count": len(self.train_set),
             "seed": self.seed,
             "batch": self.batch,
-            "fingerprint": self.train_set.index.fingerprint(),
+            "fingerprint": self.fingerprint(),
         }
+
+    def fingerprint(self) -> str:
+        """-> sha256, in hex, over the data and their order: where one differs, so do the samples that training sees."""
+        first = [[p.position, p.shard, p.row] for p in self.steps(0)[:256]]  # a NumPy that permutes otherwise shows here
+        rules = [self.filters, self.sizes, self.weights, self.window, self.lanes, self.crop, self.flip, first]
+        words = json.dumps([self.train_set.index.fingerprint(), *rules], default=list)
+        return hashlib.sha256(words.encode()).hexdigest()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint stopped.
@@ -224,20 +222,50 @@ class Shards(pl.LightningDataModule):
         Raises:
             ValueError: it was trained with another seed, batch or data set, and `on_mismatch` is "refuse".
         """
-        mine = self.state_dict()
-        other = [name for name in ("seed", "batch", "fingerprint") if state_dict[name] != mine[name]]
+        mine = {"seed": self.seed, "batch": self.batch, "fingerprint": self.fingerprint()}
+        changes = ", ".join(
+            f"{name} {state_dict[name]} there, {own} here" for name, own in mine.items() if state_dict[name] != own
+        )
         self.consumed = state_dict["consumed"]
-        if other:
-            changes = ", ".join(f"{name} {state_dict[name]} there, {mine[name]} here" for name in other)
+        if changes:
             if self.on_mismatch == "refuse":
                 raise ValueError(
                     f"The checkpoint's order of samples is not this run's: {changes}. Give the run what the checkpoint had "
-                    "(data.seed, data.batch, data.train), or begin its epoch anew: data.on_mismatch=restart_epoch."
+                    "(data.seed, data.batch, data.train, data.filters and so on), or begin its epoch anew: "
+                    "data.on_mismatch=restart_epoch."
                 )
-            epoch = state_dict["consumed"] // state_dict["count"]
-            self.consumed = epoch * len(self.train_set)
-            rank_zero_warn(f"The checkpoint's order of samples is not this run's: {changes}. Beginning epoch {epoch} anew.")
+            self.consumed = self.steps.first_step(state_dict["epoch"]) * self.batch
+            rank_zero_warn(
+                f"The checkpoint's order of samples is not this run's: {changes}. Beginning epoch {state_dict['epoch']} anew."
+            )
         self._ahead = self.consumed - state_dict["step"] * self.batch
+        self._resumed = True
+
+    def _check(self) -> None:
+        for field, member in self.fields.items():
+            if field in RESERVED:
+                raise ValueError(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
+            decoder(member)
+        choices = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "leave_out"), "crop": ("center", "random")}
+        for name, words in choices.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted `{words[0]}` or `{words[1]}`.")
+        if self.weights is not None and (isinstance(self.train, str | Path) or len(self.weights) != len(self.train)):
+            raise ValueError(f"data.weights={list(self.weights)}: data.train must be a list of as many data sets.")
+
+    def _opened(self, split: Split, source: Sources) -> Samples:
+        index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
+        if index.damage:
+            rank_zero_warn(f"{len(index.damage)} damaged shards are left out: {index.damage}")
+        least = self.batch if split == "train" else 1
+        selection, self._buckets[split] = select(index, self.fields, self.filters, self.sizes, least)
+        return Samples(index, selection, self.fields, self.size)
+
+    def _split(self, split: Split) -> Samples:
+        samples = {"train": self.train_set, "val": self.val_set}[split]
+        if samples is None:
+            raise ValueError("There are no validation samples; set data.val.")
+        return samples
 
     def _share(self) -> tuple[int, int, int]:
         """-> rank, number of ranks, micro-batches of a step."""
@@ -245,33 +273,22 @@ class Shards(pl.LightningDataModule):
             return 0, 1, 1
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
-    def _load(self, samples: Samples, order: Sampler[list[tuple[int, int]]]) -> DataLoader:
+    def _load(self, loaded: Loaded, order: Batches | Once) -> DataLoader:
         return DataLoader(
-            Placed(samples),
+            loaded,
             batch_sampler=order,
-            collate_fn=collate,
+            collate_fn=as_is,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 
+    def _bad_file(self) -> Path | None:
+        if self.trainer is None:
+            return None
+        return Path(self.trainer.default_root_dir) / f"bad-samples-{self.trainer.global_rank}.txt"
 
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Tensors are stacked, integers become int64 (B), all else a list."""
-    return {field: _join(field, [sample[field] for sample in samples]) for field in samples[0]}
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, H, W) in [-1, 1], channels last."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
-
-
-def _join(field: str, values: list[Any]) -> Any:
-    if isinstance(values[0], int):
-        return torch.tensor(values, dtype=torch.int64)
-    if not isinstance(values[0], Tensor):
-        return values
-    shapes = {tuple(value.shape) for value in values}
-    if len(shapes) > 1:
-        raise ValueError(f"Field {field!r} has arrays of shapes {sorted(shapes)}, which share no batch (data.fields.{field}).")
-    return torch.stack(values)
+    def _log_bad(self, batch: Batch) -> None:
+        if "bad" in batch and self.trainer is not None:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({"data/bad": self.bad.count}, step=self.trainer.global_step)

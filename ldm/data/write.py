@@ -1,6 +1,6 @@
 """Writes samples as tar shards in img2dataset's layout: 00000.tar beside 00000_stats.json, and so on.
 
-The folder appears under its name only when it is whole; a crash leaves at most a hidden folder `.NAME-...` beside it.
+A shard appears under its name only when it is whole, and so does a folder of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ldm.data.decode import decoder
 
 
 def write_shards(samples: Iterable[Mapping[str, Any]], folder: str | Path, per_shard: int = 1000) -> list[str]:
-    """Writes samples into `folder`, which must not be there yet.
+    """Writes samples into `folder`, which must not be there yet and appears when all is written.
 
     Args:
         samples: {"__key__": str, member: bytes, str (txt), int (cls), dict (json) or np.ndarray (npy)}.
@@ -47,36 +47,54 @@ def write_shards(samples: Iterable[Mapping[str, Any]], folder: str | Path, per_s
     return sorted(str(path) for path in folder.glob("*.tar"))
 
 
+def write_shard(samples: Iterable[Mapping[str, Any]], path: Path) -> int:
+    """Writes one shard and its statistics, the tar last; -> its number of samples.
+
+    Raises:
+        ValueError: no samples, or a member that could not be read back.
+    """
+    start, part, count = time.time(), path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}"), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with part.open("wb") as file:
+            with TarWriter(file, mtime=0) as tar:
+                for sample in samples:
+                    count += 1
+                    for member in sample.keys() - {"__key__"}:
+                        decoder(member)  # refuses what could not be read back
+                    tar.write(dict(sample))
+            file.flush()
+            os.fsync(file.fileno())
+        if not count:
+            raise ValueError(f"There are no samples to write into {path}.")
+        _write_statistics(path, count, start)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
 def _write_all(samples: Iterable[Mapping[str, Any]], folder: Path, per_shard: int) -> None:
     remaining = iter(samples)
     for number in itertools.count():
-        chunk = list(itertools.islice(remaining, per_shard))
-        if not chunk:
+        first = next(remaining, None)
+        if first is None:
             break
-        _write_shard(chunk, folder / f"{number:05d}.tar")
+        write_shard(itertools.chain([first], itertools.islice(remaining, per_shard - 1)), folder / f"{number:05d}.tar")
     if number == 0:
         raise ValueError(f"There are no samples to write into {folder.name}.")
 
 
-def _write_shard(samples: list[Mapping[str, Any]], path: Path) -> None:
-    start = time.time()
-    with path.open("wb") as file:
-        with TarWriter(file, mtime=0) as tar:
-            for sample in samples:
-                for member in sample.keys() - {"__key__"}:
-                    decoder(member)  # refuses what could not be read back
-                tar.write(dict(sample))
-        file.flush()
-        os.fsync(file.fileno())
+def _write_statistics(path: Path, count: int, start: float) -> None:
     stats = {
-        "count": len(samples),
-        "successes": len(samples),
+        "count": count,
+        "successes": count,
         "failed_to_download": 0,
         "failed_to_resize": 0,
         "duration": time.time() - start,
         "start_time": start,
         "end_time": time.time(),
-        "status_dict": {"success": len(samples)},
+        "status_dict": {"success": count},
     }
     path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(stats, indent=4), encoding="utf-8")
 

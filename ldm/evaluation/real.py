@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.data.decode import FAULTS, decode, to_rgb
+from ldm.data.decode import FAULTS, View, decode, to_rgb
 from ldm.measure import Rows
 from ldm.types import Batch
 
@@ -92,7 +92,7 @@ class Folder:
     def _read(self, file: Path) -> Tensor | None:
         try:
             if self.size is not None:
-                return decode(file.suffix[1:].lower(), file.read_bytes(), self.size, where=str(file))
+                return decode(file.suffix[1:].lower(), file.read_bytes(), View(self.size, self.size), where=str(file))
             with Image.open(file) as image:
                 return torch.from_numpy(np.array(to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
         except FAULTS:

@@ -1,0 +1,145 @@
+"""Samples per CPU-second, beside WebDataset's, and an epoch of 400 million samples:  python benchmarks/data.py
+
+One process, one thread, files in the page cache, process time, medians of interleaved rounds. The peer is WebDataset's
+decode("pil") with torchvision's resize, crop and PILToTensor, and WebDataset's decode() of .npy, both batched by 32.
+"""
+
+import argparse
+import io
+import os
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from webdataset import WebDataset
+
+from ldm.data.index import Index
+from ldm.data.order import Batches, Steps, Stream
+from ldm.data.record import describe
+from ldm.data.selection import Selection
+from ldm.data.shards import Shards
+from ldm.data.source import expand
+from ldm.data.write import write_shard
+
+BATCH = 32
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        index(Path(folder) / "index")
+        for name, side in (("512 x 512 JPEG -> 512", (512, 512)), ("1024 x 768 JPEG -> 512", (1024, 768))):
+            pictures(Path(folder) / name.replace(" ", ""), name, side, asked)
+        latents(Path(folder) / "latents", asked)
+    scale()
+
+
+def race(name, ours, theirs, rounds):
+    """Runs both, one after the other, `rounds` times."""
+    seconds = {ours: [], theirs: []}
+    for _ in range(rounds + 1):
+        for run in seconds:
+            start = time.process_time()
+            count = run()
+            seconds[run].append((time.process_time() - start) / count)
+    ours, theirs = (1 / statistics.median(times[1:]) for times in seconds.values())
+    print(f"{name:32s} ours {ours:9,.0f}/s  webdataset {theirs:9,.0f}/s  {ours / theirs:5.1f} x", flush=True)
+
+
+def photograph(size, seed):
+    """Smooth shapes and some grain, as a JPEG of quality 90."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    grain = rng.integers(-12, 13, (size[1], size[0], 3))
+    file = io.BytesIO()
+    Image.fromarray((np.asarray(coarse).astype(int) + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def pictures(folder, name, size, asked):
+    """Decoded, resized, cropped, batched; and how far the pixels differ."""
+    files = [photograph(size, seed) for seed in range(16)]
+    write_shard(({"__key__": f"{i:05d}", "jpg": files[i % 16], "txt": "a"} for i in range(asked.samples)), folder / "00000.tar")
+    data = Shards(folder, size=512, batch=BATCH)
+    shape = v2.Compose([v2.Resize(512, v2.InterpolationMode.BICUBIC), v2.CenterCrop(512), v2.PILToTensor()])
+
+    def ours():
+        return sum(len(batch["key"]) for batch in data.ordered("train", BATCH))
+
+    def theirs():
+        urls = expand(folder)
+        pipeline = WebDataset(urls, shardshuffle=False).decode("pil").map_dict(jpg=shape).to_tuple("jpg", "txt").batched(BATCH)
+        return sum(len(images) for images, _ in pipeline)
+
+    mine = next(iter(data.ordered("train", 1)))["image"][0].int()
+    peer = shape(Image.open(io.BytesIO(files[0]))).int()
+    race(name, ours, theirs, asked.rounds)
+    print(f"{'':32s} pixels differ by {(mine - peer).abs().float().mean():.4f} on average, {(mine - peer).abs().max()} at most")
+
+
+def latents(folder, asked):
+    """Moments (8, 64, 64) and text features (77, 1024), float16, 223 kB a sample."""
+    rng, count = np.random.default_rng(0), 4 * asked.samples
+    arrays = [(rng.normal(size=(8, 64, 64)).astype("f2"), rng.normal(size=(77, 1024)).astype("f2")) for _ in range(8)]
+    rows = ({"__key__": f"{i:05d}", "moments.npy": arrays[i % 8][0], "text.npy": arrays[i % 8][1]} for i in range(count))
+    write_shard(rows, folder / "00000.tar")
+    data = Shards(folder, fields={"moments": "moments.npy", "text": "text.npy"}, batch=BATCH)
+
+    def ours():
+        return sum(len(batch["key"]) for batch in data.ordered("train", BATCH))
+
+    def theirs():
+        pipeline = WebDataset(expand(folder), shardshuffle=False).decode().to_tuple("moments.npy", "text.npy").batched(BATCH)
+        return sum(len(torch.as_tensor(moments)) for moments, _ in pipeline)
+
+    race("latents, 223 kB of .npy", ours, theirs, asked.rounds)
+
+
+def index(folder):
+    """Headers, records and captions of 10,000 samples."""
+    record = {"caption": "a", "width": 256, "height": 256, "original_width": 640, "original_height": 480, "sha256": "ab" * 32}
+    rows = ({"__key__": f"{i:09d}", "jpg": bytes(2000), "txt": "a red fox", "json": record} for i in range(10_000))
+    write_shard(rows, folder / "00000.tar")
+    start = time.process_time()
+    describe(folder / "00000.tar")
+    print(f"{'index of 10,000 samples':32s} {time.process_time() - start:.2f} s of one core", flush=True)
+    made = Index(expand(folder))
+    size = (made.folder / "00000.tar.arrow").stat().st_size
+    print(f"{'':32s} {size / 10_000:.0f} bytes a sample on disk, {size * 40_000 / 1e9:.0f} GB for 400 million")
+
+
+def scale(shards=40_000, per_shard=10_000, batch=8192, world=1024, window=16):
+    """The order of 400 million samples, sought on a rank out of 1,024."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for lanes in (1, 128):
+        stream = Stream(Selection(np.full(shards, per_shard)), 0, window, lanes)
+        steps = Steps([stream], [(512, 512)], [shards * per_shard], batch, 0)
+        start = time.process_time()
+        first = next(iter(Batches(steps, world - 1, world, start=steps.first_step(1) - 3)))
+        sought = time.process_time() - start
+        loader = iter(Batches(steps, 0, world, start=1000))
+        start, taken = time.process_time(), [next(loader) for _ in range(50)]
+        each = (time.process_time() - start) / 50
+        read = len({place.shard for places in taken for place in places})
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        print(
+            f"{f'400 million samples, lanes={lanes}':32s} sought {sought:.2f} s, {each * 1e3:.1f} ms a step of {batch}, "
+            f"{peak:.0f} MB more; a rank's {len(first) * 50} samples of 50 steps lie in {read} shards",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,267 @@
+"""What is in these shards, and what is broken:  python -m ldm.data.doctor SHARDS [--filters ...] [--repair OUT]
+
+Prints counts, damage with its reasons, sizes, captions, duplicates, and what filters and buckets would keep; writes the same as
+report.json, histograms.png and samples.png. The exit code is 0 only where every shard and every sample can be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from ldm.data.bucket import assign, sizes_of
+from ldm.data.decode import BadSample, View, decode, decoder, is_image, is_text
+from ldm.data.filter import apply, table_of
+from ldm.data.index import Index
+from ldm.data.order import generator
+from ldm.data.samples import Samples
+from ldm.data.selection import Selection
+from ldm.data.source import expand
+from ldm.data.tar import Damaged, read_headers, salvage
+from ldm.data.write import write_shards
+
+BARS = "▁▂▃▄▅▆▇█"
+SHOWN = 24  # pictures in samples.png
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """-> 0 where all is healthy, 1 where something is broken, 2 where the question was."""
+    asked = _parser().parse_args(arguments)
+    try:
+        fields = dict(pair.split("=", 1) for pair in asked.fields)
+        report = examine(asked.shards, fields, asked.size, asked.filters, asked.buckets, asked.quick, Path(asked.out))
+        if asked.repair:
+            kept = repair(expand(asked.shards, "SHARDS"), fields, Path(asked.repair))
+            print(f"{kept} whole samples are in {asked.repair}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if report["healthy"] else 1
+
+
+def examine(
+    shards: Sequence[str], fields: dict[str, str], size: int, filters: dict, buckets: Any, quick: bool, out: Path
+) -> dict[str, Any]:
+    """Looks at every sample, prints what it finds and writes it into `out`; `quick` decodes none but those shown."""
+    index = Index(expand(shards, "SHARDS"), damaged="leave_out")
+    samples = Samples(index, Selection(index.counts), fields, size)
+    bad = {} if quick else _read_all(samples)
+    report: dict[str, Any] = {
+        "shards": len(index.shards) + len(index.damage),
+        "samples": len(index),
+        "damaged": index.damage,
+        "bad": bad,
+        **_members(index, fields),
+        **_duplicates(index),
+    }
+    report["healthy"] = not (index.damage or bad or any(report["lacking"].values()))
+    columns = _columns(index)
+    report["numbers"] = {name: _summary(values) for name, values in columns.items() if len(values)}
+    _say(report, columns)
+    if index.shards and (filters or buckets):
+        print(_would_keep(index, fields, filters, sizes_of(buckets, size)))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    _draw(columns, out / "histograms.png")
+    if len(index):
+        _show(samples, out / "samples.png")
+    print(f"{'Healthy' if report['healthy'] else 'NOT healthy'}; the report and its pictures are in {out}")
+    return report
+
+
+def repair(shards: Sequence[str], fields: dict[str, str], out: Path, per_shard: int = 1000) -> int:
+    """Writes every sample that can be read whole, out of whole and of damaged shards, into new shards; -> how many."""
+    count = 0
+
+    def whole() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        seen: Counter[str] = Counter()
+        for shard in tqdm(shards, desc="repairing", unit="shard"):
+            for key, members in _readable(Path(shard), fields):
+                name = key.removeprefix("./").replace("..", "_").lstrip("/")
+                seen[name] += 1
+                count += 1
+                yield {"__key__": name if seen[name] == 1 else f"{name}-{seen[name]}", **members}
+
+    write_shards(whole(), out, per_shard)
+    return count
+
+
+def _readable(path: Path, fields: dict[str, str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    try:
+        samples = read_headers(path)
+    except Damaged:
+        samples = salvage(path)
+    with path.open("rb") as file:
+        for key, found in samples.items():
+            members = {}
+            for member, (offset, size) in found.items():
+                if _is_known(member):
+                    file.seek(offset)
+                    members[member] = file.read(size)
+            try:
+                for member in fields.values():
+                    decode(member, members[member], View(8, 8))
+            except (BadSample, KeyError):
+                continue
+            yield key, members
+
+
+def _is_known(member: str) -> bool:
+    try:
+        return bool(decoder(member))
+    except ValueError:
+        return False
+
+
+def _read_all(samples: Samples) -> dict[str, str]:
+    """Decodes every sample; -> key and reason of those that cannot be."""
+    bad = {}
+    for i in tqdm(range(len(samples)), desc="reading samples", unit="sample"):
+        shard, row = samples.selection.locate(i)
+        for member in samples.fields.values():
+            if samples.index.table(shard).has(member)[row]:
+                try:
+                    samples.read(shard, row, member, View(samples.size, samples.size))
+                except BadSample as error:
+                    bad[samples.where(shard, row)] = str(error)
+    return bad
+
+
+def _members(index: Index, fields: dict[str, str]) -> dict[str, Any]:
+    found: Counter[str] = Counter()
+    silent = 0
+    for s in range(len(index.shards)):
+        table = index.table(s)
+        found += Counter({member: int(table.has(member).sum()) for member in table.members})
+        silent += int((table.column("caption_length") == 0).sum())
+    lacking = {member: len(index) - found[member] for member in fields.values()}
+    return {"members": dict(found), "lacking": lacking, "empty_captions": silent}
+
+
+def _duplicates(index: Index) -> dict[str, Any]:
+    hashes = np.concatenate([index.table(s).column("hash") for s in range(len(index.shards))] or [np.empty(0)])
+    known = hashes[hashes != 0]
+    return {"hashed": len(known), "duplicates": len(known) - len(np.unique(known))}
+
+
+def _columns(index: Index) -> dict[str, np.ndarray]:
+    """What is drawn and summed up: sizes, aspect ratio, caption lengths, and every number of the records."""
+    tables = [index.table(s) for s in range(len(index.shards))]
+    names = list(dict.fromkeys(name for table in tables for name in table.numbers))
+    columns = {n: np.concatenate([t.column(n) for t in tables if t.column(n) is not None]) for n in names}
+    if columns:
+        columns["aspect"] = columns["width"] / columns["height"]
+    return {name: values[np.isfinite(values)] for name, values in columns.items()}
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, [0, 50, 100]).tolist()
+    return {"least": low, "median": median, "most": high, "known": len(values)}
+
+
+def _would_keep(index: Index, fields: dict[str, str], filters: dict, sizes: list) -> str:
+    kept, dropped = apply(index, fields, {"complete": True, **filters})
+    lines = [table_of(len(index), dropped)]
+    if len(sizes) > 1:
+        parts = assign(index, kept, sizes)
+        lines += [f"{h:5d} x {w:<5d} {len(part):12,d}" for (h, w), part in zip(sizes, parts) if len(part)]
+    return "\n".join(lines)
+
+
+def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
+    print(f"{report['shards']:,} shards, {report['samples']:,} samples")
+    for shard, why in report["damaged"].items():
+        print(f"  DAMAGED {shard} {why}")
+    for where, why in report["bad"].items():
+        print(f"  BAD {where}: {why}")
+    print("members: " + ", ".join(f"{member} {count:,}" for member, count in report["members"].items()))
+    for member, count in report["lacking"].items():
+        if count:
+            print(f"  LACKING {member!r}: {count:,} samples")
+    print(
+        f"empty captions: {report['empty_captions']:,}; duplicates: {report['duplicates']:,} of {report['hashed']:,} with a hash"
+    )
+    print(f"{'':20s} {'least':>10s} {'median':>10s} {'most':>10s}")
+    for name, summary in report["numbers"].items():
+        bars = _bars(columns[name])
+        print(f"{name:20s} {summary['least']:10.4g} {summary['median']:10.4g} {summary['most']:10.4g}  {bars}")
+
+
+def _bars(values: np.ndarray) -> str:
+    counts = np.histogram(values, bins=24)[0]
+    return "".join(" " if c == 0 else BARS[int((len(BARS) - 1) * c / counts.max())] for c in counts)
+
+
+def _draw(columns: dict[str, np.ndarray], path: Path) -> None:
+    shown = [
+        name for name in ("width", "height", "aspect", "original_width", "original_height", "caption_length") if name in columns
+    ]
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for axis, name in zip(axes.flat, shown):
+        axis.hist(columns[name], bins=40, color="#4477aa")
+        axis.set_title(name.replace("_", " "), loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    _save(figure, path)
+
+
+def _show(samples: Samples, path: Path) -> None:
+    """Samples drawn at random, with their captions."""
+    picture = next((member for member in samples.fields.values() if is_image(member)), None)
+    text = next((member for member in samples.fields.values() if is_text(member)), None)
+    if picture is None:
+        return
+    figure, axes = plt.subplots(4, 6, figsize=(12, 9), layout="constrained")
+    chosen = iter(generator(0, 0).permutation(len(samples))[: 4 * SHOWN].tolist())
+    for axis in axes.flat:
+        axis.set_axis_off()
+        for i in chosen:
+            shard, row = samples.selection.locate(i)
+            try:
+                image = samples.read(shard, row, picture, View(samples.size, samples.size))
+                caption = samples.read(shard, row, text, View(1, 1)) if text else ""
+            except BadSample:
+                continue
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.set_title(caption[:60].replace("$", r"\$"), fontsize=7, wrap=True)
+            break
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ldm.data.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("shards", nargs="+", help="folders, tars, globs, brace patterns")
+    parser.add_argument("--fields", nargs="+", default=["image=jpg", "caption=txt"], help="as data.fields: image=jpg caption=txt")
+    parser.add_argument("--size", type=int, default=256, help="pixels")
+    parser.add_argument("--filters", type=json.loads, default={}, help="""as data.filters, in JSON: '{"side": [256, null]}'""")
+    parser.add_argument("--buckets", type=_buckets, default=None, help="as data.buckets: sdxl, or JSON")
+    parser.add_argument("--quick", action="store_true", help="headers and captions only: no picture is decoded")
+    parser.add_argument("--out", default="doctor", help="folder for report.json and the pictures")
+    parser.add_argument("--repair", metavar="OUT", help="writes all that can be read into clean shards")
+    return parser
+
+
+def _buckets(text: str) -> Any:
+    return text if text == "sdxl" else json.loads(text)
+
+
+if __name__ == "__main__":
+    plt.switch_backend("Agg")
+    sys.exit(main())

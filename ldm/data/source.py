@@ -1,0 +1,84 @@
+"""Names the shards behind a folder, a tar, a glob, a brace pattern, an address, or a list of these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+
+from ldm.data.fetch import SCHEMES, is_remote, list_remote
+
+Sources = str | Path | Sequence[str | Path]
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+
+
+def expand(source: Sources, option: str = "data.train") -> list[str]:
+    """Names the shards behind a folder, a tar, a glob, a brace pattern (`{00000..00012}.tar`), or a list of these.
+
+    Args:
+        option: the config line to name in errors.
+    Returns:
+        paths and addresses, sorted, each once.
+
+    Raises:
+        ValueError: an address that shards are not read from (`pipe:`).
+        FileNotFoundError: there are no shards.
+    """
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    shards = sorted({path for one in sources for path in _expand_one(str(one), option)})
+    if not shards:
+        raise FileNotFoundError(_nothing("[]", option))
+    return shards
+
+
+def _expand_one(source: str, option: str) -> list[str]:
+    if is_remote(source):
+        return [shard for pattern in _braces(source) for shard in _expand_remote(pattern, option)]
+    if _SCHEME.match(source):
+        raise ValueError(
+            f"{option}={source!r}: shards are read from local paths (a folder, *.tar, a list) and from "
+            f"{', '.join(f'{scheme}://' for scheme in SCHEMES)}; nothing else, and never from a command."
+        )
+    if Path(source).is_dir():
+        found = [str(path) for path in Path(source).glob("*.tar")]
+        if not found:
+            raise FileNotFoundError(_nothing(f"{source}/*.tar", option))
+        return found
+    paths = []
+    for pattern in _braces(source):
+        found = [pattern] if Path(pattern).is_file() else [path for path in glob(pattern) if Path(path).is_file()]
+        if not found:
+            raise FileNotFoundError(_nothing(pattern, option))
+        paths += found
+    return paths
+
+
+def _expand_remote(address: str, option: str) -> list[str]:
+    if address.endswith(".tar") and "*" not in address:
+        return [address]
+    pattern = address if address.endswith(".tar") else f"{address.rstrip('/')}/*.tar"
+    found = list_remote(pattern)
+    if not found:
+        raise FileNotFoundError(_nothing(pattern, option))
+    return found
+
+
+def _nothing(looked_for: str, option: str) -> str:
+    return (
+        f"No shards: looked for {looked_for} ({option}). `data=emoji` makes its own shards; for other pictures, img2dataset or "
+        f"`python -m ldm.data.pack` makes them. Then set {option} to their folder."
+    )
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a{00..02}` -> a00, a01, a02; `a{b,c}` -> ab, ac."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        width = len(numbers[1])
+        choices = [f"{i:0{width}d}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
+    else:
+        choices = match[1].split(",")
+    return [path for choice in choices for path in _braces(pattern[: match.start()] + choice + pattern[match.end() :])]

@@ -1,0 +1,206 @@
+"""Pictures into shards, shards to the doctor, latents ahead of time."""
+
+import csv
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import damages, picture, samples
+
+from ldm.autoencoder.kl import KL
+from ldm.data import doctor, latents, pack
+from ldm.data.index import Index
+from ldm.data.latents import check_provenance, write_latents
+from ldm.data.shards import Shards
+from ldm.data.source import expand
+from ldm.data.write import write_shards
+
+# ---- pack
+
+
+def draw(path, size=(24, 16), colour=(200, 10, 10), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+
+
+def test_a_folder_of_pictures_with_captions_beside_them(tmp_path):
+    for i in range(3):
+        draw(tmp_path / "in" / f"{i}.jpg", quality=95)
+        (tmp_path / "in" / f"{i}.txt").write_text(f"picture {i}\n")
+    assert pack.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    data = Shards(tmp_path / "out", size=16)
+    assert data.train_set.captions() == [f"picture {i}" for i in range(3)]
+    index = data.train_set.index
+    offset, size = index.table(0).span(1, "jpg")
+    bytes_ = (tmp_path / "in" / "1.jpg").read_bytes()
+    assert open(index.shards[0], "rb").read()[offset : offset + size] == bytes_, "a JPEG goes in as it is"
+    assert index.table(0).column("hash")[1] == int(hashlib.sha256(bytes_).hexdigest()[:16], 16)
+    assert index.table(0).column("original_width").tolist() == [24] * 3
+
+
+def test_class_folders_become_labels_and_a_share_is_held_out(tmp_path):
+    for name in ("red_fox", "apple"):
+        for i in range(20):
+            draw(tmp_path / "in" / name / f"{name}{i}.png", size=(40, 20))
+    assert pack.main([str(tmp_path / "in"), str(tmp_path / "out"), "--size", "10", "--val", "0.3"]) == 0
+    fields = {"image": "jpg", "caption": "txt", "label": "cls"}
+    data = Shards(tmp_path / "out" / "train", tmp_path / "out" / "val", fields=fields, size=10)
+    assert len(data.train_set) + len(data.val_set) == 40 and 4 <= len(data.val_set) <= 20
+    assert not set(data.train_set.keys) & set(data.val_set.keys)
+    assert {(data.train_set[i]["caption"], data.train_set[i]["label"]) for i in range(len(data.train_set))} == {
+        ("apple", 0),
+        ("red fox", 1),
+    }
+    assert (tmp_path / "out" / "classes.txt").read_text() == "apple\nred_fox\n"
+    table = data.train_set.index.table(0)
+    assert table.column("width")[0] == 20 and table.column("original_width")[0] == 40
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_table_of_captions(tmp_path, form):
+    rows = [{"file_name": f"{i}.png", "text": f"n° {i}, bright", "aesthetic": i / 2} for i in range(3)]
+    for row in rows:
+        draw(tmp_path / row["file_name"])
+    table = tmp_path / f"captions.{form}"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        if form == "csv":
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.write("\n".join(map(json.dumps, rows)))
+    assert pack.main([str(table), str(tmp_path / "out")]) == 0
+    data = Shards(tmp_path / "out", size=16, filters={"aesthetic": [0.5, None]}, batch=1)
+    assert data.train_set.captions() == ["n° 1, bright", "n° 2, bright"]
+
+
+def test_what_cannot_be_packed_is_said(tmp_path, capsys):
+    draw(tmp_path / "in" / "good.jpg")
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no picture")
+    assert pack.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    assert "left out: bad.jpg: UnidentifiedImageError" in capsys.readouterr().err
+    assert len(Index(expand(tmp_path / "out"))) == 1
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    for source, said in (("empty", "No pictures"), ("t.csv", "columns a, b; wanted one that names"), ("nowhere", "no ")):
+        assert pack.main([str(tmp_path / source), str(tmp_path / "x")]) == 2
+        assert said in capsys.readouterr().err
+
+
+# ---- doctor
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three shards of 4: the first is whole, the second cut in its third sample, the third has a picture that is none."""
+    rotten = ({**s, "jpg": b"\xff\xd8 no"} if i == 9 else s for i, s in enumerate(samples(12)))
+    write_shards(rotten, tmp_path / "shards", per_shard=4)
+    second = tmp_path / "shards" / "00001.tar"
+    header = Index([str(second)]).table(0).span(2, "cls")[0] - 512
+    second.write_bytes(damages(second.read_bytes(), header)["header of 0xff"])
+    return tmp_path / "shards"
+
+
+def test_the_doctor_finds_what_is_broken_and_mends_it(shards, tmp_path, capsys):
+    arguments = [str(shards), "--size", "16", "--out", str(tmp_path / "doctor")]
+    rules = ["--filters", '{"aesthetic": [2, null], "unique": true}', "--buckets", "[[16, 16], [16, 32]]"]
+    assert doctor.main([*arguments, *rules, "--repair", str(tmp_path / "clean")]) == 1
+    told = capsys.readouterr().out
+    assert f"DAMAGED {shards}/00001.tar" in told and "bad header at byte" in told
+    assert "BAD sample '000000009'" in told and "NOT healthy" in told
+    assert [line.split() for line in told.splitlines() if line.startswith("aesthetic: [2")] == [
+        ["aesthetic:", "[2,", "None]", "2", "6"]
+    ]
+    report = json.loads((tmp_path / "doctor" / "report.json").read_text())
+    assert (report["shards"], report["samples"], report["duplicates"]) == (3, 8, 3) and not report["healthy"]
+    assert all((tmp_path / "doctor" / name).stat().st_size > 5000 for name in ("histograms.png", "samples.png"))
+    clean = Shards(tmp_path / "clean", size=16).train_set
+    keys = [int(key) for key in clean.keys]
+    assert set(keys) >= {0, 1, 2, 3, 4, 5, 7, 8, 10, 11} and 9 not in keys, "what lies behind the damage is found again"
+    assert clean.captions() == [f"red {i}" for i in keys]
+    assert doctor.main([str(tmp_path / "clean"), "--size", "16", "--out", str(tmp_path / "again")]) == 0
+
+
+def test_the_doctor_answers_wrong_questions(tmp_path, capsys):
+    assert doctor.main([str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "No shards" in capsys.readouterr().err
+
+
+def test_a_healthy_shard_need_not_be_decoded(tmp_path):
+    write_shards(samples(3), tmp_path / "a")
+    assert doctor.main([str(tmp_path / "a"), "--quick", "--out", str(tmp_path / "x")]) == 0
+
+
+# ---- latents ahead of time
+
+
+@pytest.fixture
+def autoencoder():
+    torch.manual_seed(0)
+    return KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (11, 3)).tolist()
+    rows = ({"__key__": f"{i:03d}", "txt": f"{i}", "jpg": picture(colour=tuple(c))} for i, c in enumerate(colours))
+    write_shards(rows, tmp_path / "pictures", per_shard=4)
+    return Shards(tmp_path / "pictures", size=16, batch=4)
+
+
+def latents_of(folder):
+    return Shards(folder, fields={"moments": "moments.npy", "caption": "txt"}, size=16, batch=4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_latents_made_ahead_are_those_made_online(autoencoder, pictures, tmp_path, half):
+    for rank in range(2):
+        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4, half, rank, 2)
+    ahead = latents_of(tmp_path / "out")
+    assert ahead.train_set.keys == pictures.train_set.keys and ahead.train_set.captions() == pictures.train_set.captions()
+    online = pictures.on_after_batch_transfer(next(iter(pictures.ordered("train", 11))))
+    stored = ahead.on_after_batch_transfer(next(iter(ahead.ordered("train", 11))))["moments"]
+    with torch.no_grad():
+        moments = autoencoder.encode(online["image"])
+    tolerance = 2**-10 if half else 1e-5
+    torch.testing.assert_close(stored, torch.cat((moments.mean, moments.std), 1), rtol=tolerance, atol=tolerance)
+
+
+def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, monkeypatch):
+    wrote = []
+
+    def cut(samples, path):
+        wrote.append(path.name)
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+        return write(samples, path)
+
+    write = latents.write_shard
+    monkeypatch.setattr(latents, "write_shard", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+    write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+    assert wrote == ["00000.tar", "00001.tar", "00001.tar", "00002.tar"]
+    assert latents_of(tmp_path / "out").train_set.keys == pictures.train_set.keys
+    with pytest.raises(ValueError, match=r"other latents: size 16 there, 8 here.*out="):
+        pictures.size = 8
+        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+
+
+class Stage:
+    def __init__(self, autoencoder):
+        self.model = type("Model", (), {"autoencoder": autoencoder})()
+
+
+def test_latents_of_another_autoencoder_are_refused(autoencoder, pictures, tmp_path):
+    write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+    check_provenance(tmp_path / "out", Stage(autoencoder))
+    check_provenance(tmp_path / "pictures", Stage(autoencoder))
+    autoencoder.mean[0] += 1
+    with pytest.raises(ValueError, match=r"made by another autoencoder.*precompute\.py.*autoencoder\.path"):
+        check_provenance(str(tmp_path / "out"), Stage(autoencoder))
+    assert os.path.exists(tmp_path / "out" / "provenance.json")
