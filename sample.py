@@ -22,7 +22,7 @@ def sample(config: DictConfig) -> Any:
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     ask, count = read_request(OmegaConf.to_container(config, resolve=True), model)
-    size = (config.size, config.size) if isinstance(config.size, int) else tuple(config.size)
+    size = (config.resolution, config.resolution) if isinstance(config.resolution, int) else tuple(config.resolution)
     seeds = range(config.seed, config.seed + count)
     sampler, guidance = (build(node, allowed(config)) for node in (config.sampler, config.guidance))
     sampler = read_edit(config, model, ask, sampler, size)

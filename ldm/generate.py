@@ -43,7 +43,7 @@ def latent_shape(model: LatentModel, size: tuple[int, int]) -> tuple[int, int, i
     f = model.autoencoder.factor
     if size[0] % f or size[1] % f:
         raise ValueError(
-            f"A picture of {size[0]}x{size[1]} pixels was asked for; the autoencoder needs multiples of {f} (size=...)."
+            f"A picture of {size[0]}x{size[1]} pixels was asked for; the autoencoder needs multiples of {f} (resolution=...)."
         )
     return model.autoencoder.channels, size[0] // f, size[1] // f
 

@@ -75,10 +75,10 @@ class Subject:
         config = self.config
         if config["images"] is not None:
             captions = None if config["prompts"] is None else read_lines(config["prompts"])
-            return Folder(config["images"], config["size"], self.device, captions, config["corrupt"])
+            return Folder(config["images"], config["resolution"], self.device, captions, config["corrupt"])
         if config["model"] is None:
             raise ValueError("model=RUN_OR_FOLDER must be said, or images=FOLDER of pictures that were drawn already.")
-        size = config["size"] or self.data.size
+        size = config["resolution"] or self.data.size
         size = (size, size) if isinstance(size, int) else tuple(size)
         told = {name: config[name] for name in ("sampler", "guidance", "batch")}
         sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
@@ -115,13 +115,15 @@ class Subject:
         config, name = self.config, self.config["reference"]
         if name in ("train", "val"):
             return self._split(name)
-        size = config["size"] if config["images"] is not None else config["size"] or self.data.size
+        size = config["resolution"] or (self.data.size if config["images"] is None else None)
         if name.endswith(".npz"):
             return Archive(name, self.device)
         if Path(name).is_dir() and not any(Path(name).glob("*.tar")):
             return Folder(name, size, self.device, limit=config["corrupt"], option="reference")
         if not isinstance(size, int):
-            raise ValueError(f"reference={name} are shards, whose pictures are brought to one size: say size=256, or the like.")
+            raise ValueError(
+                f"reference={name} are shards, whose pictures are brought to one size: say resolution=256, or the like."
+            )
         return Split(Shards(expand(name, "reference"), fields={"image": "jpg"}, size=size), "train", self.device)
 
     def _kept(self, kind: str, source: Any) -> Any:

@@ -62,10 +62,9 @@ def test_filters_keep_what_lies_in_their_range(folder):
     assert "pwatermark" in ALIASES["watermark"]
 
 
-def test_what_filters_drop_is_told(folder, caplog):
-    caplog.set_level("INFO")
+def test_what_filters_drop_is_told(folder, capsys):
     Shards(folder, size=16, filters={"aesthetic": [5, None], "unique": True}).setup()
-    table = [line.split() for line in caplog.text.splitlines()]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["aesthetic:", "[5,", "None]", "5", "5"] in table and ["unique:", "true", "0", "5"] in table
 
 

@@ -227,7 +227,7 @@ def test_folders_archives_and_shards_hold_the_same_pictures(home, folders, data)
     np.savez(folders / "real.npz", np.stack([np.array(Image.open(f)) for f in files]))
     write_shards(({"__key__": f.stem, "jpg": f.read_bytes()} for f in files), folders / "shards")
     archive, _, _ = judge(home, folders, f"reference={folders}/real.npz")
-    shards, _, _ = judge(home, folders, f"reference={folders}/shards", "size=32")
+    shards, _, _ = judge(home, folders, f"reference={folders}/shards", "resolution=32")
     assert folder["fd_clip"] == pytest.approx(archive["fd_clip"], rel=1e-6) == pytest.approx(shards["fd_clip"], rel=1e-6)
     same, _, _ = judge(home, folders, f"reference={folders}/drawn")
     assert same["fd_clip"] == pytest.approx(0, abs=1e-3)
@@ -260,9 +260,9 @@ def test_corrupt_pictures_are_counted_and_refused_beyond_a_limit(home, folders):
 
 def test_pictures_of_mixed_size_are_refused_or_brought_to_one(home, folders):
     Image.open(folders / "real" / "000.png").resize((40, 30)).save(folders / "real" / "500.png")
-    with pytest.raises(ValueError, match=r"mixed size.*30x40.*size=256"):
+    with pytest.raises(ValueError, match=r"mixed sizes.*30x40.*resolution=256"):
         judge(home, folders)
-    assert judge(home, folders, "size=24")[0]["fd_clip"] > 0
+    assert judge(home, folders, "resolution=24")[0]["fd_clip"] > 0
 
 
 def test_statistics_alone_do_for_inception_alone(home, folders):
@@ -404,7 +404,7 @@ def test_a_sweep_draws_each_setting_once_and_reports_all(command, tmp_path, caps
 def test_coco_in_miniature(home, folders):
     shutil.copytree(folders / "real", folders / "coco" / "val2014")
     (folders / "coco" / "captions.txt").write_text("".join(f"a picture of {i}\n" for i in range(9)))
-    coco = ["set=coco_30k", f"root={folders}/coco", f"images={folders}/drawn", "size=32", f"runs={home}"]
+    coco = ["set=coco_30k", f"root={folders}/coco", f"images={folders}/drawn", "resolution=32", f"runs={home}"]
     numbers, _, _ = run(*coco, "metric=[frechet_clip,clip_score]")
     told = json.loads((folders / "drawn-evaluation" / "metrics.json").read_text())
     assert numbers["fd_clip"] > 0 and told["fd_clip"]["protocol"]["reference"]["count"] == 12
@@ -415,7 +415,7 @@ def test_imagenet_in_miniature(command, folders):
     files = sorted((folders / "real").glob("*.png"))
     pictures = np.stack([np.array(Image.open(f)) for f in files])
     np.savez(folders / "VIRTUAL_imagenet32_labeled.npz", arr_0=pictures, mu=np.zeros(2048), sigma=np.eye(2048))
-    sets = ["set=imagenet", f"root={folders}", "size=32", "ask.label=0..2", "count=6", "metric=[frechet_clip]"]
+    sets = ["set=imagenet", f"root={folders}", "resolution=32", "ask.label=0..2", "count=6", "metric=[frechet_clip]"]
     numbers, pictures, _ = run(*command[4:-1], *sets)
     assert numbers["fd_clip"] > 0 and len(pictures["drawing"]) == 6
     config = compose_config("evaluate", ["set=imagenet", f"root={folders}"])
@@ -425,7 +425,7 @@ def test_imagenet_in_miniature(command, folders):
 @pytest.mark.parametrize("name", ["ffhq", "celeba_hq", "lsun"])
 def test_unconditional_sets_in_miniature(name, home, folders):
     numbers, _, _ = run(
-        f"set={name}", f"root={folders}/real", f"images={folders}/drawn", "size=32", f"runs={home}", "metric=[frechet_clip]"
+        f"set={name}", f"root={folders}/real", f"images={folders}/drawn", "resolution=32", f"runs={home}", "metric=[frechet_clip]"
     )
     assert numbers["fd_clip"] > 0
 

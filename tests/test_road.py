@@ -149,7 +149,7 @@ def test_a_picture_depends_on_its_seed_and_prompt_alone(road, tmp_path):
 def test_prompts_from_a_file_negative_and_larger(road, tmp_path):
     home, _, _ = road
     (tmp_path / "prompts.txt").write_text("a café, at night\n\nlion's [mane] = {0..9}\n", encoding="utf-8")
-    common = [f"model={home}/diffusion", "sampler.steps=2", f"prompts={tmp_path}/prompts.txt", "size=64"]
+    common = [f"model={home}/diffusion", "sampler.steps=2", f"prompts={tmp_path}/prompts.txt", "resolution=64"]
     plain = sample(compose_config("sample", [*common, f"out={tmp_path}/a"]))
     negative = sample(compose_config("sample", [*common, f"out={tmp_path}/b", "negative=blurry"]))
     assert plain.shape == (2, 3, 64, 64) and not torch.equal(plain, negative)
@@ -162,7 +162,7 @@ def test_what_cannot_be_asked_is_said(road, tmp_path):
     with pytest.raises(ValueError, match=r"found \['caption', 'label'\]"):
         sample(compose_config("sample", [f"model={home}/diffusion", f"out={tmp_path}", "prompt=x", "ask.label=[3]"]))
     with pytest.raises(ValueError, match=r"30x30 pixels.*multiples of 4"):
-        sample(compose_config("sample", [f"model={home}/diffusion", f"out={tmp_path}", "prompt=x", "size=30"]))
+        sample(compose_config("sample", [f"model={home}/diffusion", f"out={tmp_path}", "prompt=x", "resolution=30"]))
 
 
 def test_evaluate_writes_numbers_and_their_protocol(road, tmp_path):

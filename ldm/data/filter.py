@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.data.bucket import Size, assign
 from ldm.data.decode import is_text
@@ -54,7 +54,7 @@ def select(
         _save([selected, *parts], {"samples": len(index), "dropped": dropped}, folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if report["dropped"]:
-        rank_zero_info(table_of(report["samples"], report["dropped"]))
+        rank_zero_only(print)(table_of(report["samples"], report["dropped"]))
     whole, *parts = (_load(folder, i) for i in range(report["selections"]))
     return whole, parts or [whole]
 

@@ -74,14 +74,14 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def check_provenance(source: Any, stage: Any) -> None:
-    """Compares the latents that a stage is to be trained on with the autoencoder that its model has.
+    """Compares the latents that a stage is to be trained on with the autoencoder that its model has, where it has one loaded.
 
     Raises:
         ValueError: another autoencoder made them.
     """
     autoencoder = getattr(getattr(stage, "model", None), "autoencoder", None)
     file = Path(source) / RECORD if isinstance(source, str | Path) else None
-    if autoencoder is None or file is None or not file.is_file():
+    if file is None or not file.is_file() or autoencoder is None or not list(autoencoder.parameters()):
         return
     there, here = json.loads(file.read_text(encoding="utf-8"))["autoencoder"], weights_hash(autoencoder)
     if there != here:
