@@ -77,9 +77,7 @@ class Folder:
                 sizes.add(image.size if lying else image.size[::-1])
         if len(sizes) > 1:
             several = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
-            raise ValueError(
-                f"{self.option}={self.path} holds mixed sizes ({several}); resolution=256 brings them to one."
-            )
+            raise ValueError(f"{self.option}={self.path} holds mixed sizes ({several}); resolution=256 brings them to one.")
         return sizes.pop() if sizes else (8, 8)
 
     def check(self, corrupt: Sequence[int]) -> None:
