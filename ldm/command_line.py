@@ -25,6 +25,7 @@ FREE_TEXT = re.compile(
     r"|ask\.[\w.]+|data\.(?:train|val|root)))=(?P<value>.*)$",
     re.S,
 )
+VARIANT = re.compile(r"^size=(?=[a-z])(?!null$)")  # a word is a shrunken recipe, a number the pictures' size
 LISTS = ("condition", "metric", "callback", "logger")
 VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "runs", "folder")
 
@@ -32,10 +33,12 @@ VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "runs", "folder
 def quote(arguments: Sequence[str]) -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
 
-    A value that begins with `[` or a quote stays as it is.
+    A value that begins with `[` or a quote stays as it is. `size=tiny` chooses from configs/variant: a group of the name
+    `size` would take `size=64` from the other scripts, since Hydra's groups are every script's.
     """
     quoted = []
     for argument in arguments:
+        argument = VARIANT.sub("variant=", argument)
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)
@@ -135,9 +138,9 @@ def _guarded(task: Callable[[DictConfig], Any], multirun: bool) -> Callable[[Dic
 
 
 def _options(loader: Any, group: str) -> list[str]:
-    """The choices of a group, those of its sub-folders as `folder/name`; empty where it is no group."""
+    """The choices of a group, or, where it holds only folders, those as `folder/name`; empty where it is no group."""
     below = [f"{folder}/{name}" for folder in loader.list_groups(group) for name in _options(loader, f"{group}/{folder}")]
-    return [*loader.get_group_options(group), *below]
+    return loader.get_group_options(group) or below
 
 
 def _check_choice(override: Override, options: Sequence[str], multirun: bool) -> None:
