@@ -135,9 +135,9 @@ def _guarded(task: Callable[[DictConfig], Any], multirun: bool) -> Callable[[Dic
 
 
 def _options(loader: Any, group: str) -> list[str]:
-    """The choices of a group, those of its sub-folders as `folder/name`; empty where it is no group."""
+    """The choices of a group, or, where it holds only folders, those as `folder/name`; empty where it is no group."""
     below = [f"{folder}/{name}" for folder in loader.list_groups(group) for name in _options(loader, f"{group}/{folder}")]
-    return [*loader.get_group_options(group), *below]
+    return loader.get_group_options(group) or below
 
 
 def _check_choice(override: Override, options: Sequence[str], multirun: bool) -> None:

@@ -61,6 +61,9 @@ class Inpainting:
 
     Each step is taken `resamples` times, with noise added back in between, so that the two parts come to agree
     (RePaint, https://arxiv.org/abs/2201.09865, algorithm 1 with jumps of one step). mask: (B or 1, 1, H, W) in {0, 1}.
+
+    Raises:
+        ValueError: resamples < 1.
     """
 
     sampler: Sampler
@@ -68,6 +71,10 @@ class Inpainting:
     mask: Tensor
     resamples: int = 4
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.resamples < 1:
+            raise ValueError(f"resamples={self.resamples}: each step is taken at least once.")
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""

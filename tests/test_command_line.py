@@ -107,6 +107,21 @@ def test_ask_adds_what_it_names():
     assert compose_config("sample", ["model=m", "ask.label=[1,2]"]).ask.label == [1, 2]
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_group_takes_the_name_of_a_setting(path):
+    """Hydra would read `name=64` as a choice of a group `name`, in every script."""
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    chosen = {name.removeprefix("optional ") for line in config["defaults"] if isinstance(line, dict) for name in line}
+    assert not {folder.name for folder in CONFIGS.iterdir()} & config.keys() - chosen
+
+
+def test_pictures_have_a_resolution_and_recipes_a_tiny_size():
+    assert compose_config("sample", ["model=m", "resolution=64"]).resolution == 64
+    assert compose_config("sample", ["model=m", "resolution=[24,40]"]).resolution == [24, 40]
+    assert compose_config("evaluate", ["model=m", "resolution=512"]).resolution == 512
+    assert compose_config("train", ["experiment=sd/v1", "size=tiny"]).data.size == 32
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
@@ -118,6 +133,8 @@ def test_ask_adds_what_it_names():
         ("trainer.max_steps=3.5", r"a float was given where int is wanted"),
         ("data.batch=true", r"a bool was given where int is wanted"),
         ("sampler=[ddim,heun]", r"sampler is one choice, not a list"),
+        ("sampler=xyz", r"There are: ddim, ddpm, dpmpp, dpmpp_sde, euler, euler_ancestral, heun, unipc\.$"),
+        ("sampler=grid/uniform", r"sampler=grid/uniform: there is no such choice"),
         ("condition=[text,text]", r"stands twice"),
         ("sampler=ddim,heun", r"need a multirun: python train\.py -m"),
     ],

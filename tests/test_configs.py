@@ -77,6 +77,8 @@ def test_choices_build(room, name, runs):
     node = node_of(room, name, runs)
     if name == "lpips":
         node = {**node, "net": "alex", "weights": str(random_alexnet(runs))}
+    if name == "scales":
+        node = OmegaConf.merge(node, {"scales": {"text": 2.0}})
     with torch.device("meta" if name.startswith(("kl", "vq")) else "cpu"):
         assert build(node) is not None
 

@@ -111,6 +111,11 @@ def test_inpainting_keeps_what_the_mask_does_not_name():
     assert (drawn[..., 1] == picture[..., 1]).all() and (drawn[..., 0] != picture[..., 0]).all()
 
 
+def test_inpainting_takes_each_step_at_least_once():
+    with pytest.raises(ValueError, match="resamples=0: each step"):
+        Inpainting(DPMpp(5), data(1), torch.ones(1, 1, 1, 2), resamples=0)
+
+
 def test_a_picture_does_not_see_its_batch():
     noise, mask = torch.randn(4, 1, 1, 2, dtype=torch.float64), torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2)
     edit = Inpainting(DDPM(6), data(1), mask)

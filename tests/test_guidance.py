@@ -12,7 +12,7 @@ from torch import nn
 from ldm.autoencoder.identity import Identity
 from ldm.backbone.unet import UNet
 from ldm.build import build
-from ldm.command_line import CONFIGS
+from ldm.command_line import CONFIGS, compose_config
 from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
 from ldm.denoiser import Denoiser, LogRatio
@@ -64,12 +64,13 @@ def test_a_negative_like_the_request_is_no_guidance(model):
 
 
 NAMES = sorted(path.stem for path in (CONFIGS / "guidance").glob("*.yaml"))
-SETTINGS = {"scales": {"scales": {"kind": 3.0}}}  # the shipped one names conditions of another model
+SETTINGS = {"scales": {"scales": {"kind": 3.0}}}  # the shipped one leaves the names to the user
 
 
 def guidance(name, model, **settings):
     """The configured member, for this file's model; its weak model has weights of its own."""
-    node = OmegaConf.to_container(OmegaConf.load(CONFIGS / "guidance" / f"{name}.yaml")) | SETTINGS.get(name, {}) | settings
+    shipped = compose_config("sample", ["model=m", f"guidance={name}"]).guidance
+    node = OmegaConf.to_container(shipped) | SETTINGS.get(name, {}) | settings
     built = build(node)
     return replace(built, weak=partial(weaker, model)) if name == "autoguidance" else built
 
@@ -178,3 +179,12 @@ def test_guidances_nest(model):
     nested = Interval(0.1, 10.0, Interval(1.0, 10.0, inner))
     torch.testing.assert_close(nested(model, ASK)(X, T), inner(model, ASK)(X, T))
     assert torch.equal(nested(model, ASK)(X, torch.tensor(0.2)), Unguided()(model, ASK)(X, torch.tensor(0.2)))
+
+
+def test_guidances_are_chosen_and_nest_on_the_command_line():
+    """Other conditions than the shipped example's, and another guidance inside an interval."""
+    told = compose_config("sample", ["model=m", "guidance=scales", "guidance.scales={map: 1.5, text: 7.5}"]).guidance
+    assert build(OmegaConf.to_container(told)) == Scales({"map": 1.5, "text": 7.5})
+    nested = ["guidance=interval", "guidance@guidance.inner=autoguidance", "guidance.inner.weak.path=w", "guidance.inner.scale=3"]
+    built = build(OmegaConf.to_container(compose_config("sample", ["model=m", *nested]).guidance))
+    assert isinstance(built, Interval) and isinstance(built.inner, Autoguidance) and built.inner.scale == 3

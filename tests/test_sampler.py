@@ -6,8 +6,12 @@ from omegaconf import OmegaConf
 
 from ldm.build import build
 from ldm.command_line import CONFIGS
+from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Karras as KarrasGrid
 from ldm.sampler.grid import Leading, Linspace, Listed, Trailing, Uniform
+from ldm.sampler.heun import Heun
+from ldm.sampler.unipc import UniPC
+from ldm.schedule import DDPM as DDPMTable
 from ldm.schedule import Cosine, Karras, Linear, ScaledLinear
 
 SAMPLERS = sorted((CONFIGS / "sampler").glob("*.yaml"))
@@ -54,6 +58,48 @@ def test_a_picture_does_not_see_its_batch(config):
     parts = torch.cat([draw(denoise, schedule, noise[i : i + 1], [i]) for i in range(6)])
     torch.testing.assert_close(whole, turned, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(whole, parts, atol=1e-6, rtol=1e-6)
+
+
+@every_sampler
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.3)], ids=str)
+def test_few_bits_are_enough_where_hardly_any_signal_is_left(config, dtype, most):
+    """Nothing of the size sigma / alpha, 4096 and more here, is added and taken away again."""
+    schedule = DDPMTable(zero_terminal_snr=True)
+
+    def denoise(x_t, t):
+        alpha, sigma = schedule(t)
+        return alpha * 0.5 / (alpha**2 * 0.5 + sigma**2) * x_t
+
+    noise, draw = torch.randn(8, 1, 3, 5, generator=torch.Generator().manual_seed(0)), sampler(config, 4)
+    wanted = draw(denoise, schedule, noise.double(), range(8))
+    drawn = draw(denoise, schedule, noise.to(dtype), range(8))
+    assert drawn.dtype == dtype and (drawn.double() - wanted).abs().max() < most
+
+
+@every_sampler
+def test_no_step_is_refused(config):
+    for grid in sorted((CONFIGS / "sampler" / "grid").glob("*.yaml")):
+        if grid.stem != "listed":
+            with pytest.raises(ValueError, match=r"sampler\.steps=0: at least one"):
+                sampler(config, 0, grid=OmegaConf.to_container(OmegaConf.load(grid))).times(Linear())
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"sampler\.eta=2: .* between 0"):
+        DDIM(eta=2)
+    with pytest.raises(ValueError, match=r"sampler\.p=0: at least 1"):
+        UniPC(p=0)
+
+
+def test_churn_is_as_large_in_a_part_of_the_walk():
+    """As in image-to-image, and in inpainting step by step."""
+    draw, noise, schedule = Heun(4, churn=0.4), torch.randn(64, 1, 1, 1, dtype=torch.float64), Karras()
+    times, seen = draw.times(schedule), []
+    for part in (times, times[:2]):
+        asked = []
+        draw.walk(lambda x_t, t, asked=asked: asked.append(t) or x_t / 2, schedule, noise, part * 0.9, range(64))
+        seen.append(asked[0])
+    assert seen[0] == seen[1] > 0.9
 
 
 @every_sampler

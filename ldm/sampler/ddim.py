@@ -17,12 +17,19 @@ class DDIM:
     """First order; calls the network once a step.
 
     eta = 0 is deterministic, and inverted by walking its times backwards; eta = 1 is DDPM's ancestral sampling.
+
+    Raises:
+        ValueError: an eta outside [0, 1].
     """
 
     order: ClassVar[int] = 1
     steps: int = 50
     eta: float = 0.0
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"sampler.eta={self.eta}: it is between 0, no fresh noise, and 1, DDPM's.")
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""

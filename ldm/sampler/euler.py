@@ -31,8 +31,9 @@ class Euler:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
         for t, s in pairwise(times.double().cpu()):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
-            slope = (x - alpha_t * denoise(x, t)) / sigma_t
-            x = alpha_s * (x / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) * slope)
+            x_hat = denoise(x, t)
+            slope = (x - alpha_t * x_hat) / sigma_t
+            x = alpha_s * x_hat + sigma_s * slope  # = alpha_s (x / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) slope)
         return x
 
     def times(self, schedule: Schedule) -> Tensor:

@@ -37,8 +37,9 @@ class EulerAncestral:
             ratio_t, ratio_s = sigma_t / alpha_t, sigma_s / alpha_s
             up = (self.eta * ratio_s * (1 - (ratio_s / ratio_t) ** 2).sqrt()).clamp(max=ratio_s)
             down = (ratio_s**2 - up**2).sqrt()
-            slope = (x - alpha_t * denoise(x, t)) / sigma_t
-            x = alpha_s * (x / alpha_t + (down - ratio_t) * slope + up * draw(x))
+            x_hat = denoise(x, t)
+            slope = (x - alpha_t * x_hat) / sigma_t
+            x = alpha_s * (x_hat + down * slope + up * draw(x))
         return x
 
     def times(self, schedule: Schedule) -> Tensor:

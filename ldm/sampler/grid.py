@@ -1,5 +1,6 @@
 """The times a sampler visits, from first (noise) down to last (data); it calls the network at all but the last."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ class Uniform:
 
     def __call__(self, steps: int, schedule: Schedule) -> Tensor:
         """-> (steps + 1) times, float64."""
+        _check(steps)
         t = torch.linspace(self.first, self.last, steps + 1, dtype=torch.float64)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
@@ -32,6 +34,7 @@ class Quadratic:
 
     def __call__(self, steps: int, schedule: Schedule) -> Tensor:
         """-> (steps + 1) times, float64."""
+        _check(steps)
         return torch.linspace(self.first**0.5, self.last**0.5, steps + 1, dtype=torch.float64) ** 2
 
 
@@ -50,6 +53,7 @@ class Karras:
 
     def __call__(self, steps: int, schedule: Schedule) -> Tensor:
         """-> (steps + 1) times, float64."""
+        _check(steps)
         alpha, sigma = schedule(torch.tensor([self.first, self.lowest], dtype=torch.float64))
         high, low = ((sigma / alpha) ** (1 / self.rho)).tolist()
         log_ratio = self.rho * torch.linspace(high, low, steps, dtype=torch.float64).log()
@@ -137,7 +141,9 @@ def start(schedule: Schedule, times: Tensor, noise: Tensor) -> Tensor:
     return torch.hypot(alpha, sigma) * noise
 
 
-def _check(steps: int, most: int) -> None:
+def _check(steps: int, most: float = math.inf) -> None:
+    if steps < 1:
+        raise ValueError(f"sampler.steps={steps}: at least one step is wanted.")
     if steps > most:
         raise ValueError(f"sampler.steps={steps}: this grid has room for {most} (sampler.grid.total); use sampler/grid=uniform.")
 

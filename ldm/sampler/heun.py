@@ -40,14 +40,14 @@ class Heun:
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
         draw = Streams(seeds)
-        raised = 1 + min(self.churn / (len(times) - 1), math.sqrt(2) - 1)
+        raised = 1 + min(self.churn / self.steps, math.sqrt(2) - 1)
         for t, s in pairwise(times.double().cpu()):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
             if self.churn and self.low <= sigma_t / alpha_t <= self.high:
                 t = schedule.inverse((raised * sigma_t / alpha_t).log())
                 (alpha_0, sigma_0), (alpha_t, sigma_t) = (alpha_t, sigma_t), schedule(t)
                 added = ((sigma_t / alpha_t) ** 2 - (sigma_0 / alpha_0) ** 2).clamp(min=0).sqrt()
-                x = alpha_t * (x / alpha_0 + self.std * added * draw(x))
+                x = alpha_t / alpha_0 * x + alpha_t * self.std * added * draw(x)
             x_hat = denoise(x, t)
             noise_hat = (x - alpha_t * x_hat) / sigma_t
             y = alpha_s * x_hat + sigma_s * noise_hat

@@ -17,11 +17,18 @@ class UniPC:
     """UniPC-p, of order p + 1; calls the network once a step, for the predictor and for the corrector of the step before.
 
     The first and the last p steps are of lower order.
+
+    Raises:
+        ValueError: p < 1.
     """
 
     steps: int = 20
     p: int = 2
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __post_init__(self) -> None:
+        if self.p < 1:
+            raise ValueError(f"sampler.p={self.p}: at least 1 is wanted, of order p + 1.")
 
     @property
     def order(self) -> int:
