@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 
 def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[str, Any], int]:
-    """config: prompt, prompts, negative, ask, count, size -> the fields, N of each, and N.
+    """config: prompt, prompts, negative, ask, count, resolution -> the fields, N of each, and N.
 
     Each condition reads what is asked of its fields: numbers, names, words, files or folders of them.
 
@@ -29,7 +29,7 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
         ValueError: a condition of the model is not asked for, is not known, or lists differ in length.
         FileNotFoundError: a file that is asked for is not there.
     """
-    size = config.get("size") or 0
+    size = config.get("resolution") or 0
     size = (size, size) if isinstance(size, int) else tuple(size)
     asked = {field: value if isinstance(value, list) else [value] for field, value in (config.get("ask") or {}).items()}
     prompts = _prompts(config)

@@ -292,7 +292,9 @@ def model_of(**embedders):
 
 def test_pictures_and_masks_are_read_cropped_and_scaled(files):
     model = model_of(inpaint=Inpaint(Halves()))
-    ask, count = read_request({"ask": {"image": f"{files}/photo.png", "mask": f"{files}/mask.png"}, "size": 8, "count": 2}, model)
+    ask, count = read_request(
+        {"ask": {"image": f"{files}/photo.png", "mask": f"{files}/mask.png"}, "resolution": 8, "count": 2}, model
+    )
     assert count == 2 and ask["image"].shape == (2, 3, 8, 8) and ask["mask"].shape == (2, 1, 8, 8)
     torch.testing.assert_close(ask["image"][0, :, 0, 0], torch.tensor([-1.0, -1.0, 1.0]))
     assert torch.equal(ask["mask"][0, 0], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
@@ -306,7 +308,7 @@ def test_folders_of_maps_names_and_defaults(files):
 
     numbers = Number({"target_height": "height"}, width=4)
     model = model_of(semantic=Semantic(Halves(), 3), label=Label(["Fox", "Cat"], 4), number=numbers)
-    ask, count = read_request({"ask": {"map": f"{files}/maps", "label": "cat"}, "size": [4, 8]}, model)
+    ask, count = read_request({"ask": {"map": f"{files}/maps", "label": "cat"}, "resolution": [4, 8]}, model)
     assert count == 2 and ask["map"].shape == (2, 4, 8) and ask["map"][0].unique().tolist() == [0, 2]
     assert ask["label"].tolist() == [1, 1] and ask["target_height"].tolist() == [4.0, 4.0]
     model.tell(ask)
@@ -315,7 +317,7 @@ def test_folders_of_maps_names_and_defaults(files):
 def test_small_pictures_and_boxes(files):
     model = model_of(low=LowResolution(Halves(), scale=2, noise=0.2), layout=Layout(8, width=8, depth=1, heads=2))
     box = json.dumps([[1, 0, 0, 1, 1]])
-    ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": box}, "size": 8}, model)
+    ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": box}, "resolution": 8}, model)
     assert count == 1 and ask["low"].shape == (1, 3, 4, 4) and ask["level"].tolist() == [0.0]
     assert model.tell(ask).spatial.shape == (1, 3, 4, 4) and model.conditioner.show(ask)["layout"].shape == (1, 3, 64, 64)
 
@@ -336,7 +338,7 @@ def test_what_cannot_be_read_is_named(files):
     ]
     for ask, error, said in cases:
         with pytest.raises(error, match=said):
-            read_request({"ask": ask, "size": 8}, model)
+            read_request({"ask": ask, "resolution": 8}, model)
 
 
 def test_each_picture_lies_beside_what_it_was_told(tmp_path):
@@ -368,6 +370,6 @@ def test_a_map_of_twice_the_size_draws_twice_the_picture(files):
     autoencoder.decode = lambda z: torch.nn.functional.interpolate(z, scale_factor=2.0)
     model = LatentModel(autoencoder, conditioner, Denoiser(net, Linear(), Flow(), LogRatio())).eval()
     for size in (16, 32):
-        ask, count = read_request({"ask": {"map": f"{files}/maps/a.png"}, "size": size}, model)
+        ask, count = read_request({"ask": {"map": f"{files}/maps/a.png"}, "resolution": size}, model)
         drawn = generate(model, ask, DDIM(2), Unguided(), range(count), (size, size))
         assert drawn.shape == (1, 3, size, size) and drawn.isfinite().all()
