@@ -64,19 +64,22 @@ def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
 
 
 def build_members(config: DictConfig, group: str) -> dict[str, Any]:
-    """What a list such as callback=[checkpoint,ema] chose, by name.
+    """What a list such as callback=[checkpoint,ema] chose, by name."""
+    nodes = OmegaConf.to_container(config.get(group) or OmegaConf.create({}), resolve=True)
+    return {name: build(node, allowed(config)) for name, node in chosen(nodes, group).items()}
 
-    Settings of a member that was not chosen are an experiment's, for when it is.
+
+def chosen(nodes: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """The members that a list chose. Settings of one that was not chosen are an experiment's, for when it is.
 
     Raises:
         ValueError: settings of a member that there is not.
     """
-    nodes = OmegaConf.to_container(config.get(group) or OmegaConf.create({}), resolve=True)
-    known = {path.stem for path in (CONFIGS / group).glob("*.yaml")}
+    known = {str(name) for path in (CONFIGS / group).glob("*.yaml") for name in OmegaConf.load(path)}
     for name in nodes:
         if "_target_" not in (nodes[name] or {}) and name not in known:
             raise ValueError(f"{group}.{name} has settings but there is no such member.{nearest(name, sorted(known))}")
-    return {name: build(node, allowed(config)) for name, node in nodes.items() if "_target_" in (node or {})}
+    return {name: node for name, node in nodes.items() if "_target_" in (node or {})}
 
 
 def allowed(config: DictConfig) -> tuple[str, ...]:
@@ -108,6 +111,9 @@ def build_stage(config: DictConfig) -> Any:
     """The training stage of a composed train.yaml."""
     plain = OmegaConf.to_container(config, resolve=True)
     recipe = plain["training"].pop("recipe")
+    for model in (recipe, plain["training"].get("model", {})):
+        if "condition" in model:
+            model["condition"] = chosen(model["condition"], "condition")
     stage = build(plain["training"], allowed(config))
     stage.recipe = recipe
     frozen = frozen_parts(stage.model) if hasattr(stage, "model") else ()

@@ -95,7 +95,8 @@ class Subject:
                 )
             return Given({name: value[:count] for name, value in ask.items()}, count)
         if config["ask"] or not self.model.conditioner.embedders:
-            return Given(*read_request({**config, "ask": spread(config["ask"])}, self.model))
+            size = config["resolution"] or self.data.size
+            return Given(*read_request({**config, "resolution": size, "ask": spread(config["ask"])}, self.model))
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
 
     def _reconstructions(self) -> Reconstructions:

@@ -170,6 +170,12 @@ def test_experiments_say_their_name_and_command_and_build(name, runs):
             assert any(p.requires_grad for p in build_stage(config).parameters())
 
 
+def test_another_condition_takes_the_place_of_an_experiments_own(runs):
+    """condition= swaps, also where the experiment has settings for what it usually has."""
+    stage = build_stage(compose_config("train", ["experiment=emoji/text", "condition=[label]", f"runs={runs}"]))
+    assert list(stage.model.conditioner.embedders) == list(stage.recipe["condition"]) == ["label"]
+
+
 def test_nothing_need_be_told(runs):
     """condition=[] is unconditional diffusion, as in the LDM paper's FFHQ and CelebA models."""
     stage = build_stage(compose_config("train", ["condition=[]", "backbone=mlp", "backbone.size=4", "autoencoder=identity"]))
