@@ -15,8 +15,9 @@ from PIL import Image
 from evaluate import evaluate, sweep
 from ldm.build import build
 from ldm.command_line import compose_config
+from ldm.data.emoji import Emoji
 from ldm.evaluation import rows as rows_module
-from ldm.evaluation.pictures import another, chosen, untold
+from ldm.evaluation.pictures import Split, another, chosen, untold
 from ldm.evaluation.real import Archive, Folder
 from ldm.evaluation.rows import see
 from ldm.evaluation.run import measure
@@ -462,3 +463,12 @@ def test_training_is_the_same_with_and_without_measuring_and_keeps_the_best(home
     assert told["fd_clip"]["value"] == 7 and told["fd_clip"]["subject"]["step"] == 4 and "reconstruction_psnr" in told
     assert torch.load(watched / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 2
     assert "evaluate/fd_clip" in read_curves(watched)
+
+
+def test_what_was_seen_of_some_pictures_does_not_serve_for_others(emoji_root):
+    """Filters choose among the pictures, so they are part of what cached rows are kept under."""
+    kept = [
+        Split(Emoji(root=emoji_root, groups=["Activities"], val_fraction=0.2, filters=rules), "train", "cpu").protocol
+        for rules in (None, {"caption_length": [None, 6]})
+    ]
+    assert kept[0] != kept[1]

@@ -51,6 +51,7 @@ class Split:
         self.numbers = range(len(samples)) if numbers is None else list(numbers)
         self.count = len(self.numbers)
         self.protocol = {"shards": samples.index.fingerprint(), "split": split, "size": data.size}
+        self.protocol |= {"filters": dict(data.filters)} if data.filters else {}
         self.protocol |= {} if numbers is None else {"chosen": fingerprint(self.numbers)}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
