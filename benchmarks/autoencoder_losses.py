@@ -25,6 +25,7 @@ from train import train
 HOME = Path("runs/autoencoders")
 STEPS = 800
 MULT = {4: "[1,2,2]", 8: "[1,2,2,2]"}
+MIRRORED = ["training.augment.upend=0", "training.augment.turn=0", "training.augment.recolour=0"]  # and no other change
 ADVERSARY = ["adversary.start=300", "adversary.weight=0.2", "adversary.optimizer.lr=5e-4"]
 CLIP = "local-dir:runs/quickstart/clip"
 MANY = 512  # training pictures, for the Fréchet distance
@@ -49,6 +50,7 @@ def train_one(name, factor, perceptual, adversary):
         f"trainer.max_steps={STEPS}",
         f"trainer.val_check_interval={STEPS // 4}",
         f"callback.reconstructions.every={STEPS // 2}",
+        *MIRRORED,
         *([] if perceptual else ["training.perceptual=null"]),
         *(ADVERSARY if adversary else []),
     ]
