@@ -9,7 +9,7 @@ quickstart: .venv/ready
 	$(RUN) quickstart.py $(MINUTES)
 
 test: .venv/ready lint
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not slow and not gpu"
 
 test-slow: .venv/ready
 	$(RUN) -m pytest -m "slow and not gpu"

@@ -3,7 +3,7 @@
 import json
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import open_clip
 import pytest
