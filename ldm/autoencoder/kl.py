@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import conv_transpose2d, pad, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
 from ldm.types import Draw, Moments
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, f * H, f * W) -> (B, channels, H, W)."""
         h = through(self.levels, self.conv_in(x), self.checkpointing)
-        return self.conv_out(silu(self.norm_out(self.middle(h))))
+        return self.conv_out(activate(self.norm_out(self.middle(h))))
 
 
 class Decoder(nn.Module):
@@ -159,8 +159,9 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, 3, f * H, f * W)."""
-        h = through(self.levels, self.middle(self.conv_in(z)), self.checkpointing)
-        return self.conv_out(silu(self.norm_out(h)))
+        h = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        h = through(self.levels, self.middle(h), self.checkpointing)
+        return self.conv_out(activate(self.norm_out(h)))
 
 
 class ResBlock(nn.Module):
@@ -174,7 +175,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        return self.skip(x) + self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
+        return self.skip(x) + self.conv2(activate(self.norm2(self.conv1(activate(self.norm1(x))))))
 
 
 class Attention(nn.Module):
@@ -205,14 +206,24 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles height and width by repetition, then a convolution."""
+    """Doubles height and width by repetition, then a convolution.
+
+    Both at once are a transposed convolution, whose kernel of 4 x 4 sums what meets the same pixel: 4/9 of the multiplications.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return super().forward(interpolate(x, scale_factor=2.0, mode="nearest"))
+        kernel = pad(self.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+        kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
+        return conv_transpose2d(x, kernel[..., 1:] + kernel[..., :-1], self.bias, stride=2, padding=1)
+
+
+def activate(h: Tensor) -> Tensor:
+    """SiLU of what a norm just made: in place where no gradient will ask for it again."""
+    return silu(h, inplace=not torch.is_grad_enabled())
 
 
 def middle(channels: int, groups: int) -> nn.Sequential:
