@@ -80,7 +80,8 @@ class KL(nn.Module):
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(0, 1)) in nats, (B, C, H, W) each -> (), the mean over all latent numbers."""
+    """KL(N(mean, std^2) || N(0, 1)) in nats, (B, C, H, W) each -> (), the mean over all latent numbers, in float32."""
+    mean, std = mean.float(), std.float()
     return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
 
 
@@ -98,9 +99,11 @@ def check_size(images: Tensor, factor: int) -> None:
     """Raises ValueError where `factor` does not divide the height and width of (B, 3, height, width)."""
     height, width = images.shape[2:]
     if height % factor or width % factor:
+        crop = f"crop it to {height - height % factor}x{width - width % factor}"
+        mend = crop if min(height, width) >= factor else f"{factor}x{factor} is the least"
         raise ValueError(
             f"A picture of {height}x{width} pixels cannot be encoded by an autoencoder of factor {factor}; "
-            f"crop it to {height - height % factor}x{width - width % factor} (data.size=...)."
+            f"{mend} (data.size=...)."
         )
 
 
