@@ -331,7 +331,7 @@ def test_a_channel_that_says_nothing_is_refused_by_name(spoil, found, emoji_root
 @pytest.mark.parametrize("kind", [KL, VQ])
 def test_latents_and_reconstructions_are_shown(kind, emoji_root, tmp_path):
     stage, data = stage_of(kind, against=False), small(emoji_root)
-    callbacks = [Latents(str(tmp_path / "latents"), 2), Reconstructions(str(tmp_path / "previews"), 2, count=8)]
+    callbacks = [Latents(str(tmp_path / "latents"), 2), Reconstructions(str(tmp_path / "previews"), 2, count=11)]
     run(stage, emoji_root, tmp_path, 2, callbacks)
     told = json.loads((tmp_path / "latents" / "00000002.json").read_text())
     data.setup()
@@ -349,7 +349,8 @@ def test_latents_and_reconstructions_are_shown(kind, emoji_root, tmp_path):
             assert told["perplexity"] == pytest.approx(used["perplexity"].item(), rel=1e-4)
     assert len(told["mean"]) == len(told["std"]) == 2
     shown = Image.open(tmp_path / "previews" / "00000002.png")
-    assert shown.size == (8 * 9 + 1, 3 * 9 + 1), "originals, reconstructions, differences: rows of 8 pictures of 8 pixels"
+    assert shown.size == (8 * 9 + 1, 6 * 9 + 1), "originals, reconstructions, differences, twice: rows of 8 pictures of 8 pixels"
+    assert shown.crop((3 * 9 + 1, 3 * 9 + 1, 73, 55)).getextrema() == ((255, 255),) * 3, "3 pictures in the second row"
     assert Image.open(tmp_path / "latents" / "00000002.png").width > 400
 
 
