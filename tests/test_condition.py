@@ -1,5 +1,7 @@
 """What a model is told: joining, dropping, and the text tower against open_clip's own encoder."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -291,6 +293,8 @@ def test_what_does_not_fit_is_refused():
 
 class Told:
     """A model whose denoiser multiplies by what it is told, and counts its calls."""
+
+    conditioner = SimpleNamespace(embedders={"text": SimpleNamespace(key="caption")})
 
     def __init__(self):
         self.calls = 0
