@@ -20,6 +20,7 @@ from ldm.autoencoder.vq import VQ
 from ldm.build import load_autoencoder
 from ldm.command_line import CONFIGS
 from ldm.loss.adversary import Hinge, NonSaturating, PatchGAN
+from ldm.loss.features import Features
 from ldm.training.adversary import Adversary, balance_of
 from ldm.training.augment import Augment
 from ldm.training.autoencoding import Autoencoding
@@ -76,16 +77,18 @@ def run(stage, emoji_root, folder, steps, callbacks=(), **settings):
 # ---- who learns from what
 
 
-def test_the_discriminator_learns_from_its_own_loss_alone(emoji_root, tmp_path):
-    """Gradients of the autoencoder's loss reach encoder and decoder, none reaches the discriminator, and the other way round."""
+def test_the_discriminator_learns_from_its_own_loss_alone(emoji_root, clip_folder, tmp_path):
+    """Gradients of each of the autoencoder's terms reach encoder and decoder, none the discriminator, and the other way round."""
     stage = stage_of()
     run(stage, emoji_root, tmp_path, 1)
+    stage.perceptual = Features(f"local-dir:{clip_folder}")
     stage.zero_grad(set_to_none=True)
     images = torch.rand(8, 3, 8, 8) * 2 - 1
     output = stage.autoencoder.reconstruct(stage.autoencoder.posterior(images).mean)
-    loss, _ = stage.reconstruction(output, images)
+    loss, parts = stage.reconstruction(output, images)
     opposition, terms = stage.adversary.oppose(output, loss, stage.autoencoder.last_layer)
-    for term in (loss, terms["generator"], opposition):
+    assert parts.keys() == {"l1", "l2", "perceptual"}
+    for term in (*parts.values(), loss, terms["generator"], opposition):
         stage.zero_grad(set_to_none=True)
         term.backward(retain_graph=True)
         assert stage.autoencoder.last_layer.grad.abs().max() > 0
