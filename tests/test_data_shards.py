@@ -283,6 +283,15 @@ def test_arrays_go_straight_into_the_batch(tmp_path):
         next(iter(Shards(tmp_path / "b", fields={"moments": "m.npy"}).ordered("train", 2)))
 
 
+def test_an_array_that_is_cut_off_after_the_index_was_made_is_left_out(tmp_path):
+    write_shard(({"__key__": f"{i}", "m.npy": np.full(500, i)} for i in range(3)), tmp_path / "0.tar")
+    data = Shards(tmp_path, fields={"moments": "m.npy"})
+    offset, _ = data.train_set.index.table(0).span(2, "m.npy")
+    os.truncate(tmp_path / "0.tar", offset + 300)
+    batch = next(iter(data.ordered("train", 3)))
+    assert batch["key"] == ["0", "1"] and "ends after 300 of 4128 bytes" in batch["bad"][0]
+
+
 @QUIET
 def test_the_stream_has_the_same_fields(folder):
     data = Streamed(folder, size=16, batch=4, shuffle=5)
