@@ -25,7 +25,8 @@ from ldm.data.selection import Selection
 OPEN_FILES = 128  # shards a process holds open
 ATTEMPTS = 100  # substitutes that are tried for one bad sample
 AUGMENT, REPLACE = 2**32 + 2, 2**32 + 3  # streams of random numbers
-SIZES = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
+CROP = ("crop_top", "crop_left")
+SIZES = ("original_height", "original_width", *CROP, "target_height", "target_width")
 
 
 class Where(NamedTuple):
@@ -174,8 +175,12 @@ class Loaded(Dataset[dict[str, Any]]):
         return View(place.height, place.width, v, u, mirror < self.flip)
 
     def _sizes(self, kept: Sequence[tuple[int, int, int, View]]) -> dict[str, Tensor]:
-        """What SDXL is told of each picture (https://arxiv.org/abs/2307.01952, 2.2): (B) int64 each."""
-        if not any(is_image(member) for member in self.samples.fields.values()):
+        """What SDXL is told of each picture (https://arxiv.org/abs/2307.01952, 2.2): (B) int64 each.
+
+        Latents that were made ahead say in their records where their pictures were cut.
+        """
+        cut = self.samples.index.table(kept[0][1]).column(CROP[0]) is not None
+        if not cut and not any(is_image(member) for member in self.samples.fields.values()):
             return {}
         rows = []
         for _, shard, row, view in kept:
@@ -184,7 +189,8 @@ class Loaded(Dataset[dict[str, Any]]):
             original = [table.number(row, f"original_{side}") for side in ("height", "width")]
             known = not math.isnan(width) and not math.isnan(height)
             corner = view.corner(int(width), int(height)) if known else (0, 0)
-            rows.append([*(int(n) if not math.isnan(n) else 0 for n in original), *corner, view.height, view.width])
+            corner = [table.number(row, side) for side in CROP] if cut else corner
+            rows.append([*(int(n) if not math.isnan(n) else 0 for n in (*original, *corner)), view.height, view.width])
         mirrored = {"mirrored": torch.tensor([view.flip for *_, view in kept])}
         return mirrored | dict(zip(SIZES, torch.tensor(rows, dtype=torch.int64).unbind(1)))
 

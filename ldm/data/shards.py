@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm.data.bad import BadSamples
-from ldm.data.bucket import sizes_of
-from ldm.data.decode import decoder, is_image
+from ldm.data.bucket import Size, sizes_of
+from ldm.data.decode import decoder, is_array, is_image, is_text
 from ldm.data.fetch import CACHE, Fetch
 from ldm.data.filter import select
 from ldm.data.index import Damage, Index
@@ -133,7 +133,7 @@ class Shards(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Checks that every sample has what `fields` names, and that latents are those of the trained model's autoencoder."""
         _ = self.train_set, self.val_set
-        check_provenance(self.train, getattr(self.trainer, "lightning_module", None))
+        check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
     def train_dataloader(self) -> DataLoader:
         """Endless micro-batches of this device, from sample `consumed` on."""
@@ -159,6 +159,11 @@ class Shards(pl.LightningDataModule):
         """As `ordered`, but bucket by bucket, each in its size; position counts up."""
         samples = self._split(split)
         return self._load(Loaded(samples), Once(self._buckets[split], self.sizes, batch, rank, world))
+
+    def parts(self, split: Split) -> tuple[list[Selection], list[Size]]:
+        """-> the samples of each bucket, and its height and width in pixels."""
+        self._split(split)
+        return self._buckets[split], self.sizes
 
     def rows(self, split: Split, chosen: Sequence[int]) -> Batch:
         """The chosen samples of a split as one batch, square; position = index."""
@@ -246,6 +251,8 @@ class Shards(pl.LightningDataModule):
             if field in RESERVED:
                 raise ValueError(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
             decoder(member)
+        if (self.flip or self.crop != "center") and all(is_array(member) or is_text(member) for member in self.fields.values()):
+            raise ValueError(f"data.flip={self.flip} data.crop={self.crop}: data.fields names no pictures, only {self.fields}.")
         choices = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "leave_out"), "crop": ("center", "random")}
         for name, words in choices.items():
             if getattr(self, name) not in words:
@@ -257,7 +264,8 @@ class Shards(pl.LightningDataModule):
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
         if index.damage:
             rank_zero_warn(f"{len(index.damage)} damaged shards are left out: {index.damage}")
-        least = self.batch if split == "train" else 1
+        pictures = any(is_image(member) for member in self.fields.values())
+        least = self.batch if split == "train" and pictures else 1  # latents have the size that they have
         selection, self._buckets[split] = select(index, self.fields, self.filters, self.sizes, least)
         return Samples(index, selection, self.fields, self.size)
 
