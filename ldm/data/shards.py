@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm.data.bad import BadSamples
-from ldm.data.bucket import Size, sizes_of
+from ldm.data.bucket import Report, Size, sizes_of
 from ldm.data.decode import decoder, is_array, is_image, is_text
 from ldm.data.fetch import CACHE, Fetch
 from ldm.data.filter import select
@@ -95,7 +95,7 @@ class Shards(pl.LightningDataModule):
         self.sizes = sizes_of(buckets, size)
         if weights and len(self.sizes) > 1:
             raise ValueError("data.weights with data.buckets: a mixture has no buckets; leave one of the two out.")
-        self.fetch = Fetch(cache, cache_gb)
+        self.fetch, self.report = Fetch(cache, cache_gb), Report(self.sizes)
         self.bad = BadSamples(max_bad_fraction)
         self.consumed = 0  # samples that training had taken where this run begins
         self._ahead = 0  # consumed samples beyond global_step * batch, after an epoch was begun anew
@@ -175,13 +175,20 @@ class Shards(pl.LightningDataModule):
         return batch
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Where the checkpoint lay between two micro-batches, whose gradients are lost, its step begins anew with all of them."""
-        if self._resumed and self.trainer is not None and self.trainer.training:
+        """Where the checkpoint lay between two micro-batches, whose gradients are lost, its step begins anew with all of them.
+
+        An epoch of buckets begins with a report of their use.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        if self._resumed:
             self._resumed = False
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             lost = progress.ready % self.trainer.accumulate_grad_batches
             for name in ("ready", "started", "processed", "completed"):
                 setattr(progress, name, getattr(progress, name) - lost)
+        if len(self.sizes) > 1:
+            self.report(self.steps, int(batch["position"][0]) // self.batch, self.trainer)
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
@@ -190,8 +197,7 @@ class Shards(pl.LightningDataModule):
         Raises:
             ValueError: too many samples could not be read.
         """
-        self.bad.note(batch.get("bad", ()), len(batch["key"]), self._bad_file())
-        self._log_bad(batch)
+        self.bad.note(batch, self.trainer)
         batch = {field: value for field, value in batch.items() if field != "bad"}
         for field, member in self.fields.items():
             value = batch.get(field)
@@ -290,13 +296,3 @@ class Shards(pl.LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def _bad_file(self) -> Path | None:
-        if self.trainer is None:
-            return None
-        return Path(self.trainer.default_root_dir) / f"bad-samples-{self.trainer.global_rank}.txt"
-
-    def _log_bad(self, batch: Batch) -> None:
-        if "bad" in batch and self.trainer is not None:
-            for logger in self.trainer.loggers:
-                logger.log_metrics({"data/bad": self.bad.count}, step=self.trainer.global_step)
