@@ -92,10 +92,11 @@ def random_alexnet(folder):
 
 @pytest.mark.parametrize("name", names("backbone"))
 def test_backbones_are_told_channels_and_widths_only(name, runs):
-    partial = build(node_of("backbone", name, runs))
+    node = node_of("backbone", name, runs)
+    is_dit = node["_target_"].endswith("DiT")
+    widths = Widths(vector=node["width"] * (1 if is_dit else 4), tokens=0 if is_dit else 64, spatial=1)  # as `identity` wants it
     with torch.device("meta"):
-        widths = Widths(vector=1152, spatial=1) if name.startswith("dit") else Widths(vector=6, tokens=64, spatial=1)
-        assert isinstance(partial(channels=4, widths=widths), nn.Module)
+        assert isinstance(build(node)(channels=4, widths=widths), nn.Module)
 
 
 @pytest.mark.parametrize("room, name", every("optimizer", "rate"))

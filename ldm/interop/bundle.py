@@ -14,11 +14,14 @@ from ldm.autoencoder.vq import VQ
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
 from ldm.folder import LOCAL, load_tensors, save_model, save_tensors, write_json
+from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
 BACKBONE = "denoiser.backbone."
 AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
 CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
+BETAS = {"ScaledLinear": (0.00085, 0.012), "DDPM": (1e-4, 0.02)}  # what the schedules begin and end with unless told
 PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
 
 
@@ -35,22 +38,38 @@ class Part:
 class Bundle:
     """`recipe` builds the model, `weights` are what was trained, `parts` the frozen models by their sub-folder.
 
-    Without a recipe it is an autoencoder alone, parts["autoencoder"].
+    Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
+    from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so.
     """
 
     recipe: dict[str, Any] | None
     weights: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
+    grid: str | None = None
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""
         return {n.removeprefix(BACKBONE): x for n, x in self.weights.items() if n.startswith(BACKBONE)}
 
+    @property
+    def is_dit(self) -> bool:
+        """Whether the backbone is a DiT, else it is a U-Net."""
+        return self.recipe is not None and self.recipe["backbone"]["_target_"] == "ldm.backbone.dit.DiT"
+
     def settings(self) -> dict[str, Any]:
-        """How the U-Net is built, the defaults filled in."""
+        """How the backbone is built, the defaults filled in.
+
+        Raises:
+            ValueError: it is no network that other layouts know.
+        """
+        own = {k: v for k, v in self.recipe["backbone"].items() if k[0] != "_" and k != "vector"}
+        if self.is_dit:
+            return {"size": 32, "patch": 2, "width": 1152, "depth": 28, "heads": 16, "swiglu": False, **own}
+        if self.recipe["backbone"]["_target_"] != "ldm.backbone.unet.UNet":
+            raise ValueError(f"backbone={self.recipe['backbone']['_target_']} has no place in other layouts; U-Net and DiT have.")
         defaults = {"res_blocks": 2, "heads": 8, "head_width": None, "width": 320, "mult": [1, 2, 4, 4], "groups": 32}
         defaults |= {"depth": [1, 1, 1, 0], "middle_depth": 1, "tokens_only": [], "scale_shift": False, "res_resample": False}
-        return {**defaults, **{k: v for k, v in self.recipe["backbone"].items() if not k.startswith("_")}}
+        return {**defaults, **own}
 
 
 def read_folder(folder: Path) -> Bundle:
@@ -101,8 +120,9 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def unet_shapes(channels: int, widths: Mapping[str, int], **settings: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of such a U-Net, which is not built in memory."""
+    vector = identity if "vector" in settings else mlp
     with torch.device("meta"):
-        return shapes_of(UNet(channels, Widths(**widths), **settings))
+        return shapes_of(UNet(channels, Widths(**widths), **{**settings, "vector": vector}))
 
 
 def autoencoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -127,21 +147,25 @@ def recipe_of(
     backbone: Mapping[str, Any],
     condition: Mapping[str, Any],
     prediction: str,
-    beta_start: float,
-    beta_end: float,
-    schedule: str = "ScaledLinear",
+    schedule: Mapping[str, Any],
+    level: Mapping[str, Any] = DISCRETE,
 ) -> dict[str, Any]:
-    """The recipe of a model of the family: discrete steps, 1000 of them, and a variance-preserving schedule."""
+    """The recipe of a model of the family, whose autoencoder lies in a sub-folder."""
     return {
         "_target_": "ldm.build.assemble",
         "autoencoder": {"_target_": "ldm.build.load_autoencoder", "path": "./autoencoder"},
         "condition": dict(condition),
-        "backbone": {"_target_": "ldm.backbone.unet.UNet", "_partial_": True, **backbone},
-        "schedule": {"_target_": f"ldm.schedule.{schedule}", "beta_start": beta_start, "beta_end": beta_end},
+        "backbone": dict(backbone),
+        "schedule": dict(schedule),
         "prediction": {"_target_": f"ldm.prediction.{prediction}"},
-        "level": {"_target_": "ldm.denoiser.Timestep", "steps": 1000},
+        "level": dict(level),
         "unit_input": False,
     }
+
+
+def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a U-Net."""
+    return {"_target_": "ldm.backbone.unet.UNet", "_partial_": True, **settings}
 
 
 def text_node(place: str, **settings: Any) -> dict[str, Any]:
@@ -163,7 +187,12 @@ def folded(part: Part) -> dict[str, Tensor]:
     """A KL autoencoder's weights with its statistics inside, so that its own latents are white and the scale factor is 1.
 
     The two 1x1 convolutions around the latents take them up, exactly but for rounding.
+
+    Raises:
+        ValueError: it is a VQ, where other scales by channel would choose other codes.
     """
+    if "codebook" in part.weights:
+        raise ValueError("A VQ autoencoder's statistics differ by channel; other layouts know one scale factor for all channels.")
     w = dict(part.weights)
     mean, std = w["mean"], w["std"]
     scale, move = torch.cat((1 / std, torch.ones_like(std))), torch.cat((mean / std, 2 * std.log()))
