@@ -1,6 +1,5 @@
 """Whole models beside Stable Diffusion 1, 2 and XL: there, back, and through the command; each draws what its peer draws."""
 
-
 import diffusers
 import pytest
 import torch

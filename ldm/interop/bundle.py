@@ -1,5 +1,6 @@
 """A latent model taken apart, in our names: what every foreign layout is read into and written from."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.kl import KL
 from ldm.autoencoder.vq import VQ
+from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
 from ldm.folder import LOCAL, load_tensors, save_model, save_tensors, write_json
@@ -18,6 +20,7 @@ from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
 BACKBONE = "denoiser.backbone."
+BACKBONES = {"ldm.backbone.unet.UNet": UNet, "ldm.backbone.dit.DiT": DiT}
 AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
 CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
@@ -32,6 +35,10 @@ class Part:
     config: dict[str, Any]
     weights: dict[str, Tensor]
     tower: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """How the autoencoder is built, the defaults filled in."""
+        return filled(AUTOENCODERS[self.config["_target_"]], self.config)
 
 
 @dataclass
@@ -62,14 +69,10 @@ class Bundle:
         Raises:
             ValueError: it is no network that other layouts know.
         """
-        own = {k: v for k, v in self.recipe["backbone"].items() if k[0] != "_" and k != "vector"}
-        if self.is_dit:
-            return {"size": 32, "patch": 2, "width": 1152, "depth": 28, "heads": 16, "swiglu": False, **own}
-        if self.recipe["backbone"]["_target_"] != "ldm.backbone.unet.UNet":
-            raise ValueError(f"backbone={self.recipe['backbone']['_target_']} has no place in other layouts; U-Net and DiT have.")
-        defaults = {"res_blocks": 2, "heads": 8, "head_width": None, "width": 320, "mult": [1, 2, 4, 4], "groups": 32}
-        defaults |= {"depth": [1, 1, 1, 0], "middle_depth": 1, "tokens_only": [], "scale_shift": False, "res_resample": False}
-        return {**defaults, **own}
+        node = self.recipe["backbone"]
+        if node["_target_"] not in BACKBONES:
+            raise ValueError(f"backbone={node['_target_']} has no place in other layouts; U-Net and DiT have.")
+        return {k: v for k, v in filled(BACKBONES[node["_target_"]], node).items() if k != "vector"}
 
 
 def read_folder(folder: Path) -> Bundle:
@@ -111,6 +114,12 @@ def towers(condition: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for tower, inner in node.get("towers", {}).items():
             found[f"condition.{name}.towers.{tower}"] = inner
     return found
+
+
+def filled(made: type, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a config's node, and what its class takes for those that it leaves out."""
+    usual = {n: p.default for n, p in inspect.signature(made).parameters.items() if p.default is not p.empty}
+    return {**usual, **{k: v for k, v in node.items() if k[0] != "_"}}
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

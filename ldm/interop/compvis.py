@@ -69,7 +69,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     part, used = _read_autoencoder(weights, VAE, told, 0.13025 if large else 0.18215 if table is None else 0.08333)
     condition, parts, read = _read_conditions(weights, widths, channels, table)
     _check_left(path, weights, used | read | taken(ties, UNET) | set(TABLES.values()))
-    kind = prediction or prediction_told(path, told, widths["tokens"], large, widths["spatial"], table is not None)
+    kind = prediction or prediction_told(path, told, _is_second(parts) and not widths["spatial"], table is not None)
     recipe = recipe_of(unet_node(found), condition, kind, schedule_told(path, told, weights))
     bundle = Bundle(recipe, ours, {"autoencoder": part, **parts})
     for place in (bundle.weights, *(p.weights for p in bundle.parts.values())):
@@ -88,12 +88,12 @@ def write_file(bundle: Bundle, path: Path) -> None:
     if bundle.recipe is None and "codebook" in part.weights:
         scale = scale or 1.0  # alone, it draws the same whatever its statistics
     stage = part.weights if scale is not None else folded(part)
-    ties = first_stage.compvis(stage, part.config)
+    ties = first_stage.compvis(stage, part.settings())
     if bundle.recipe is None:
         save_tensors(give(ties, stage), path)
         return
     settings = bundle.settings()
-    groups = {settings["groups"], part.config.get("groups", 32)}
+    groups = {settings["groups"], part.settings()["groups"]}
     if groups != {32}:
         raise ValueError(f"CompVis' code normalises in 32 groups; this model has {sorted(groups)}. Use --to diffusers.")
     theirs = give(ties, stage, VAE)
@@ -123,6 +123,11 @@ def _read_conditions(
     if widths["vector"] and table is None:
         condition["number"] = number_node(refiner=len(parts) == 1)
     return condition | map_node(widths["spatial"], channels, bool(parts), table), parts, read
+
+
+def _is_second(parts: Mapping[str, Part]) -> bool:
+    """Whether the text tower is Stable Diffusion 2's, a single one of open_clip's."""
+    return "condition.text" in parts and not parts["condition.text"].config["quick_gelu"]
 
 
 def _check_given(bundle: Bundle, theirs: Mapping[str, Tensor]) -> None:

@@ -53,8 +53,8 @@ def schedule_told(path: Path, told: Mapping[str, Any], weights: Mapping[str, Ten
     return {"_target_": "ldm.schedule.ScaledLinear", "beta_start": start, "beta_end": end}
 
 
-def prediction_told(path: Path, told: Mapping[str, Any], tokens: int, large: bool, beside: int, upscales: bool) -> str:
-    """What the network says. `beside`: its map channels.
+def prediction_told(path: Path, told: Mapping[str, Any], second: bool, upscales: bool) -> str:
+    """What the network says. `second`: it is Stable Diffusion 2, told text alone; `upscales`: its x4 upscaler.
 
     Raises:
         ValueError: Stable Diffusion 2's two kinds look alike.
@@ -63,7 +63,7 @@ def prediction_told(path: Path, told: Mapping[str, Any], tokens: int, large: boo
         return PREDICTIONS[told["parameterization"]]
     if upscales:
         return "Velocity"
-    if tokens == 1024 and not large and not beside:
+    if second:
         raise ValueError(
             f"{path} is Stable Diffusion 2, of which one kind says noise (base) and one velocity (768-v); the weights look alike."
             " Say --prediction noise or --prediction velocity, or put its yaml beside it."
@@ -77,7 +77,7 @@ def told_of(bundle: Bundle, scale: float) -> dict[str, Any]:
     Raises:
         ValueError: the schedule or the prediction has no place there.
     """
-    s, recipe, stage = bundle.settings(), bundle.recipe, bundle.parts["autoencoder"].config
+    s, recipe, stage = bundle.settings(), bundle.recipe, bundle.parts["autoencoder"]
     kind, schedule = (recipe[name]["_target_"].split(".")[-1] for name in ("prediction", "schedule"))
     words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if kind not in words or schedule != "ScaledLinear" or recipe["schedule"].get("zero_terminal_snr"):
@@ -93,7 +93,7 @@ def told_of(bundle: Bundle, scale: float) -> dict[str, Any]:
         "timesteps": 1000,
         "scale_factor": scale,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": _network(bundle.backbone(), s)},
-        "first_stage_config": _first_stage(stage),
+        "first_stage_config": _first_stage(stage.settings(), "codebook" in stage.weights),
     }
     return {"model": {"params": params}}
 
@@ -117,9 +117,7 @@ def _network(backbone: Mapping[str, Tensor], s: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _first_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
-    quantised = stage["_target_"].endswith("VQ")
-    ours = {"channels": 4, "width": 128, "mult": [1, 2, 4, 4], "res_blocks": 2, **stage}
+def _first_stage(ours: Mapping[str, Any], quantised: bool) -> dict[str, Any]:
     network = {
         "double_z": not quantised,
         "z_channels": ours["channels"],
@@ -129,8 +127,8 @@ def _first_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
         "ch": ours["width"],
         "ch_mult": list(ours["mult"]),
         "num_res_blocks": ours["res_blocks"],
-        "attn_resolutions": [256 // 2**i for i in ours.get("attention", [])],
+        "attn_resolutions": [256 // 2**i for i in ours["attention"]],
         "dropout": 0.0,
     }
-    params = {"embed_dim": ours["channels"], "ddconfig": network, **({"n_embed": ours.get("codes", 8192)} if quantised else {})}
+    params = {"embed_dim": ours["channels"], "ddconfig": network, **({"n_embed": ours["codes"]} if quantised else {})}
     return {"target": f"ldm.models.autoencoder.{'VQModelInterface' if quantised else 'AutoencoderKL'}", "params": params}

@@ -133,7 +133,7 @@ def describe(bundle: Bundle) -> str:
 def _network(bundle: Bundle) -> str:
     s, count = bundle.settings(), sum(x.numel() for name, x in bundle.backbone().items() if name != "position")
     if bundle.is_dit:
-        more = [name for name in ("rms_norm", "swiglu", "rotary", "norm_heads") if s.get(name)]
+        more = [name for name in ("rms_norm", "swiglu", "rotary", "norm_heads") if s[name]]
         sizes = [f"width {s['width']}", f"depth {s['depth']}", f"{s['heads']} heads", f"patch {s['patch']}"]
         return f"DiT          {count:,} parameters: {', '.join(sizes + more)}"
     heads = f"{s['heads']} heads" if s["head_width"] is None else f"{s['head_width']}-wide heads"

@@ -116,8 +116,8 @@ def write_autoencoder(part: Part, folder: Path, alone: bool = False) -> None:
     """The same folder. A VQ `alone` draws the same whatever its statistics, which are left where they differ by channel."""
     scale = scale_of(part) or (1.0 if alone and "codebook" in part.weights else None)
     weights = part.weights if scale is not None else folded(part)
-    write_json(vae_config(part.config, scale or 1.0), folder / "config.json")
-    save_tensors(give(first_stage.diffusers(weights, part.config), weights), folder / "diffusion_pytorch_model.safetensors")
+    write_json(vae_config(part.settings(), scale or 1.0, "codebook" in weights), folder / "config.json")
+    save_tensors(give(first_stage.diffusers(weights, part.settings()), weights), folder / "diffusion_pytorch_model.safetensors")
 
 
 def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:

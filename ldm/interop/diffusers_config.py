@@ -35,10 +35,9 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {"_target_": "ldm.autoencoder.vq.VQ", **ours, "codes": config["num_vq_embeddings"]}
 
 
-def vae_config(config: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """How `KL` or `VQ` is built -> AutoencoderKL's or VQModel's config."""
-    ours = {"channels": 4, "width": 128, "mult": [1, 2, 4, 4], "res_blocks": 2, "groups": 32, "attention": [], **config}
-    attends, quantised = [i in ours["attention"] for i in range(len(ours["mult"]))], config["_target_"].endswith("VQ")
+def vae_config(ours: Mapping[str, Any], scale: float, quantised: bool) -> dict[str, Any]:
+    """How `KL` or `VQ` is built, the defaults filled in -> AutoencoderKL's or VQModel's config."""
+    attends = [i in ours["attention"] for i in range(len(ours["mult"]))]
     return {
         "_class_name": "VQModel" if quantised else "AutoencoderKL",
         "_diffusers_version": VERSION,
@@ -53,7 +52,7 @@ def vae_config(config: Mapping[str, Any], scale: float) -> dict[str, Any]:
         "scaling_factor": scale,
         "act_fn": "silu",
         "sample_size": 256,
-        **({"num_vq_embeddings": ours.get("codes", 8192), "vq_embed_dim": ours["channels"]} if quantised else {}),
+        **({"num_vq_embeddings": ours["codes"], "vq_embed_dim": ours["channels"]} if quantised else {}),
     }
 
 

@@ -104,7 +104,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
         ValueError: the model has something that it cannot do; names it.
     """
     settings, backbone = _settings(bundle), bundle.backbone()
-    ours = [name for name in ("rms_norm", "swiglu", "rotary", "norm_heads") if settings.get(name)]
+    ours = [name for name in ("rms_norm", "swiglu", "rotary", "norm_heads") if settings[name]]
     if ours:
         raise ValueError(f"diffusers' DiTPipeline knows the DiT of 2212.09748; this one has backbone.{', backbone.'.join(ours)}.")
     scheduler, depth, channels = scheduler_config(bundle.recipe), settings["depth"], backbone["embed.weight"].shape[1]
@@ -120,7 +120,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
         "num_attention_heads": settings["heads"],
         "attention_head_dim": settings["width"] // settings["heads"],
         "in_channels": channels,
-        "out_channels": channels * (2 if settings.get("learn_range") else 1),
+        "out_channels": channels * (2 if settings["learn_range"] else 1),
         "num_layers": depth,
         "sample_size": settings["size"],
         "patch_size": settings["patch"],
