@@ -1,19 +1,29 @@
 """Whole models beside Stable Diffusion 1, 2 and XL: there, back, and through the command; each draws what its peer draws."""
 
+import argparse
+
 import diffusers
 import pytest
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel, LDMPipeline, UNet2DModel, VQModel
 from family import loud, scheduler, their_text, their_tokenizer, their_unet, their_vae
 
-from ldm.build import load_model
-from ldm.folder import load_tensors
+from ldm.backbone.dit import DiT
+from ldm.backbone.unet import UNet
+from ldm.build import load_autoencoder, load_model
+from ldm.folder import load_tensors, save_tensors
 from ldm.generate import unit_noise
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
+from ldm.interop import dit
+from ldm.interop.__main__ import main
+from ldm.interop.bundle import BACKBONE, Bundle, recipe_of, unet_node
 from ldm.interop.convert import read, write
+from ldm.interop.tie import give
+from ldm.nn.layers import identity
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
+from ldm.types import Cond, Widths
 
 NOTHING = {"safety_checker": None, "feature_extractor": None}
 GRID = Leading(last=1 / 1000)
@@ -177,3 +187,141 @@ def test_it_draws_what_its_pipeline_draws(model, monkeypatch):
         wanted = pipeline([4, 700], guidance_scale=3.0, **words).images
         drawn = pictures(net, {"label": torch.tensor([4, 700])}, noise)
     torch.testing.assert_close(drawn, wanted.double(), atol=1e-4, rtol=0)
+
+
+# ---- files of DiT, SiT and LightningDiT
+
+
+def published(home, **settings):
+    """A small network in the published layout, and its file."""
+    torch.manual_seed(7)
+    net = loud(DiT(4, Widths(vector=64), size=8, width=64, depth=2, heads=1, vector=identity, **settings))
+    theirs = give(dit.published(net.state_dict(), settings.get("swiglu", False)), net.state_dict())
+    theirs |= {dit.TABLE: torch.randn(11, 64)} | ({"feat_rope.freqs_cos": torch.zeros(16, 64)} if settings.get("rotary") else {})
+    torch.save({"ema": theirs, "args": argparse.Namespace(lr=1)}, home / "net.pt")
+    return net, theirs
+
+
+def told_to_convert(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["", *map(str, words)])
+    main()
+
+
+LIGHTNING = {"rms_norm": True, "swiglu": True, "rotary": True}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"learn_range": True}, LIGHTNING, {**LIGHTNING, "norm_heads": True}], ids=["sit", "lightning", "heads"]
+)
+def test_sit_and_lightningdit_run_time_backwards(settings, tmp_path, monkeypatch):
+    """x_t = t x + (1 - t) noise there, and the network says x - noise: x_hat = x_t + (1 - t) v."""
+    net, theirs = published(tmp_path, **settings)
+    their_vae().save_pretrained(tmp_path / "vae")
+    words = ["--prediction", "flow"] if "learn_range" in settings else []
+    told_to_convert(monkeypatch, tmp_path / "net.pt", tmp_path / "ours", "--to", "ldm", "--autoencoder", tmp_path / "vae", *words)
+    model, x, labels = load_model(tmp_path / "ours"), torch.randn(2, 4, 8, 8), torch.tensor([3, 10])
+    assert type(model.denoiser.level).__name__ == "DataTime"
+    t = torch.tensor([0.2, 0.9])
+    alpha, _ = model.denoiser.schedule(t)
+    with torch.no_grad():
+        vector = theirs[dit.TABLE][labels]
+        wanted = x + (1 - alpha)[:, None, None, None] * net(x, alpha, Cond(vector=vector))
+        torch.testing.assert_close(model.denoiser(x, t, Cond(vector=vector)), wanted, atol=1e-4, rtol=0)
+        told = model.tell({"label": torch.tensor([3, 4])}, only=())
+    assert torch.equal(told.vector[0], theirs[dit.TABLE][-1])
+    told_to_convert(monkeypatch, tmp_path / "ours", tmp_path / "back.safetensors", "--to", "dit")
+    assert same_weights(load_tensors(tmp_path / "back.safetensors"), {n: x for n, x in theirs.items() if "feat_rope" not in n})
+    with pytest.raises(SystemExit, match="diffusers"):
+        told_to_convert(monkeypatch, tmp_path / "ours", tmp_path / "no", "--to", "diffusers")
+
+
+def test_what_a_dit_file_does_not_say_is_asked_for(tmp_path):
+    _, theirs = published(tmp_path, learn_range=True)
+    path = str(tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="Say --prediction noise or --prediction flow"):
+        read(path)
+    bundle, layout = read(path, "Noise")
+    assert layout == "dit"
+    with pytest.raises(ValueError, match=r"holds no autoencoder\. Say whose latents it draws: --autoencoder"):
+        write(bundle, tmp_path / "ours", "ldm", source=path)
+    with pytest.raises(ValueError, match="that layout is for a U-Net"):
+        write(bundle, tmp_path / "one.safetensors", "compvis")
+    for wrong, word in (
+        (theirs | {"extra": torch.zeros(1)}, "extra"),
+        ({n: x for n, x in theirs.items() if n != "pos_embed"}, "pos_embed"),
+    ):
+        save_tensors(wrong, tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match=word):
+            read(str(tmp_path / "wrong.safetensors"), "Noise")
+
+
+# ---- first stages, and what a file's own buffers tell
+
+
+@pytest.mark.parametrize("attends", [(), (1,)], ids=["f4", "f8"])
+def test_a_vq_first_stage_travels_and_sees_the_same(attends, tmp_path):
+    """diffusers' VQModel -> ours -> CompVis' file -> ours -> diffusers: the same tensors, and the same pictures."""
+    peer = their_vq(attends=attends)
+    peer.save_pretrained(tmp_path / "theirs")
+    first = read(str(tmp_path / "theirs"))[0]
+    write(first, tmp_path / "one.safetensors", "compvis")
+    write(read(str(tmp_path / "one.safetensors"))[0], tmp_path / "ours", "ldm")
+    write(read(str(tmp_path / "ours"))[0], tmp_path / "again", "diffusers")
+    file = "diffusion_pytorch_model.safetensors"
+    assert same_weights(load_tensors(tmp_path / "theirs" / file), load_tensors(tmp_path / "again" / file))
+    assert VQModel.from_pretrained(tmp_path / "again").config.num_vq_embeddings == 16
+    ours, images = load_autoencoder(str(tmp_path / "ours")), torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        latents = peer.encode(images).latents
+        torch.testing.assert_close(ours.encode(images).mean, latents, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.decode(latents), peer.decode(latents).sample, atol=1e-4, rtol=0)
+
+
+def test_statistics_by_channel_have_no_place_in_a_vq_elsewhere(tmp_path):
+    unconditional(tmp_path).save_pretrained(tmp_path / "theirs")
+    bundle = read(str(tmp_path / "theirs"))[0]
+    bundle.parts["autoencoder"].weights["std"] = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="statistics differ by channel"):
+        write(bundle, tmp_path / "out", "diffusers")
+    write(Bundle(None, {}, bundle.parts), tmp_path / "alone", "diffusers")
+
+
+def test_a_file_tells_its_own_betas_and_scale(tmp_path):
+    """As LSUN churches' does, whose scale was measured in training; without a yaml beside it."""
+    unconditional(tmp_path).save_pretrained(tmp_path / "theirs")
+    bundle = read(str(tmp_path / "theirs"))[0]
+    write(bundle, tmp_path / "one.safetensors", "compvis")
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64).square().float()
+    own = {"betas": betas, "scale_factor": torch.tensor(0.5)}
+    save_tensors(load_tensors(tmp_path / "one.safetensors") | own, tmp_path / "bare.safetensors")
+    again = read(str(tmp_path / "bare.safetensors"))[0]
+    assert again.recipe["schedule"] == bundle.recipe["schedule"] and again.parts["autoencoder"].weights["std"].tolist() == [2] * 3
+    save_tensors(
+        load_tensors(tmp_path / "bare.safetensors") | {"betas": torch.linspace(1e-4, 0.02, 1000)}, tmp_path / "b.safetensors"
+    )
+    with pytest.raises(ValueError, match="square roots are linear"):
+        read(str(tmp_path / "b.safetensors"))
+
+
+def test_class_to_picture_travels_in_a_single_file(tmp_path):
+    """LDM-4 of ImageNet: the class table is `cond_stage_model.embedding`; diffusers has no pipeline for it."""
+    settings = {"width": 32, "mult": [1, 2], "res_blocks": 1, "depth": [0, 1], "heads": 1}
+    torch.manual_seed(8)
+    net = loud(UNet(3, Widths(tokens=12), **settings))
+    label = {"_target_": "ldm.condition.label.Label", "classes": 9, "width": 12}
+    schedule = {"_target_": "ldm.schedule.ScaledLinear", "beta_start": 0.0015, "beta_end": 0.0195}
+    their_vq().save_pretrained(tmp_path / "vq")
+    weights = {BACKBONE + n: x for n, x in net.state_dict().items()} | {
+        "conditioner.embedders.label.table.weight": torch.randn(10, 12)
+    }
+    bundle = Bundle(
+        recipe_of(unet_node(settings), {"label": label}, "Noise", schedule), weights, read(str(tmp_path / "vq"))[0].parts
+    )
+    write(bundle, tmp_path / "one.safetensors", "compvis")
+    assert load_tensors(tmp_path / "one.safetensors")["cond_stage_model.embedding.weight"].shape == (10, 12)
+    again = read(str(tmp_path / "one.safetensors"))[0]
+    assert same_weights(again.weights, bundle.weights) and again.recipe["condition"] == {"label": label}
+    with pytest.raises(ValueError, match=r"no pipeline for the conditions \['Label'\]"):
+        write(again, tmp_path / "out", "diffusers")
+    write(again, tmp_path / "ours", "ldm")
+    assert load_model(tmp_path / "ours").tell({"label": torch.tensor([4])}).tokens.shape == (1, 1, 12)

@@ -50,10 +50,10 @@ def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", s
     Raises:
         ValueError: the layout has no place for something in it.
     """
-    if bundle.recipe is not None and "autoencoder" not in bundle.parts and layout != "dit":
-        raise ValueError(f"{source} holds no autoencoder. Say whose latents it draws: --autoencoder FOLDER_OR_FILE.")
     if layout in FILES and bundle.is_dit != (layout == "dit"):
         raise ValueError(f"--to {layout}: that layout is for a {'U-Net' if bundle.is_dit else 'DiT'}, and this model is none.")
+    if bundle.recipe is not None and "autoencoder" not in bundle.parts and layout != "dit":
+        raise ValueError(f"{source} holds no autoencoder. Say whose latents it draws: --autoencoder FOLDER_OR_FILE.")
     if layout in FILES:
         if target.suffix != ".safetensors":
             raise ValueError(f"{target}: a model in the layout of {layout} is one file; name it FILE.safetensors.")
