@@ -94,6 +94,7 @@ PART = (
     "statistics.safetensors",
     "statistics.json",
     "vocab.txt",
+    "null.safetensors",
 )
 
 
