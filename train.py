@@ -21,10 +21,10 @@ def train(config: DictConfig) -> Path:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
-    callbacks, loggers = (list(build_members(config, group).values()) for group in ("callback", "logger"))
+    callbacks, always, loggers = (list(build_members(config, group).values()) for group in ("callback", "always", "logger"))
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    trainer = build(config.trainer, allowed(config), callbacks=callbacks, logger=loggers)
+    trainer = build(config.trainer, allowed(config), callbacks=callbacks + always, logger=loggers)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:

@@ -26,7 +26,7 @@ FREE_TEXT = re.compile(
     re.S,
 )
 LISTS = ("condition", "metric", "callback", "logger")
-VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "runs", "folder")
+VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "always", "runs", "folder")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:

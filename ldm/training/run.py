@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytorch_lightning as pl
 
 from ldm.training.checkpoint import newest, resume_from
 from ldm.training.ema import averaged
+from ldm.training.preempt import Preempt, Preempted
 from ldm.training.stage import Stage
 
 
@@ -32,6 +34,10 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
         how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
         _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
         raise
+    except Preempted as stop:
+        _say(trainer, f"\n{stop}")
+        next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
+        sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         return
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"

@@ -33,6 +33,7 @@ class Stage(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.recipe: Mapping[str, Any]
+        self.spoilt: Tensor | None = None  # () bool, whether the update under way is left out; guard.py says it
         self.optimizer, self.rate, self.seed, self.batch = optimizer, rate, seed, batch
         self.recipe, self.frozen, self.groups = {}, tuple(frozen), groups
 
