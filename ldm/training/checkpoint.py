@@ -9,8 +9,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ldm.folder import write_whole
+from ldm.training.sharded import read_folder
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -74,8 +76,11 @@ def read_checkpoint(path: Path, device: Any = "cpu", lazily: bool = False) -> di
         ValueError: the file is damaged, or holds code.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=lazily)
-    except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if path.is_dir():
+            checkpoint = read_folder(path)
+        else:
+            checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=lazily)
+    except (RuntimeError, FileNotFoundError, CheckpointException, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no whole checkpoint of this framework ({reason}). Take another with resume=PATH.") from error
     if "state_dict" not in checkpoint or "global_step" not in checkpoint:
@@ -88,7 +93,8 @@ def newest(folder: Path) -> Path | None:
     for path in sorted(folder.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             read_checkpoint(path, lazily=True)
-            _check_bits(path)
+            if path.is_file():
+                _check_bits(path)
             return path
         except ValueError as error:
             rank_zero_warn(f"{error} The one before it is taken instead.")

@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.training.sharded import placed_as
+
 
 class EMA(pl.Callback):
     """Averages what is trained and nothing else, once an optimizer step. Validation and export see the average.
@@ -23,7 +25,7 @@ class EMA(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Starts from the weights, or from what a checkpoint brought."""
         for name, weight in trained(module).items():
-            kept = self.average.get(name, weight.detach())
+            kept = placed_as(self.average.get(name, weight.detach()), weight)
             self.average[name] = kept.to(weight.device, torch.float32, copy=True)
         self.step = trainer.global_step
 

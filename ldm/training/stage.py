@@ -6,11 +6,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.training.groups import parameter_groups
+from ldm.training.sharded import shard
 from ldm.types import Batch, Draw
 
 
@@ -47,6 +49,26 @@ class Stage(pl.LightningModule):
     def export(self, folder: Path) -> None:
         """Writes the trained model into a folder, on rank 0."""
         raise NotImplementedError
+
+    def parts(self) -> list[nn.Module]:
+        """The networks that are trained, for trainer=fsdp to share out; each must be run by calling it.
+
+        Raises:
+            ValueError: this stage has none such.
+        """
+        raise ValueError(
+            f"trainer=fsdp shares out the weights of a diffusion model; what {type(self).__name__} trains fits on one device: "
+            "use trainer=ddp."
+        )
+
+    def configure_model(self) -> None:
+        """Shares the weights out over the ranks, where the trainer's strategy wants it."""
+        if self.device_mesh is None or any(isinstance(p, DTensor) for p in self.parameters()):
+            return
+        shard(self.parts(), self.device_mesh["data_parallel"])
+        left = [name for name, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if left:
+            raise ValueError(f"trainer=fsdp: {left[0]} is trained but in none of {type(self).__name__}.parts(); use trainer=ddp.")
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One update of the main optimizer."""
