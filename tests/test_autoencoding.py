@@ -1,11 +1,7 @@
 """The adversary, the codebook and the terms of the autoencoding stage: who learns from what, in one process and in two."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import permutations
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -18,7 +14,6 @@ from torch import nn
 from ldm.autoencoder.kl import KL
 from ldm.autoencoder.vq import VQ
 from ldm.build import load_autoencoder
-from ldm.command_line import CONFIGS
 from ldm.loss.adversary import Hinge, NonSaturating, PatchGAN
 from ldm.training.adversary import Adversary, balance_of
 from ldm.training.augment import Augment
@@ -212,7 +207,7 @@ def test_patchgan_sees_seventy_pixels_and_one_picture():
         PatchGAN(width=8)(torch.zeros(1, 3, 16, 16))
 
 
-# ---- resuming, and two processes
+# ---- resuming, and what two processes are compared by (test_ranks.py)
 
 
 @pytest.mark.parametrize("kind, accumulate", [(KL, 1), (KL, 2), (VQ, 1)])
@@ -247,34 +242,6 @@ def train_both(emoji_root, folder, **settings):
         stage.finish(made.datamodule)
         told |= {f"{kind.__name__}.{name}": value for name, value in stage.state_dict().items()}
     return told if made.is_global_zero else {}
-
-
-TWO = """
-import sys, torch
-sys.path[:0] = {path!r}
-from pathlib import Path
-from test_autoencoding import train_both
-if __name__ == "__main__":
-    told = train_both({data!r}, Path({folder!r}), devices=2, strategy="ddp")
-    if told:
-        torch.save(told, {folder!r} + "/two.pt")
-"""
-
-
-def test_two_processes_fight_as_one(emoji_root, tmp_path):
-    """Adaptive weight, discriminator, codebook counts and dead codes of the same global batches, on one process and on two."""
-    one = train_both(emoji_root, tmp_path)
-    script = tmp_path / "two.py"
-    script.write_text(
-        TWO.format(path=[str(CONFIGS.parent), str(Path(__file__).parent)], folder=str(tmp_path), data=str(emoji_root))
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment)
-    assert answer.returncode == 0, answer.stderr[-2000:]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert one.keys() == two.keys()
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # ---- what is handed on, and what is shown

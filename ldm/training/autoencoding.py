@@ -25,6 +25,8 @@ class Autoencoding(Stage):
     reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on.
     """
 
+    compiled = ("autoencoder.encoder", "autoencoder.decoder.middle", "autoencoder.decoder.levels")
+
     def __init__(
         self,
         autoencoder: nn.Module,

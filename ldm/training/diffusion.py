@@ -19,6 +19,8 @@ INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 6
 class Diffusion(Stage):
     """An objective over latents, encoded from `image` on the way, or read from the shards as `moments` (precompute.py)."""
 
+    compiled = ("model.denoiser.backbone",)
+
     def __init__(self, model: LatentModel, objective: Objective, **stage: Any) -> None:
         super().__init__(**stage)
         self.model, self.objective = model, objective

@@ -24,6 +24,8 @@ class Stage(pl.LightningModule):
     build.py, is the plain config that builds the exported model again.
     """
 
+    compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
+
     def __init__(
         self,
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
@@ -69,6 +71,11 @@ class Stage(pl.LightningModule):
         left = [name for name, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if left:
             raise ValueError(f"trainer=fsdp: {left[0]} is trained but in none of {type(self).__name__}.parts(); use trainer=ddp.")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves all but `position`, which the processor draws numbers by: asking the device for it would wait for the device."""
+        rest = {field: value for field, value in batch.items() if field != "position"}
+        return {**super().transfer_batch_to_device(rest, device, dataloader_idx), "position": batch["position"]}
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One update of the main optimizer."""
