@@ -260,6 +260,8 @@ def like(scale: Tensor, x: Tensor) -> Tensor:
 def _join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
+    if a.device != b.device:  # numbers are told on the CPU
+        a, b = (a.to(b.device), b) if a.device.type == "cpu" else (a, b.to(a.device))
     return torch.cat((a, b), dim)
 
 

@@ -13,6 +13,7 @@ from ldm.training.ema import EMA
 from ldm.training.guard import Guard
 from ldm.training.preempt import Preempt
 from ldm.training.recompute import Recompute
+from ldm.types import Cond
 
 
 class Operations(TorchDispatchMode):
@@ -66,22 +67,32 @@ def test_a_step_never_waits_for_the_device(stage, emoji_root, tmp_path):
     assert not {name: n for name, n in seen.counts.items() if "_local_scalar_dense" in name or "nonzero" in name}
 
 
-def test_positions_stay_with_the_processor():
-    batch = {"image": torch.zeros(2, 3, 8, 8), "position": torch.arange(2), "key": ["a", "b"]}
+def test_what_the_processor_reads_stays_with_it():
+    batch = {
+        "image": torch.zeros(2, 3, 8, 8),
+        "position": torch.arange(2),
+        "label": torch.zeros(2, dtype=torch.int64),
+        "key": ["a"],
+    }
     moved = diffusion().transfer_batch_to_device(batch, torch.device("meta"), 0)
-    assert moved["image"].is_meta and not moved["position"].is_meta and moved["key"] == ["a", "b"]
+    assert moved["image"].is_meta and moved["key"] == ["a"] and not moved["position"].is_meta and not moved["label"].is_meta
+    told = Cond(vector=torch.zeros(2, 3)) + Cond(vector=torch.zeros(2, 4, device="meta"))
+    assert told.vector.is_meta and told.vector.shape == (2, 7)
 
 
 def trained(stage, emoji_root, folder, *callbacks, **kwargs):
-    made = trainer(folder, 3, callbacks=list(callbacks), enable_checkpointing=False, **kwargs)
+    made = trainer(folder, 2, callbacks=list(callbacks), enable_checkpointing=False, **kwargs)
     made.fit(stage, small(emoji_root))
     return stage.state_dict()
 
 
 @pytest.mark.parametrize(
     "fast",
-    [lambda: Compile(backend="aot_eager"), lambda: Compile(regional=True, backend="aot_eager"), Recompute],
-    ids=["compile", "regional", "recompute"],
+    [
+        pytest.param(lambda: Compile(backend="aot_eager"), id="compile", marks=pytest.mark.slow),
+        pytest.param(lambda: Compile(regional=True, backend="aot_eager"), id="regional"),
+        pytest.param(Recompute, id="recompute"),
+    ],
 )
 def test_the_fast_path_is_the_plain_one(fast, emoji_root, tmp_path):
     torch._dynamo.reset()

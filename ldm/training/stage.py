@@ -73,9 +73,12 @@ class Stage(pl.LightningModule):
             raise ValueError(f"trainer=fsdp: {left[0]} is trained but in none of {type(self).__name__}.parts(); use trainer=ddp.")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Moves all but `position`, which the processor draws numbers by: asking the device for it would wait for the device."""
-        rest = {field: value for field, value in batch.items() if field != "position"}
-        return {**super().transfer_batch_to_device(rest, device, dataloader_idx), "position": batch["position"]}
+        """Moves all but the integers of each sample, (B): position, labels and sizes are read here, and whoever asks a device
+        for a number waits for all that it has yet to do.
+        """
+        here = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 1 and not v.is_floating_point()}
+        moved = super().transfer_batch_to_device({k: v for k, v in batch.items() if k not in here}, device, dataloader_idx)
+        return {**moved, **here}
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One update of the main optimizer."""
