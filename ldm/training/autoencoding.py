@@ -76,6 +76,13 @@ class Autoencoding(Stage):
             loss = loss / self.log_variance.exp() + self.log_variance
         return loss, terms
 
+    def forget(self) -> None:
+        """The discriminator's gradients, and what a codebook has seen."""
+        if self.adversary is not None:
+            self.adversary.optimizer.zero_grad()
+        if hasattr(self.autoencoder, "update"):
+            self.autoencoder.window.clear()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Beside the autoencoder's update, those of the discriminator and of a codebook that follows its vectors."""
         if self.adversary is not None:

@@ -45,6 +45,9 @@ class Stage(pl.LightningModule):
         """Scalars to log, among them `loss`."""
         raise NotImplementedError
 
+    def forget(self) -> None:
+        """Undoes what `losses` leaves behind in training, where it was asked for to be measured only."""
+
     def finish(self, data: Any) -> None:
         """Measures what the exported model needs, once, after training, on every rank."""
 
