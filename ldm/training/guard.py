@@ -51,7 +51,8 @@ class Guard(pl.Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         norm = gradient_norm(optimizer)
-        module.log("train/gradient_norm", norm)
+        if module.is_logged():
+            module.log("train/gradient_norm", norm)
         module.spoilt = self._judge(norm)
         skip_where(optimizer, module.spoilt)
         self.window.append((trainer.global_step, *_to_host(module.spoilt, norm), self.batches))

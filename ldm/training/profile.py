@@ -5,6 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.profiler import ProfilerActivity
 
 from ldm.folder import write_text
@@ -41,6 +42,8 @@ class Profile(pl.Callback):
         """A run may end earlier."""
         if self.profiler is not None:
             self.write(module.device.type)
+        elif self.at < self.warm and trainer.is_global_zero:
+            rank_zero_warn(f"Nothing was profiled: it begins after {self.warm} steps, and there were {self.at}.")
 
     def write(self, device: str) -> None:
         """Leaves the trace and the table."""

@@ -23,7 +23,9 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     """
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|eval mode at the start|does not have many workers).*")
+    warnings.filterwarnings(
+        "ignore", message=".*(LeafSpec|overridden `transfer_batch|eval mode at the start|does not have many workers).*"
+    )
     checkpoint = resume_from(resume, folder)
     if checkpoint is not None:
         _say(trainer, f"Resuming from {checkpoint}")
