@@ -168,7 +168,7 @@ class Slow(pl.Callback):
     """A validation that takes long."""
 
     def on_validation_batch_start(self, *_):
-        time.sleep(0.5)
+        time.sleep(0.3)
 
 
 def test_speed_is_logged_by_its_closed_form(emoji_root, tmp_path, monkeypatch):
@@ -177,7 +177,13 @@ def test_speed_is_logged_by_its_closed_form(emoji_root, tmp_path, monkeypatch):
     transfer = data.on_after_batch_transfer
     data.on_after_batch_transfer = lambda batch, i=0: time.sleep(0.05) or transfer(batch, i)
     callbacks = [Throughput(every=4, peak=1e9), Slow()]
-    settings = {"enable_checkpointing": False, "val_check_interval": 2, "logger": logger, "accumulate_grad_batches": 2}
+    settings = {
+        "enable_checkpointing": False,
+        "val_check_interval": 4,
+        "limit_val_batches": 1,
+        "logger": logger,
+        "accumulate_grad_batches": 2,
+    }
     trainer(tmp_path, 8, callbacks=callbacks, **settings).fit(stage, data)
     logger.save()
     rows = [row for row in csv.DictReader((tmp_path / "lightning_logs/version_0/metrics.csv").open()) if row["speed/mfu"]]
