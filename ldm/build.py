@@ -150,7 +150,9 @@ def load_autoencoder(path: str) -> nn.Module:
     if hasattr(autoencoder, "count") and not autoencoder.count:
         raise ValueError(
             f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "
-            "the end of its training: run its `python train.py ...` command again to finish it."
+            "the end of its training: run its `python train.py ...` command again to finish it, or, for weights from elsewhere, "
+            f"measure them alone: python train.py training=autoencoding training.perceptual=null model.init={path} "
+            "trainer.max_steps=0 run_id=NAME autoencoder=... data=... with the sizes and the pictures of these weights."
         )
     return autoencoder.eval()
 

@@ -203,9 +203,10 @@ class Sampler(Protocol):
 
 
 class Told(Protocol):
-    """What guidance may ask of a model: its denoiser, and conditions for a request."""
+    """What guidance may ask of a model: its denoiser, its conditions by name, and what they say of a request."""
 
     denoiser: Denoiser
+    conditioner: Any  # whose `embedders` are by name
 
     def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
         """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition."""

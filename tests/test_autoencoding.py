@@ -203,8 +203,23 @@ def test_patchgan_sees_seventy_pixels_and_one_picture():
     assert rows[-1] - rows[0] + 1 == 70 and not images.grad[1].any()
     with torch.device("meta"):
         assert sum(p.numel() for p in PatchGAN().parameters()) == 2_765_633
-    with pytest.raises(ValueError, match=r"16x16 pixels are too small for 3 layers of patches, which need 24; .*layers=2"):
-        PatchGAN(width=8)(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("size, layers", [(23, 2), (16, 2), (12, 2), (11, 1), (6, 1), (5, 0), (1, 0)])
+def test_patchgan_names_the_most_layers_that_fit(size, layers):
+    """And that many do fit; widths may be any number."""
+    images, mend = torch.zeros(1, 3, size, size + 4), rf"network\.layers={layers}\." if layers else r"adversary=null: one layer"
+    with pytest.raises(ValueError, match=rf"{size}x{size + 4} pixels are too small for 3 layers of patches, .*need 24; .*{mend}"):
+        PatchGAN(width=20)(images)
+    if layers:
+        assert PatchGAN(width=20, layers=layers)(images).numel() > 0
+
+
+def test_a_discriminator_that_enters_late_is_tried_at_once(emoji_root, tmp_path):
+    stage = stage_of(start=1000)
+    stage.adversary.network = PatchGAN(8, layers=2, groups=4).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"8x8 pixels are too small for 2 layers .*layers=1"):
+        run(stage, emoji_root, tmp_path, 1)
 
 
 # ---- resuming, and what two processes are compared by (test_ranks.py)
@@ -267,10 +282,23 @@ def test_statistics_say_of_what_data_they_are(kind, emoji_root, tmp_path):
     torch.testing.assert_close(variance, torch.ones(2), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("spoil, found", [(0.0, "mean 0.75 and deviation"), (float("nan"), "mean nan and deviation nan")])
+def test_a_channel_that_says_nothing_is_refused_by_name(spoil, found, emoji_root, tmp_path):
+    """Whitened by a deviation of zero it would be infinite."""
+    stage = stage_of(VQ, against=False)
+    made = run(stage, emoji_root, tmp_path, 1)
+    with torch.no_grad():
+        stage.autoencoder.quant_conv.weight[1] = spoil
+        stage.autoencoder.quant_conv.bias[1] = 0.75
+    with pytest.raises(ValueError, match=rf"cannot be whitened: .*, channel 1 has {found}.*autoencoder\.channels=1"):
+        stage.finish(made.datamodule)
+    assert torch.equal(stage.autoencoder.std, torch.ones(2))
+
+
 @pytest.mark.parametrize("kind", [KL, VQ])
 def test_latents_and_reconstructions_are_shown(kind, emoji_root, tmp_path):
     stage, data = stage_of(kind, against=False), small(emoji_root)
-    callbacks = [Latents(str(tmp_path / "latents"), 2), Reconstructions(str(tmp_path / "previews"), 2, count=8)]
+    callbacks = [Latents(str(tmp_path / "latents"), 2), Reconstructions(str(tmp_path / "previews"), 2, count=11)]
     run(stage, emoji_root, tmp_path, 2, callbacks)
     told = json.loads((tmp_path / "latents" / "00000002.json").read_text())
     data.setup()
@@ -288,7 +316,8 @@ def test_latents_and_reconstructions_are_shown(kind, emoji_root, tmp_path):
             assert told["perplexity"] == pytest.approx(used["perplexity"].item(), rel=1e-4)
     assert len(told["mean"]) == len(told["std"]) == 2
     shown = Image.open(tmp_path / "previews" / "00000002.png")
-    assert shown.size == (8 * 9 + 1, 3 * 9 + 1), "originals, reconstructions, differences: rows of 8 pictures of 8 pixels"
+    assert shown.size == (8 * 9 + 1, 6 * 9 + 1), "originals, reconstructions, differences, twice: rows of 8 pictures of 8 pixels"
+    assert shown.crop((3 * 9 + 1, 3 * 9 + 1, 73, 55)).getextrema() == ((255, 255),) * 3, "3 pictures in the second row"
     assert Image.open(tmp_path / "latents" / "00000002.png").width > 400
 
 

@@ -12,6 +12,8 @@ from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
 from ldm.command_line import CONFIGS, compose_config
+from ldm.condition.cached_text import save_null
+from ldm.condition.text import Text
 from ldm.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
@@ -54,6 +56,7 @@ def runs(tmp_path_factory, clip_folder):
     (home / "clip").symlink_to(clip_folder)
     recipe = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1], "groups": 4}
     save_model(build(recipe).state_dict() | {"count": torch.tensor(1)}, recipe, home / "autoencoder")
+    save_null(Text(f"local-dir:{clip_folder}"), home / "latents" / "text")
     return home.parent
 
 

@@ -39,6 +39,19 @@ def test_gradients_reach_the_picture_and_nothing_else(weights):
     assert all((head >= 0).all() for head in net.heads)
 
 
+def test_half_precision_neither_overflows_nor_vanishes(weights):
+    """Features beyond 256 have squares that float16 does not hold; squared differences can be too small for it."""
+    net = LPIPS("alex", str(weights))
+    net.features[0].weight.data *= 1000
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    targets = images + 0.02 * torch.randn(1, 3, 64, 64)
+    wanted = net(images, targets)
+    with torch.autocast("cpu", torch.float16):
+        told = net(images, targets)
+    assert told.dtype == torch.float32
+    torch.testing.assert_close(told, wanted, rtol=0.05, atol=0)
+
+
 def test_files_that_are_no_vgg_name_themselves(weights, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"loss\.weights=nowhere"):
         LPIPS("vgg", "nowhere")

@@ -167,7 +167,8 @@ class Loaded(Dataset[dict[str, Any]]):
             known = not math.isnan(width) and not math.isnan(height)
             corner = view.corner(int(width), int(height)) if known else (0, 0)
             rows.append([*(int(n) if not math.isnan(n) else 0 for n in original), *corner, view.height, view.width])
-        return dict(zip(SIZES, torch.tensor(rows, dtype=torch.int64).unbind(1)))
+        mirrored = {"mirrored": torch.tensor([view.flip for *_, view in kept])}
+        return mirrored | dict(zip(SIZES, torch.tensor(rows, dtype=torch.int64).unbind(1)))
 
 
 class Column:

@@ -3,8 +3,8 @@
 A batch is a dict: each of `fields` under its name (pictures uint8 (B, 3, height, width), label maps int64 (B, height, width),
 texts and records as lists, classes int64 (B), arrays stacked), `key` list[str], and `position` (B,) int64, the sample's place
 in the global order of training. With pictures come `original_height`, `original_width`, `crop_top`, `crop_left`,
-`target_height`, `target_width`, int64 (B) in pixels. On the device pictures become float32 in [-1, 1], arrays of floats
-float32. Trainers need `use_distributed_sampler=False`.
+`target_height`, `target_width`, int64 (B) in pixels, and `mirrored`, bool (B). On the device pictures become float32 in
+[-1, 1], arrays of floats float32. Trainers need `use_distributed_sampler=False`.
 """
 
 from __future__ import annotations

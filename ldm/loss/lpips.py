@@ -45,15 +45,17 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             wanted = self.seen(targets)
         apart = [(a - b).square() for a, b in zip(self.seen(images), wanted)]
-        return torch.stack([nn.functional.conv2d(d, head).mean() for d, head in zip(apart, self.heads)]).sum()
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.stack([nn.functional.conv2d(d, head.to(d)).mean() for d, head in zip(apart, self.heads)]).sum()
 
     def seen(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, h, w) in [-1, 1] -> features (B, D, h', w') of unit length over D, of each compared layer."""
+        """(B, 3, h, w) in [-1, 1] -> features (B, D, h', w') of unit length over D, of each compared layer, in float32."""
         h, out = (images - self.shift) / self.scale, []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.ends:
-                out.append(h / (h.square().sum(1, keepdim=True) + 1e-8).sqrt())
+                wide = h.float()  # squares overflow in float16
+                out.append(wide / (wide.square().sum(1, keepdim=True) + 1e-8).sqrt())
         return out
 
     def train(self, mode: bool = True) -> "LPIPS":

@@ -107,10 +107,19 @@ class Autoencoding(Stage):
             self.adversary.optimizer.load_state_dict(self.resumed)
 
     @torch.no_grad()
+    def on_train_batch_start(self, batch: Batch, i: int) -> None:
+        """Tries the discriminator on a picture at once, though it may enter much later."""
+        if i == 0 and self.adversary is not None:
+            self.adversary.network(batch["image"][:1])
+
+    @torch.no_grad()
     def finish(self, data: Any) -> None:
         """Measures mean and standard deviation of sampled latents over the training set, per channel, over all ranks.
 
         Exact over the sampling noise: E[z] = E[mean], Var[z] = E[mean^2 + std^2] - E[mean]^2. Sums are float64.
+
+        Raises:
+            ValueError: a channel is the same everywhere, or not finite; names it.
         """
         rank, world = self.trainer.global_rank, self.trainer.world_size
         sums = torch.zeros(3, self.autoencoder.channels, dtype=torch.float64, device=self.device)
@@ -123,8 +132,10 @@ class Autoencoding(Stage):
             pictures += len(mean)
         count, total, square = reduce_sum(sums)
         mean = total / count
+        std = (square / count - mean.square()).clamp(min=0).sqrt()
+        check_whitens(mean, std)
         self.autoencoder.mean.copy_(mean)
-        self.autoencoder.std.copy_((square / count - mean.square()).sqrt())
+        self.autoencoder.std.copy_(std)
         self.autoencoder.count.copy_(reduce_sum(pictures))
         self.measured = {"fingerprint": data.train_set.index.fingerprint(), "size": data.size}
 
@@ -133,6 +144,17 @@ class Autoencoding(Stage):
         numbers = {name: getattr(self.autoencoder, name).tolist() for name in ("mean", "std", "count")}
         write_json({**numbers, **self.measured}, folder / "statistics.json")
         save_model(self.autoencoder.state_dict(), self.recipe, folder)
+
+
+def check_whitens(mean: Tensor, std: Tensor) -> None:
+    """Raises ValueError where a channel's statistics, (C) each in float64, cannot whiten it: no deviation but rounding."""
+    bad = (~(std > 1e-6 * mean.abs()) | ~std.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        found = "; ".join(f"channel {i} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in bad)
+        raise ValueError(
+            f"Latents that say nothing cannot be whitened: over the training set, {found}. Train with "
+            f"autoencoder.channels={max(len(mean) - len(bad), 1)}, or from another seed."
+        )
 
 
 @torch.no_grad()

@@ -75,10 +75,11 @@ class Reconstructions(Preview):
     """Validation pictures: a row of originals, below it their reconstructions, below them what these add (grey: nothing)."""
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
-        """-> (3 * count, 3, h, w)."""
+        """-> (N, 3, h, w), N = 3 * count, filled up with white to rows of 8."""
         images = first(trainer, module, self.count)["image"]
         output = module.autoencoder.decode(module.autoencoder.encode(images).mean).clamp(-1, 1)
-        columns = (images.split(8), output.split(8), ((output - images) / 2).split(8))
+        white = images.new_ones(-len(images) % 8, *images.shape[1:])
+        columns = (torch.cat((part, white)).split(8) for part in (images, output, (output - images) / 2))
         return torch.cat([row for rows in zip(*columns) for row in rows])
 
 
