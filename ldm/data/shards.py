@@ -31,7 +31,7 @@ from ldm.data.filter import select
 from ldm.data.index import Damage, Index
 from ldm.data.latents import check_provenance
 from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
-from ldm.data.samples import Loaded, Samples, as_is, to_float
+from ldm.data.samples import Loaded, Samples, as_is, stay, to_float
 from ldm.data.selection import Selection
 from ldm.data.source import Sources, expand
 from ldm.types import Batch
@@ -294,5 +294,6 @@ class Shards(pl.LightningDataModule):
             collate_fn=as_is,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            worker_init_fn=stay,
             pin_memory=torch.cuda.is_available(),
         )
