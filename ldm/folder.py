@@ -93,6 +93,7 @@ PART = (
     "open_clip_model.safetensors",
     "statistics.safetensors",
     "statistics.json",
+    "vocab.txt",
     "null.safetensors",
 )
 
