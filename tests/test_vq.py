@@ -131,3 +131,5 @@ def test_any_multiple_of_the_factor_and_no_other():
         with pytest.raises(ValueError, match=rf"{height}x{width} pixels .* factor 2; 2x2 is the least \(data\.size"):
             net.encode(torch.zeros(1, 3, height, width))
     assert math.log2(net.factor) == 1
+    with pytest.raises(ValueError, match=r"groups=8 does not divide the 20 or 40 features .*autoencoder\.groups=4"):
+        KL(width=20, mult=(2, 1), groups=8)

@@ -5,6 +5,7 @@ subtract and add the statistics that were measured over the training set, so tha
 """
 
 from collections.abc import Sequence
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -235,7 +236,16 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 def level(inward: int, outward: int, count: int, groups: int, attend: bool) -> list[nn.Module]:
-    """`count` residual blocks of one size, each with an attention behind it where `attend` says so."""
+    """`count` residual blocks of one size, each with an attention behind it where `attend` says so.
+
+    Raises:
+        ValueError: the groups do not divide the features.
+    """
+    if inward % groups or outward % groups:
+        raise ValueError(
+            f"autoencoder.groups={groups} does not divide the {inward} or {outward} features of a level (autoencoder.width times "
+            f"autoencoder.mult); use autoencoder.groups={gcd(inward, outward, groups)}."
+        )
     blocks: list[nn.Module] = []
     for i in range(count):
         blocks.append(ResBlock(outward if i else inward, outward, groups))
