@@ -25,7 +25,7 @@ SIZES = {
     "dit/xl_2": 673_663_120,
 }  # DiT without range and fixed positions
 STEPS = ["trainer.val_check_interval=2", "callback.checkpoint.every=2", "trainer.log_every_n_steps=1", "data.batch=4"]
-STEPS += ["trainer.limit_val_batches=1"]
+STEPS += ["+trainer.limit_val_batches=1"]
 EMOJI = ["data.groups=[Activities]", "data.val_fraction=0.2", "size=tiny", "logger=[csv]"]
 PIPELINES = {"sd/v1": StableDiffusionPipeline, "sd/v2": StableDiffusionPipeline, "sd/xl": StableDiffusionXLPipeline}
 

@@ -1,6 +1,7 @@
 """Whole models beside Stable Diffusion 1, 2 and XL: there, back, and through the command; each draws what its peer draws."""
 
 import argparse
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -11,6 +12,7 @@ from family import loud, scheduler, their_text, their_tokenizer, their_unet, the
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.build import load_autoencoder, load_model
+from ldm.condition.upscale import Upscale
 from ldm.folder import load_tensors, save_tensors
 from ldm.generate import unit_noise
 from ldm.guidance.cfg import CFG
@@ -23,7 +25,7 @@ from ldm.interop.tie import give
 from ldm.nn.layers import identity
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
-from ldm.types import Cond, Widths
+from ldm.types import Cond, Draw, Widths
 
 NOTHING = {"safety_checker": None, "feature_extractor": None}
 GRID = Leading(last=1 / 1000)
@@ -325,3 +327,17 @@ def test_class_to_picture_travels_in_a_single_file(tmp_path):
         write(again, tmp_path / "out", "diffusers")
     write(again, tmp_path / "ours", "ldm")
     assert load_model(tmp_path / "ours").tell({"label": torch.tensor([4])}).tokens.shape == (1, 1, 12)
+
+
+def test_training_noises_the_small_picture_by_a_step_of_its_own():
+    """The upscaler's `low`, `step` and noise come from the picture and its position; the published most is 350."""
+    told = Upscale(SimpleNamespace(factor=4), width=8)
+    batch = {"image": torch.rand(64, 3, 16, 16) * 2 - 1}
+    made = told.derive(batch, Draw(0, torch.arange(64), 64))
+    again = told.derive({"image": batch["image"][5:6]}, Draw(0, torch.tensor([5]), 64))
+    assert all(torch.equal(again[name], made[name][5:6]) for name in ("step", "low_noise")) and made["low"].shape == (64, 3, 4, 4)
+    assert 0 <= made["step"].min() < 60 and 290 < made["step"].max() <= 350
+    cond = told([made[field] for field in told.key], torch.zeros(64, dtype=torch.bool))
+    assert cond.spatial.shape == (64, 3, 4, 4) and torch.equal(cond.vector, told.table(made["step"]))
+    with pytest.raises(ValueError, match="noise steps are 0 to 999"):
+        told([made["low"], made["step"] + 1000, made["low_noise"]], torch.zeros(64, dtype=torch.bool))
