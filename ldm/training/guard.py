@@ -48,6 +48,7 @@ class Guard(pl.Callback):
         Raises:
             ValueError: `patience` updates in a row were skipped.
         """
+        batches, self.batches = self.batches, []
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         norm = gradient_norm(optimizer)
@@ -55,8 +56,7 @@ class Guard(pl.Callback):
             module.log("train/gradient_norm", norm)
         module.spoilt = self._judge(norm)
         skip_where(optimizer, module.spoilt)
-        self.window.append((trainer.global_step, *_to_host(module.spoilt, norm), self.batches))
-        self.batches = []
+        self.window.append((trainer.global_step, *_to_host(module.spoilt, norm), batches))
         if len(self.window) > LAG or self.patience == 1:
             self._look(trainer)
 

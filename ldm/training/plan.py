@@ -43,7 +43,7 @@ def plan(stage: Stage, data: Any, trainer: pl.Trainer, device: str) -> str:
         f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
         f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, gradients, AdamW "
         f"and average; {_gib(others)} frozen; {_gib(micro * kept)} activations",
-        f"expected speed    {stage.batch / seconds:,.1f} samples/s on {world} x {name}, {seconds:,.3f} s a step",
+        f"expected speed    {stage.batch / seconds:,.1f} samples/s on {world} x {name}, {seconds:.2g} s a step",
         f"expected time     {_words(seconds * trainer.max_steps)} for {trainer.max_steps:,} steps, without validation",
     ]
     return "\n".join(lines)
