@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+HEAD = ["of diffusers' time", "range", "rounds", "ours (s)", "diffusers (s)", "largest difference"]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -17,7 +19,7 @@ class Result:
     apart: float
 
     def cells(self):
-        """-> the cells of a table: ratio, range, rounds, seconds of ours and theirs, largest difference."""
+        """-> the cells of a table below HEAD."""
         low, high = min(self.ratios), max(self.ratios)
         seconds = [f"{statistics.median(times):.3g}" for times in (self.ours, self.theirs)]
         return [
