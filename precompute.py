@@ -1,9 +1,11 @@
 """Latents ahead of time:  python precompute.py model=runs/quickstart/autoencoder data=emoji out=runs/quickstart/latents
 
+With condition=[text], settings and all, what the text tower says of the captions is kept as well, for condition=[cached_text].
 Under torchrun or srun every process writes shards of its own; started again, it goes on where it stopped.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,23 +14,35 @@ from ldm.command_line import command
 
 
 def precompute(config: DictConfig) -> Path:
-    """Writes shards of moments beside their captions and records, OUT/train and OUT/val; -> OUT."""
+    """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
     import torch
 
-    from ldm.build import allowed, build
+    from ldm.build import allowed, build, build_members
+    from ldm.condition.cached_text import embed, save_null
+    from ldm.condition.text import Text, Texts
     from ldm.data.latents import write_latents
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     found = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     device = found if config.device == "auto" else config.device
     trained = {"_target_": "ldm.build.load_autoencoder", "path": config.model}
-    autoencoder, data = build(trained, allowed(config)).to(device), build(config.data, allowed(config))
+    autoencoder = build(trained, allowed(config)).to(device)
+    data = build(config.data, allowed(config), batch=1)  # no bucket is too small to be encoded
     data.prepare_data()
     data.setup()
-    for split in ("train", "val") if data.val_set else ("train",):
+    members = {name: member.to(device).eval() for name, member in build_members(config, "condition").items()}
+    if len(members) > 1 or not all(isinstance(member, Text | Texts) for member in members.values()):
+        raise ValueError(f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text].")
+    text = next(((member, partial(embed, member)) for member in members.values()), None)
+    splits = ("train", "val") if data.val_set else ("train",)
+    for split in splits:
         folder = Path(config.out) / split
-        write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world)
-    use = f"data=latents data.train={config.out}/train data.val={config.out}/val"
+        write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
+    use = " ".join(["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), "autoencoder=cached"])
+    if text and rank == 0:
+        save_null(text[0], Path(config.out) / "text")
+        use += f" condition=[cached_text] condition.cached_text.path={config.out}/text "
+        use += " ".join(f"+data.fields.{text[0].key}_{m.split('.')[1]}={m}" for m in embed(text[0], [""]))
     print(f"The latents are in {config.out}; train on them with {use}")
     return Path(config.out)
 

@@ -14,17 +14,24 @@ def train(config: DictConfig) -> Path:
     from ldm.build import allowed, build, build_members, build_stage
     from ldm.folder import write_text
     from ldm.training.logging import close
+    from ldm.training.plan import plan
+    from ldm.training.profile import Profile
     from ldm.training.run import fit
 
     folder = Path(config.folder)
+    if config.plan:
+        stage, trainer = build_stage(config), build(config.trainer, allowed(config), logger=False, callbacks=[])
+        print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
+        return folder
     write_text(OmegaConf.to_yaml(config), folder / "config.yaml")
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
-    callbacks, loggers = (list(build_members(config, group).values()) for group in ("callback", "logger"))
+    callbacks, always, loggers = (list(build_members(config, group).values()) for group in ("callback", "always", "logger"))
+    profile = [Profile(folder / "profile")] if config.profile else []
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    trainer = build(config.trainer, allowed(config), callbacks=callbacks, logger=loggers)
+    trainer = build(config.trainer, allowed(config), callbacks=[*callbacks, *always, *profile], logger=loggers)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:

@@ -39,9 +39,10 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         index(Path(folder) / "index")
-        for name, side in (("512 x 512 JPEG -> 512", (512, 512)), ("1024 x 768 JPEG -> 512", (1024, 768))):
-            pictures(Path(folder) / name.replace(" ", ""), name, side, asked)
-        latents(Path(folder) / "latents", asked)
+        for side, size in (((512, 512), 512), ((512, 512), 256), ((1024, 768), 512)):
+            pictures(Path(folder) / f"{side[0]}-{size}", side, size, asked)
+        latents(Path(folder) / "latents", {"moments.npy": (8, 64, 64)}, asked)
+        latents(Path(folder) / "embeddings", {"moments.npy": (8, 64, 64), "text.npy": (77, 1024)}, asked)
     scale()
 
 
@@ -67,12 +68,12 @@ def photograph(size, seed):
     return file.getvalue()
 
 
-def pictures(folder, name, size, asked):
+def pictures(folder, side, size, asked):
     """Decoded, resized, cropped, batched; and how far the pixels differ."""
-    files = [photograph(size, seed) for seed in range(16)]
+    files = [photograph(side, seed) for seed in range(16)]
     write_shard(({"__key__": f"{i:05d}", "jpg": files[i % 16], "txt": "a"} for i in range(asked.samples)), folder / "00000.tar")
-    data = Shards(folder, size=512, batch=BATCH)
-    shape = v2.Compose([v2.Resize(512, v2.InterpolationMode.BICUBIC), v2.CenterCrop(512), v2.PILToTensor()])
+    data = Shards(folder, size=size, batch=BATCH)
+    shape = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
 
     def ours():
         return sum(len(batch["key"]) for batch in data.ordered("train", BATCH))
@@ -84,26 +85,25 @@ def pictures(folder, name, size, asked):
 
     mine = next(iter(data.ordered("train", 1)))["image"][0].int()
     peer = shape(Image.open(io.BytesIO(files[0]))).int()
-    race(name, ours, theirs, asked.rounds)
+    race(f"{side[0]} x {side[1]} JPEG to {size}", ours, theirs, asked.rounds)
     print(f"{'':32s} pixels differ by {(mine - peer).abs().float().mean():.4f} on average, {(mine - peer).abs().max()} at most")
 
 
-def latents(folder, asked):
-    """Moments (8, 64, 64) and text features (77, 1024), float16, 223 kB a sample."""
-    rng, count = np.random.default_rng(0), 4 * asked.samples
-    arrays = [(rng.normal(size=(8, 64, 64)).astype("f2"), rng.normal(size=(77, 1024)).astype("f2")) for _ in range(8)]
-    rows = ({"__key__": f"{i:05d}", "moments.npy": arrays[i % 8][0], "text.npy": arrays[i % 8][1]} for i in range(count))
-    write_shard(rows, folder / "00000.tar")
-    data = Shards(folder, fields={"moments": "moments.npy", "text": "text.npy"}, batch=BATCH)
+def latents(folder, shapes, asked):
+    """Arrays of float16 and a caption."""
+    rng, count = np.random.default_rng(0), 16 * asked.samples
+    arrays = [{name: rng.normal(size=shape).astype("f2") for name, shape in shapes.items()} for _ in range(8)]
+    write_shard(({"__key__": f"{i:05d}", "txt": "a red fox", **arrays[i % 8]} for i in range(count)), folder / "00000.tar")
+    data = Shards(folder, fields={"caption": "txt"} | {name.split(".")[0]: name for name in shapes}, batch=BATCH)
 
     def ours():
         return sum(len(batch["key"]) for batch in data.ordered("train", BATCH))
 
     def theirs():
-        pipeline = WebDataset(expand(folder), shardshuffle=False).decode().to_tuple("moments.npy", "text.npy").batched(BATCH)
-        return sum(len(torch.as_tensor(moments)) for moments, _ in pipeline)
+        pipeline = WebDataset(expand(folder), shardshuffle=False).decode().to_tuple(*shapes, "txt").batched(BATCH)
+        return sum(len(torch.as_tensor(moments)) for moments, *_ in pipeline)
 
-    race("latents, 223 kB of .npy", ours, theirs, asked.rounds)
+    race(f"{', '.join(shapes)}, {sum(a.nbytes for a in arrays[0].values()) / 1000:.0f} kB", ours, theirs, asked.rounds)
 
 
 def index(folder):

@@ -120,8 +120,26 @@ def build_stage(config: DictConfig) -> Any:
     stage.frozen = tuple(f"model.{part}" for part in frozen) or stage.frozen
     if config.model.init is not None:
         part = next(name for name in ("model", "autoencoder", "clip") if hasattr(stage, name))
-        print(begin(getattr(stage, part), weights_for(part, config.model.init), config.model.init, frozen), flush=True)
+        print(begin(getattr(stage, part), _beginning(part, config.model.init, recipe), config.model.init, frozen), flush=True)
     return stage
+
+
+def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
+    """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
+    path = Path(source)
+    unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
+    if unfinished or (path.suffix == ".ckpt" and _is_own(path)):
+        return _from_checkpoint(path, part)[1]
+    kind = recipe["prediction"]["_target_"].split(".")[-1] if "prediction" in recipe else None
+    return weights_for(part, source, kind)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a .ckpt is of a training here, and not one of another framework."""
+    try:
+        return "recipe" in read_checkpoint(path)
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def frozen_parts(model: LatentModel) -> list[str]:
@@ -150,7 +168,9 @@ def load_autoencoder(path: str) -> nn.Module:
     if hasattr(autoencoder, "count") and not autoencoder.count:
         raise ValueError(
             f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "
-            "the end of its training: run its `python train.py ...` command again to finish it."
+            "the end of its training: run its `python train.py ...` command again to finish it, or, for weights from elsewhere, "
+            f"measure them alone: python train.py training=autoencoding training.perceptual=null model.init={path} "
+            "trainer.max_steps=0 run_id=NAME autoencoder=... data=... with the sizes and the pictures of these weights."
         )
     return autoencoder.eval()
 
@@ -185,15 +205,16 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     return model.eval()
 
 
-def _from_checkpoint(path: Path) -> tuple[dict, dict]:
+def _from_checkpoint(path: Path, part: str = "model") -> tuple[dict, dict]:
+    """The recipe and the weights of a stage's `part`, averaged where the checkpoint has averages."""
     found = newest(path) if path.is_dir() else path
     if found is None or not found.is_file():
         raise FileNotFoundError(
             f"There is no model in {path}: neither model.safetensors nor a good *.ckpt. Name a run with model=FOLDER."
         )
-    checkpoint = read_checkpoint(found)
-    weights = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    checkpoint, prefix = read_checkpoint(found), f"{part}."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("EMA"):
-            weights |= {k.removeprefix("model."): v for k, v in state["average"].items() if k.startswith("model.")}
+            weights |= {k.removeprefix(prefix): v for k, v in state["average"].items() if k.startswith(prefix)}
     return checkpoint["recipe"], weights

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ FREE_TEXT = re.compile(
     re.S,
 )
 LISTS = ("condition", "metric", "callback", "logger")
-VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "runs", "folder")
+VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "always", "plan", "profile", "runs", "folder")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
@@ -115,11 +116,12 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
 def _guarded(task: Callable[[DictConfig], Any], multirun: bool) -> Callable[[DictConfig], Any]:
     def run(config: DictConfig) -> Any:
-        if multirun and OmegaConf.select(config, "trainer.devices") not in (None, 1):
+        launched = "SUBMITIT_EXECUTOR" in os.environ
+        if multirun and not launched and OmegaConf.select(config, "trainer.devices") not in (None, 1):
             sys.exit(
                 f"error: trainer.devices={config.trainer.devices} in a multirun: Lightning's launcher would start the whole "
-                "sweep again in every process. Sweep with trainer.devices=1, or start each job with srun, torchrun, or Hydra's "
-                "submitit launcher."
+                "sweep again in every process. Sweep with trainer.devices=1, or start each job with srun, torchrun, or "
+                "hydra/launcher=slurm."
             )
         unsaid = _unsaid(OmegaConf.to_container(config, resolve=False))
         if unsaid:

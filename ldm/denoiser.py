@@ -31,6 +31,15 @@ class Timestep:
         return self.steps * t - 1
 
 
+@dataclass(frozen=True)
+class DataTime:
+    """The noise level as the share of data, alpha / (alpha + sigma): time from noise to data, as SiT's weights are told."""
+
+    def __call__(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """t, alpha, sigma: (*) -> (*) in [0, 1]."""
+        return alpha / (alpha + sigma)
+
+
 class Denoiser(nn.Module):
     """x_hat = D(x_t, t, cond). The backbone never learns which schedule or prediction is in use.
 

@@ -93,6 +93,8 @@ PART = (
     "open_clip_model.safetensors",
     "statistics.safetensors",
     "statistics.json",
+    "vocab.txt",
+    "null.safetensors",
 )
 
 

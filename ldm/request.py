@@ -48,6 +48,8 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     if readers.keys() - ask.keys():
         raise ValueError(f"This model is asked by {how}; found {sorted(asked) or 'nothing'}.")
     if config.get("negative") is not None:
+        if "caption" not in readers:
+            raise ValueError(f"negative={config['negative']!r} is for models that read captions; this one is asked by {how}.")
         ask["negative.caption"] = [str(config["negative"])] * count
     return ask, count
 

@@ -97,6 +97,8 @@ class Subject:
         if config["ask"] or not self.model.conditioner.embedders:
             size = config["resolution"] or self.data.size
             return Given(*read_request({**config, "resolution": size, "ask": spread(config["ask"])}, self.model))
+        if config["negative"] is not None:
+            raise ValueError("negative=... goes with prompts=FILE; the requests of shards have none.")
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
 
     def _reconstructions(self) -> Reconstructions:

@@ -113,7 +113,7 @@ class Draw:
     """The randomness of training, as a function of (seed, stream, global sample position).
 
     So a resumed run, or one on another number of ranks or workers, draws the same numbers for the same sample.
-    position: (B,) int64; batch: samples in the global batch, over which stratified numbers are laid.
+    position: (B,) int64, on the CPU; batch: samples in the global batch, over which stratified numbers are laid.
     """
 
     seed: int
@@ -121,8 +121,9 @@ class Draw:
     batch: int
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
-        """-> (B, *shape) unit normal, on the CPU."""
-        return self._each(stream, lambda g: torch.randn(*shape, generator=g))
+        """-> (B, *shape) unit normal, on the CPU; pinned where there is a GPU, for `.to(device, non_blocking=True)`."""
+        numbers = self._each(stream, lambda g: torch.randn(*shape, generator=g))
+        return numbers.pin_memory() if torch.cuda.is_available() else numbers
 
     def uniform(self, stream: str, shape: Sequence[int] = ()) -> Tensor:
         """-> (B, *shape) in [0, 1), on the CPU."""
@@ -150,7 +151,7 @@ class Moments:
 
     def sample(self, noise: Tensor) -> Tensor:
         """noise: (B, C, H, W) unit normal -> latents: (B, C, H, W)."""
-        return self.mean + self.std * noise.to(self.mean)
+        return self.mean + self.std * noise.to(self.mean, non_blocking=True)
 
 
 class Schedule(Protocol):
@@ -202,9 +203,10 @@ class Sampler(Protocol):
 
 
 class Told(Protocol):
-    """What guidance may ask of a model: its denoiser, and conditions for a request."""
+    """What guidance may ask of a model: its denoiser, its conditions by name, and what they say of a request."""
 
     denoiser: Denoiser
+    conditioner: Any  # whose `embedders` are by name
 
     def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
         """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition."""
@@ -259,6 +261,8 @@ def like(scale: Tensor, x: Tensor) -> Tensor:
 def _join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
+    if a.device != b.device:  # numbers are told on the CPU
+        a, b = (a.to(b.device), b) if a.device.type == "cpu" else (a, b.to(a.device))
     return torch.cat((a, b), dim)
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import conv2d, interpolate
 
 from ldm.autoencoder.cached import Cached
 from ldm.autoencoder.identity import Identity
-from ldm.autoencoder.kl import KL
+from ldm.autoencoder.kl import KL, Upsample, kl_divergence
 from ldm.autoencoder.tiled import Tiled
 from ldm.autoencoder.vq import VQ
 
@@ -55,6 +56,21 @@ def test_it_is_diffusers_autoencoder_on_the_same_weights():
         sizes = {"block_out_channels": [128, 256, 512], "layers_per_block": 2, "latent_channels": 3}
         vq = VQModel(**blocks, **sizes, num_vq_embeddings=8192, vq_embed_dim=3)
         assert sum(p.numel() for p in VQ(ema=False).parameters()) == sum(p.numel() for p in vq.parameters())
+
+
+def test_repeating_pixels_and_convolving_are_one_transposed_convolution():
+    layer, x = Upsample(3).double(), torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    wanted = conv2d(interpolate(x, scale_factor=2.0, mode="nearest"), layer.weight, layer.bias, padding=1)
+    y, weight = layer(x), torch.randn(2, 3, 8, 10, dtype=torch.float64)
+    torch.testing.assert_close(y, wanted)
+    for mine, theirs in zip(*(torch.autograd.grad((out * weight).sum(), (x, layer.weight, layer.bias)) for out in (y, wanted))):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_kl_of_half_precision_moments_is_theirs():
+    """Added up in bfloat16, 1 + 1e-3 is 1 and small divergences vanish."""
+    mean, std = torch.full((1, 4, 8, 8), 0.03, dtype=torch.bfloat16), torch.full((1, 4, 8, 8), 1.0, dtype=torch.bfloat16)
+    assert kl_divergence(mean, std).item() == pytest.approx(0.5 * mean[0, 0, 0, 0].double().square().item(), rel=1e-4)
 
 
 @torch.no_grad()

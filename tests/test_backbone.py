@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from torch import nn
 
 from ldm.backbone.dit import DiT, rotation, turned
 from ldm.backbone.mlp import MLP
 from ldm.backbone.unet import UNet
+from ldm.condition.bert import Bert
 from ldm.interop.dit import published
 from ldm.interop.tie import bring, give, taken
 from ldm.nn.sinusoid import sinusoid
@@ -44,20 +46,31 @@ def test_gradients_reach_every_weight_of_the_unet():
 
 # ---- DiT
 
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-COUNTS = {  # of the published files, positions and class table included
-    "S": (32_963_360, 32_945_024, 33_148_160),
-    "XL": (675_129_632, 675_074_432, 675_683_072),
-}
 
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_published_dits(name):
-    width, depth, heads = SIZES[name]
-    for patch, wanted in zip((2, 4, 8), COUNTS[name]):
-        with torch.device("meta"):
-            net = DiT(4, Widths(vector=width), patch=patch, width=width, depth=depth, heads=heads, learn_range=True)
-        assert sum(x.numel() for x in net.state_dict().values()) + 1001 * width == wanted
+def test_bert_against_diffusers(tmp_path):
+    """The LDM paper's text model, its projections of queries, keys and values laid together."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "fox", "##es"]))
+    sizes = {"vocab_size": 8, "d_model": 24, "encoder_layers": 2, "encoder_ffn_dim": 96, "max_position_embeddings": 7}
+    peer = LDMBertModel(LDMBertConfig(**sizes, encoder_attention_heads=2, head_dim=16)).eval()
+    ours = Bert(str(tmp_path), width=24, depth=2, heads=2, head_width=16, length=7)
+    theirs = dict(peer.model.named_parameters())
+    pairs = {"words": "embed_tokens", "places": "embed_positions", "norm": "layer_norm"}
+    for i in range(2):
+        words = {"norm_in": "self_attn_layer_norm", "norm_out": "final_layer_norm", "out": "self_attn.out_proj", "wide": "fc1"}
+        pairs |= {f"blocks.{i}.{a}": f"layers.{i}.{b}" for a, b in {**words, "narrow": "fc2"}.items()}
+    for p in theirs.values():
+        nn.init.normal_(p, std=0.2)
+    with torch.no_grad():
+        for i, block in enumerate(ours.blocks):
+            block.qkv.weight.copy_(torch.cat([theirs[f"layers.{i}.self_attn.{x}_proj.weight"] for x in "qkv"]))
+        for name, p in ours.named_parameters():
+            if "qkv" not in name:
+                stem, leaf = name.rsplit(".", 1)
+                p.copy_(theirs[f"{pairs[stem]}.{leaf}"])
+    ids = ours.ids(["A red fox", "Foxes!"])
+    assert ids.tolist() == [[2, 4, 5, 6, 3, 0, 0], [2, 6, 7, 1, 3, 0, 0]]
+    wanted = peer.model(ids).last_hidden_state
+    torch.testing.assert_close(ours(["A red fox", "Foxes!"], torch.zeros(2, dtype=torch.bool)).tokens, wanted, atol=1e-4, rtol=0)
 
 
 def small_dit(**settings):

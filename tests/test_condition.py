@@ -1,15 +1,25 @@
 """What a model is told: joining, dropping, and the text tower against open_clip's own encoder."""
 
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.backbone.unet import UNet
+from ldm.build import build, load_model
+from ldm.command_line import compose_config
+from ldm.condition.cached_text import CachedText, embed, save_null
 from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
 from ldm.condition.number import Number
 from ldm.condition.text import Text, Texts, whitening
-from ldm.folder import load_tensors, save_tensors, write_json
+from ldm.data.shards import Shards
+from ldm.data.write import write_shards
+from ldm.folder import load_tensors, save_model, save_tensors, with_parts, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
 from ldm.types import Cond, Draw, Widths
@@ -292,6 +302,8 @@ def test_what_does_not_fit_is_refused():
 class Told:
     """A model whose denoiser multiplies by what it is told, and counts its calls."""
 
+    conditioner = SimpleNamespace(embedders={"text": SimpleNamespace(key="caption")})
+
     def __init__(self):
         self.calls = 0
 
@@ -322,3 +334,71 @@ def test_guidance_is_linear_in_its_scale(scale, factor):
 def test_a_negative_prompt_takes_the_nulls_place():
     ask = {"caption": [2.0], "negative.caption": [3.0]}
     torch.testing.assert_close(CFG(3.0)(Told(), ask)(X, T), (3.0 + 3 * (2.0 - 3.0)) * X)
+
+
+# ---- embeddings that come with the shards
+
+
+def cached(clip_folder, folder, **settings):
+    text = Text(f"local-dir:{clip_folder}", pooled=True, layers=(0, -1), **settings)
+    save_null(text, folder)
+    load = partial(Text, f"local-dir:{clip_folder}", pooled=True, layers=(0, -1), **settings)
+    return text, CachedText(load, str(folder))
+
+
+@pytest.mark.parametrize("settings", [{}, {"padding": 0, "dropped": "zeros"}])
+def test_cached_captions_say_what_their_tower_does_and_training_never_reads_it(clip_folder, tmp_path, settings):
+    """Through shards, as float16: to its rounding, dropped ones too."""
+    text, cache = cached(clip_folder, tmp_path / "text", **settings)
+    made = {member: value.half() if value.is_floating_point() else value for member, value in embed(text, NAMES).items()}
+    rows = [{member: value[i].numpy() for member, value in made.items()} for i in range(3)]
+    samples = [{"__key__": str(i), "txt": name, "json": {}, **row} for i, (name, row) in enumerate(zip(NAMES, rows))]
+    write_shards(samples, tmp_path / "shards")
+    fields = {"caption": "txt"} | {f"caption_{member.split('.')[1]}": member for member in made}
+    data = Shards(str(tmp_path / "shards"), fields=fields, batch=3)
+    batch = data.on_after_batch_transfer(data.rows("train", range(3)))
+    draw, drop = Draw(0, torch.arange(3), 3), torch.tensor([False, True, False])
+    told = cache(cache.derive(batch, draw)["caption"], drop)
+    wanted = text(NAMES, drop)
+    torch.testing.assert_close(told.tokens, wanted.tokens, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(told.vector, wanted.vector, atol=2e-3, rtol=2e-3)
+    assert (told.mask is None and wanted.mask is None) or torch.equal(told.mask, wanted.mask)
+    assert cache.widths == text.widths and not cache.kept and not list(cache.parameters()) and not cache.state_dict()
+    cond = Conditioner({"text": cache})(batch, draw)
+    assert cond.tokens.shape == wanted.tokens.shape and not cache.kept
+    assert torch.equal(cache(cache.read("caption", NAMES, (8, 8)), drop).tokens, wanted.tokens) and cache.kept
+
+
+def test_cached_captions_of_another_tower_or_none_are_refused(clip_folder, tmp_path):
+    _, cache = cached(clip_folder, tmp_path)
+    draw = Draw(0, torch.arange(3), 3)
+    with pytest.raises(
+        ValueError, match=r"data\.fields=\{caption_tokens: text\.tokens\.npy.*only \['caption'\]; condition=\[text\]"
+    ):
+        cache.derive({"caption": NAMES}, draw)
+    narrow = {f"caption_{m.split('.')[1]}": v for m, v in embed(Text(f"local-dir:{clip_folder}", pooled=True), NAMES).items()}
+    with pytest.raises(ValueError, match=r"tokens are of shape .* the null's of .*another text tower"):
+        cache.derive(narrow, draw)
+    other = CachedText(partial(Text, f"local-dir:{clip_folder}", pooled=True, layers=(-1, 0)), str(tmp_path))
+    with pytest.raises(ValueError, match=r"cached_text\.load makes another text than the shards'"):
+        other.read("caption", ["fox"], (8, 8))
+    with pytest.raises(FileNotFoundError, match=r"no null\.safetensors in .*condition\.cached_text\.path=FOLDER"):
+        CachedText(partial(Text, "x"), str(tmp_path / "nowhere"))
+
+
+def test_a_model_at_rest_takes_its_null_and_its_tower_along(clip_folder, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(clip_folder, home / "clip")
+    text, _ = cached(home / "clip", home / "text")
+    load = {"_target_": "ldm.condition.text.Text", "_partial_": True, "model": f"local-dir:{home}/clip"}
+    condition = {"_target_": "ldm.condition.cached_text.CachedText", "path": f"{home}/text"}
+    condition["load"] = load | {"layers": [0, -1], "pooled": True}
+    config = compose_config("train", ["backbone.width=8", "backbone.groups=4", "backbone.mult=[1]", "backbone.depth=[1]"])
+    recipe = OmegaConf.to_container(config, resolve=True)["training"]["model"]
+    recipe |= {"autoencoder": {"_target_": "ldm.autoencoder.identity.Identity"}, "condition": {"text": condition}}
+    recipe["backbone"]["heads"] = 2
+    model = build(recipe).eval()
+    save_model(model.state_dict(), with_parts(recipe, tmp_path / "rest"), tmp_path / "rest")
+    shutil.rmtree(home)
+    told = load_model(tmp_path / "rest").tell({"caption": NAMES})
+    assert torch.equal(told.tokens, text(NAMES, no(3)).tokens)

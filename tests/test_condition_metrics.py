@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.metric.classifier import Classifier
 from ldm.metric.inpainting import Inpainting
 from ldm.metric.layout_iou import LayoutIoU
 from ldm.metric.map_iou import MapIoU
@@ -47,6 +48,45 @@ def test_map_iou_is_one_for_the_map_itself_and_counts_areas():
     assert numbers(metric, half_red(columns=2), batch)["map_iou"] == pytest.approx((16 / 32 + 32 / 48) / 2)
     with pytest.raises(ValueError, match=r"\+data\.fields\.map=map\.png"):
         metric.look(half_red(), {"image": half_red()})
+
+
+class Reals:
+    """A reference of given rows, which counts what is made of them."""
+
+    def __init__(self, rows):
+        self.given, self.made = rows, {}
+
+    def kept(self, name, make):
+        self.made[name] = self.made.get(name) or make(self.given)
+        return self.made[name]
+
+
+def test_a_classifier_learns_the_training_pictures_once_and_judges_by_the_request():
+    """Two classes, a stroke that lies or stands: no colour tells them apart, and mirroring keeps them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def strokes(count):
+        label = torch.randint(2, (count,), generator=generator)
+        images = torch.ones(count, 3, 16, 16)
+        for image, kind, place in zip(images, label, torch.randint(4, 11, (count,), generator=generator)):
+            (image if kind else image.transpose(1, 2))[:, place : place + 2] = -1
+        return images, label
+
+    metric = Classifier(side=16, steps=60, batch=16, width=8)
+    images, label = strokes(60)
+    reals = Reals(metric.look(images, {"label": label, "image": images, "split": "train"}))
+    assert "real" not in reals.given
+    images, label = strokes(20)
+    batch = {"label": label, "image": images, "split": "val"}
+    told = metric.compute(metric.look(images, batch), reals)
+    assert told["classifier_accuracy"].value > 0.9 and told["classifier_accuracy_real"].value > 0.9
+    wrong = metric.compute(metric.look(images, {"label": 1 - label}), reals)
+    assert set(wrong) == {"classifier_accuracy"} and wrong["classifier_accuracy"].value < 0.1 and len(metric.right) == 20
+    (weights,) = reals.made.values()
+    again = metric._trained(reals.given)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    with pytest.raises(ValueError, match=r"classifier reads the field `label`.*\+data\.fields\.label=cls"):
+        metric.look(images, {"image": images})
 
 
 def test_layout_iou_is_of_the_box_and_its_colours_region():

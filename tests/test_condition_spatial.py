@@ -1,5 +1,6 @@
 """Maps, holes, low resolution, boxes: what is told at latent resolution, made from the key, read from files."""
 
+import io
 import json
 import warnings
 
@@ -12,13 +13,15 @@ from ldm.condition.conditioner import Conditioner
 from ldm.condition.degrade import bicubic, bsr_light
 from ldm.condition.embedding import Embedding
 from ldm.condition.inpaint import Inpaint
-from ldm.condition.layout import Layout, boxes_of, in_the_middle
+from ldm.condition.layout import Layout, boxes_of, in_the_cut
 from ldm.condition.low_resolution import LowResolution
 from ldm.condition.masks import key_generator, random_mask
 from ldm.condition.picture import Picture
 from ldm.condition.semantic import Semantic
 from ldm.condition.text import Text
 from ldm.condition.transcript import Transcript
+from ldm.data.shards import Shards
+from ldm.data.write import write_shards
 from ldm.model import LatentModel
 from ldm.request import paste_back, read_request, write_pictures
 from ldm.types import Draw, Moments, Widths
@@ -217,10 +220,41 @@ def test_layouts_are_read_from_records_or_maps_and_their_order_does_not_matter()
     assert torch.equal(crowd.tokens, largest.tokens)
 
 
-def test_boxes_follow_the_crop_to_the_middle():
+def test_boxes_follow_the_crop():
     record = {"width": 200, "height": 100, "boxes": [[1, 0.25, 0.0, 0.5, 1.0], [2, 0.0, 0.0, 0.2, 1.0], [3, 0.5, 0.5, 1.0, 1.0]]}
-    assert in_the_middle(record) == [[1, 0.0, 0.0, 0.5, 1.0], [3, 0.5, 0.5, 1.0, 1.0]]
-    assert in_the_middle({"boxes": [[1, 0.1, 0.2, 0.3, 0.4]]}) == [[1, 0.1, 0.2, 0.3, 0.4]]
+    assert in_the_cut(record) == [[1, 0.0, 0.0, 0.5, 1.0], [3, 0.5, 0.5, 1.0, 1.0]]
+    assert in_the_cut(record, mirrored=True) == [[1, 0.5, 0.0, 1.0, 1.0], [3, 0.0, 0.5, 0.5, 1.0]]
+    assert in_the_cut({"boxes": [[1, 0.1, 0.2, 0.3, 0.4]]}) == [[1, 0.1, 0.2, 0.3, 0.4]]
+    assert in_the_cut(record, 50, 100, 0, 0) == record["boxes"]  # a bucket of the picture's own shape: nothing is cut
+    assert in_the_cut(record, 50, 50, 0, 0) == [[1, 0.5, 0.0, 1.0, 1.0], [2, 0.0, 0.0, 0.4, 1.0]]  # the left half
+
+
+@pytest.mark.parametrize("how", [{"crop": "random", "flip": 0.5}, {"buckets": [[32, 32], [24, 48]]}, {}])
+def test_boxes_lie_where_the_pictures_do(how, tmp_path):
+    """Whatever is cut or mirrored: what is black in the picture is what the box says."""
+    box = [1, 0.25, 0.5, 0.5, 0.75]
+    for number, size in enumerate([(64, 64), (128, 64)]):
+        image = np.full((*size[::-1], 3), 255, np.uint8)
+        left, top, right, bottom = (round(e * s) for e, s in zip(box[1:], size * 2))
+        image[top:bottom, left:right] = 0
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "PNG")
+        record = {"width": size[0], "height": size[1], "boxes": [box]}
+        samples = ({"__key__": f"{i:03d}", "png": png.getvalue(), "json": record} for i in range(number, 8, 2))
+        write_shards(samples, tmp_path / str(number), per_shard=10)
+    fields = {"image": "png", "json": "json"}
+    data = Shards([str(tmp_path / "0"), str(tmp_path / "1")], fields=fields, size=32, batch=4, **how)
+    layout, seen = Layout(2, width=8, depth=1, heads=2), 0
+    for _, batch in zip(range(4), data.train_dataloader()):
+        batch = data.on_after_batch_transfer(batch)
+        for image, boxes in zip(batch["image"], layout.derive(batch, None)["boxes"]):
+            rows, columns = (image.mean(0) < 0).nonzero(as_tuple=True)
+            if boxes and len(rows):
+                height, width = image.shape[1:]
+                found = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height]
+                torch.testing.assert_close(torch.tensor(boxes[0][1:]), torch.stack(found), atol=1.5 / min(height, width), rtol=0)
+                seen += 1
+    assert seen > 10
 
 
 @pytest.mark.parametrize("box", [[8, 0, 0, 1, 1], [1, 0.5, 0, 0.5, 1], [1, 0, 0, 1.2, 1], [1, 0, 0, 1]])
@@ -339,6 +373,8 @@ def test_what_cannot_be_read_is_named(files):
     for ask, error, said in cases:
         with pytest.raises(error, match=said):
             read_request({"ask": ask, "resolution": 8}, model)
+    with pytest.raises(ValueError, match=r"negative='blurry' is for models that read captions.*ask\.map"):
+        read_request({"ask": {"map": f"{files}/maps/a.png"}, "negative": "blurry", "resolution": 8}, model)
 
 
 def test_each_picture_lies_beside_what_it_was_told(tmp_path):

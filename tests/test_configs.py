@@ -12,7 +12,9 @@ from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
 from ldm.command_line import CONFIGS, compose_config
-from ldm.folder import save_model
+from ldm.condition.cached_text import save_null
+from ldm.condition.text import Text
+from ldm.folder import save_model, write_text
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
@@ -48,12 +50,14 @@ def test_a_config_builds_from_its_own_room(room, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, clip_folder):
-    """runs/quickstart/{clip,autoencoder} as the configs expect them, untrained."""
+    """runs/quickstart/{clip,autoencoder} as the configs expect them, untrained, and runs/bert, a few words."""
     home = tmp_path_factory.mktemp("runs") / "quickstart"
     home.mkdir()
     (home / "clip").symlink_to(clip_folder)
     recipe = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1], "groups": 4}
     save_model(build(recipe).state_dict() | {"count": torch.tensor(1)}, recipe, home / "autoencoder")
+    write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fox"]), home.parent / "bert" / "vocab.txt")
+    save_null(Text(f"local-dir:{clip_folder}"), home / "latents" / "text")
     return home.parent
 
 
@@ -92,10 +96,11 @@ def random_alexnet(folder):
 
 @pytest.mark.parametrize("name", names("backbone"))
 def test_backbones_are_told_channels_and_widths_only(name, runs):
-    partial = build(node_of("backbone", name, runs))
+    node = node_of("backbone", name, runs)
+    is_dit = node["_target_"].endswith("DiT")
+    widths = Widths(vector=node["width"] * (1 if is_dit else 4), tokens=0 if is_dit else 64, spatial=1)  # as `identity` wants it
     with torch.device("meta"):
-        widths = Widths(vector=1152, spatial=1) if name.startswith("dit") else Widths(vector=6, tokens=64, spatial=1)
-        assert isinstance(partial(channels=4, widths=widths), nn.Module)
+        assert isinstance(build(node)(channels=4, widths=widths), nn.Module)
 
 
 @pytest.mark.parametrize("room, name", every("optimizer", "rate"))
@@ -256,7 +261,9 @@ def test_published_sizes_build_on_the_meta_device(name, runs):
     opening = (CONFIGS / "experiment" / f"{name}.yaml").read_text()
     (published,) = [overrides for kl, overrides in KLS.items() if f"runs/laion/{kl}" in opening]
     with torch.device("meta"):
-        stage = build_stage(untrained(compose_config("train", [f"experiment={name}", "autoencoder=kl", *published])))
+        stage = build_stage(
+            untrained(compose_config("train", [f"experiment={name}", "autoencoder=kl", f"runs={runs}", *published]))
+        )
     first = stage.model.denoiser.backbone.encoder[0][0]
     assert first.in_channels == stage.model.autoencoder.channels + stage.model.conditioner.widths.spatial
     wanted = {"laion/inpaint_sd": 9, "laion/inpaint": 7, "laion/superres": 6, "laion/semantic": 6, "laion/text": 4}
@@ -277,7 +284,7 @@ FIELDS = {
 @pytest.mark.parametrize("name", LAION)
 def test_published_recipes_take_steps_when_shrunken(name, runs):
     """By backbone.width=32 alone; a text model that is trained, or would be fetched, is made small as well."""
-    small = ["condition.transcript.width=32", "condition.transcript.depth=1"] if name == "laion/text" else []
+    small = ["condition.bert.width=32", "condition.bert.depth=1"] if name == "laion/text" else []
     if "text_sd1" in (CONFIGS / "experiment" / f"{name}.yaml").read_text():
         small = [f"condition.text_sd1.model=local-dir:{runs}/quickstart/clip", "condition.text_sd1.pretrained=null"]
     config = compose_config("train", [f"experiment={name}", f"runs={runs}", "backbone.width=32", *small])

@@ -330,6 +330,18 @@ def test_every_mode_becomes_rgb_over_white(data, colour):
     assert (image.int() - torch.tensor(colour)[:, None, None]).abs().max() <= 2
 
 
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"mode": "L"}])
+def test_jpegs_have_pillows_very_pixels(options):
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
+    image, file, out = Image.fromarray(pixels).convert(options.pop("mode", "RGB")), io.BytesIO(), np.empty_like(pixels)
+    image.save(file, "JPEG", **options)
+    decoded = decode("jpg", file.getvalue(), View(21, 34), out=out)
+    assert np.array_equal(decoded.permute(1, 2, 0), np.array(Image.open(file).convert("RGB")))
+    assert np.shares_memory(decoded.numpy(), out), "straight into the batch"
+    assert torch.equal(decode("jpg", file.getvalue(), View(21, 34, flip=True), out=out), decoded.flip(2))
+    assert torch.equal(decode("jpg", file.getvalue() + b"rest", View(21, 34)), decoded), "as Pillow, which does not mind"
+
+
 def test_pictures_stand_upright_and_keep_their_middle():
     image = Image.new("RGB", (48, 16), "red")
     image.paste("blue", (16, 0, 32, 16))

@@ -19,7 +19,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from test_data import COUNT, picture, samples
+from test_data import COUNT, fit, picture, samples
 from webdataset import ShardWriter, WebDataset
 
 from ldm.data.bucket import SDXL_TALL, assign, generate, sizes_of
@@ -127,6 +127,25 @@ def test_each_batch_is_of_one_size_and_each_picture_goes_to_the_nearest(shapes):
     index = Index(expand(shapes))
     parts = assign(index, Selection(index.counts), [(16, 32), (16, 16), (32, 16)])
     assert [len(part) for part in parts] == [24, 12, 3]
+
+
+@QUIET
+def test_buckets_go_on_bitwise_and_their_use_is_reported(shapes, tmp_path, capsys):
+    """Twice stopped and gone on, over an epoch's end: the very same batches and weights."""
+
+    def leg(steps, resume=None):
+        data = Shards(shapes, size=16, batch=4, buckets=[[16, 32], [16, 16], [32, 16]], crop="random", flip=0.5)
+        return fit(data, tmp_path / f"{steps}.ckpt", steps, resume=resume)
+
+    whole = leg(13)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        f"Epoch {epoch} of data.buckets, batches of each height x width: 16x16 {n} (15 pictures), 16x32 6 (24 pictures)"
+        for epoch, n in ((0, 3), (1, 4))
+    ]
+    legs = [leg(3), leg(8, tmp_path / "3.ckpt"), leg(13, tmp_path / "8.ckpt")]
+    assert [sample for leg in legs for sample in leg.seen] == whole.seen
+    assert torch.equal(legs[-1].weight, whole.weight)
 
 
 def test_sdxl_is_told_sizes_and_crops(tmp_path):
@@ -281,6 +300,15 @@ def test_arrays_go_straight_into_the_batch(tmp_path):
     write_shards([{"__key__": f"{i}", "m.npy": np.ones(2 + i)} for i in range(2)], tmp_path / "b")
     with pytest.raises(ValueError, match=r"arrays of shapes \[\(2,\), \(3,\)\], which share no batch"):
         next(iter(Shards(tmp_path / "b", fields={"moments": "m.npy"}).ordered("train", 2)))
+
+
+def test_an_array_that_is_cut_off_after_the_index_was_made_is_left_out(tmp_path):
+    write_shard(({"__key__": f"{i}", "m.npy": np.full(500, i)} for i in range(3)), tmp_path / "0.tar")
+    data = Shards(tmp_path, fields={"moments": "m.npy"})
+    offset, _ = data.train_set.index.table(0).span(2, "m.npy")
+    os.truncate(tmp_path / "0.tar", offset + 300)
+    batch = next(iter(data.ordered("train", 3)))
+    assert batch["key"] == ["0", "1"] and "ends after 300 of 4128 bytes" in batch["bad"][0]
 
 
 @QUIET

@@ -3,18 +3,13 @@
 import csv
 import hashlib
 import json
-import os
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
-from test_data import damages, picture, samples
+from test_data import damages, samples
 
-from ldm.autoencoder.kl import KL
-from ldm.data import doctor, latents, pack
+from ldm.data import doctor, pack
 from ldm.data.index import Index
-from ldm.data.latents import check_provenance, write_latents
 from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.data.write import write_shards
@@ -133,74 +128,3 @@ def test_the_doctor_answers_wrong_questions(tmp_path, capsys):
 def test_a_healthy_shard_need_not_be_decoded(tmp_path):
     write_shards(samples(3), tmp_path / "a")
     assert doctor.main([str(tmp_path / "a"), "--quick", "--out", str(tmp_path / "x")]) == 0
-
-
-# ---- latents ahead of time
-
-
-@pytest.fixture
-def autoencoder():
-    torch.manual_seed(0)
-    return KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4).eval()
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    colours = np.random.default_rng(0).integers(0, 255, (11, 3)).tolist()
-    rows = ({"__key__": f"{i:03d}", "txt": f"{i}", "jpg": picture(colour=tuple(c))} for i, c in enumerate(colours))
-    write_shards(rows, tmp_path / "pictures", per_shard=4)
-    return Shards(tmp_path / "pictures", size=16, batch=4)
-
-
-def latents_of(folder):
-    return Shards(folder, fields={"moments": "moments.npy", "caption": "txt"}, size=16, batch=4)
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_latents_made_ahead_are_those_made_online(autoencoder, pictures, tmp_path, half):
-    for rank in range(2):
-        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4, half, rank, 2)
-    ahead = latents_of(tmp_path / "out")
-    assert ahead.train_set.keys == pictures.train_set.keys and ahead.train_set.captions() == pictures.train_set.captions()
-    online = pictures.on_after_batch_transfer(next(iter(pictures.ordered("train", 11))))
-    stored = ahead.on_after_batch_transfer(next(iter(ahead.ordered("train", 11))))["moments"]
-    with torch.no_grad():
-        moments = autoencoder.encode(online["image"])
-    tolerance = 2**-10 if half else 1e-5
-    torch.testing.assert_close(stored, torch.cat((moments.mean, moments.std), 1), rtol=tolerance, atol=tolerance)
-
-
-def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, monkeypatch):
-    wrote = []
-
-    def cut(samples, path):
-        wrote.append(path.name)
-        if len(wrote) == 2:
-            raise KeyboardInterrupt
-        return write(samples, path)
-
-    write = latents.write_shard
-    monkeypatch.setattr(latents, "write_shard", cut)
-    with pytest.raises(KeyboardInterrupt):
-        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
-    write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
-    assert wrote == ["00000.tar", "00001.tar", "00001.tar", "00002.tar"]
-    assert latents_of(tmp_path / "out").train_set.keys == pictures.train_set.keys
-    with pytest.raises(ValueError, match=r"other latents: size 16 there, 8 here.*out="):
-        pictures.size = 8
-        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
-
-
-class Stage:
-    def __init__(self, autoencoder):
-        self.model = type("Model", (), {"autoencoder": autoencoder})()
-
-
-def test_latents_of_another_autoencoder_are_refused(autoencoder, pictures, tmp_path):
-    write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
-    check_provenance(tmp_path / "out", Stage(autoencoder))
-    check_provenance(tmp_path / "pictures", Stage(autoencoder))
-    autoencoder.mean[0] += 1
-    with pytest.raises(ValueError, match=r"made by another autoencoder.*precompute\.py.*autoencoder\.path"):
-        check_provenance(str(tmp_path / "out"), Stage(autoencoder))
-    assert os.path.exists(tmp_path / "out" / "provenance.json")

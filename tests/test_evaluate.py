@@ -192,7 +192,7 @@ def test_right_shuffled_and_no_conditions_are_drawn_and_judged_by_the_own_reques
 
 def test_untold_guidance_hears_the_null_condition_alone():
     class Model:
-        denoiser = "denoiser"
+        denoiser, conditioner = "denoiser", None
 
         def tell(self, ask, only=None):
             return Cond(vector=torch.zeros(1, 1) if only == () else torch.ones(1, 1))

@@ -30,7 +30,15 @@ ASK = {"kind": torch.tensor([1, 2]), "size": torch.tensor([0, 3])}
 
 @pytest.fixture
 def model():
-    conditioner = Conditioner({"kind": Label(4, 8, key="kind", rate=0.1), "size": Label(4, 8, key="size", rate=0.0)})
+    return model_of({"kind": Label(4, 8, key="kind", rate=0.1), "size": Label(4, 8, key="size", rate=0.0)})
+
+
+def three_conditions():
+    return model_of({n: Label(4, 8, key=n, rate=0.1) for n in ("a", "b", "c")})
+
+
+def model_of(embedders):
+    conditioner = Conditioner(embedders)
     net = UNet(3, conditioner.widths, width=8, mult=(1,), res_blocks=1, depth=(1,), heads=2, groups=4)
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
@@ -61,6 +69,26 @@ def test_the_null_keeps_what_is_never_dropped(model):
 def test_a_negative_like_the_request_is_no_guidance(model):
     ask = ASK | {"negative.kind": ASK["kind"]}
     torch.testing.assert_close(CFG(4.0)(model, ask)(X, T), Unguided()(model, ASK)(X, T), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_negative_takes_the_place_of_its_own_condition_alone():
+    """The others are dropped in the null as without it; a scale for each condition knows negatives too."""
+    model = three_conditions()
+    ask = {n: torch.tensor([1, 2]) for n in "abc"}
+    asked = ask | {"negative.b": torch.tensor([3, 3])}
+    null = model.tell(ask | {"b": torch.tensor([3, 3])}, only=["b"])
+    x_cond, x_null = model.denoiser(X, T, model.tell(ask)), model.denoiser(X, T, null)
+    torch.testing.assert_close(CFG(2.5)(model, asked)(X, T), x_null + 2.5 * (x_cond - x_null), atol=1e-4, rtol=1e-3)
+    same = Scales({"a": 2.5, "b": 2.5, "c": 2.5})(model, asked)(X, T)
+    torch.testing.assert_close(same, CFG(2.5)(model, asked)(X, T), atol=1e-3, rtol=1e-3)
+    assert torch.equal(Interval(low=1e9)(model, asked)(X, T), Unguided()(model, ask)(X, T))
+
+
+@pytest.mark.parametrize("name", ["none", "autoguidance"])
+def test_a_guidance_without_a_null_takes_no_negative(model, name):
+    with pytest.raises(ValueError, match=rf"guidance={name} takes no negative request.*negative\.kind.*guidance=cfg"):
+        guidance(name, model)(model, ASK | {"negative.kind": ASK["kind"]})
 
 
 NAMES = sorted(path.stem for path in (CONFIGS / "guidance").glob("*.yaml"))
@@ -157,11 +185,7 @@ def test_autoguidance_moves_away_from_the_weak_model(model):
 @torch.no_grad()
 def test_a_scale_per_condition():
     """Equation 3 of https://arxiv.org/abs/2211.09800; one scale for all is classifier-free guidance."""
-    conditioner = Conditioner({n: Label(4, 8, key=n, rate=0.1) for n in ("a", "b", "c")})
-    net = UNet(3, conditioner.widths, width=8, mult=(1,), res_blocks=1, depth=(1,), heads=2, groups=4)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.2)
-    model = LatentModel(Identity(), conditioner, Denoiser(net, Linear(), Flow(), LogRatio())).eval()
+    model = three_conditions()
     ask = {n: torch.tensor([1, 2]) for n in "abc"}
     x0, x1, x2 = (model.denoiser(X, T, model.tell(ask, only=only)) for only in (["c"], ["a", "c"], None))
     drawn = Scales({"a": 1.5, "b": 4.0})(model, ask)(X, T)

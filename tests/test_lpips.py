@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torchmetrics.functional.image.lpips import _LPIPS
-from torchvision.models import alexnet
+from torchvision.models import alexnet, vgg16
 
-from ldm.loss.lpips import LPIPS
+from ldm.loss.lpips import ENDS, LEAST, LPIPS
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,19 @@ def test_gradients_reach_the_picture_and_nothing_else(weights):
     assert all((head >= 0).all() for head in net.heads)
 
 
+def test_half_precision_neither_overflows_nor_vanishes(weights):
+    """Features beyond 256 have squares that float16 does not hold; squared differences can be too small for it."""
+    net = LPIPS("alex", str(weights))
+    net.features[0].weight.data *= 1000
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    targets = images + 0.02 * torch.randn(1, 3, 64, 64)
+    wanted = net(images, targets)
+    with torch.autocast("cpu", torch.float16):
+        told = net(images, targets)
+    assert told.dtype == torch.float32
+    torch.testing.assert_close(told, wanted, rtol=0.05, atol=0)
+
+
 def test_files_that_are_no_vgg_name_themselves(weights, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"loss\.weights=nowhere"):
         LPIPS("vgg", "nowhere")
@@ -52,6 +65,18 @@ def test_files_that_are_no_vgg_name_themselves(weights, tmp_path):
         LPIPS("vgg", str(tmp_path / "list.pth"))
     with pytest.raises(ValueError, match=r"loss\.net=vgg19: there are vgg, alex"):
         LPIPS("vgg19")
+
+
+def test_it_takes_any_picture_that_its_network_leaves_something_of(weights):
+    net, images = LPIPS("alex", str(weights)), torch.zeros(1, 3, 40, 31)
+    assert net(images, images) == 0
+    with pytest.raises(ValueError, match=r"40x30 pixels are too small for loss\.net=alex, which needs 31; .*data\.size"):
+        net(images[..., 1:], images[..., 1:])
+    with torch.device("meta"):
+        vgg, side = vgg16().features[: ENDS["vgg"][-1] + 1], LEAST["vgg"]
+        assert vgg(torch.zeros(1, 3, side, side)).numel() > 0
+        with pytest.raises(RuntimeError):
+            vgg(torch.zeros(1, 3, side, side - 1))
 
 
 def test_without_a_network_it_says_what_to_fetch(monkeypatch):

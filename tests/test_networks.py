@@ -1,4 +1,4 @@
-"""The U-Net and the autoencoders: published sizes, and what must not matter does not."""
+"""The U-Net and the autoencoders: what must not matter does not."""
 
 import pytest
 import torch
@@ -8,38 +8,6 @@ from ldm.autoencoder.identity import Identity
 from ldm.autoencoder.kl import KL
 from ldm.backbone.unet import UNet
 from ldm.types import Cond, Widths
-
-
-def count(network):
-    return sum(p.numel() for p in network.parameters())
-
-
-@pytest.mark.parametrize(
-    "arguments, wanted",
-    [
-        ({"widths": Widths(tokens=768)}, 859_520_964),
-        ({"widths": Widths(tokens=1024), "head_width": 64}, 865_910_724),
-        (
-            {
-                "widths": Widths(tokens=2048, vector=2816),
-                "mult": (1, 2, 4),
-                "depth": (0, 2, 10),
-                "middle_depth": 10,
-                "head_width": 64,
-            },
-            2_567_463_684,
-        ),
-    ],
-    ids=["SD1", "SD2", "SDXL"],
-)
-def test_published_unets(arguments, wanted):
-    with torch.device("meta"):
-        assert count(UNet(4, **arguments)) == wanted
-
-
-def test_published_autoencoder():
-    with torch.device("meta"):
-        assert count(KL()) == 83_653_863
 
 
 def loud(network):

@@ -190,15 +190,19 @@ def test_what_is_not_there_names_the_command_that_makes_it(tmp_path):
             train(compose_config("train", [f"experiment={experiment}", f"runs={tmp_path}", f"data.root={tmp_path}"]))
 
 
-def test_latents_without_statistics_are_refused(road, tmp_path):
+def test_latents_without_statistics_are_refused_and_the_advice_measures_them(road, tmp_path):
     from ldm.folder import load_tensors, save_model
 
-    home, _, _ = road
+    home, emoji, shared = road
     weights = load_tensors(home / "autoencoder" / "model.safetensors")
     config = json.loads((home / "autoencoder" / "config.json").read_text())
     save_model(weights | {"count": torch.zeros((), dtype=torch.int64)}, config, tmp_path)
-    with pytest.raises(ValueError, match="has no latent statistics"):
+    advice = ["training=autoencoding", "training.perceptual=null", f"model.init={tmp_path}", "trainer.max_steps=0"]
+    with pytest.raises(ValueError, match=f"has no latent statistics.*python train.py {' '.join(advice)}"):
         load_autoencoder(str(tmp_path))
+    sizes = ["autoencoder=kl", "autoencoder.res_blocks=1", *KL]
+    measured = load_tensors(train(compose_config("train", [*advice, *sizes, *shared, *emoji])) / "model.safetensors")
+    assert all(torch.equal(measured[name], weight) for name, weight in weights.items())
 
 
 def test_the_report_needs_nothing_from_elsewhere(tmp_path):

@@ -7,6 +7,8 @@ from omegaconf import OmegaConf
 from ldm.build import build
 from ldm.command_line import CONFIGS
 from ldm.sampler.ddim import DDIM
+from ldm.sampler.ddpm import DDPM
+from ldm.sampler.euler_ancestral import EulerAncestral
 from ldm.sampler.grid import Karras as KarrasGrid
 from ldm.sampler.grid import Leading, Linspace, Listed, Trailing, Uniform
 from ldm.sampler.heun import Heun
@@ -87,6 +89,12 @@ def test_no_step_is_refused(config):
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"sampler\.eta=2: .* between 0"):
         DDIM(eta=2)
+    with pytest.raises(ValueError, match=r"sampler\.v=2: .* between 0"):
+        DDPM(v=2)
+    with pytest.raises(ValueError, match=r"sampler\.eta=-1: at least 0"):
+        EulerAncestral(eta=-1)
+    with pytest.raises(ValueError, match=r"sampler\.churn=-1: at least 0"):
+        Heun(churn=-1)
     with pytest.raises(ValueError, match=r"sampler\.p=0: at least 1"):
         UniPC(p=0)
 

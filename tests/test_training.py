@@ -407,44 +407,6 @@ def captioned(emoji_root, batch=8):
     return Emoji(root=emoji_root, groups=["Activities"], val_fraction=0.2, batch=batch)
 
 
-TWO = """
-import sys, torch
-sys.path[:0] = {path!r}
-from pathlib import Path
-from conftest import CLIP
-from test_training import train_all
-if __name__ == "__main__":
-    told = train_all({data!r}, Path({folder!r}), CLIP, devices=2, strategy="ddp")
-    if told:
-        torch.save(told, {folder!r} + "/two.pt")
-"""
-
-
-def test_two_processes_train_as_one(emoji_root, tmp_path):
-    """Weights after three steps of each stage on the same global batches, and the latents' statistics; gloo."""
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    from conftest import CLIP
-
-    from ldm.command_line import CONFIGS
-
-    one = train_all(emoji_root, tmp_path, CLIP)
-    script = tmp_path / "two.py"
-    path = [str(CONFIGS.parent), str(Path(__file__).parent)]
-    script.write_text(TWO.format(path=path, folder=str(tmp_path), data=str(emoji_root)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment)
-    assert answer.returncode == 0, answer.stderr[-2000:]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert one.keys() == two.keys() and one["autoencoding.autoencoder.count"] > 0
-    for name, weight in one.items():
-        loose = name.startswith("autoencoding") and weight.dtype.is_floating_point  # orthogonalising magnifies rounding
-        torch.testing.assert_close(two[name], weight, atol=2e-3 if loose else 2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
 def test_an_autoencoder_resumes_exactly(emoji_root, tmp_path):
     """Muon's momentum and both its groups' rates come back; mirroring and posterior draws go on."""
 

@@ -89,6 +89,20 @@ def test_dead_codes_come_back_and_all_are_used():
     assert used[0.05][0] > 0.9 > used[0.0][0] and used[0.05][1] < 0.06
 
 
+def test_latents_that_are_not_finite_leave_the_codebook_as_it_was():
+    """One such vector would stay in its code's running sum for good."""
+    net, points = vq(dead=0.05), torch.randn(64, 2)
+    states = []
+    for step, first in enumerate((0.0, float("nan"), float("inf"))):
+        points[0, 0] = first
+        net.window.append((points.clone(), net.quantise(points.T.reshape(1, 2, 64, 1))[1].flatten()))
+        net.update(step, whole)
+        states.append({name: value.clone() for name, value in net.state_dict().items()})
+    for state in states[1:]:
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+    assert net.hits.max() > 0 and not net.window
+
+
 def test_perplexity_counts_codes():
     net = vq(codes=8)
     told = net.used(torch.tensor([[0, 0, 3], [3, 5, 5]]))
@@ -113,4 +127,9 @@ def test_any_multiple_of_the_factor_and_no_other():
     assert net.decode(net.encode(torch.zeros(1, 3, 10, 14)).mean).shape == (1, 3, 10, 14)
     with pytest.raises(ValueError, match=r"9x12 pixels .* factor 2; crop it to 8x12 \(data\.size"):
         net.encode(torch.zeros(1, 3, 9, 12))
+    for height, width in ((1, 1), (1, 7)):
+        with pytest.raises(ValueError, match=rf"{height}x{width} pixels .* factor 2; 2x2 is the least \(data\.size"):
+            net.encode(torch.zeros(1, 3, height, width))
     assert math.log2(net.factor) == 1
+    with pytest.raises(ValueError, match=r"groups=8 does not divide the 20 or 40 features .*autoencoder\.groups=4"):
+        KL(width=20, mult=(2, 1), groups=8)

@@ -112,31 +112,36 @@ class VQ(nn.Module):
 
     def used(self, numbers: Tensor) -> dict[str, Tensor]:
         """Chosen codes (...) -> `perplexity`, exp of their entropy, up to `codes`; `usage`, the share of all codes among them."""
-        share = torch.bincount(numbers.flatten(), minlength=len(self.hits)) / numbers.numel()
+        share = self._count(numbers.flatten()) / numbers.numel()
         return {"perplexity": torch.special.entr(share).sum().exp(), "usage": (share > 0).float().mean()}
 
     @torch.no_grad()
     def update(self, step: int, reduce: Callable[[Tensor], Tensor], rank: int = 0, world: int = 1) -> None:
         """Once a training step: counts what its pictures chose, on all ranks, moves the codes, and brings dead ones back.
 
+        Latents that are not finite, on whatever rank, leave everything as it was.
         reduce: sums a tensor over the ranks, each of which saw as many pictures.
         """
         rows, numbers = (torch.cat(parts) for parts in zip(*self.window))
         self.window.clear()
         fresh = self.hits.sum() == 0
-        chosen = torch.zeros_like(self.hits).index_add_(0, numbers, torch.ones_like(rows[:, 0]))
-        told = torch.zeros_like(self.sums).index_add_(0, numbers, rows)
-        self.hits.lerp_(reduce(chosen), 1 - self.decay)
-        self.sums.lerp_(reduce(told), 1 - self.decay)
+        chosen, told = reduce(self._count(numbers)), reduce(torch.zeros_like(self.sums).index_add_(0, numbers, rows))
+        finite = told.isfinite().all()
+        self.hits.lerp_(torch.where(finite, chosen, self.hits), 1 - self.decay)
+        self.sums.lerp_(torch.where(finite, told, self.sums), 1 - self.decay)
         if self.ema:
-            self._move(self.hits > 1e-5, self.sums / self.hits[:, None].clamp(min=1e-5))
+            self._move(finite & (self.hits > 1e-5), self.sums / self.hits[:, None].clamp(min=1e-5))
         if self.dead:
             usual = self.hits.mean()
-            dead = (self.hits < self.dead * usual) | fresh
+            dead = finite & ((self.hits < self.dead * usual) | fresh)
             vectors = self._pick(rows, step, reduce, rank, world)
             self._move(dead, vectors)
             self.hits.copy_(torch.where(dead, usual, self.hits))
             self.sums.copy_(torch.where(dead[:, None], vectors * usual, self.sums))
+
+    def _count(self, numbers: Tensor) -> Tensor:
+        """Chosen codes (N) -> how often each was, (codes); bincount would make the host wait for the device."""
+        return torch.zeros_like(self.hits).index_add_(0, numbers, torch.ones_like(numbers, dtype=self.hits.dtype))
 
     def _move(self, which: Tensor, vectors: Tensor) -> None:
         self.codebook.copy_(torch.where(which[:, None], vectors, self.codebook))

@@ -35,13 +35,13 @@ class Label(nn.Module):
             ValueError: a label is out of range.
         """
         nothing = self.table.num_embeddings - 1
-        value = torch.as_tensor(value, device=self.table.weight.device)
-        if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < nothing:
+        value = torch.as_tensor(value)
+        if any(not 0 <= label < nothing for label in value.tolist()):
             raise ValueError(
                 f"Labels from {int(value.min())} to {int(value.max())} were found; this model knows 0 to {nothing - 1} "
                 "(condition.label.classes=...)."
             )
-        told = self.table(value.masked_fill(drop.to(value.device), nothing))
+        told = self.table(value.masked_fill(drop.to(value.device), nothing).to(self.table.weight.device))
         return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm.condition.files import painted
 from ldm.types import Batch, Cond, Draw, Widths
 
+CUT = ("target_height", "target_width", "crop_top", "crop_left", "mirrored")  # what batches say of their pictures
 Box = Sequence[float]  # class, left, top, right, bottom; the last four in [0, 1]
 
 
@@ -17,9 +18,9 @@ class Layout(nn.Module):
     """Up to `most` boxes -> one token each: its class, and its four edges on a grid of `bins`, read by a small transformer.
 
     A box is [class, left, top, right, bottom], the edges in [0, 1] of the picture; the field `boxes` has a list of them for each
-    sample. Where the batch lacks it, they are the records' `boxes`, cut to the middle square as pictures are, or the extents of
-    the labels of a `map`: one box for each label but 0 that covers at least `least` of the picture. Of too many, the largest
-    are told. Dropped, there is no box.
+    sample. Where the batch lacks it, they are the records' `boxes`, cut and mirrored as the batch says that its pictures were
+    (middle squares, where it has none); or the extents of the labels of a `map`: one box for each label but 0 that covers at
+    least `least` of the picture. Of too many, the largest are told. Dropped, there is no box.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class Layout(nn.Module):
         if self.key in batch:
             return {}
         if "json" in batch and all("boxes" in record for record in batch["json"]):
-            return {self.key: [in_the_middle(record) for record in batch["json"]]}
+            cuts = zip(*(batch[field].tolist() for field in CUT)) if CUT[0] in batch else [()] * len(batch["json"])
+            return {self.key: [in_the_cut(record, *cut) for record, cut in zip(batch["json"], cuts)]}
         return {self.key: [boxes_of(labels, self.least) for labels in batch["map"].cpu()]} if "map" in batch else {}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
@@ -94,15 +96,29 @@ class Layout(nn.Module):
         return [float(v) for v in box]
 
 
-def in_the_middle(record: Mapping[str, Any]) -> list[list[float]]:
-    """A record with `boxes`, in [0, 1] of its `width` and `height` -> the same in the middle square; what lies outside goes."""
-    width, height = record.get("width", 1), record.get("height", 1)
-    side = min(width, height)
+def in_the_cut(
+    record: Mapping[str, Any],
+    height: int = 1,
+    width: int = 1,
+    top: int | None = None,
+    left: int | None = None,
+    mirrored: bool = False,
+) -> list[list[float]]:
+    """A record with `boxes`, in [0, 1] of its `width` and `height` -> the same in the cut; what lies outside goes.
+
+    The cut is the largest of the shape height x width, and scaled to it; `top` and `left` are in pixels of then, None: middle.
+    """
+    sides = record.get("width", width), record.get("height", height)
+    scale = min(side / cut for side, cut in zip(sides, (width, height)))
     inside = []
     for kind, *edges in record["boxes"]:
-        cut = [(e * s - (s - side) / 2) / side for e, s in zip(edges, (width, height) * 2)]
-        left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in cut)
-        inside += [[kind, left, top, right, bottom]] if left < right and top < bottom else []
+        spans = []
+        for axis, (side, cut, first) in enumerate(zip(sides, (width, height), (left, top))):
+            first = (side / scale - cut) / 2 if first is None else first
+            spans.append([min(max((edges[i] * side / scale - first) / cut, 0.0), 1.0) for i in (axis, axis + 2)])
+        (x0, x1), (y0, y1) = spans
+        x0, x1 = (1 - x1, 1 - x0) if mirrored else (x0, x1)
+        inside += [[kind, x0, y0, x1, y1]] if x0 < x1 and y0 < y1 else []
     return inside
 
 

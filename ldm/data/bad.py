@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
+import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_warn
+
+from ldm.types import Batch
 
 FIRST = 1000  # samples before which a fraction says little
 SAID = 10  # how many are named in the log; the file has all
@@ -28,21 +30,25 @@ class BadSamples:
         """How many there were."""
         return self.reasons.total()
 
-    def note(self, bad: Sequence[str], seen: int, file: Path | None) -> None:
+    def note(self, batch: Batch, trainer: pl.Trainer | None) -> None:
         """Takes what a batch says: each bad sample's member, key, shard and error, and how many samples there were.
 
         Raises:
             ValueError: there were more than `most` of all.
         """
-        self.seen += seen + len(bad)
+        bad = batch.get("bad", ())
+        self.seen += len(batch["key"]) + len(bad)
         for line in bad:
             self.reasons[re.sub(r"^.*?: |\d+", "", line, count=1) if ": " in line else "missing or cut"] += 1
             if self.count <= SAID:
                 rank_zero_warn(f"{line}{' (more are only written down)' if self.count == SAID else ''}")
-        if bad and file is not None:
+        file = trainer and Path(trainer.default_root_dir) / f"bad-samples-{trainer.global_rank}.txt"
+        if bad and trainer is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as out:
                 out.write("".join(f"{line}\n" for line in bad))
+            for logger in trainer.loggers:
+                logger.log_metrics({"data/bad": self.count}, step=trainer.global_step)
         if self.count > self.most * max(self.seen, FIRST):
             raise ValueError(
                 f"{self.count} of {self.seen} samples cannot be read, more than data.max_bad_fraction={self.most} of them: "

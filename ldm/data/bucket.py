@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 
 from ldm.data.index import Index
+from ldm.data.order import Steps
 from ldm.data.selection import Selection
 
 Size = tuple[int, int]  # height, width in pixels
@@ -91,3 +93,23 @@ def assign(index: Index, selected: Selection, sizes: Sequence[Size], least: int 
         if not few.any() or open_sizes.sum() == 1:
             return [Selection.of([r[n == b] for r, n in zip(rows, nearest)]) for b in range(len(sizes))]
         open_sizes[np.where(few, counts, len(selected) + 1).argmin()] = False
+
+
+class Report:
+    """Says, and logs, as an epoch begins, how many batches it has of each size, and how many pictures there are for them."""
+
+    def __init__(self, sizes: Sequence[Size]) -> None:
+        self.sizes, self.epoch = sizes, -1
+
+    def __call__(self, steps: Steps, step: int, trainer: pl.Trainer) -> None:
+        """step: the one that is about to be taken."""
+        epoch = steps.epoch_of(step)
+        if epoch == self.epoch:
+            return
+        self.epoch = epoch
+        use = {f"{h}x{w}": (n, count) for (h, w), n, count in zip(self.sizes, steps.use(epoch), steps.counts) if count}
+        if trainer.is_global_zero:
+            told = ", ".join(f"{size} {n:,} ({count:,} pictures)" for size, (n, count) in use.items())
+            print(f"Epoch {epoch} of data.buckets, batches of each height x width: {told}", flush=True)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"data/bucket/{size}": n for size, (n, _) in use.items()}, step=trainer.global_step)

@@ -16,13 +16,14 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from simplejpeg import decode_jpeg
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -31,7 +32,7 @@ MAX_BYTES = 2**28  # a member that is larger is refused before it is read
 MAX_RECORD = 2**20  # a json or a text that is larger is refused
 FORMATS = ("JPEG", "PNG", "WEBP")
 FAULTS = (OSError, ValueError, SyntaxError, EOFError, IndexError, RecursionError, struct.error, Image.DecompressionBombError)
-SRGB_MODES = ("RGB", "L")  # of a JPEG that torchvision's decoder reads, to the very pixels of Pillow's
+SRGB_MODES = ("RGB", "L")  # of a JPEG that simplejpeg reads, to the very pixels of Pillow's
 ORIENTATION = 0x0112  # of EXIF
 
 
@@ -65,11 +66,12 @@ class View:
         return round(top * self.height / h), round(left * self.width / w)
 
 
-def decode(member: str, data: bytes, view: View, where: str = "") -> Any:
+def decode(member: str, data: bytes, view: View, where: object = "a sample", out: np.ndarray | None = None) -> Any:
     """One member's bytes -> its value, as the table above says.
 
     Args:
         where: shard and key, for the error.
+        out: uint8 (height, width, 3), where a picture may be laid; the result then shares its memory, or does not.
 
     Raises:
         BadSample: the bytes are not what the member's name says.
@@ -78,12 +80,13 @@ def decode(member: str, data: bytes, view: View, where: str = "") -> Any:
     try:
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than the {MAX_BYTES} bytes that a member may have")
-        return read(data, view)
+        return read(data, view, out)
     except FAULTS as error:
-        raise BadSample(f"Cannot read member {member!r} of {where or 'a sample'} ({len(data)} bytes): {error!r}") from error
+        raise BadSample(f"Cannot read member {member!r} of {where} ({len(data)} bytes): {error!r}") from error
 
 
-def decoder(member: str) -> Callable[[bytes, View], Any]:
+@cache
+def decoder(member: str) -> Callable[[bytes, View, np.ndarray | None], Any]:
     """The function that reads members of this name.
 
     Raises:
@@ -139,38 +142,39 @@ def picture_size(file: io.BytesIO) -> tuple[int, int]:
     return (image.height, image.width) if turned else image.size
 
 
-def _image(data: bytes, view: View) -> Tensor:
-    return _fit(_pixels(data), view, InterpolationMode.BICUBIC)
-
-
-def _pixels(data: bytes) -> Tensor:
-    """-> uint8 (3, H, W), channels last."""
+def _image(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
+    """-> uint8 (3, height, width), channels last."""
     image = _open(data)
+    as_it_is = image.size == (view.width, view.height) and not view.flip
+    return _fit(_pixels(image, data, out if as_it_is else None), view, InterpolationMode.BICUBIC)
+
+
+def _pixels(image: Image.Image, data: bytes, out: np.ndarray | None) -> np.ndarray:
+    """-> uint8 (H, W, 3), in `out` where it has this shape and the picture is a plain JPEG."""
     upright = image.getexif().get(ORIENTATION, 1) == 1
     if image.format == "JPEG" and image.mode in SRGB_MODES and upright:
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ValueError(str(error).splitlines()[0]) from error
-    image = to_rgb(ImageOps.exif_transpose(image))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return decode_jpeg(data, buffer=np.empty((image.height, image.width, 3), np.uint8) if out is None else out)
+        except ValueError:
+            pass  # Pillow says whether what it stumbles over matters
+    return np.array(to_rgb(ImageOps.exif_transpose(image)))
 
 
-def _label_map(data: bytes, view: View) -> Tensor:
+def _label_map(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
     image = _open(data)
-    labels = torch.from_numpy(np.array(image).astype(np.int64))
+    labels = np.array(image).astype(np.int64)
     if labels.ndim != 2:
         raise ValueError(f"a label map has one channel of labels, this one has mode {image.mode}")
-    return _fit(labels[None], view, InterpolationMode.NEAREST_EXACT)[0]
+    return _fit(labels[..., None], view, InterpolationMode.NEAREST_EXACT)[0]
 
 
-def _text(data: bytes, view: View) -> str:
+def _text(data: bytes, view: View, out: np.ndarray | None) -> str:
     if len(data) > MAX_RECORD:
         raise ValueError(f"more than the {MAX_RECORD} bytes that a text may have")
     return data.decode("utf-8").strip()
 
 
-def _record(data: bytes, view: View) -> dict:
+def _record(data: bytes, view: View, out: np.ndarray | None) -> dict:
     if len(data) > MAX_RECORD:
         raise ValueError(f"more than the {MAX_RECORD} bytes that a record may have")
     record = json.loads(data)
@@ -179,11 +183,11 @@ def _record(data: bytes, view: View) -> dict:
     return record
 
 
-def _class(data: bytes, view: View) -> int:
+def _class(data: bytes, view: View, out: np.ndarray | None) -> int:
     return int(data)
 
 
-def _array(data: bytes, view: View) -> Tensor:
+def _array(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
     array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"wanted numbers, found an array of {array.dtype}")
@@ -197,16 +201,16 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _fit(image: Tensor, view: View, how: InterpolationMode) -> Tensor:
-    """(C, H, W) -> (C, height, width). Cut before it is scaled, so that no shape, however long, fills the memory."""
-    left, top, w, h = view.box(image.shape[2], image.shape[1])
-    image = image[:, top : top + h, left : left + w]
+def _fit(pixels: np.ndarray, view: View, how: InterpolationMode) -> Tensor:
+    """(H, W, C) -> (C, height, width). Cut before it is scaled, so that no shape, however long, fills the memory."""
+    left, top, w, h = view.box(pixels.shape[1], pixels.shape[0])
+    image = torch.from_numpy(np.ascontiguousarray(pixels[top : top + h, left : left + w])).permute(2, 0, 1)
     if (h, w) != (view.height, view.width):
         image = resize(image, [view.height, view.width], how, antialias=how is InterpolationMode.BICUBIC)
     return image.flip(2) if view.flip else image
 
 
-_TABLE: dict[str, Callable[[bytes, View], Any]] = {
+_TABLE: dict[str, Callable[[bytes, View, np.ndarray | None], Any]] = {
     "jpg": _image,
     "jpeg": _image,
     "png": _image,

@@ -134,7 +134,7 @@ def _read_all(samples: Samples) -> dict[str, str]:
                 try:
                     samples.read(shard, row, member, View(samples.size, samples.size))
                 except BadSample as error:
-                    bad[samples.where(shard, row)] = str(error)
+                    bad[str(samples.where(shard, row))] = str(error)
     return bad
 
 

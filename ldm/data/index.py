@@ -97,6 +97,7 @@ class Table:
     def __init__(self, table: pa.Table) -> None:
         self._keys = table["key"]
         self._columns = {name: table[name].to_numpy() for name in table.column_names if name != "key"}
+        self._spans = {m: (self._columns[f"{m}:offset"], self._columns[f"{m}:size"]) for m in self.members}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -131,8 +132,10 @@ class Table:
 
     def span(self, row: int, member: str) -> tuple[int, int]:
         """-> offset and size in bytes; offset -1 where the sample lacks the member."""
-        offsets = self._columns.get(f"{member}:offset")
-        return (-1, 0) if offsets is None else (int(offsets[row]), int(self._columns[f"{member}:size"][row]))
+        if member not in self._spans:
+            return -1, 0
+        offsets, sizes = self._spans[member]
+        return offsets.item(row), sizes.item(row)
 
     def number(self, row: int, name: str) -> float:
         """One number of a sample's record, NaN where it is not said."""

@@ -1,7 +1,8 @@
-"""Latents ahead of time: shards of moments, encoded once, with a record of what made them.
+"""Latents ahead of time: shards of moments, and of captions' embeddings, encoded once, with a record of what made them.
 
-The record, `provenance.json` beside the shards, holds the sha256 of the autoencoder's weights, the fingerprint of the pictures'
-shards, their size and the precision. Training on these shards with another autoencoder is refused.
+The record, `provenance.json` beside the shards, holds the sha256 of the autoencoder's and the text tower's weights, the
+fingerprint of the pictures' shards, their sizes, crop and precision. Training on these shards with another autoencoder, another
+text tower or other sizes is refused.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.data.decode import BadSample, View, is_image
 from ldm.data.order import Place
-from ldm.data.samples import Loaded
+from ldm.data.samples import CROP, SIZES, Loaded, Samples
 from ldm.data.write import write_shard
 from ldm.types import Autoencoder
 
 RECORD = "provenance.json"
-REST = {"txt": "caption", "cls": "label", "json": "json"}  # what goes along: member -> field
+REST = ("txt", "cls", "json")  # members that go along, where a sample has them
+
+# B captions -> the arrays that are kept of them: member -> (B, ...)
+Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]
 
 
 @torch.no_grad()
@@ -39,29 +44,38 @@ def write_latents(
     half: bool = False,
     rank: int = 0,
     world: int = 1,
+    text: tuple[nn.Module, Embed] | None = None,
 ) -> None:
     """Encodes a split of a data module into shards; goes on where it stopped. Rank r writes shard r, r + world, ...
 
-    A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, as float32 or float16; its caption, label
-    and record as they were.
+    A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text`, a tower and how it
+    embeds, says of its caption, as float32 or float16; its caption and label; its record, with the sizes that SDXL is told.
+    With data.buckets each is encoded in its bucket's size.
 
     Raises:
         ValueError: the folder holds latents of something else.
     """
     samples = {"train": data.train_set, "val": data.val_set}[split]
-    record = {**about(autoencoder, half), "pictures": samples.index.fingerprint(), "size": data.size, "count": len(samples)}
-    _claim(folder, record | {"filters": data.filters, "per_shard": per_shard})
+    record = {**about(autoencoder, half, text and text[0]), **shape_of(data), "pictures": samples.index.fingerprint()}
+    _claim(folder, record | {"count": len(samples), "filters": data.filters, "per_shard": per_shard})
     numbers = range(rank, math.ceil(len(samples) / per_shard), world)
     for number in tqdm(numbers, desc=f"{split} latents", unit="shard", disable=rank > 0):
         path = folder / f"{number:05d}.tar"
         if not path.is_file():
             rows = range(number * per_shard, min((number + 1) * per_shard, len(samples)))
-            write_shard(_moments_of(autoencoder, data, samples, rows, batch, device, half), path)
+            places = _places(*data.parts(split), rows, batch)
+            write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text and text[1]), path)
 
 
-def about(autoencoder: nn.Module, half: bool = False) -> dict[str, Any]:
-    """What made the latents: the autoencoder's weights, as a hash, and the precision."""
-    return {"autoencoder": weights_hash(autoencoder), "precision": "float16" if half else "float32"}
+def about(autoencoder: nn.Module, half: bool = False, text: nn.Module | None = None) -> dict[str, Any]:
+    """What made the latents: the weights, as hashes, and the precision."""
+    towers = {"autoencoder": weights_hash(autoencoder), "text": text and weights_hash(text)}
+    return towers | {"precision": "float16" if half else "float32"}
+
+
+def shape_of(data: Any) -> dict[str, Any]:
+    """How a data module brings pictures to size."""
+    return {"size": data.size, "buckets": [list(size) for size in data.sizes], "crop": "center"}
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -73,23 +87,41 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_provenance(source: Any, stage: Any) -> None:
-    """Compares the latents that a stage is to be trained on with the autoencoder that its model has, where it has one loaded.
+def check_provenance(data: Any, stage: Any) -> None:
+    """Compares the latents that a stage is to be trained on with its model, also with what this reads only when it draws.
 
     Raises:
-        ValueError: another autoencoder made them.
+        ValueError: another autoencoder or text tower made them, or they are of another size.
     """
-    autoencoder = getattr(getattr(stage, "model", None), "autoencoder", None)
-    file = Path(source) / RECORD if isinstance(source, str | Path) else None
-    if file is None or not file.is_file() or autoencoder is None or not list(autoencoder.parameters()):
+    model = getattr(stage, "model", None)
+    sources = [data.train] if isinstance(data.train, str | Path) else data.train
+    files = [Path(source) / RECORD for source in sources if (Path(source) / RECORD).is_file()]
+    if model is None or any(is_image(member) for member in data.fields.values()) or not files:
         return
-    there, here = json.loads(file.read_text(encoding="utf-8"))["autoencoder"], weights_hash(autoencoder)
-    if there != here:
-        raise ValueError(
-            f"The latents in {source} were made by another autoencoder (sha256 {there[:12]}) than the model's ({here[:12]}). "
-            "Make them again with `python precompute.py model=AUTOENCODER out=...`, or name the autoencoder that made them with "
-            "autoencoder.path=FOLDER."
-        )
+    here = {"autoencoder": _hash_of(model.autoencoder), **shape_of(data)}
+    for embedder in model.conditioner.embedders.values() if hasattr(model, "conditioner") else ():
+        if f"{embedder.key}_tokens" in data.fields and hasattr(embedder, "load"):
+            here |= {"text": _hash_of(embedder)}
+    lines = {"autoencoder": "autoencoder.path=FOLDER", "text": "condition.cached_text.load.model=...", "crop": "data.train=..."}
+    for file in files:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        for what, value in here.items():
+            if value is not None and there.get(what, value) != value:
+                raise ValueError(
+                    f"The latents in {file.parent} were made with another {what} ({_short(there[what])}) than this run's "
+                    f"({_short(value)}). Name what made them ({lines.get(what, f'data.{what}=...')}), or make them again with "
+                    "`python precompute.py model=AUTOENCODER out=...`."
+                )
+
+
+def _hash_of(part: nn.Module) -> str | None:
+    """Of the weights, read and forgotten again where the part reads them only when they are needed; None where it has none."""
+    loaded = part.load() if hasattr(part, "load") else part
+    return weights_hash(loaded) if list(loaded.parameters()) else None
+
+
+def _short(value: Any) -> str:
+    return f"sha256 {value[:12]}" if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _claim(folder: Path, record: Mapping[str, Any]) -> None:
@@ -105,17 +137,54 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder} holds other latents: {'; '.join(other)}. Write to another folder (out=...), or remove it.")
 
 
-def _moments_of(
-    autoencoder: Autoencoder, data: Any, samples: Any, rows: range, batch: int, device: Any, half: bool
+def _places(selections: Sequence[Any], sizes: Sequence[tuple[int, int]], rows: range, batch: int) -> Iterator[list[Place]]:
+    """The samples `rows`, counted bucket by bucket, at most `batch` of one size together."""
+    base = 0
+    for selection, size in zip(selections, sizes):
+        stop = min(rows.stop, base + len(selection))
+        for first in range(max(rows.start, base), stop, batch):
+            numbers = np.arange(first, min(first + batch, stop))
+            yield [Place(n, *at, *size) for n, at in zip(numbers.tolist(), selection.locate_all(numbers - base))]
+        base += len(selection)
+
+
+def _encoded(
+    autoencoder: Autoencoder,
+    data: Any,
+    loaded: Loaded,
+    places: Iterator[list[Place]],
+    device: Any,
+    half: bool,
+    embed: Embed | None,
 ) -> Iterator[dict[str, Any]]:
-    loaded = Loaded(samples)
-    for first in range(rows.start, rows.stop, batch):
-        chosen = range(first, min(first + batch, rows.stop))
-        fields = loaded.__getitems__([Place(i, *samples.selection.locate(i), data.size, data.size) for i in chosen])
+    for chosen in places:
+        at = {place.position: (place.shard, place.row) for place in chosen}
+        fields = loaded.__getitems__(chosen)
         fields = data.on_after_batch_transfer(data.transfer_batch_to_device(fields, device, 0), 0)
         moments = autoencoder.encode(fields["image"])
-        stacked = torch.cat((moments.mean, moments.std), dim=1).cpu().numpy().astype(np.float16 if half else np.float32)
-        for i, key in enumerate(fields["key"]):
-            kept = {member: fields[field][i] for member, field in REST.items() if field in fields}
-            kept |= {"cls": int(kept["cls"])} if "cls" in kept else {}
-            yield {"__key__": key, "moments.npy": stacked[i], **kept}
+        arrays = {"moments.npy": torch.cat((moments.mean, moments.std), dim=1)}
+        arrays |= embed(fields["caption"]) if embed else {}
+        arrays = {m: (x.half() if half and x.is_floating_point() else x).cpu().numpy() for m, x in arrays.items()}
+        for i, (key, position) in enumerate(zip(fields["key"], fields["position"].tolist())):
+            kept = _rest(loaded.samples, *at[position])
+            kept["json"] = {**kept.get("json", {}), **_sizes(fields, i)}
+            yield {"__key__": key, **kept, **{member: array[i] for member, array in arrays.items()}}
+
+
+def _rest(samples: Samples, shard: int, row: int) -> dict[str, Any]:
+    """Caption, class and record, those that there are and that can be read."""
+    kept = {}
+    for member in REST:
+        if samples.index.table(shard).span(row, member)[0] >= 0:
+            try:
+                kept[member] = samples.read(shard, row, member, View(1, 1))
+            except BadSample:
+                continue
+    return kept
+
+
+def _sizes(fields: Mapping[str, Any], i: int) -> dict[str, int]:
+    """What the index of the latents is to say of a picture: its size as it was encoded, once, and where it was cut."""
+    told = {name: int(fields[name][i]) for name in SIZES}
+    known = {name: told[name] for name in SIZES if name in CROP or (name.startswith("original") and told[name])}
+    return known | {"width": told["target_width"], "height": told["target_height"]}

@@ -224,7 +224,8 @@ class Once(Sampler[list[Place]]):
         base = 0
         for selection, (height, width) in zip(self.selections, self.sizes):
             for mine in self._shares(len(selection)):
-                yield [Place(base + i, *selection.locate(i), height, width) for i in mine]
+                found = selection.locate_all(np.arange(mine.start, mine.stop))
+                yield [Place(base + i, *at, height, width) for i, at in zip(mine, found)]
             base += len(selection)
 
     def __len__(self) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import math
 import os
+import signal
 from collections.abc import Mapping, Sequence
+from functools import cache
 from io import FileIO
-from typing import Any, Literal
+from mmap import ACCESS_READ, mmap
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +26,19 @@ from ldm.data.selection import Selection
 OPEN_FILES = 128  # shards a process holds open
 ATTEMPTS = 100  # substitutes that are tried for one bad sample
 AUGMENT, REPLACE = 2**32 + 2, 2**32 + 3  # streams of random numbers
-SIZES = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
+CROP = ("crop_top", "crop_left")
+SIZES = ("original_height", "original_width", *CROP, "target_height", "target_width")
+
+
+class Where(NamedTuple):
+    """Names a sample, for errors."""
+
+    index: Index
+    shard: int
+    row: int
+
+    def __str__(self) -> str:
+        return f"sample {self.index.table(self.shard).key(self.row)!r} in {self.index.shards[self.shard]}"
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -36,7 +51,9 @@ class Samples(Dataset[dict[str, Any]]):
 
     def __init__(self, index: Index, selection: Selection, fields: Mapping[str, str], size: int) -> None:
         self.index, self.selection, self.fields, self.size = index, selection, dict(fields), size
+        self.layouts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # of arrays, by member, as they were last
         self._files: Recent[int, FileIO] = Recent(OPEN_FILES, self._open)
+        self._maps: Recent[int, memoryview] = Recent(OPEN_FILES, self._map)
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -61,25 +78,26 @@ class Samples(Dataset[dict[str, Any]]):
         view, places = View(1, 1), map(self.selection.locate, range(len(self)))
         return [self.read(shard, row, self.fields[field], view) for shard, row in places]
 
-    def read(self, shard: int, row: int, member: str, view: View) -> Any:
-        """One member, decoded.
+    def read(self, shard: int, row: int, member: str, view: View, out: np.ndarray | None = None) -> Any:
+        """One member, decoded; a picture perhaps into `out`.
 
         Raises:
             BadSample: it cannot be read.
         """
-        return decode(member, self._bytes(shard, row, member), view, where=self.where(shard, row))
+        return decode(member, self._bytes(shard, row, member), view, self.where(shard, row), out)
 
-    def read_array(self, shard: int, row: int, member: str, header: bytes, out: memoryview) -> bool:
-        """Reads an array straight into `out`; -> whether it has the header that was expected of it."""
+    def copy_array(self, shard: int, row: int, member: str, header: bytes, out: memoryview) -> bool:
+        """Copies an array out of the mapped shard, once; -> whether it has the header that was expected of it."""
         offset, size = self.index.table(shard).span(row, member)
-        if offset < 0 or size != len(header) + len(out):
+        mapped, begin, end = self._maps[shard], offset + len(header), offset + size
+        if offset < 0 or end - begin != len(out) or end > len(mapped) or bytes(mapped[offset:begin]) != header:
             return False
-        found = bytearray(len(header))
-        return os.preadv(self._files[shard].fileno(), [found, out], offset) == size and found == header
+        out[:] = mapped[begin:end]
+        return True
 
-    def where(self, shard: int, row: int) -> str:
+    def where(self, shard: int, row: int) -> Where:
         """Names a sample, for errors."""
-        return f"sample {self.index.table(shard).key(row)!r} in {self.index.shards[shard]}"
+        return Where(self.index, shard, row)
 
     def _bytes(self, shard: int, row: int, member: str) -> bytes:
         offset, size = self.index.table(shard).span(row, member)
@@ -97,6 +115,9 @@ class Samples(Dataset[dict[str, Any]]):
 
     def _open(self, shard: int) -> FileIO:
         return FileIO(self.index.fetch(self.index.shards[shard]))
+
+    def _map(self, shard: int) -> memoryview:
+        return memoryview(mmap(self._files[shard].fileno(), 0, access=ACCESS_READ))
 
 
 class Loaded(Dataset[dict[str, Any]]):
@@ -149,14 +170,18 @@ class Loaded(Dataset[dict[str, Any]]):
 
     def _view(self, place: Place) -> View:
         if self.crop == "center" and not self.flip:
-            return View(place.height, place.width)
+            return middle(place.height, place.width)
         v, u, mirror = generator(self.seed, place.position, AUGMENT).random(3).tolist()
         v, u = (v, u) if self.crop == "random" else (0.5, 0.5)
         return View(place.height, place.width, v, u, mirror < self.flip)
 
     def _sizes(self, kept: Sequence[tuple[int, int, int, View]]) -> dict[str, Tensor]:
-        """What SDXL is told of each picture (https://arxiv.org/abs/2307.01952, 2.2): (B) int64 each."""
-        if not any(is_image(member) for member in self.samples.fields.values()):
+        """What SDXL is told of each picture (https://arxiv.org/abs/2307.01952, 2.2): (B) int64 each.
+
+        Latents that were made ahead say in their records where their pictures were cut.
+        """
+        cut = self.samples.index.table(kept[0][1]).column(CROP[0]) is not None
+        if not cut and not any(is_image(member) for member in self.samples.fields.values()):
             return {}
         rows = []
         for _, shard, row, view in kept:
@@ -165,8 +190,10 @@ class Loaded(Dataset[dict[str, Any]]):
             original = [table.number(row, f"original_{side}") for side in ("height", "width")]
             known = not math.isnan(width) and not math.isnan(height)
             corner = view.corner(int(width), int(height)) if known else (0, 0)
-            rows.append([*(int(n) if not math.isnan(n) else 0 for n in original), *corner, view.height, view.width])
-        return dict(zip(SIZES, torch.tensor(rows, dtype=torch.int64).unbind(1)))
+            corner = [table.number(row, side) for side in CROP] if cut else corner
+            rows.append([*(int(n) if not math.isnan(n) else 0 for n in (*original, *corner)), view.height, view.width])
+        mirrored = {"mirrored": torch.tensor([view.flip for *_, view in kept])}
+        return mirrored | dict(zip(SIZES, torch.tensor(rows, dtype=torch.int64).unbind(1)))
 
 
 class Column:
@@ -174,31 +201,39 @@ class Column:
 
     def __init__(self, samples: Samples, member: str, count: int) -> None:
         self.samples, self.member, self.count = samples, member, count
+        self.picture, self.header = is_image(member), b""
         self.values: list[Any] = []
         self.tensor: Tensor | None = None
-        self.header = b""
+        if member in samples.layouts:
+            self._begin(*samples.layouts[member])
 
     def put(self, i: int, shard: int, row: int, view: View) -> None:
         """Reads the i-th value.
 
         Raises:
-            BadSample: it cannot be read, or has another shape than the first one's.
+            BadSample: it cannot be read.
+            ValueError: it has another shape than the first one.
         """
-        if self.header and self.samples.read_array(shard, row, self.member, self.header, self.rows[i]):
-            return
-        value = self.samples.read(shard, row, self.member, view)
+        if self.header:
+            out = self.bytes[i * self.each : (i + 1) * self.each]
+            if self.samples.copy_array(shard, row, self.member, self.header, out):
+                return
+        if self.picture and i == 0:
+            self._begin(torch.uint8, (3, view.height, view.width))
+        value = self.samples.read(shard, row, self.member, view, self.rows[i] if self.picture else None)
         if not isinstance(value, Tensor):
             del self.values[i:]
             self.values.append(value)
             return
-        if self.tensor is None:
-            self._begin(value)
+        if i == 0 and not self.picture:
+            self._begin(value.dtype, tuple(value.shape))
         if value.shape != self.tensor.shape[1:]:
             raise ValueError(
                 f"Member {self.member!r} has arrays of shapes {sorted({tuple(value.shape), tuple(self.tensor.shape[1:])})}, "
                 f"which share no batch; the last is of {self.samples.where(shard, row)} (data.fields)."
             )
-        self.tensor[i].copy_(value)
+        if value.data_ptr() != self.tensor[i].data_ptr():
+            self.tensor[i].copy_(value)
 
     def result(self, count: int) -> Any:
         """Tensors (count, ...), integers as int64 (count), all else a list."""
@@ -207,30 +242,45 @@ class Column:
         values = self.values[:count]
         return torch.tensor(values, dtype=torch.int64) if isinstance(values[0], int) else values
 
-    def _begin(self, value: Tensor) -> None:
+    def _begin(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Pictures lie channels last, as decoders give them and convolutions like them."""
-        shape = (self.count, *value.shape)
-        picture = is_image(self.member)
-        self.tensor = empty([shape[0], shape[2], shape[3], shape[1]], value.dtype) if picture else empty(shape, value.dtype)
-        self.tensor = self.tensor.permute(0, 3, 1, 2) if picture else self.tensor
+        if self.picture:
+            flat = empty([self.count, *shape[1:], shape[0]], dtype)
+            self.tensor, self.rows = flat.permute(0, 3, 1, 2), flat.numpy()
+            return
+        self.tensor = empty([self.count, *shape], dtype)
         if is_array(self.member):
-            self.header = header_of(value.numpy())
-            self.rows = [memoryview(row).cast("B") for row in self.tensor.view(self.count, -1).numpy()]
+            self.samples.layouts[self.member] = dtype, shape
+            self.header, self.each = header_of(dtype, shape), math.prod(shape) * dtype.itemsize
+            self.bytes = memoryview(self.tensor.numpy().reshape(-1).view(np.uint8))
+
+
+middle = cache(View)  # the views that are not random
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor that travels from a worker to its parent without a copy."""
+    """A tensor that travels from a worker to its parent without a copy.
+
+    Elsewhere NumPy's memory: it is taken again from batch to batch, while torch's is mapped, and zeroed, each time.
+    """
     if get_worker_info() is None:
-        return torch.empty(*shape, dtype=dtype)
+        return torch.from_numpy(np.empty(shape, numpy_type(dtype)))
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
 
 
-def header_of(array: np.ndarray) -> bytes:
-    """What a .npy file of such an array begins with."""
+@cache
+def header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    """What a .npy file of such arrays begins with."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    about = np.lib.format.header_data_from_array_1_0(np.empty(shape, numpy_type(dtype)))
+    np.lib.format.write_array_header_1_0(file, about)
     return file.getvalue()
+
+
+def numpy_type(dtype: torch.dtype) -> np.dtype:
+    """NumPy's word for it."""
+    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -241,3 +291,8 @@ def to_float(images: Tensor) -> Tensor:
 def as_is(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch, which is one already."""
     return batch
+
+
+def stay(_: int) -> None:
+    """A worker that gets SIGTERM, as every process of a job does, goes on once: the training it feeds ends between two steps."""
+    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))

@@ -34,8 +34,14 @@ class Selection:
 
     def locate(self, i: int) -> tuple[int, int]:
         """The i-th sample -> its shard and row."""
-        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return shard, int(i - self.starts[shard] if self.rows is None else self.rows[i])
+        [(shard, row)] = self.locate_all(np.array([i]))
+        return shard, row
+
+    def locate_all(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """(N) numbers of samples -> shard and row of each."""
+        shard = np.searchsorted(self.starts, numbers, side="right") - 1
+        row = numbers - self.starts[shard] if self.rows is None else self.rows[numbers]
+        return list(zip(shard.tolist(), row.tolist()))
 
     def within(self, chosen: np.ndarray) -> Selection:
         """Of these samples those whose shard is chosen, (S) bool."""

@@ -3,8 +3,8 @@
 A batch is a dict: each of `fields` under its name (pictures uint8 (B, 3, height, width), label maps int64 (B, height, width),
 texts and records as lists, classes int64 (B), arrays stacked), `key` list[str], and `position` (B,) int64, the sample's place
 in the global order of training. With pictures come `original_height`, `original_width`, `crop_top`, `crop_left`,
-`target_height`, `target_width`, int64 (B) in pixels. On the device pictures become float32 in [-1, 1], arrays of floats
-float32. Trainers need `use_distributed_sampler=False`.
+`target_height`, `target_width`, int64 (B) in pixels, and `mirrored`, bool (B). On the device pictures become float32 in
+[-1, 1], arrays of floats float32. Trainers need `use_distributed_sampler=False`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ldm.data.bad import BadSamples
-from ldm.data.bucket import sizes_of
-from ldm.data.decode import decoder, is_image
+from ldm.data.bucket import Report, Size, sizes_of
+from ldm.data.decode import decoder, is_array, is_image, is_text
 from ldm.data.fetch import CACHE, Fetch
 from ldm.data.filter import select
 from ldm.data.index import Damage, Index
 from ldm.data.latents import check_provenance
 from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
-from ldm.data.samples import Loaded, Samples, as_is, to_float
+from ldm.data.samples import Loaded, Samples, as_is, stay, to_float
 from ldm.data.selection import Selection
 from ldm.data.source import Sources, expand
 from ldm.types import Batch
@@ -95,7 +95,7 @@ class Shards(pl.LightningDataModule):
         self.sizes = sizes_of(buckets, size)
         if weights and len(self.sizes) > 1:
             raise ValueError("data.weights with data.buckets: a mixture has no buckets; leave one of the two out.")
-        self.fetch = Fetch(cache, cache_gb)
+        self.fetch, self.report = Fetch(cache, cache_gb), Report(self.sizes)
         self.bad = BadSamples(max_bad_fraction)
         self.consumed = 0  # samples that training had taken where this run begins
         self._ahead = 0  # consumed samples beyond global_step * batch, after an epoch was begun anew
@@ -133,7 +133,7 @@ class Shards(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Checks that every sample has what `fields` names, and that latents are those of the trained model's autoencoder."""
         _ = self.train_set, self.val_set
-        check_provenance(self.train, getattr(self.trainer, "lightning_module", None))
+        check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
     def train_dataloader(self) -> DataLoader:
         """Endless micro-batches of this device, from sample `consumed` on."""
@@ -160,6 +160,11 @@ class Shards(pl.LightningDataModule):
         samples = self._split(split)
         return self._load(Loaded(samples), Once(self._buckets[split], self.sizes, batch, rank, world))
 
+    def parts(self, split: Split) -> tuple[list[Selection], list[Size]]:
+        """-> the samples of each bucket, and its height and width in pixels."""
+        self._split(split)
+        return self._buckets[split], self.sizes
+
     def rows(self, split: Split, chosen: Sequence[int]) -> Batch:
         """The chosen samples of a split as one batch, square; position = index."""
         samples = self._split(split)
@@ -170,13 +175,20 @@ class Shards(pl.LightningDataModule):
         return batch
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Where the checkpoint lay between two micro-batches, whose gradients are lost, its step begins anew with all of them."""
-        if self._resumed and self.trainer is not None and self.trainer.training:
+        """Where the checkpoint lay between two micro-batches, whose gradients are lost, its step begins anew with all of them.
+
+        An epoch of buckets begins with a report of their use.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        if self._resumed:
             self._resumed = False
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             lost = progress.ready % self.trainer.accumulate_grad_batches
             for name in ("ready", "started", "processed", "completed"):
                 setattr(progress, name, getattr(progress, name) - lost)
+        if len(self.sizes) > 1:
+            self.report(self.steps, int(batch["position"][0]) // self.batch, self.trainer)
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
@@ -185,8 +197,7 @@ class Shards(pl.LightningDataModule):
         Raises:
             ValueError: too many samples could not be read.
         """
-        self.bad.note(batch.get("bad", ()), len(batch["key"]), self._bad_file())
-        self._log_bad(batch)
+        self.bad.note(batch, self.trainer)
         batch = {field: value for field, value in batch.items() if field != "bad"}
         for field, member in self.fields.items():
             value = batch.get(field)
@@ -246,6 +257,8 @@ class Shards(pl.LightningDataModule):
             if field in RESERVED:
                 raise ValueError(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
             decoder(member)
+        if (self.flip or self.crop != "center") and all(is_array(member) or is_text(member) for member in self.fields.values()):
+            raise ValueError(f"data.flip={self.flip} data.crop={self.crop}: data.fields names no pictures, only {self.fields}.")
         choices = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "leave_out"), "crop": ("center", "random")}
         for name, words in choices.items():
             if getattr(self, name) not in words:
@@ -257,7 +270,8 @@ class Shards(pl.LightningDataModule):
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
         if index.damage:
             rank_zero_warn(f"{len(index.damage)} damaged shards are left out: {index.damage}")
-        least = self.batch if split == "train" else 1
+        pictures = any(is_image(member) for member in self.fields.values())
+        least = self.batch if split == "train" and pictures else 1  # latents have the size that they have
         selection, self._buckets[split] = select(index, self.fields, self.filters, self.sizes, least)
         return Samples(index, selection, self.fields, self.size)
 
@@ -280,15 +294,6 @@ class Shards(pl.LightningDataModule):
             collate_fn=as_is,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            worker_init_fn=stay,
             pin_memory=torch.cuda.is_available(),
         )
-
-    def _bad_file(self) -> Path | None:
-        if self.trainer is None:
-            return None
-        return Path(self.trainer.default_root_dir) / f"bad-samples-{self.trainer.global_rank}.txt"
-
-    def _log_bad(self, batch: Batch) -> None:
-        if "bad" in batch and self.trainer is not None:
-            for logger in self.trainer.loggers:
-                logger.log_metrics({"data/bad": self.bad.count}, step=self.trainer.global_step)

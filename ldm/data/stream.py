@@ -16,6 +16,7 @@ from webdataset import filters, tariterators
 from ldm.data.decode import BadSample, View, decode
 from ldm.data.fetch import Fetch
 from ldm.data.order import generator
+from ldm.data.samples import stay
 from ldm.data.shards import Shards
 from ldm.data.source import expand
 
@@ -46,7 +47,8 @@ class Streamed(Shards):
         start = self.consumed // self.batch
         drawn = Drawn(expand(self.train), self.fields, self.size, self.fetch, self.shuffle, self.seed)
         drawn.rank, drawn.size, drawn.batch, drawn.accumulate, drawn.start = rank, size, self.batch, accumulate, start
-        return DataLoader(drawn, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0)
+        workers = {"num_workers": self.workers, "persistent_workers": self.workers > 0, "worker_init_fn": stay}
+        return DataLoader(drawn, batch_size=None, **workers)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples training has taken."""

@@ -154,7 +154,7 @@ def untold(guidance: Guidance) -> Guidance:
 
     class Untold:
         def __init__(self, model: Told) -> None:
-            self.model, self.denoiser = model, model.denoiser
+            self.model, self.denoiser, self.conditioner = model, model.denoiser, model.conditioner
 
         def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
             return self.model.tell(ask, only=())

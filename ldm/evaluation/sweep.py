@@ -16,7 +16,7 @@ from ldm.evaluation.compare import shown
 from ldm.report import curves, page, table, wall
 
 LOWER = re.compile(r"(r?fid|fd_\w+|kid|lpips)$")  # the less, the better
-HIGHER = re.compile(r"(clip_score|\w+_top1|class_accuracy|\w*miou)$")
+HIGHER = re.compile(r"(clip_score|\w+_top1|class(?:ifier)?_accuracy|\w*miou)$")
 COLUMNS = 8  # pictures shown of each setting
 
 

@@ -49,6 +49,6 @@ def _download(url: str) -> Path:
         except (URLError, OSError) as error:
             raise OSError(
                 f"{url} could not be downloaded ({error}). Copy it to {path}, or name a file, metric.<name>.weights=PATH; "
-                "metric=[frechet_clip] judges with a CLIP of your own and needs no download."
+                "metric=[frechet_clip], or [frechet_reconstruction_clip], judges with a CLIP of your own and needs no download."
             ) from error
     return path

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.guidance.cfg import refuse_negative
 from ldm.types import Batch, Denoise, Told
 
 
@@ -18,7 +19,7 @@ class Autoguidance:
     scale = 1 does without it (one call of the network); otherwise there is one call of each.
 
     Raises:
-        ValueError: the two have different schedules.
+        ValueError: the two have different schedules, or the request has a negative.
     """
 
     weak: Callable[[], Told]
@@ -31,6 +32,7 @@ class Autoguidance:
 
     def __call__(self, model: Told, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
+        refuse_negative(ask, "autoguidance")
         cond = model.tell(ask)
         if self.scale == 1:
             return lambda x_t, t: model.denoiser(x_t, t, cond)

@@ -1,18 +1,20 @@
 """Classifier-free guidance (https://arxiv.org/abs/2207.12598, equation 6 with scale = 1 + w)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldm.types import Batch, Denoise, Told, like
+from ldm.types import Batch, Cond, Denoise, Told, like
 
 
 @dataclass(frozen=True)
 class CFG:
     """scale = 0 ignores the condition, 1 follows it (one call of the network), more than 1 exaggerates it (two, as one batch).
 
-    A request's field `negative.<key>` takes the place of `<key>` in the null condition. `rescale`, from 0 to 1, brings the
+    A request's field `negative.<key>` takes the place of `<key>` in the null condition; conditions without one are dropped
+    there. `rescale`, from 0 to 1, brings the
     estimate's std, over each picture, back to that of the unguided one, against over-exposure at large scales
     (https://arxiv.org/abs/2305.08891, equations 15 and 16).
     """
@@ -22,18 +24,39 @@ class CFG:
 
     def __call__(self, model: Told, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
-        negative = {k.removeprefix("negative."): v for k, v in ask.items() if k.startswith("negative.")}
         cond = model.tell(ask)
         if self.scale == 1:
             return lambda x_t, t: model.denoiser(x_t, t, cond)
-        null = model.tell({**ask, **negative}) if negative else model.tell(ask, only=())
-        both = cond.stack(null)
+        both = cond.stack(denied(model, ask))
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             x_cond, x_null = model.denoiser(torch.cat((x_t, x_t)), t.expand(len(x_t)).repeat(2), both).chunk(2)
             return rescaled(x_null + self.scale * (x_cond - x_null), x_cond, self.rescale)
 
         return denoise
+
+
+def denied(model: Told, ask: Batch, but: Sequence[str] = ()) -> Cond:
+    """The null condition of a request, which is told the conditions named in `but` as they are asked for.
+
+    Of the others, those whose field has a `negative.<key>` are told that instead, and all else is dropped.
+    """
+    negative = {field.removeprefix("negative."): value for field, value in ask.items() if field.startswith("negative.")}
+    told, instead = [], {}
+    for name, embedder in model.conditioner.embedders.items():
+        found = negative.keys() & ({embedder.key} if isinstance(embedder.key, str) else set(embedder.key))
+        if found and name not in but:
+            told, instead = [*told, name], instead | {field: negative[field] for field in found}
+    return model.tell({**ask, **instead}, only=(*but, *told))
+
+
+def refuse_negative(ask: Batch, guidance: str) -> None:
+    """Raises ValueError where a request says what to move away from, and `guidance` has no null condition to put it in."""
+    if found := [field for field in ask if field.startswith("negative.")]:
+        raise ValueError(
+            f"guidance={guidance} takes no negative request, and found {found}: take negative=... out, or use guidance=cfg, "
+            "scales or interval."
+        )
 
 
 def rescaled(x_hat: Tensor, x_cond: Tensor, rescale: float) -> Tensor:

@@ -23,7 +23,8 @@ class Interval:
 
     def __call__(self, model: Told, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
-        guided, plain = self.inner(model, ask), Unguided()(model, ask)
+        asked = {field: value for field, value in ask.items() if not field.startswith("negative.")}
+        guided, plain = self.inner(model, ask), Unguided()(model, asked)
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             alpha, sigma = model.denoiser.schedule(t)

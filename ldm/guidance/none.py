@@ -4,15 +4,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ldm.guidance.cfg import refuse_negative
 from ldm.types import Batch, Denoise, Told
 
 
 @dataclass(frozen=True)
 class Unguided:
-    """One call of the network a step."""
+    """One call of the network a step.
+
+    Raises:
+        ValueError: the request has a negative.
+    """
 
     def __call__(self, model: Told, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
+        refuse_negative(ask, "none")
         cond = model.tell(ask)
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:

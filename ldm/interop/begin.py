@@ -11,17 +11,26 @@ from ldm.interop.bundle import CLIP_FILES
 from ldm.interop.convert import read
 
 
-def weights_for(part: str, source: str) -> dict[str, Tensor]:
+def weights_for(part: str, source: str, prediction: str | None = None) -> dict[str, Tensor]:
     """The tensors in `source`, a folder or file in any layout, for a stage's `model`, `autoencoder` or `clip`.
 
+    `prediction` (Noise, Velocity, Flow) is what the model to be trained says, for weights that do not show what they say.
+
     Raises:
-        ValueError: it holds no such part.
+        FileNotFoundError: nothing is there. ValueError: it holds no such part.
     """
     if part == "clip":
-        return load_tensors(Path(source) / CLIP_FILES[1])
-    bundle, _ = read(source)
+        path = Path(source) / CLIP_FILES[1]
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"model.init={source}: there is no {CLIP_FILES[1]}; a CLIP begins from the folder of another."
+            )
+        return load_tensors(path)
+    bundle, _ = read(source, prediction)
     if part == "autoencoder":
-        return bundle.parts["autoencoder"].weights
+        if part not in bundle.parts:
+            raise ValueError(f"model.init={source} holds no autoencoder.")
+        return bundle.parts[part].weights
     if bundle.recipe is None:
         raise ValueError(f"model.init={source} is an autoencoder alone; a latent diffusion model begins from a whole one.")
     return bundle.weights

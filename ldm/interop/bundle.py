@@ -1,5 +1,6 @@
 """A latent model taken apart, in our names: what every foreign layout is read into and written from."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +12,19 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.kl import KL
 from ldm.autoencoder.vq import VQ
+from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
 from ldm.folder import LOCAL, load_tensors, save_model, save_tensors, write_json
+from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
 BACKBONE = "denoiser.backbone."
+BACKBONES = {"ldm.backbone.unet.UNet": UNet, "ldm.backbone.dit.DiT": DiT}
 AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
 CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
+BETAS = {"ScaledLinear": (0.00085, 0.012), "DDPM": (1e-4, 0.02)}  # what the schedules begin and end with unless told
 PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
 
 
@@ -30,27 +36,43 @@ class Part:
     weights: dict[str, Tensor]
     tower: bool = False
 
+    def settings(self) -> dict[str, Any]:
+        """How the autoencoder is built, the defaults filled in."""
+        return filled(AUTOENCODERS[self.config["_target_"]], self.config)
+
 
 @dataclass
 class Bundle:
     """`recipe` builds the model, `weights` are what was trained, `parts` the frozen models by their sub-folder.
 
-    Without a recipe it is an autoencoder alone, parts["autoencoder"].
+    Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
+    from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so.
     """
 
     recipe: dict[str, Any] | None
     weights: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
+    grid: str | None = None
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""
         return {n.removeprefix(BACKBONE): x for n, x in self.weights.items() if n.startswith(BACKBONE)}
 
+    @property
+    def is_dit(self) -> bool:
+        """Whether the backbone is a DiT, else it is a U-Net."""
+        return self.recipe is not None and self.recipe["backbone"]["_target_"] == "ldm.backbone.dit.DiT"
+
     def settings(self) -> dict[str, Any]:
-        """How the U-Net is built, the defaults filled in."""
-        defaults = {"res_blocks": 2, "heads": 8, "head_width": None, "width": 320, "mult": [1, 2, 4, 4], "groups": 32}
-        defaults |= {"depth": [1, 1, 1, 0], "middle_depth": 1, "tokens_only": [], "scale_shift": False, "res_resample": False}
-        return {**defaults, **{k: v for k, v in self.recipe["backbone"].items() if not k.startswith("_")}}
+        """How the backbone is built, the defaults filled in.
+
+        Raises:
+            ValueError: it is no network that other layouts know.
+        """
+        node = self.recipe["backbone"]
+        if node["_target_"] not in BACKBONES:
+            raise ValueError(f"backbone={node['_target_']} has no place in other layouts; U-Net and DiT have.")
+        return {k: v for k, v in filled(BACKBONES[node["_target_"]], node).items() if k != "vector"}
 
 
 def read_folder(folder: Path) -> Bundle:
@@ -94,6 +116,12 @@ def towers(condition: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def filled(made: type, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a config's node, and what its class takes for those that it leaves out."""
+    usual = {n: p.default for n, p in inspect.signature(made).parameters.items() if p.default is not p.empty}
+    return {**usual, **{k: v for k, v in node.items() if k[0] != "_"}}
+
+
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a module's weights."""
     return {name: tuple(x.shape) for name, x in module.state_dict().items()}
@@ -101,8 +129,9 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def unet_shapes(channels: int, widths: Mapping[str, int], **settings: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of such a U-Net, which is not built in memory."""
+    vector = identity if "vector" in settings else mlp
     with torch.device("meta"):
-        return shapes_of(UNet(channels, Widths(**widths), **settings))
+        return shapes_of(UNet(channels, Widths(**widths), **{**settings, "vector": vector}))
 
 
 def autoencoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -127,21 +156,25 @@ def recipe_of(
     backbone: Mapping[str, Any],
     condition: Mapping[str, Any],
     prediction: str,
-    beta_start: float,
-    beta_end: float,
-    schedule: str = "ScaledLinear",
+    schedule: Mapping[str, Any],
+    level: Mapping[str, Any] = DISCRETE,
 ) -> dict[str, Any]:
-    """The recipe of a model of the family: discrete steps, 1000 of them, and a variance-preserving schedule."""
+    """The recipe of a model of the family, whose autoencoder lies in a sub-folder."""
     return {
         "_target_": "ldm.build.assemble",
         "autoencoder": {"_target_": "ldm.build.load_autoencoder", "path": "./autoencoder"},
         "condition": dict(condition),
-        "backbone": {"_target_": "ldm.backbone.unet.UNet", "_partial_": True, **backbone},
-        "schedule": {"_target_": f"ldm.schedule.{schedule}", "beta_start": beta_start, "beta_end": beta_end},
+        "backbone": dict(backbone),
+        "schedule": dict(schedule),
         "prediction": {"_target_": f"ldm.prediction.{prediction}"},
-        "level": {"_target_": "ldm.denoiser.Timestep", "steps": 1000},
+        "level": dict(level),
         "unit_input": False,
     }
+
+
+def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a U-Net."""
+    return {"_target_": "ldm.backbone.unet.UNet", "_partial_": True, **settings}
 
 
 def text_node(place: str, **settings: Any) -> dict[str, Any]:
@@ -163,7 +196,12 @@ def folded(part: Part) -> dict[str, Tensor]:
     """A KL autoencoder's weights with its statistics inside, so that its own latents are white and the scale factor is 1.
 
     The two 1x1 convolutions around the latents take them up, exactly but for rounding.
+
+    Raises:
+        ValueError: it is a VQ, where other scales by channel would choose other codes.
     """
+    if "codebook" in part.weights:
+        raise ValueError("A VQ autoencoder's statistics differ by channel; other layouts know one scale factor for all channels.")
     w = dict(part.weights)
     mean, std = w["mean"], w["std"]
     scale, move = torch.cat((1 / std, torch.ones_like(std))), torch.cat((mean / std, 2 * std.log()))

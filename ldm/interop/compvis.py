@@ -1,4 +1,4 @@
-"""Single files as CompVis and Stability publish them: Stable Diffusion 1, 2 and XL, and their first stages alone.
+"""Single files as CompVis and Stability publish them: Latent Diffusion, Stable Diffusion 1, 2 and XL, and first stages alone.
 
 Beside FILE may lie FILE's .yaml, as the original code wants it: what the weights do not show is taken from it.
 """
@@ -22,56 +22,56 @@ from ldm.interop.bundle import (
     published_statistics,
     recipe_of,
     scale_of,
-    text_node,
-    tower_shapes,
     towers,
+    unet_node,
     unet_shapes,
 )
-from ldm.interop.conditions import inpaint_node, number_node
-from ldm.interop.text import PREFIX, transformers
-from ldm.interop.tie import bring, give, same, taken
-from ldm.interop.weights import check_finite, open_weights
+from ldm.interop.compvis_config import heads_told, prediction_told, scale_told, schedule_told, told_beside, told_of
+from ldm.interop.compvis_text import TOWERS, read_texts, write_tower
+from ldm.interop.conditions import map_node, number_node
+from ldm.interop.tie import bring, give, taken
+from ldm.interop.weights import check_finite
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Left by training, or computed again from settings.
 LEFT = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus", "posterior_", "logvar", "lvlb_weights", "denoiser.sigmas")
 LEFT += ("model_ema.", f"{VAE}loss.", "loss.", f"{VAE}model_ema.", "scale_factor", "cond_stage_model.logit_scale")
-TOWERS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
+LEFT += ("low_scale_model.", "depth_model.")  # a schedule's tables; another model, which makes depth maps
+# Tables of rows that are trained, by our name and theirs: of classes, and of the upscaler's noise steps.
+TABLES = {
+    "conditioner.embedders.label.table.weight": "cond_stage_model.embedding.weight",
+    "conditioner.embedders.upscale.table.weight": f"{UNET}label_emb.weight",
+}
 
 
-def read_file(path: Path, prediction: str | None = None) -> Bundle:
-    """A single file. `prediction` (Noise, Velocity) is for Stable Diffusion 2, whose two kinds look alike.
+def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None = None) -> Bundle:
+    """A single file's tensors. `prediction` (Noise, Velocity) is for Stable Diffusion 2, whose two kinds look alike.
 
     Raises:
         ValueError: names what is missing, unknown, or undecided.
     """
-    weights = open_weights(path)
-    told = yaml.safe_load(path.with_suffix(".yaml").read_text()) if path.with_suffix(".yaml").is_file() else {}
-    told = told.get("model", {}).get("params", {})
+    told = told_beside(path)
     if not any(name.startswith(UNET) for name in weights):
         if "encoder.conv_in.weight" not in weights:
             raise ValueError(f"{path} is no model in CompVis' or Stability's layout: it begins with {sorted(weights)[:3]}.")
-        part, used = _read_autoencoder(weights, "", float(told.get("scale_factor", 0.18215)))
+        part, used = _read_autoencoder(weights, "", told, 0.18215)
         _check_left(path, weights, used)
+        check_finite(part.weights, path)
         return Bundle(None, {}, {"autoencoder": part})
     found = unet.settings_of(_below(weights, UNET))
     channels, widths = found.pop("channels"), found.pop("widths")
-    found |= _heads_told(told)
+    found |= heads_told(told)
     shapes = unet_shapes(channels, widths, **found)
     ties = unet.compvis(shapes, found)
-    ours = bring(ties, _averaged(weights), shapes, UNET)
-    large = any(name.startswith("conditioner.") for name in weights)
-    scale = float(told.get("scale_factor", 0.13025 if large else 0.18215))
-    part, used = _read_autoencoder(weights, VAE, scale)
-    condition, parts, read = _read_texts(weights)
-    if widths["vector"]:
-        condition["number"] = number_node(refiner=len(parts) == 1)
-    condition |= inpaint_node(widths["spatial"], channels)
-    _check_left(path, weights, used | read | taken(ties, UNET))
-    kind = prediction or _prediction(path, told, widths["tokens"], large)
-    start, end = float(told.get("linear_start", 0.00085)), float(told.get("linear_end", 0.012))
-    recipe = recipe_of(found, condition, kind, start, end)
-    bundle = Bundle(recipe, {BACKBONE + name: x for name, x in ours.items()}, {"autoencoder": part, **parts})
+    ours = {BACKBONE + name: x for name, x in bring(ties, _averaged(weights), shapes, UNET).items()}
+    ours |= {name: weights[theirs] for name, theirs in TABLES.items() if theirs in weights}
+    large, table = any(name.startswith("conditioner.") for name in weights), weights.get(f"{UNET}label_emb.weight")
+    part, used = _read_autoencoder(weights, VAE, told, 0.13025 if large else 0.18215 if table is None else 0.08333)
+    condition, parts, read = _read_conditions(weights, widths, channels, table)
+    _check_left(path, weights, used | read | taken(ties, UNET) | set(TABLES.values()))
+    kind = prediction or prediction_told(path, told, _is_second(parts) and not widths["spatial"], table is not None)
+    recipe = recipe_of(unet_node(found), condition, kind, schedule_told(path, told, weights))
+    bundle = Bundle(recipe, ours, {"autoencoder": part, **parts})
     for place in (bundle.weights, *(p.weights for p in bundle.parts.values())):
         check_finite(place, path)
     return bundle
@@ -85,89 +85,71 @@ def write_file(bundle: Bundle, path: Path) -> None:
     """
     part = bundle.parts["autoencoder"]
     scale = scale_of(part)
+    if bundle.recipe is None and "codebook" in part.weights:
+        scale = scale or 1.0  # alone, it draws the same whatever its statistics
     stage = part.weights if scale is not None else folded(part)
-    ties = first_stage.compvis(stage, part.config)
+    ties = first_stage.compvis(stage, part.settings())
     if bundle.recipe is None:
         save_tensors(give(ties, stage), path)
         return
     settings = bundle.settings()
-    groups = {settings["groups"], part.config.get("groups", 32)}
+    groups = {settings["groups"], part.settings()["groups"]}
     if groups != {32}:
         raise ValueError(f"CompVis' code normalises in 32 groups; this model has {sorted(groups)}. Use --to diffusers.")
     theirs = give(ties, stage, VAE)
     theirs |= give(unet.compvis(bundle.backbone(), settings), bundle.backbone(), UNET)
+    theirs |= {name: bundle.weights[ours] for ours, name in TABLES.items() if ours in bundle.weights}
     texts = towers(bundle.recipe["condition"])
     prefixes = TOWERS[:1] if len(texts) == 1 and "number" not in bundle.recipe["condition"] else TOWERS[1:]
     for (place, node), prefix in zip(texts.items(), prefixes):
-        theirs |= _write_tower(bundle.parts[place], prefix, list(node.get("layers", [-1])))
+        theirs |= write_tower(bundle.parts[place], prefix, list(node.get("layers", [-1])))
+    _check_given(bundle, theirs)
+    told = told_of(bundle, scale or 1.0)
     save_tensors(theirs, path)
-    write_text(yaml.safe_dump(_told(bundle, scale or 1.0), sort_keys=False), path.with_suffix(".yaml"))
+    write_text(yaml.safe_dump(told, sort_keys=False), path.with_suffix(".yaml"))
 
 
-def _read_autoencoder(weights: Mapping[str, Tensor], prefix: str, scale: float) -> tuple[Part, set[str]]:
+def _read_conditions(
+    weights: Mapping[str, Tensor], widths: Mapping[str, int], channels: int, table: Tensor | None
+) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
+    """The conditions, their towers by sub-folder, and the names that were used."""
+    condition, parts, read = read_texts(weights)
+    classes = weights.get("cond_stage_model.embedding.weight")
+    if classes is not None:
+        label = {"classes": len(classes) - 1, "width": classes.shape[1]}
+        condition["label"] = {"_target_": "ldm.condition.label.Label", **label}
+    if widths["tokens"] and not condition:
+        raise ValueError("The U-Net attends to tokens, and the file holds neither a text tower nor a class table to make them.")
+    if widths["vector"] and table is None:
+        condition["number"] = number_node(refiner=len(parts) == 1)
+    return condition | map_node(widths["spatial"], channels, bool(parts), table), parts, read
+
+
+def _is_second(parts: Mapping[str, Part]) -> bool:
+    """Whether the text tower is Stable Diffusion 2's, a single one of open_clip's."""
+    return "condition.text" in parts and not parts["condition.text"].config["quick_gelu"]
+
+
+def _check_given(bundle: Bundle, theirs: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where conditions are told otherwise than the layout has it, so that something was left behind."""
+    places = {"Text", "Texts", "Number", "Inpaint", "DepthMap", "Upscale", "Label"}
+    strange = [f"condition.{n}" for n, c in bundle.recipe["condition"].items() if c["_target_"].split(".")[-1] not in places]
+    strange += [f"condition.{n}.slot=vector" for n, c in bundle.recipe["condition"].items() if c.get("slot") == "vector"]
+    strange += [n for n in bundle.weights if not n.startswith(BACKBONE) and n not in TABLES]
+    if strange:
+        raise ValueError(f"CompVis' layout has no place for {', '.join(strange[:3])}. Use --to ldm.")
+
+
+def _read_autoencoder(weights: Mapping[str, Tensor], prefix: str, told: Mapping[str, Any], scale: float) -> tuple[Part, set[str]]:
     config = first_stage.settings_of(_below(weights, prefix))
     shapes = autoencoder_shapes(config)
     ties = first_stage.compvis(shapes, config)
     ours = bring(ties, weights, shapes, prefix)
-    own = published_statistics(config["channels"], scale)
-    if config["_target_"].endswith("VQ"):
+    quantised = config["_target_"].endswith("VQ")  # published with a scale factor of 1
+    own = published_statistics(config["channels"], scale_told(told, weights, 1.0 if quantised else scale))
+    if quantised:
         own |= {"hits": ours["codebook"].new_zeros(shapes["hits"]), "sums": ours["codebook"].new_zeros(shapes["sums"])}
     return Part(config, ours | own), taken(ties, prefix)
-
-
-def _read_texts(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
-    """The conditions, their towers by sub-folder, and the names that were used."""
-    found = [(prefix, _read_tower(weights, prefix)) for prefix in TOWERS if any(n.startswith(prefix) for n in weights)]
-    found = [(prefix, part, used) for prefix, (part, used) in found if part is not None]
-    read = set().union(*(used for _, _, used in found)) if found else set()
-    if [prefix for prefix, _, _ in found] == [TOWERS[0]]:
-        part = found[0][1]
-        first = {"layers": [-1], "padding": 49407} if part.config["quick_gelu"] else {"layers": [-2], "padding": 0}
-        node = text_node("condition.text", final_norm=True, **first)
-        return {"text": node}, {"condition.text": part}, read
-    nodes, parts = {}, {}
-    for _, part, _ in found:
-        name = "large" if part.config["quick_gelu"] else "giant"
-        place = f"condition.text.towers.{name}"
-        giant = {"pooled": True, "padding": 0} if name == "giant" else {"padding": 49407}
-        nodes[name] = text_node(place, layers=[-2], final_norm=False, dropped="zeros", **giant)
-        parts[place] = part
-    text = {"_target_": "ldm.condition.text.Texts", "towers": nodes}
-    return ({"text": text} if nodes else {}), parts, read
-
-
-def _read_tower(weights: Mapping[str, Tensor], prefix: str) -> tuple[Part | None, set[str]]:
-    """transformers' layout below `transformer.`, with OpenAI's activation, or open_clip's below `model.`."""
-    foreign = any(name.startswith(f"{prefix}transformer.{PREFIX}") for name in weights)
-    prefix += "transformer." if foreign else "model."
-    shapes = {name.removeprefix(prefix): tuple(weights[name].shape) for name in weights if name.startswith(prefix)}
-    if not shapes:
-        return None, set()
-    embeddings = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
-    vocabulary, context = [PREFIX + e for e in embeddings] if foreign else ["token_embedding.weight", "positional_embedding"]
-    width = shapes[vocabulary][1]
-    projection = shapes.get("text_projection.weight" if foreign else "text_projection")
-    last = PREFIX + "encoder.layers.{}.layer_norm1.weight" if foreign else "transformer.resblocks.{}.ln_1.weight"
-    text = {"context_length": shapes[context][0], "vocab_size": shapes[vocabulary][0], "width": width}
-    text |= {"heads": max(1, width // 64), "layers": next(i for i in range(1000) if last.format(i) not in shapes)}
-    config = {"embed_dim": projection[-1] if projection else width, "quick_gelu": foreign, "text_cfg": text}
-    if projection is None:
-        text["proj_type"] = "none"
-    wanted = tower_shapes(config)
-    ties = transformers(wanted) if foreign else {name: same(name) for name in wanted}
-    return Part(config, bring(ties, weights, wanted, prefix), tower=True), taken(ties, prefix)
-
-
-def _write_tower(part: Part, prefix: str, layers: list[int]) -> dict[str, Tensor]:
-    if part.config.get("quick_gelu"):
-        weights = {name: x for name, x in part.weights.items() if name != "text_projection"}
-        return give(transformers(weights), weights, f"{prefix}transformer.")
-    theirs = {f"{prefix}model.{name}": x for name, x in part.weights.items()}
-    if layers == [-1]:  # their code reads the last block but one: the last one here gets a double above it, never read
-        count = part.config["text_cfg"]["layers"]
-        last, above = (f"{prefix}model.transformer.resblocks.{i}." for i in (count - 1, count))
-        theirs |= {above + name.removeprefix(last): x.clone() for name, x in theirs.items() if name.startswith(last)}
-    return theirs
 
 
 def _averaged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,75 +166,3 @@ def _check_left(path: Path, weights: Mapping[str, Tensor], used: set[str]) -> No
     left = [n for n in weights if n not in used and not n.startswith(LEFT) and not n.endswith(("position_ids", "logit_scale"))]
     if left:
         raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
-
-
-def _heads_told(told: Mapping[str, Any]) -> dict[str, Any]:
-    params = told.get("unet_config", told.get("network_config", {})).get("params", {})
-    heads, width = params.get("num_heads", -1), params.get("num_head_channels", -1)
-    if heads == width == -1:
-        return {}
-    return {"heads": heads if heads != -1 else 8, "head_width": width if width != -1 else None}
-
-
-def _prediction(path: Path, told: Mapping[str, Any], tokens: int, large: bool) -> str:
-    if "parameterization" in told:
-        return {"eps": "Noise", "v": "Velocity", "x0": "Data"}[told["parameterization"]]
-    if tokens == 1024 and not large:
-        raise ValueError(
-            f"{path} is Stable Diffusion 2, of which one kind says noise (base, inpainting, depth) and one velocity (768-v); the "
-            f"weights look alike. Say --prediction noise or --prediction velocity, or put its yaml beside it."
-        )
-    return "Noise"
-
-
-def _told(bundle: Bundle, scale: float) -> dict[str, Any]:
-    """The yaml that the original code, and reading again, take the settings from."""
-    s, recipe, stage = bundle.settings(), bundle.recipe, bundle.parts["autoencoder"].config
-    kind = recipe["prediction"]["_target_"].split(".")[-1]
-    heads = {"num_heads": s["heads"]} if s["head_width"] is None else {"num_head_channels": s["head_width"]}
-    backbone = bundle.backbone()
-    network = {
-        "in_channels": backbone["encoder.0.0.weight"].shape[1],
-        "out_channels": backbone["out.2.weight"].shape[0],
-        "model_channels": s["width"],
-        "attention_resolutions": [2**i for i, depth in enumerate(s["depth"]) if depth],
-        "num_res_blocks": s["res_blocks"],
-        "channel_mult": list(s["mult"]),
-        **heads,
-        "use_spatial_transformer": True,
-        "use_linear_in_transformer": unet.linear(s),
-        "transformer_depth": max(s["depth"]),
-        "legacy": False,
-    }
-    return {
-        "model": {
-            "params": {
-                "parameterization": {"Noise": "eps", "Velocity": "v", "Data": "x0"}[kind],
-                "linear_start": recipe["schedule"].get("beta_start", 0.00085),
-                "linear_end": recipe["schedule"].get("beta_end", 0.012),
-                "timesteps": 1000,
-                "scale_factor": scale,
-                "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": network},
-                "first_stage_config": {
-                    "target": "ldm.models.autoencoder.AutoencoderKL",
-                    "params": {"embed_dim": stage["channels"], "ddconfig": _ddconfig(stage)},
-                },
-            }
-        }
-    }
-
-
-def _ddconfig(stage: Mapping[str, Any]) -> dict[str, Any]:
-    ours = {"channels": 4, "width": 128, "mult": [1, 2, 4, 4], "res_blocks": 2, **stage}
-    return {
-        "double_z": stage["_target_"].endswith("KL"),
-        "z_channels": ours["channels"],
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": ours["width"],
-        "ch_mult": list(ours["mult"]),
-        "num_res_blocks": ours["res_blocks"],
-        "attn_resolutions": [256 // 2**i for i in ours.get("attention", [])],
-        "dropout": 0.0,
-    }

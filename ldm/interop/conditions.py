@@ -1,7 +1,10 @@
-"""The family's conditions beside text: the sizes of XL, the score of its refiner, the hole of inpainting."""
+"""The family's conditions beside text: the sizes of XL, the score of its refiner, and what the map channels of a U-Net are."""
 
 from typing import Any
 
+from torch import Tensor
+
+IDENTITY = {"_target_": "ldm.nn.layers.identity", "_partial_": True}
 SIZES = {"original_height": "height", "original_width": "width", "crop_top": 0, "crop_left": 0}
 TARGET = {"target_height": "height", "target_width": "width"}
 SCORE = {"aesthetic_score": 6.0}
@@ -12,15 +15,23 @@ def number_node(refiner: bool) -> dict[str, Any]:
     return {"_target_": "ldm.condition.number.Number", "fields": {**SIZES, **(SCORE if refiner else TARGET)}}
 
 
-def inpaint_node(spatial: int, channels: int) -> dict[str, Any]:
-    """What the map channels of a published U-Net of `channels` latent channels are.
+def map_node(spatial: int, channels: int, text: bool, table: Tensor | None) -> dict[str, Any]:
+    """What the map channels of a published U-Net of `channels` latent channels are, with its `table` of noise steps if any.
 
     Raises:
         ValueError: they are none that is known.
     """
-    if spatial not in (0, 1 + channels):
+    if spatial == 0:
+        return {}
+    if spatial == 3 and table is not None:
+        steps, width = table.shape
+        node = {"_target_": "ldm.condition.upscale.Upscale", "_partial_": True, "steps": steps, "width": width}
+        return {"upscale": node}
+    known = {1 + channels: ("inpaint", "ldm.condition.inpaint.Inpaint"), 1: ("depth", "ldm.condition.depth_map.DepthMap")}
+    if spatial not in known or not text:
         raise ValueError(
-            f"The U-Net takes {spatial} channels beside the {channels} noisy ones; 0 (text alone) and {1 + channels} (inpainting)"
-            " are known as whole models."
+            f"The U-Net takes {spatial} channels beside the {channels} noisy ones{'' if text else ', and no text'}. Whole models "
+            f"are known with, beside text: 1 (depth), {1 + channels} (inpainting), and 3 with a table of noise steps (upscaling)."
         )
-    return {"inpaint": {"_target_": "ldm.condition.inpaint.Inpaint", "_partial_": True}} if spatial else {}
+    name, target = known[spatial]
+    return {name: {"_target_": target, "_partial_": True}}

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from ldm.folder import write_text
 from ldm.interop import bundle as ours
-from ldm.interop import compvis, diffusers
+from ldm.interop import compvis, diffusers, dit, dit_model
 from ldm.interop.bundle import Bundle
 from ldm.interop.card import card
+from ldm.interop.weights import open_weights
 
 HUB = "hf://"
-LAYOUTS = ("ldm", "diffusers", "compvis")
+LAYOUTS = ("ldm", "diffusers", "compvis", "dit")
+FILES = ("compvis", "dit")  # layouts of one file
 
 
 def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
@@ -23,9 +25,12 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}.")
     if path.is_file():
-        return compvis.read_file(path, prediction), "compvis"
+        weights = open_weights(path)
+        layout, reader = ("dit", dit_model) if dit.TABLE in weights else ("compvis", compvis)
+        return reader.read_file(path, weights, prediction), layout
     if (path / "model_index.json").is_file():
-        return diffusers.read_folder(path), "diffusers"
+        index = json.loads((path / "model_index.json").read_text())
+        return (dit_model if "transformer" in index else diffusers).read_folder(path), "diffusers"
     config = path / "config.json"
     told = json.loads(config.read_text()) if config.is_file() else {}
     if "_target_" in told:
@@ -40,45 +45,96 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
 
 
 def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", source: str = "") -> None:
-    """Writes a model into a folder, with a model card, or for compvis into a .safetensors file.
+    """Writes a model into a folder, with a model card, or for compvis and dit into a .safetensors file.
 
     Raises:
         ValueError: the layout has no place for something in it.
     """
-    if layout == "compvis":
+    if layout in FILES and bundle.is_dit != (layout == "dit"):
+        raise ValueError(f"--to {layout}: that layout is for a {'U-Net' if bundle.is_dit else 'DiT'}, and this model is none.")
+    if bundle.recipe is not None and "autoencoder" not in bundle.parts and layout != "dit":
+        raise ValueError(f"{source} holds no autoencoder. Say whose latents it draws: --autoencoder FOLDER_OR_FILE.")
+    if layout in FILES:
         if target.suffix != ".safetensors":
-            raise ValueError(f"{target}: a model in CompVis' layout is one file; name it FILE.safetensors.")
-        compvis.write_file(bundle, target)
+            raise ValueError(f"{target}: a model in the layout of {layout} is one file; name it FILE.safetensors.")
+        (compvis if layout == "compvis" else dit_model).write_file(bundle, target)
         return
-    (ours if layout == "ldm" else diffusers).write_folder(bundle, target)
+    (ours if layout == "ldm" else dit_model if bundle.is_dit else diffusers).write_folder(bundle, target)
     write_text(card(bundle, layout, licence, source), target / "README.md")
 
 
 def download(source: str) -> Path:
-    """hf://org/name -> the folder of its snapshot; weights and settings only, and never code.
+    """hf://org/name -> the folder of its snapshot: one copy of the weights, and settings, and never code.
 
     Raises:
-        ValueError: the name is no org/name.
+        ValueError: the name is no org/name. OSError: the hub is not reached, and the snapshot is not in its cache.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     name = source.removeprefix(HUB)
     if name.count("/") != 1:
         raise ValueError(f"{source}: name a repository of the Hugging Face hub as {HUB}org/name.")
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.yaml"]))
+    try:
+        files = HfApi().list_repo_files(name)
+    except OSError:  # offline: what was downloaded before
+        return Path(snapshot_download(name, local_files_only=True))
+    return Path(snapshot_download(name, allow_patterns=_wanted(files)))
+
+
+def _wanted(files: list[str]) -> list[str]:
+    """Of a repository's files those that `read` reads: of a pipeline its parts, and each part once, in full precision."""
+    whole = [f for f in files if "model_index.json" not in files or "/" in f or f == "model_index.json"]
+    weights = [f for f in whole if f.endswith((".safetensors", ".bin"))]
+    settings = [f for f in whole if f.endswith((".json", ".txt", ".yaml"))]
+
+    def rank(f: str) -> tuple[bool, bool]:
+        return ("fp16" in f or "non_ema" in f, f.endswith(".bin"))
+
+    best = {folder: min(rank(f) for f in weights if Path(f).parent == folder) for folder in {Path(f).parent for f in weights}}
+    return settings + [f for f in weights if rank(f) == best[Path(f).parent]]
+
+
+def push(target: Path, name: str) -> str:
+    """Uploads a folder, or a file with the yaml beside it, to the repository org/name of the hub -> its address.
+
+    Raises:
+        ValueError: the name is no org/name. OSError: the hub refuses, or is not reached.
+    """
+    from huggingface_hub import HfApi
+
+    if name.count("/") != 1:
+        raise ValueError(f"--push {name}: name a repository as ORG/NAME.")
+    api = HfApi()
+    address = api.create_repo(name, exist_ok=True)
+    if target.is_dir():
+        api.upload_folder(repo_id=name, folder_path=target)
+    else:
+        for path in (p for p in (target, target.with_suffix(".yaml")) if p.is_file()):
+            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=name)
+    return str(address)
 
 
 def describe(bundle: Bundle) -> str:
     """What was recognised, in a few lines."""
     lines = []
     if bundle.recipe is not None:
-        s, count = bundle.settings(), sum(x.numel() for x in bundle.backbone().values())
-        heads = f"{s['heads']} heads" if s["head_width"] is None else f"{s['head_width']}-wide heads"
-        lines.append(f"U-Net        {count:,} parameters: width {s['width']}, mult {s['mult']}, depth {s['depth']}, {heads}")
+        lines.append(_network(bundle))
         lines.append(f"conditions   {', '.join(bundle.recipe['condition']) or 'none'}")
         kinds = [bundle.recipe[name]["_target_"].split(".")[-1] for name in ("schedule", "prediction")]
         lines.append(f"says         {kinds[1]} on {kinds[0]}")
+    if bundle.grid is not None:
+        lines.append(f"steps        {bundle.grid}: draw with sampler/grid={bundle.grid}")
     for place, part in bundle.parts.items():
         kind, count = "text tower" if part.tower else "autoencoder", sum(x.numel() for x in part.weights.values())
         lines.append(f"{kind:12s} {count:,} numbers ({place})")
     return "\n".join(lines)
+
+
+def _network(bundle: Bundle) -> str:
+    s, count = bundle.settings(), sum(x.numel() for name, x in bundle.backbone().items() if name != "position")
+    if bundle.is_dit:
+        more = [name for name in ("rms_norm", "swiglu", "rotary", "norm_heads") if s[name]]
+        sizes = [f"width {s['width']}", f"depth {s['depth']}", f"{s['heads']} heads", f"patch {s['patch']}"]
+        return f"DiT          {count:,} parameters: {', '.join(sizes + more)}"
+    heads = f"{s['heads']} heads" if s["head_width"] is None else f"{s['head_width']}-wide heads"
+    return f"U-Net        {count:,} parameters: width {s['width']}, mult {s['mult']}, depth {s['depth']}, {heads}"

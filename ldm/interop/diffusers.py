@@ -13,7 +13,6 @@ from ldm.interop import autoencoder as first_stage
 from ldm.interop import unet
 from ldm.interop.bundle import (
     BACKBONE,
-    PREDICTIONS,
     Bundle,
     Part,
     autoencoder_shapes,
@@ -24,14 +23,17 @@ from ldm.interop.bundle import (
     text_node,
     tower_shapes,
     towers,
+    unet_node,
     unet_shapes,
 )
-from ldm.interop.conditions import inpaint_node, number_node
-from ldm.interop.diffusers_config import pipeline_of, scheduler_config, unet_config, unet_settings, vae_config, vae_settings
+from ldm.interop.conditions import map_node, number_node
+from ldm.interop.diffusers_config import LOW_RESOLUTION, pipeline_of, read_schedule, scheduler_config, vae_config, vae_settings
+from ldm.interop.diffusers_unet import unet_config, unet_settings
 from ldm.interop.text import PREFIX, open_clip_config, transformers, transformers_config
-from ldm.interop.tie import Shapes, Tie, bring, give, taken
+from ldm.interop.tie import Shapes, Tie, bring, give, same, taken
 from ldm.interop.weights import check_finite, open_weights
 
+TABLE = "conditioner.embedders.upscale.table.weight"  # of the upscaler's noise steps
 PADDING = {"!": 0, "<|endoftext|>": 49407}
 
 
@@ -42,31 +44,32 @@ def read_folder(folder: Path) -> Bundle:
         ValueError: names what is missing, unknown, or not of this family.
     """
     if not (folder / "model_index.json").is_file():
-        return Bundle(None, {}, {"autoencoder": _read_autoencoder(folder)})
+        return Bundle(None, {}, {"autoencoder": read_autoencoder(folder)})
     index = json.loads((folder / "model_index.json").read_text())
-    if "unet" not in index or "vae" not in index:
+    stage = "vqvae" if "vqvae" in index else "vae"
+    if "unet" not in index or stage not in index:
         raise ValueError(
-            f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae are known."
+            f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae or vqvae, and DiT's, "
+            "are known."
         )
     config = json.loads((folder / "unet" / "config.json").read_text())
     settings, channels, widths = unet_settings(config)
     shapes = unet_shapes(channels, widths, **settings)
-    ours = _take(folder / "unet", unet.diffusers(shapes, settings), shapes)
+    ties = unet.diffusers(shapes, settings)
+    if rows := config.get("num_class_embeds"):
+        shapes, ties = {**shapes, TABLE: (rows, widths["vector"])}, {**ties, TABLE: same("class_embedding.weight")}
+    ours = take_part(folder / "unet", ties, shapes)
+    table = ours.pop(TABLE, None)
     condition, parts = _read_texts(folder, index)
-    if widths["vector"]:
+    if widths["tokens"] and not parts:
+        raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP to make them.")
+    if config.get("addition_embed_type"):
         condition["number"] = number_node(refiner=len(parts) == 1)
-    condition |= inpaint_node(widths["spatial"], channels)
-    schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    kinds = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
-    if schedule.get("beta_schedule", "linear") not in kinds or schedule.get("trained_betas") is not None:
-        raise ValueError(f"{folder}/scheduler has beta_schedule={schedule['beta_schedule']}; {', '.join(kinds)} are known.")
-    kind = PREDICTIONS[schedule.get("prediction_type", "epsilon")]
-    betas = (schedule.get("beta_start", 1e-4), schedule.get("beta_end", 0.02))
-    recipe = recipe_of(settings, condition, kind, *betas, kinds[schedule.get("beta_schedule", "linear")])
-    if schedule.get("rescale_betas_zero_snr"):
-        recipe["schedule"]["zero_terminal_snr"] = True
-    weights = {BACKBONE + name: x for name, x in ours.items()}
-    return Bundle(recipe, weights, {"autoencoder": _read_autoencoder(folder / "vae"), **parts})
+    condition |= map_node(widths["spatial"], channels, bool(parts), table)
+    schedule, kind, grid = read_schedule(folder / "scheduler")
+    weights = {BACKBONE + name: x for name, x in ours.items()} | ({} if table is None else {TABLE: table})
+    recipe = recipe_of(unet_node(settings), condition, kind, schedule)
+    return Bundle(recipe, weights, {"autoencoder": read_autoencoder(folder / stage), **parts}, grid)
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
@@ -75,16 +78,20 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
     Raises:
         ValueError: the model has something that no pipeline of diffusers can do; names it.
     """
+    stage = bundle.parts["autoencoder"]
     if bundle.recipe is None:
-        _write_autoencoder(bundle.parts["autoencoder"], folder)
+        write_autoencoder(stage, folder, alone=True)
         return
-    settings, backbone = bundle.settings(), bundle.backbone()
-    scheduler = scheduler_config(bundle.recipe)
-    texts = _texts(bundle)
-    index = pipeline_of(bundle.recipe, backbone, len(texts))
-    _write_autoencoder(bundle.parts["autoencoder"], folder / "vae")
-    write_json(unet_config(settings, backbone, bundle.recipe["condition"]), folder / "unet" / "config.json")
-    save_tensors(give(unet.diffusers(backbone, settings), backbone), folder / "unet" / "diffusion_pytorch_model.safetensors")
+    settings, backbone, condition = bundle.settings(), bundle.backbone(), bundle.recipe["condition"]
+    scheduler, texts = scheduler_config(bundle.recipe), _texts(bundle)
+    index = pipeline_of(bundle.recipe, backbone, len(texts), "codebook" in stage.weights)
+    write_autoencoder(stage, folder / ("vqvae" if "vqvae" in index else "vae"))
+    network = give(unet.diffusers(backbone, settings), backbone)
+    if TABLE in bundle.weights:
+        network["class_embedding.weight"] = bundle.weights[TABLE]
+        write_json(LOW_RESOLUTION, folder / "low_res_scheduler" / "scheduler_config.json")
+    write_json(unet_config(settings, backbone, condition), folder / "unet" / "config.json")
+    save_tensors(network, folder / "unet" / "diffusion_pytorch_model.safetensors")
     slots = [""] if len(texts) == 1 and "text_encoder" in index else ["_2"] if len(texts) == 1 else ["", "_2"]
     for slot, (node, part) in zip(slots, texts):
         _write_text(node, part, folder, slot)
@@ -92,11 +99,12 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
     write_json(index, folder / "model_index.json")
 
 
-def _read_autoencoder(folder: Path) -> Part:
+def read_autoencoder(folder: Path) -> Part:
+    """AutoencoderKL's or VQModel's folder."""
     config = json.loads((folder / "config.json").read_text())
     ours = vae_settings(config, folder)
     shapes = autoencoder_shapes(ours)
-    weights = _take(folder, first_stage.diffusers(shapes, ours), shapes)
+    weights = take_part(folder, first_stage.diffusers(shapes, ours), shapes)
     scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
     own = published_statistics(ours["channels"], scale, shift)
     if "codebook" in weights:
@@ -104,11 +112,12 @@ def _read_autoencoder(folder: Path) -> Part:
     return Part(ours, weights | own)
 
 
-def _write_autoencoder(part: Part, folder: Path) -> None:
-    scale = scale_of(part)
+def write_autoencoder(part: Part, folder: Path, alone: bool = False) -> None:
+    """The same folder. A VQ `alone` draws the same whatever its statistics, which are left where they differ by channel."""
+    scale = scale_of(part) or (1.0 if alone and "codebook" in part.weights else None)
     weights = part.weights if scale is not None else folded(part)
-    write_json(vae_config(part.config, scale or 1.0), folder / "config.json")
-    save_tensors(give(first_stage.diffusers(weights, part.config), weights), folder / "diffusion_pytorch_model.safetensors")
+    write_json(vae_config(part.settings(), scale or 1.0, "codebook" in weights), folder / "config.json")
+    save_tensors(give(first_stage.diffusers(weights, part.settings()), weights), folder / "diffusion_pytorch_model.safetensors")
 
 
 def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:
@@ -133,7 +142,7 @@ def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any],
 def _read_tower(folder: Path) -> Part:
     config = open_clip_config(json.loads((folder / "config.json").read_text()))
     shapes = tower_shapes(config)
-    return Part(config, _take(folder, transformers(shapes), shapes, "model"), tower=True)
+    return Part(config, take_part(folder, transformers(shapes), shapes, "model"), tower=True)
 
 
 def _padding(folder: Path) -> int:
@@ -161,8 +170,6 @@ def _texts(bundle: Bundle) -> list[tuple[dict[str, Any], Part]]:
         if wrong:
             raise ValueError(f"diffusers' pipelines do not read text with {', '.join(wrong)} ({place}); padding is 0 or 49407.")
         found.append((node, _cut(bundle.parts[place], 1 if layers == [-2] and norm else 0, node.get("pooled", False))))
-    if not found:
-        raise ValueError("diffusers' pipelines of this family are asked by text; this model has no text condition.")
     return found
 
 
@@ -197,18 +204,21 @@ def _write_text(node: Mapping[str, Any], part: Part, folder: Path, slot: str) ->
     write_json({k: v for k, v in told.items() if k.endswith("_token")}, tokenizer / "special_tokens_map.json")
 
 
-def _take(folder: Path, ties: Mapping[str, Tie], shapes: Shapes, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
-    """The tensors of one part, by our names; nothing may be missing or left."""
-    files = [folder / f"{s}.{e}" for s in (stem, "pytorch_model") for e in ("safetensors", "fp16.safetensors", "bin")]
+def take_part(
+    folder: Path, ties: Mapping[str, Tie], shapes: Shapes, stem: str = "diffusion_pytorch_model", left: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors of one part, whole or split over files, by our names; nothing but `left` may be missing or left."""
+    kinds = ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin", "bin.index.json")
+    files = [folder / f"{s}.{kind}" for s in (stem, "pytorch_model") for kind in kinds]
     path = next((f for f in files if f.is_file()), files[0])
     weights = _current(open_weights(path))
     try:
         ours = bring(ties, weights, shapes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    left = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids"})
-    if left:
-        raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
+    over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
+    if over:
+        raise ValueError(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
     check_finite(ours, path)
     return ours
 

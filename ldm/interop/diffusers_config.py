@@ -1,86 +1,20 @@
 """Settings as diffusers' config.json files say them, and back."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm.interop import unet
-from ldm.interop.bundle import PREDICTIONS
+from ldm.interop.bundle import BETAS, PREDICTIONS
 
 VERSION = "0.35.0"
-
-
-def unet_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[str, int]]:
-    """UNet2DConditionModel's config -> how `UNet` is built, its channels and widths.
-
-    Raises:
-        ValueError: a setting that no network of this family has.
-    """
-    strange = {k: config.get(k) for k in ("encoder_hid_dim", "time_cond_proj_dim", "class_embed_type", "num_class_embeds")}
-    strange = {k: v for k, v in strange.items() if v is not None}
-    if config.get("_class_name") != "UNet2DConditionModel" or strange or config.get("dual_cross_attention"):
-        raise ValueError(f"The unet is a {config.get('_class_name')} with {strange}; no whole model of this family has that.")
-    width, *_ = blocks = config["block_out_channels"]
-    levels = len(blocks)
-    per_level = config.get("transformer_layers_per_block", 1)
-    per_level = [per_level] * levels if isinstance(per_level, int) else per_level
-    attends = [kind.startswith("CrossAttn") for kind in config["down_block_types"]]
-    count = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # heads, whatever it is called
-    heads = {"heads": count, "head_width": None} if isinstance(count, int) else {"heads": 8, "head_width": blocks[0] // count[0]}
-    settings = {
-        "width": width,
-        "mult": [ch // width for ch in blocks],
-        "res_blocks": config["layers_per_block"],
-        "depth": [depth if cross else 0 for depth, cross in zip(per_level, attends)],
-        "middle_depth": per_level[-1] if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") else 0,
-        **heads,
-        "groups": config.get("norm_num_groups", 32),
-        "tokens_only": _tokens_only(config.get("only_cross_attention", False), levels),
-    }
-    channels = config["out_channels"]
-    vector = config.get("projection_class_embeddings_input_dim") or 0 if config.get("addition_embed_type") == "text_time" else 0
-    widths = {"vector": vector, "tokens": config["cross_attention_dim"], "spatial": config["in_channels"] - channels}
-    return settings, channels, widths
-
-
-def unet_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor], condition: Mapping[str, Any]) -> dict[str, Any]:
-    """How `UNet` is built -> UNet2DConditionModel's config."""
-    blocks = [settings["width"] * m for m in settings["mult"]]
-    attends = [depth > 0 for depth in settings["depth"]]
-    tokens = next(x.shape[1] for name, x in backbone.items() if name.endswith("attend_tokens.k.weight"))
-    width = settings["head_width"]
-    down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in attends]
-    up = ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(attends)]
-    depths = [depth or 1 for depth in settings["depth"]]
-    depths[-1] = settings["middle_depth"] if not settings["depth"][-1] else depths[-1]
-    config = {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": VERSION,
-        "in_channels": backbone["encoder.0.0.weight"].shape[1],
-        "out_channels": backbone["out.2.weight"].shape[0],
-        "block_out_channels": blocks,
-        "down_block_types": down,
-        "up_block_types": up,
-        "layers_per_block": settings["res_blocks"],
-        "transformer_layers_per_block": depths if max(depths) > 1 else 1,
-        "attention_head_dim": settings["heads"] if width is None else [ch // width for ch in blocks],
-        "cross_attention_dim": tokens,
-        "norm_num_groups": settings["groups"],
-        "use_linear_projection": unet.linear(settings),
-        "only_cross_attention": [i in settings["tokens_only"] for i in range(len(blocks))] if settings["tokens_only"] else False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "sample_size": 64,
-    }
-    if "vector.0.weight" in backbone:
-        vector = backbone["vector.0.weight"].shape[1]
-        config |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": vector}
-        config |= {"addition_time_embed_dim": condition["number"].get("width", 256), "sample_size": 128}
-    return config
+SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
+# The upscaler's pipeline adds noise to the small picture by DDPM's table.
+LOW_RESOLUTION = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION, "num_train_timesteps": 1000}
+LOW_RESOLUTION |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
 
 def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -101,10 +35,9 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {"_target_": "ldm.autoencoder.vq.VQ", **ours, "codes": config["num_vq_embeddings"]}
 
 
-def vae_config(config: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """How `KL` or `VQ` is built -> AutoencoderKL's or VQModel's config."""
-    ours = {"channels": 4, "width": 128, "mult": [1, 2, 4, 4], "res_blocks": 2, "groups": 32, "attention": [], **config}
-    attends, quantised = [i in ours["attention"] for i in range(len(ours["mult"]))], config["_target_"].endswith("VQ")
+def vae_config(ours: Mapping[str, Any], scale: float, quantised: bool) -> dict[str, Any]:
+    """How `KL` or `VQ` is built, the defaults filled in -> AutoencoderKL's or VQModel's config."""
+    attends = [i in ours["attention"] for i in range(len(ours["mult"]))]
     return {
         "_class_name": "VQModel" if quantised else "AutoencoderKL",
         "_diffusers_version": VERSION,
@@ -119,8 +52,30 @@ def vae_config(config: Mapping[str, Any], scale: float) -> dict[str, Any]:
         "scaling_factor": scale,
         "act_fn": "silu",
         "sample_size": 256,
-        **({"num_vq_embeddings": ours.get("codes", 8192), "vq_embed_dim": ours["channels"]} if quantised else {}),
+        **({"num_vq_embeddings": ours["codes"], "vq_embed_dim": ours["channels"]} if quantised else {}),
     }
+
+
+def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str]:
+    """A scheduler's folder -> the config of the noise schedule, what the network says, and how steps are spaced.
+
+    Raises:
+        ValueError: a schedule that this family does not have.
+    """
+    told = json.loads((folder / "scheduler_config.json").read_text())
+    name = told.get("beta_schedule", "linear")
+    if name not in SCHEDULES or told.get("trained_betas") is not None:
+        raise ValueError(f"{folder} has beta_schedule={name}; {', '.join(SCHEDULES)} are known.")
+    kind = told.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise ValueError(f"{folder} has prediction_type={kind}; {', '.join(PREDICTIONS)} are known.")
+    schedule = {"_target_": f"ldm.schedule.{SCHEDULES[name]}"}
+    schedule |= {"beta_start": told.get("beta_start", 1e-4), "beta_end": told.get("beta_end", 0.02)}
+    if told.get("num_train_timesteps", 1000) != 1000:
+        raise ValueError(f"{folder} has {told['num_train_timesteps']} steps; networks of this family are told of 1000.")
+    if told.get("rescale_betas_zero_snr"):
+        schedule["zero_terminal_snr"] = True
+    return schedule, PREDICTIONS[kind], told.get("timestep_spacing", "leading")
 
 
 def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +85,7 @@ def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: no scheduler of diffusers' Stable Diffusion pipelines has them; names the config lines.
     """
     schedule, level = recipe["schedule"], recipe["level"]
-    kinds = {"ldm.schedule.ScaledLinear": ("scaled_linear", 0.00085, 0.012), "ldm.schedule.DDPM": ("linear", 1e-4, 0.02)}
+    kinds = {f"ldm.schedule.{ours}": (theirs, *BETAS[ours]) for theirs, ours in SCHEDULES.items()}
     if schedule["_target_"] not in kinds or level["_target_"] != "ldm.denoiser.Timestep":
         raise ValueError(
             f"diffusers' Stable Diffusion pipelines know schedule=scaled_linear or ddpm with level=timestep; this model has "
@@ -140,6 +95,7 @@ def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
     if recipe["prediction"]["_target_"] not in words:
         raise ValueError(f"diffusers knows prediction=noise, velocity or data; found {recipe['prediction']['_target_']}.")
     name, start, end = kinds[schedule["_target_"]]
+    zero = schedule.get("zero_terminal_snr", False)  # such models are drawn from the last step on (2305.08891, section 3.3)
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": VERSION,
@@ -151,29 +107,36 @@ def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
+        "timestep_spacing": "trailing" if zero else "leading",
+        "rescale_betas_zero_snr": zero,
     }
 
 
-def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts: int) -> dict[str, Any]:
+def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts: int, quantised: bool) -> dict[str, Any]:
     """The model_index.json of the pipeline that draws from such a model.
 
     Raises:
         ValueError: there is none.
     """
-    conditions = {node["_target_"].split(".")[-1] for node in recipe["condition"].values()}
+    conditions = frozenset(node["_target_"].split(".")[-1] for node in recipe["condition"].values())
     pipelines = {
+        frozenset(): "LDMPipeline",
         frozenset({"Text"}): "StableDiffusionPipeline",
         frozenset({"Text", "Inpaint"}): "StableDiffusionInpaintPipeline",
+        frozenset({"Text", "DepthMap"}): "StableDiffusionDepth2ImgPipeline",
+        frozenset({"Text", "Upscale"}): "StableDiffusionUpscalePipeline",
         frozenset({"Texts", "Number"}): "StableDiffusionXLPipeline" if texts == 2 else "StableDiffusionXLImg2ImgPipeline",
     }
-    if frozenset(conditions) not in pipelines:
-        raise ValueError(f"diffusers has no pipeline for the conditions {sorted(conditions)}; text, inpainting and XL are known.")
-    name = pipelines[frozenset(conditions)]
-    index = {"_class_name": name, "_diffusers_version": VERSION}
-    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    if conditions not in pipelines:
+        known = "none, text, inpainting, depth, upscaling and XL are known"
+        raise ValueError(f"diffusers has no pipeline for the conditions {sorted(conditions)}; {known}.")
+    name = pipelines[conditions]
+    network = "UNet2DConditionModel" if unet.has_transformers(backbone) else "UNet2DModel"
+    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": VERSION, "unet": ["diffusers", network]}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    if not conditions:
+        return {**index, "vqvae": ["diffusers", "VQModel" if quantised else "AutoencoderKL"]}
+    index["vae"] = ["diffusers", "AutoencoderKL"]
     slots = [""] if "XL" not in name else ["", "_2"][-texts:]
     for slot in slots:
         encoder = "CLIPTextModelWithProjection" if slot else "CLIPTextModel"
@@ -181,9 +144,9 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
     if "XL" in name:
         zeros = all(n.get("dropped") == "zeros" for c in recipe["condition"].values() for n in c.get("towers", {}).values())
         return {**index, "force_zeros_for_empty_prompt": zeros, **({} if texts == 2 else {"requires_aesthetics_score": True})}
-    return {**index, "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-
-
-def _tokens_only(only: bool | Sequence[bool], levels: int) -> list[int]:
-    each = [only] * levels if isinstance(only, bool) else only
-    return [i for i, alone in enumerate(each) if alone]
+    if "Depth" in name:
+        return {**index, "depth_estimator": [None, None], "feature_extractor": [None, None]}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    if "Upscale" in name:
+        return {**index, "low_res_scheduler": ["diffusers", "DDPMScheduler"], "watermarker": [None, None], "max_noise_level": 350}
+    return {**index, "requires_safety_checker": False}

@@ -40,6 +40,22 @@ def stacked(*names: str) -> Tie:
     return Tie(names, lambda *parts: torch.cat(parts), lambda x: x.chunk(len(names)))
 
 
+def repeated(*names: str) -> Tie:
+    """One of ours that stands there several times.
+
+    Raises:
+        ValueError: what stands there differs.
+    """
+
+    def join(first: Tensor, *others: Tensor) -> Tensor:
+        for name, x in zip(names[1:], others):
+            if not torch.equal(first, x):
+                raise ValueError(f"{name} differs from {names[0]}; in a published network they are the same.")
+        return first
+
+    return Tie(names, join, lambda x: tuple(x if i == 0 else x.clone() for i in range(len(names))))
+
+
 def headwise(heads: int, *names: str) -> Tie:
     """Several of theirs, of which ours keeps each head's rows together."""
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.interop.conditions import IDENTITY
 from ldm.interop.tie import Tie, headwise, kernel, renamer, same, tied
 
 TRANSFORMER = {
@@ -68,7 +69,7 @@ def compvis(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Tie]
         if tail in ("weight", "bias") and place != "0.0":
             tail = ("op." if root == "encoder" else "conv.") + tail
         theirs = f"{COMPVIS_ROOTS[root]}.{place}.{COMPVIS(tail)}"
-        if tail in ("qkv.weight", "proj_out.weight") and not _has_transformers(names):
+        if tail in ("qkv.weight", "proj_out.weight") and not has_transformers(names):
             return kernel(theirs, 1)
         return kernel(theirs, 2) if _is_projection(tail) and not linear(settings) else same(theirs)
 
@@ -93,7 +94,7 @@ def diffusers(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Ti
         return same(theirs + {"norm": "group_norm", "proj_out": "to_out.0"}[part] + f".{leaf}")
 
     names = list(names)
-    plain = not _has_transformers(names)
+    plain = not has_transformers(names)
     return tied(names, tie)
 
 
@@ -154,7 +155,9 @@ def _settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
     matrices = any(len(s) == 2 for n, s in shapes.items() if n.endswith("proj_in.weight"))
     found |= _heads(width, tokens, matrices, bool(found["tokens_only"]), found["scale_shift"])
-    vector = shapes.get("label_emb.0.0.weight", (0, 0))[1]
+    vector = shapes.get("label_emb.0.0.weight", shapes.get("label_emb.weight", (0, 0)))[1]
+    if "label_emb.weight" in shapes:
+        found["vector"] = IDENTITY
     return {"channels": channels, "widths": {"vector": vector, "tokens": tokens, "spatial": inward - channels}, **found}
 
 
@@ -191,7 +194,8 @@ def _parts(name: str) -> tuple[str, str, str]:
     return found[1] or found[4], found[2] or found[5], found[3] or found[6]
 
 
-def _has_transformers(names: Iterable[str]) -> bool:
+def has_transformers(names: Iterable[str]) -> bool:
+    """Whether a U-Net attends to tokens, or to the picture alone."""
     return any(".blocks." in name for name in names)
 
 

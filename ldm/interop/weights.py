@@ -1,5 +1,6 @@
 """Weights out of strangers' files: never running code, and saying what a file is where it is not what was wanted."""
 
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -23,8 +24,10 @@ class Inert:
         pass
 
 
-# sd-v1-4.ckpt names Lightning's callback as a key; anything else that is no tensor or plain container stays refused.
+# sd-v1-4.ckpt names Lightning's callback as a key, DiT's training keeps its arguments; anything else that is no tensor or
+# plain container stays refused.
 STUBS = [(Inert, f"pytorch_lightning.callbacks.{place}ModelCheckpoint") for place in ("model_checkpoint.", "")]
+STUBS += [(Inert, "argparse.Namespace")]
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
@@ -35,7 +38,9 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    if path.suffix == ".safetensors":
+    if path.name.endswith(".index.json"):
+        weights = _joined(path)
+    elif path.suffix == ".safetensors":
         weights = load_tensors(path)
     elif path.suffix in PICKLES:
         weights = _unpickle(path)
@@ -53,6 +58,17 @@ def check_finite(weights: dict[str, Tensor], path: Path) -> None:
         if x.is_floating_point() and not torch.isfinite(x).all():
             kind = str(x.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
+
+
+def _joined(path: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, which lie beside it."""
+    places = json.loads(path.read_text())["weight_map"]
+    weights: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        weights |= open_weights(path.parent / Path(name).name)
+    if lacking := sorted(places.keys() - weights.keys()):
+        raise ValueError(f"{path} tells of {len(lacking)} tensors that its files lack, such as {', '.join(lacking[:3])}.")
+    return weights
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """The adversary of an autoencoder: a discriminator of patches, and what it and the autoencoder want of each other."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
@@ -8,7 +10,8 @@ from torch.nn.functional import leaky_relu, softplus
 class PatchGAN(nn.Module):
     """Judges overlapping patches (https://arxiv.org/abs/1611.07004, section 3.2.2; `layers` = 3 sees 70 x 70 pixels).
 
-    GroupNorm in place of the paper's BatchNorm: a picture's verdict depends neither on its batch nor on the number of ranks.
+    GroupNorm, of at most `groups` groups, in place of the paper's BatchNorm: a picture's verdict depends neither on its batch
+    nor on the number of ranks.
     """
 
     def __init__(self, width: int = 64, layers: int = 3, groups: int = 32) -> None:
@@ -19,7 +22,7 @@ class PatchGAN(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(a, b, 4, stride, padding=1, bias=False) for a, b, stride in zip(widths, widths[1:], strides)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(min(groups, b // 2), b) for b in widths[1:])
+        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(groups, b // 2), b) for b in widths[1:])
         self.conv_out = nn.Conv2d(widths[-1], 1, 4, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -33,9 +36,11 @@ class PatchGAN(nn.Module):
         """
         least = 2 ** len(self.convs) * 3
         if min(images.shape[2:]) < least:
+            fitting = (min(images.shape[2:]) // 3).bit_length() - 1
             raise ValueError(
                 f"Pictures of {images.shape[2]}x{images.shape[3]} pixels are too small for {len(self.convs)} layers of patches, "
-                f"which need {least}; use adversary.network.layers={max(len(self.convs) - 1, 1)}."
+                f"which need {least}; use "
+                + (f"adversary.network.layers={fitting}." if fitting > 0 else "adversary=null: one layer needs 6.")
             )
         h = leaky_relu(self.conv_in(images), 0.2)
         for conv, norm in zip(self.convs, self.norms):

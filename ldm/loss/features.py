@@ -26,9 +26,9 @@ class Features(nn.Module):
         return torch.stack([(a - b).square().sum(-1).mean() for a, b in zip(self.features(images), wanted)]).mean()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, h, w) in [-1, 1] -> unit-length features (B, N, D) after each block."""
+        """(B, 3, h, w) in [-1, 1] -> unit-length features (B, N, D) after each block, in float32."""
         out = self.tower.forward_intermediates(see(self.tower, images), intermediates_only=True, output_fmt="NLC")
-        return [torch.nn.functional.normalize(h, dim=-1) for h in out["image_intermediates"]]
+        return [torch.nn.functional.normalize(h.float(), dim=-1) for h in out["image_intermediates"]]
 
     def train(self, mode: bool = True) -> "Features":
         """Always in evaluation mode."""

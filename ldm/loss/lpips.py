@@ -11,6 +11,7 @@ from torchvision import models
 from ldm.folder import load_tensors
 
 ENDS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the layers whose output is compared
+LEAST = {"vgg": 16, "alex": 31}  # pixels a side, below which a layer has nothing left
 NETWORKS = {"vgg": (models.vgg16, models.VGG16_Weights), "alex": (models.alexnet, models.AlexNet_Weights)}
 
 
@@ -28,7 +29,7 @@ class LPIPS(nn.Module):
         super().__init__()
         if net not in ENDS:
             raise ValueError(f"loss.net={net}: there are {', '.join(ENDS)}.")
-        self.ends = ENDS[net]
+        self.net, self.ends = net, ENDS[net]
         self.features = load_features(net, weights)[: self.ends[-1] + 1]
         for layer in self.features:
             if isinstance(layer, nn.ReLU):
@@ -41,19 +42,31 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Both (B, 3, h, w) in [-1, 1] -> (), at least 0. Gradients reach `images`; the networks stay as they are."""
+        """Both (B, 3, h, w) in [-1, 1] -> (), at least 0. Gradients reach `images`; the networks stay as they are.
+
+        Raises:
+            ValueError: the pictures are too small for the network.
+        """
+        height, width = images.shape[2:]
+        if min(height, width) < LEAST[self.net]:
+            raise ValueError(
+                f"Pictures of {height}x{width} pixels are too small for loss.net={self.net}, which needs {LEAST[self.net]}; "
+                "train on larger ones (data.size=...), or with loss=features."
+            )
         with torch.no_grad():
             wanted = self.seen(targets)
         apart = [(a - b).square() for a, b in zip(self.seen(images), wanted)]
-        return torch.stack([nn.functional.conv2d(d, head).mean() for d, head in zip(apart, self.heads)]).sum()
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.stack([nn.functional.conv2d(d, head.to(d)).mean() for d, head in zip(apart, self.heads)]).sum()
 
     def seen(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, h, w) in [-1, 1] -> features (B, D, h', w') of unit length over D, of each compared layer."""
+        """(B, 3, h, w) in [-1, 1] -> features (B, D, h', w') of unit length over D, of each compared layer, in float32."""
         h, out = (images - self.shift) / self.scale, []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.ends:
-                out.append(h / (h.square().sum(1, keepdim=True) + 1e-8).sqrt())
+                wide = h.float()  # squares overflow in float16
+                out.append(wide / (wide.square().sum(1, keepdim=True) + 1e-8).sqrt())
         return out
 
     def train(self, mode: bool = True) -> "LPIPS":

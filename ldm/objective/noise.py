@@ -13,7 +13,7 @@ class Normal:
 
     def __call__(self, draw: Draw, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
-        return draw.normal("noise", x.shape[1:]).to(x)
+        return draw.normal("noise", x.shape[1:]).to(x, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,4 @@ class Offset:
     def __call__(self, draw: Draw, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
         noise, offset = draw.normal("noise", x.shape[1:]), draw.normal("offset", (x.shape[1], 1, 1))
-        return (noise + self.strength * offset).to(x)
+        return (noise + self.strength * offset).to(x, non_blocking=True)

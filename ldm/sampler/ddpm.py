@@ -18,12 +18,19 @@ class DDPM:
 
     The variance of a step is variance_posterior^(1 - v) * variance_forward^v, DDPM's lower bound at v = 0 and its upper bound
     at v = 1 (improved DDPM, https://arxiv.org/abs/2102.09672, equation 15). The step into t = 0 adds nothing.
+
+    Raises:
+        ValueError: a v outside [0, 1].
     """
 
     order: ClassVar[int] = 1
     steps: int = 250
     v: float = 0.0
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.v <= 1:
+            raise ValueError(f"sampler.v={self.v}: it is between 0, the lower bound of the variance, and 1, the upper bound.")
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""

@@ -17,12 +17,19 @@ class EulerAncestral:
     """First order, stochastic; calls the network once a step.
 
     eta = 1 has DDPM's variance (https://arxiv.org/abs/2006.11239, equation 7), told in sigma / alpha; eta = 0 is Euler's method.
+
+    Raises:
+        ValueError: a negative eta.
     """
 
     order: ClassVar[int] = 1
     steps: int = 50
     eta: float = 1.0
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __post_init__(self) -> None:
+        if self.eta < 0:
+            raise ValueError(f"sampler.eta={self.eta}: at least 0 is wanted, which adds no fresh noise.")
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""

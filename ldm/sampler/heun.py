@@ -22,6 +22,9 @@ class Heun:
 
     Where low <= sigma / alpha <= high, a step first raises sigma / alpha by churn / steps (at most 41 %) with fresh noise of
     `std`: EDM's S_churn, S_tmin, S_tmax and S_noise. churn = 0 is deterministic.
+
+    Raises:
+        ValueError: a negative churn.
     """
 
     order: ClassVar[int] = 2
@@ -31,6 +34,10 @@ class Heun:
     high: float = math.inf
     std: float = 1.0
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def __post_init__(self) -> None:
+        if self.churn < 0:
+            raise ValueError(f"sampler.churn={self.churn}: at least 0 is wanted, which adds no fresh noise.")
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""

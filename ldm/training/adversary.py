@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
+from ldm.training.guard import skip_where
 from ldm.training.stage import reduce_sum
 from ldm.types import AdversarialLoss
 
@@ -60,13 +61,19 @@ class Adversary(nn.Module):
         self.network.requires_grad_(False)
         return {"discriminator": loss, "real": verdicts[0].mean(), "fake": verdicts[1].mean()}
 
-    def step(self, trainer: pl.Trainer) -> None:
-        """One update of the discriminator from the gradients of all ranks, clipped as the trainer clips the autoencoder's."""
+    def step(self, trainer: pl.Trainer, spoilt: Tensor | None = None) -> None:
+        """One update of the discriminator from the gradients of all ranks, clipped as the trainer clips the autoencoder's.
+
+        It is left out where `spoilt`, () bool, says so of the autoencoder's, or where its own gradient is not finite.
+        """
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         if not parameters:
             return
         gradients = parameters_to_vector(p.grad for p in parameters)
-        vector_to_parameters(reduce_sum(gradients) / trainer.world_size, [p.grad for p in parameters])
+        gradients = reduce_sum(gradients) / trainer.world_size
+        vector_to_parameters(gradients, [p.grad for p in parameters])
+        if spoilt is not None:
+            skip_where(self.optimizer, spoilt | ~gradients.norm().isfinite())
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * self.rate(trainer.global_step)
         precision = trainer.precision_plugin

@@ -11,6 +11,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.folder import save_model, write_json
 from ldm.training.adversary import Adversary
+from ldm.training.guard import unless
 from ldm.training.stage import Stage, reduce_sum
 from ldm.types import Batch, Draw
 
@@ -23,6 +24,8 @@ class Autoencoding(Stage):
     channels / (3 f^2) of its value here. `log_variance`, where given, is the first value of a learned number s, and the
     reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on.
     """
+
+    compiled = ("autoencoder.encoder", "autoencoder.decoder.middle", "autoencoder.decoder.levels")
 
     def __init__(
         self,
@@ -43,7 +46,6 @@ class Autoencoding(Stage):
         self.latent_weights = {"kl": kl_weight, "codebook": codebook_weight}
         self.log_variance = None if log_variance is None else nn.Parameter(torch.tensor(float(log_variance)))
         self.augment = augment
-        self.seen: Batch = {}
         self.measured: dict[str, Any] = {}
         self.resumed: dict[str, Any] | None = None
 
@@ -74,37 +76,20 @@ class Autoencoding(Stage):
             loss = loss / self.log_variance.exp() + self.log_variance
         return loss, terms
 
-    def training_step(self, batch: Batch, i: int) -> Tensor:
-        """Gradients of one micro-batch; the discriminator's, too, once it takes part."""
-        self.seen = batch
-        return super().training_step(batch, i)
+    def forget(self) -> None:
+        """The discriminator's gradients, and what a codebook has seen."""
+        if self.adversary is not None:
+            self.adversary.optimizer.zero_grad()
+        if hasattr(self.autoencoder, "update"):
+            self.autoencoder.window.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Beside the autoencoder's update, those of the discriminator and of a codebook that follows its vectors.
-
-        Raises:
-            ValueError: the gradients are not finite; names the pictures that are not, on this rank.
-        """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            self.check_finite()
+        """Beside the autoencoder's update, those of the discriminator and of a codebook that follows its vectors."""
         if self.adversary is not None:
-            self.adversary.step(self.trainer)
+            self.adversary.step(self.trainer, self.spoilt)
         if hasattr(self.autoencoder, "update"):
-            self.autoencoder.update(self.trainer.global_step, reduce_sum, self.trainer.global_rank, self.trainer.world_size)
-
-    def check_finite(self) -> None:
-        """Stops on all ranks before weights are spoilt: the last layer's gradient is not finite where any picture's is not."""
-        gradient = self.autoencoder.last_layer.grad
-        if gradient is None or gradient.isfinite().all():
-            return
-        finite = self.seen["image"].isfinite().flatten(1).all(1).tolist()
-        bad = [key for key, good in zip(self.seen.get("key", self.seen["position"].tolist()), finite) if not good]
-        found = (
-            f"Pictures that hold NaN or infinity: {bad[:5]}; leave them out of the shards (data.train)."
-            if bad
-            else "The last pictures of this rank are finite: lower optimizer.lr, or train with trainer.precision=32-true."
-        )
-        raise ValueError(f"At step {self.trainer.global_step} the loss is not finite. {found}")
+            with unless(self.spoilt, [self.autoencoder.codebook.data, self.autoencoder.hits, self.autoencoder.sums]):
+                self.autoencoder.update(self.trainer.global_step, reduce_sum, self.trainer.global_rank, self.trainer.world_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The discriminator's optimizer goes with the weights."""
@@ -122,10 +107,19 @@ class Autoencoding(Stage):
             self.adversary.optimizer.load_state_dict(self.resumed)
 
     @torch.no_grad()
+    def on_train_batch_start(self, batch: Batch, i: int) -> None:
+        """Tries the discriminator on a picture at once, though it may enter much later."""
+        if i == 0 and self.adversary is not None:
+            self.adversary.network(batch["image"][:1])
+
+    @torch.no_grad()
     def finish(self, data: Any) -> None:
         """Measures mean and standard deviation of sampled latents over the training set, per channel, over all ranks.
 
         Exact over the sampling noise: E[z] = E[mean], Var[z] = E[mean^2 + std^2] - E[mean]^2. Sums are float64.
+
+        Raises:
+            ValueError: a channel is the same everywhere, or not finite; names it.
         """
         rank, world = self.trainer.global_rank, self.trainer.world_size
         sums = torch.zeros(3, self.autoencoder.channels, dtype=torch.float64, device=self.device)
@@ -138,8 +132,10 @@ class Autoencoding(Stage):
             pictures += len(mean)
         count, total, square = reduce_sum(sums)
         mean = total / count
+        std = (square / count - mean.square()).clamp(min=0).sqrt()
+        check_whitens(mean, std)
         self.autoencoder.mean.copy_(mean)
-        self.autoencoder.std.copy_((square / count - mean.square()).sqrt())
+        self.autoencoder.std.copy_(std)
         self.autoencoder.count.copy_(reduce_sum(pictures))
         self.measured = {"fingerprint": data.train_set.index.fingerprint(), "size": data.size}
 
@@ -148,6 +144,17 @@ class Autoencoding(Stage):
         numbers = {name: getattr(self.autoencoder, name).tolist() for name in ("mean", "std", "count")}
         write_json({**numbers, **self.measured}, folder / "statistics.json")
         save_model(self.autoencoder.state_dict(), self.recipe, folder)
+
+
+def check_whitens(mean: Tensor, std: Tensor) -> None:
+    """Raises ValueError where a channel's statistics, (C) each in float64, cannot whiten it: no deviation but rounding."""
+    bad = (~(std > 1e-6 * mean.abs()) | ~std.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        found = "; ".join(f"channel {i} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in bad)
+        raise ValueError(
+            f"Latents that say nothing cannot be whitened: over the training set, {found}. Train with "
+            f"autoencoder.channels={max(len(mean) - len(bad), 1)}, or from another seed."
+        )
 
 
 @torch.no_grad()

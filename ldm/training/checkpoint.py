@@ -9,27 +9,48 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ldm.folder import write_whole
+from ldm.training.sharded import read_folder
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name, flushes, renames. Loads tensors and plain containers only."""
+    """Writes to a temporary name, flushes, renames. Loads tensors and plain containers only.
+
+    `forgive` failures in a row are warned of while training goes on; until a save succeeds again, no older one is removed.
+    """
+
+    def __init__(self, forgive: int = 0) -> None:
+        self.forgive, self.failed = forgive, 0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises OSError where nothing could be written; the checkpoints before it still stand."""
+        try:
+            write_whole(Path(path), lambda temporary: _save(checkpoint, temporary))
+        except OSError as error:
+            self.failed += 1
+            if self.failed > self.forgive:
+                raise
+            rank_zero_warn(f"{error.strerror}. Training goes on; {self.forgive - self.failed} more such failures are forgiven.")
+        else:
+            self.failed = 0
 
-        def write(temporary: Path) -> None:
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:
-                raise OSError(None, str(error).splitlines()[0]) from error
-
-        write_whole(Path(path), write)
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes an old checkpoint, if the newest was written."""
+        if not self.failed and Path(path).exists():
+            super().remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Reads a checkpoint, never running code from it."""
         return read_checkpoint(Path(path), map_location or "cpu")
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(checkpoint, path)
+    except RuntimeError as error:
+        raise OSError(None, str(error).splitlines()[0]) from error
 
 
 def checkpoint_callback(folder: str, every: int, keep: int = 2) -> pl.callbacks.ModelCheckpoint:
@@ -48,15 +69,18 @@ def checkpoint_callback(folder: str, every: int, keep: int = 2) -> pl.callbacks.
     )
 
 
-def read_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
-    """Reads tensors and plain containers.
+def read_checkpoint(path: Path, device: Any = "cpu", lazily: bool = False) -> dict[str, Any]:
+    """Reads tensors and plain containers; `lazily` leaves the tensors' numbers on the disk until they are used.
 
     Raises:
         ValueError: the file is damaged, or holds code.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if path.is_dir():
+            checkpoint = read_folder(path)
+        else:
+            checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=lazily)
+    except (RuntimeError, FileNotFoundError, CheckpointException, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no whole checkpoint of this framework ({reason}). Take another with resume=PATH.") from error
     if "state_dict" not in checkpoint or "global_step" not in checkpoint:
@@ -68,11 +92,20 @@ def newest(folder: Path) -> Path | None:
     """The newest good checkpoint below a folder, or None; a damaged one is named and passed over."""
     for path in sorted(folder.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
-            read_checkpoint(path)
+            read_checkpoint(path, lazily=True)
+            if path.is_file():
+                _check_bits(path)
             return path
         except ValueError as error:
             rank_zero_warn(f"{error} The one before it is taken instead.")
     return None
+
+
+def _check_bits(path: Path) -> None:
+    """Reads all of a file and compares the checksums that lie in it; torch.load does not."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise ValueError(f"{path} has changed since it was written: its checksums are others.")
 
 
 def resume_from(resume: str, folder: Path) -> Path | None:
@@ -84,6 +117,8 @@ def resume_from(resume: str, folder: Path) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
+        for half in folder.rglob(".*.ckpt.*.part"):  # of a process that was killed while saving
+            half.unlink(missing_ok=True)
         return newest(folder)
     if not Path(resume).exists():
         raise FileNotFoundError(f"resume={resume}: there is no such file. Use auto, never, or a path to a .ckpt file.")

@@ -1,29 +1,54 @@
 """Networks compiled in place before training: the same weights under the same names, in less time on a GPU."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class Compile(pl.Callback):
-    """Compiles the named parts of a stage, and lays their weights out channels last.
+    """Compiles the named parts of a stage, its own choice by default, and lays their weights out channels last.
 
-    A list of blocks is compiled block by block, which compiles equal ones once. An autoencoder's last layer must stay outside:
-    an adaptive adversarial weight takes its gradient alone, and a compiled part only gives all gradients at once.
+    A list of blocks is compiled block by block, which compiles equal ones once. So is every list within a part where `regional`
+    is set: minutes become seconds for deep networks, and what lies between the blocks is not fused. `mode` is torch.compile's:
+    "reduce-overhead" replays CUDA graphs, which pays for small batches; "max-autotune" searches for kernels.
+
+    An autoencoder's last layer must stay outside: an adaptive adversarial weight takes its gradient alone, and a compiled part
+    only gives all gradients at once.
     """
 
-    def __init__(self, parts: Sequence[str], backend: str = "inductor") -> None:
-        self.parts, self.backend = parts, backend
+    def __init__(
+        self, parts: Sequence[str] | None = None, regional: bool = False, mode: str | None = None, backend: str = "inductor"
+    ) -> None:
+        self.parts, self.regional = parts, regional
+        self.settings = {"backend": backend, "mode": mode, "dynamic": False}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raises ValueError where there is no such part."""
-        for name in self.parts:
+        for name in module.compiled if self.parts is None else self.parts:
             try:
                 part = module.get_submodule(name)
             except AttributeError as error:
                 raise ValueError(f"callback.compile.parts: {type(module).__name__} has no part {name} ({error}).") from error
-            part.to(memory_format=torch.channels_last)
-            for block in part if isinstance(part, nn.ModuleList) else [part]:
-                block.compile(backend=self.backend)
+            channels_last(part)
+            for block in blocks_of(part) if self.regional or isinstance(part, nn.ModuleList) else [part]:
+                block.compile(**self.settings)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """A new step may overwrite what the last one's graphs gave."""
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def blocks_of(part: nn.Module) -> list[nn.Module]:
+    """The members of a list, or of the lists that a network holds; the network itself where it has none."""
+    lists = [part] if isinstance(part, nn.ModuleList) else [m for m in part.children() if isinstance(m, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks] or [part]
+
+
+def channels_last(part: nn.Module) -> None:
+    """Lays convolutions' weights out channels last, but those shared out over ranks, which lie in rows."""
+    if not any(isinstance(weight, DTensor) for weight in part.parameters()):
+        part.to(memory_format=torch.channels_last)

@@ -22,6 +22,8 @@ class Contrast(Stage):
     `local-dir:FOLDER`, with the text features' statistics over the training captions beside it.
     """
 
+    compiled = ("clip.visual", "clip.transformer")
+
     def __init__(self, clip: Mapping[str, Any], **stage: Any) -> None:
         super().__init__(**stage)
         self.clip = open_clip.CLIP(**clip, output_dict=False)

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.folder import save_model, with_parts
 from ldm.model import LatentModel
 from ldm.training.levels import LEVELS, curve, level_errors
+from ldm.training.sharded import whole
 from ldm.training.stage import Stage
 from ldm.types import Batch, Cond, Draw, Moments, Objective
 
@@ -18,9 +19,12 @@ INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 6
 class Diffusion(Stage):
     """An objective over latents, encoded from `image` on the way, or read from the shards as `moments` (precompute.py)."""
 
+    compiled = ("model.denoiser.backbone",)
+
     def __init__(self, model: LatentModel, objective: Objective, **stage: Any) -> None:
         super().__init__(**stage)
         self.model, self.objective = model, objective
+        self.weights: dict[str, Tensor] = {}
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says."""
@@ -72,7 +76,19 @@ class Diffusion(Stage):
                 "goes on with it; resume=never or another run_id begins anew."
             )
 
+    def parts(self) -> list[nn.Module]:
+        """The backbone, and those conditions and objectives that are trained."""
+        others = [*self.model.conditioner.embedders.values(), self.objective]
+        trained = [m for m in others if isinstance(m, nn.Module) and any(p.requires_grad for p in m.parameters())]
+        return [self.model.denoiser.backbone, *trained]
+
+    def finish(self, data: Any) -> None:
+        """Gathers what is exported."""
+        own = {k: v for k, v in self.model.state_dict().items() if not self._is_frozen(f"model.{k}")}
+        self.weights = {name: whole(weight, self.global_rank == 0) for name, weight in own.items()}
+
     def export(self, folder: Path) -> None:
         """Writes the model and, as sub-folders, the frozen models it needs: the folder stands on its own."""
-        weights = {k: v for k, v in self.model.state_dict().items() if not self._is_frozen(f"model.{k}")}
-        save_model(weights, with_parts(self.recipe, folder), folder)
+        if not self.weights:
+            self.finish(None)
+        save_model(self.weights, with_parts(self.recipe, folder), folder)

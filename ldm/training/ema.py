@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.training.sharded import placed_as
+
 
 class EMA(pl.Callback):
     """Averages what is trained and nothing else, once an optimizer step. Validation and export see the average.
@@ -19,12 +21,14 @@ class EMA(pl.Callback):
         self.decay, self.updates, self.step = decay, 0, -1
         self.average: dict[str, Tensor] = {}
         self.raw: dict[str, Tensor] = {}
+        self.weights: list[Tensor] = []  # to look for them among all at every step takes milliseconds
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Starts from the weights, or from what a checkpoint brought."""
         for name, weight in trained(module).items():
-            kept = self.average.get(name, weight.detach())
+            kept = placed_as(self.average.get(name, weight.detach()), weight)
             self.average[name] = kept.to(weight.device, torch.float32, copy=True)
+        self.weights = list(trained(module).values())
         self.step = trainer.global_step
 
     @torch.no_grad()
@@ -34,7 +38,7 @@ class EMA(pl.Callback):
             return
         self.step, self.updates = trainer.global_step, self.updates + 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [weight.detach().float() for weight in trained(module).values()]
+        weights = [weight.detach().float() for weight in self.weights]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @torch.no_grad()

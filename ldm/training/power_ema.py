@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm.average import exponent
 from ldm.folder import save_tensors
 from ldm.training.ema import trained
+from ldm.training.sharded import placed_as, whole
 
 
 class PowerEMA(pl.Callback):
@@ -29,7 +30,7 @@ class PowerEMA(pl.Callback):
         for std in self.stds:
             kept = self.averages.get(f"{std:.3f}", {})
             self.averages[f"{std:.3f}"] = {
-                name: kept.get(name, weight.detach()).to(weight.device, torch.float32, copy=True)
+                name: placed_as(kept.get(name, weight.detach()), weight).to(weight.device, torch.float32, copy=True)
                 for name, weight in trained(module).items()
             }
         self.step = trainer.global_step
@@ -54,11 +55,11 @@ class PowerEMA(pl.Callback):
 
     def write(self, trainer: pl.Trainer) -> None:
         """FOLDER/step-N-std-S.safetensors, of the model's weights, on rank 0."""
-        if not trainer.is_global_zero:
-            return
         for std, average in self.averages.items():
-            half = {name.removeprefix("model."): v.half() for name, v in average.items() if name.startswith("model.")}
-            save_tensors(half, self.folder / f"step-{self.updates:08d}-std-{std}.safetensors")
+            model = {name.removeprefix("model."): v for name, v in average.items() if name.startswith("model.")}
+            half = {name: whole(v.half(), trainer.is_global_zero) for name, v in model.items()}
+            if trainer.is_global_zero:
+                save_tensors(half, self.folder / f"step-{self.updates:08d}-std-{std}.safetensors")
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers of tensors."""

@@ -27,13 +27,16 @@ class Preview(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
         """Draws when a multiple of `every` steps is done."""
         step = trainer.global_step
-        if step == self.step or step % self.every or not trainer.is_global_zero:
+        sharded = module.device_mesh is not None  # then all ranks must draw, since each holds a part of the weights
+        if step == self.step or step % self.every or not (trainer.is_global_zero or sharded):
             return
         self.step = step
         training = module.training
         with torch.no_grad(), averaged(trainer, module):
             pictures = self.draw(trainer, module.eval()).float().cpu()
         module.train(training)
+        if not trainer.is_global_zero:
+            return
         grid = make_grid(pictures.add(1).div(2).clamp(0, 1), nrow=8, padding=1, pad_value=1.0)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(grid, self.folder / f"{step:08d}.png")
@@ -72,10 +75,11 @@ class Reconstructions(Preview):
     """Validation pictures: a row of originals, below it their reconstructions, below them what these add (grey: nothing)."""
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
-        """-> (3 * count, 3, h, w)."""
+        """-> (N, 3, h, w), N = 3 * count, filled up with white to rows of 8."""
         images = first(trainer, module, self.count)["image"]
         output = module.autoencoder.decode(module.autoencoder.encode(images).mean).clamp(-1, 1)
-        columns = (images.split(8), output.split(8), ((output - images) / 2).split(8))
+        white = images.new_ones(-len(images) % 8, *images.shape[1:])
+        columns = (torch.cat((part, white)).split(8) for part in (images, output, (output - images) / 2))
         return torch.cat([row for rows in zip(*columns) for row in rows])
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytorch_lightning as pl
 
 from ldm.training.checkpoint import newest, resume_from
 from ldm.training.ema import averaged
+from ldm.training.preempt import Preempt, Preempted
 from ldm.training.stage import Stage
 
 
@@ -21,7 +23,9 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     """
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|eval mode at the start|does not have many workers).*")
+    warnings.filterwarnings(
+        "ignore", message=".*(LeafSpec|overridden `transfer_batch|eval mode at the start|does not have many workers).*"
+    )
     checkpoint = resume_from(resume, folder)
     if checkpoint is not None:
         _say(trainer, f"Resuming from {checkpoint}")
@@ -32,6 +36,10 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
         how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
         _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
         raise
+    except Preempted as stop:
+        _say(trainer, f"\n{stop}")
+        next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
+        sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         return
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.training.groups import parameter_groups
+from ldm.training.sharded import shard
 from ldm.types import Batch, Draw
 
 
@@ -21,6 +23,8 @@ class Stage(pl.LightningModule):
     they come from elsewhere; `groups` says what the optimizer does otherwise for some weights (groups.py); `recipe`, set by
     build.py, is the plain config that builds the exported model again.
     """
+
+    compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
 
     def __init__(
         self,
@@ -33,12 +37,16 @@ class Stage(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.recipe: Mapping[str, Any]
+        self.spoilt: Tensor | None = None  # () bool, whether the update under way is left out; guard.py says it
         self.optimizer, self.rate, self.seed, self.batch = optimizer, rate, seed, batch
         self.recipe, self.frozen, self.groups = {}, tuple(frozen), groups
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Scalars to log, among them `loss`."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Undoes what `losses` leaves behind in training, where it was asked for to be measured only."""
 
     def finish(self, data: Any) -> None:
         """Measures what the exported model needs, once, after training, on every rank."""
@@ -47,11 +55,44 @@ class Stage(pl.LightningModule):
         """Writes the trained model into a folder, on rank 0."""
         raise NotImplementedError
 
+    def parts(self) -> list[nn.Module]:
+        """The networks that are trained, for trainer=fsdp to share out; each must be run by calling it.
+
+        Raises:
+            ValueError: this stage has none such.
+        """
+        raise ValueError(
+            f"trainer=fsdp shares out the weights of a diffusion model; what {type(self).__name__} trains fits on one device: "
+            "use trainer=ddp."
+        )
+
+    def configure_model(self) -> None:
+        """Shares the weights out over the ranks, where the trainer's strategy wants it."""
+        if self.device_mesh is None or any(isinstance(p, DTensor) for p in self.parameters()):
+            return
+        shard(self.parts(), self.device_mesh["data_parallel"])
+        left = [name for name, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if left:
+            raise ValueError(f"trainer=fsdp: {left[0]} is trained but in none of {type(self).__name__}.parts(); use trainer=ddp.")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves all but the integers of each sample, (B): position, labels and sizes are read here, and whoever asks a device
+        for a number waits for all that it has yet to do.
+        """
+        here = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 1 and not v.is_floating_point()}
+        moved = super().transfer_batch_to_device({k: v for k, v in batch.items() if k not in here}, device, dataloader_idx)
+        return {**moved, **here}
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One update of the main optimizer."""
         losses = self.losses(batch, Draw(self.seed, batch["position"], self.batch))
-        self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(batch["position"]))
+        if self.is_logged():
+            self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(batch["position"]))
         return losses["loss"]
+
+    def is_logged(self) -> bool:
+        """Whether the loggers want this step's numbers: to give Lightning those of the others costs half a millisecond each."""
+        return self.trainer._logger_connector.should_update_logs
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Losses at random numbers that are the same at every validation, whatever the run's seed."""

@@ -1,0 +1,86 @@
+"""Captions read by the LDM paper's own text model, over BERT's words, trained with the backbone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import BertWordPieceTokenizer
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from ldm.types import Cond, Widths
+
+PADDING = "[PAD]"
+
+
+class Bert(nn.Module):
+    """A caption -> tokens (B, L, D) of a bidirectional transformer (LDM, 2112.10752, appendix E.2.1 and table 17).
+
+    `vocabulary` is a folder with BERT's uncased `vocab.txt`. Captions are cut or padded to `length` words; the padding is
+    attended to as well, as published. Heads are `head_width` wide, whatever `width` is. A dropped caption is the empty one.
+
+    Raises:
+        FileNotFoundError: there is no vocabulary.
+    """
+
+    def __init__(
+        self,
+        vocabulary: str,
+        width: int = 1280,
+        depth: int = 32,
+        heads: int = 8,
+        head_width: int = 64,
+        length: int = 77,
+        key: str = "caption",
+        rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        path = Path(vocabulary) / "vocab.txt"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There are no words in {path}. BERT's vocab.txt comes with google-bert/bert-base-uncased; name its folder by "
+                "condition.bert.vocabulary=FOLDER."
+            )
+        self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
+        self.tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)
+        self.tokenizer.enable_truncation(length)
+        self.tokenizer.enable_padding(length=length, pad_id=self.tokenizer.token_to_id(PADDING), pad_token=PADDING)
+        self.words, self.places = nn.Embedding(self.tokenizer.get_vocab_size(), width), nn.Embedding(length, width)
+        for table in (self.words, self.places):
+            nn.init.normal_(table.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(width, heads, head_width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
+        """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens: (B, L, D)."""
+        ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())]).to(self.places.weight.device)
+        h = self.words(ids) + self.places.weight
+        for block in self.blocks:
+            h = block(h)
+        return Cond(tokens=self.norm(h))
+
+    def ids(self, captions: Sequence[str]) -> Tensor:
+        """B captions -> (B, L) word ids, cut or padded to the length."""
+        return torch.tensor([row.ids for row in self.tokenizer.encode_batch(list(captions))])
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+        """-> the prompts."""
+        return [str(a) for a in asked]
+
+
+class Block(nn.Module):
+    """Attention of the words to each other, then a feed-forward, each normalised before."""
+
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.heads, inner = heads, heads * head_width
+        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * inner, bias=False), nn.Linear(inner, width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        q, k, v = self.qkv(self.norm_in(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.narrow(gelu(self.wide(self.norm_out(x))))

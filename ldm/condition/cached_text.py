@@ -1,0 +1,127 @@
+"""Captions whose embeddings lie in the shards: a text tower that training never runs, and that is read only for a prompt."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.condition.text import Text, Texts
+from ldm.folder import load_tensors, save_tensors
+from ldm.types import Batch, Cond, Draw, Widths
+
+PARTS = ("tokens", "mask", "vector")  # of a Cond; in the shards `text.<part>.npy`, in a batch `caption_<part>`
+NULL = "null.safetensors"
+
+
+class Embedded(str):
+    """A caption that brings along what its text tower says: tokens (L, D), mask (L) and vector (E), where there are such."""
+
+    said: dict[str, Tensor]
+
+
+class CachedText(nn.Module):
+    """Stands in for the text condition that the shards' embeddings were made with (`embed`, `save_null`).
+
+    path: the folder with null.safetensors, what that text says of a dropped caption.
+    load: makes the text itself, the first time that a caption comes without its embedding: a prompt.
+
+    Raises:
+        FileNotFoundError: there is no null.
+    """
+
+    def __init__(self, load: Callable[[], Text | Texts], path: str, key: str = "caption", rate: float = 0.1) -> None:
+        super().__init__()
+        if not (Path(path) / NULL).is_file():
+            raise FileNotFoundError(
+                f"There is no {NULL} in {path} (condition.cached_text.path=FOLDER); it comes with shards of embeddings. "
+                "condition=[text] reads captions themselves."
+            )
+        self.load, self.key, self.rate = load, key, rate
+        self.kept: list[Text | Texts] = []  # in a list, so that it is no part of this module
+        found = load_tensors(Path(path) / NULL)
+        self.parts = [part for part in PARTS if part in found]
+        for part in self.parts:
+            self.register_buffer(part, found[part], persistent=False)
+        self.widths = Widths(tokens=self.tokens.shape[2], vector=self.vector.shape[1] if "vector" in found else 0)
+
+    def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
+        """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, E) or None."""
+        if not all(isinstance(caption, Embedded) for caption in value):
+            return self._text()(value, drop)
+        told = {}
+        for part in self.parts:
+            null = getattr(self, part)
+            said = torch.stack([caption.said[part] for caption in value]).to(null)
+            told[part] = torch.where(drop.to(null.device).reshape(-1, *(1,) * (said.ndim - 1)), null, said)
+        return Cond(**told)
+
+    def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
+        """The captions with their embeddings, where the batch has these.
+
+        Raises:
+            ValueError: a batch of training has none, or of another width.
+        """
+        missing = [part for part in self.parts if f"{self.key}_{part}" not in batch]
+        if missing and draw is None:
+            return {}
+        if missing:
+            wanted = ", ".join(f"{self.key}_{part}: text.{part}.npy" for part in self.parts)
+            raise ValueError(
+                f"cached_text reads embeddings, data.fields={{{wanted}}}, and there is only {sorted(batch)}; condition=[text] "
+                "reads captions themselves."
+            )
+        said = {part: batch[f"{self.key}_{part}"] for part in self.parts}
+        if shapes := [p for p in self.parts if said[p].shape[1:] != getattr(self, p).shape[1:]]:
+            found, here = (tuple(x.shape[1:]) for x in (said[shapes[0]], getattr(self, shapes[0])))
+            raise ValueError(
+                f"The shards' {shapes[0]} are of shape {found}, the null's of {here}: they are of another text tower "
+                "(condition.cached_text.path)."
+            )
+        captions = [Embedded(caption) for caption in batch.get(self.key, [""] * len(said["tokens"]))]
+        for i, caption in enumerate(captions):
+            caption.said = {part: value[i] for part, value in said.items()}
+        return {self.key: captions}
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+        """-> the prompts; warns of what the tower's context is too short for."""
+        return self._text().read(field, asked, size)
+
+    def _text(self) -> Text | Texts:
+        """The text itself, on this module's device.
+
+        Raises:
+            ValueError: it says something else of a dropped caption than what the shards came with.
+        """
+        if not self.kept:
+            text = self.load().eval().requires_grad_(False).to(self.tokens.device)
+            told = _parts(text, [""], drop=True)
+            if list(told) != self.parts or not all(_alike(told[part], getattr(self, part)) for part in told):
+                raise ValueError(
+                    "condition.cached_text.load makes another text than the shards' embeddings were made with: what it says of a "
+                    "dropped caption is not their null. Give it the model, layers, padding and so on that made them."
+                )
+            self.kept.append(text)
+        return self.kept[0].to(self.tokens.device)
+
+
+def embed(text: Text | Texts, captions: Sequence[str]) -> dict[str, Tensor]:
+    """B captions -> what shards keep of each: text.tokens.npy (B, L, D), text.mask.npy (B, L), text.vector.npy (B, E)."""
+    return {f"text.{part}.npy": value for part, value in _parts(text, captions, drop=False).items()}
+
+
+def save_null(text: Text | Texts, folder: Path) -> None:
+    """Writes FOLDER/null.safetensors, what `text` says of a dropped caption."""
+    save_tensors(_parts(text, [""], drop=True), folder / NULL)
+
+
+@torch.no_grad()
+def _parts(text: Text | Texts, captions: Sequence[str], drop: bool) -> dict[str, Tensor]:
+    told = text(captions, torch.full((len(captions),), drop))
+    return {part: getattr(told, part).cpu() for part in PARTS if getattr(told, part) is not None}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """To float16's rounding."""
+    return a.shape == b.shape and torch.allclose(a.float(), b.cpu().float(), atol=1e-2, rtol=1e-2)

@@ -1,0 +1,73 @@
+"""A noised small picture beside the latents, as Stable Diffusion's x4 upscaler is told it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ldm.condition.files import read_pictures
+from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
+
+
+class Upscale(nn.Module):
+    """A picture `scale` times smaller, noised -> its colours beside the latents, and how noisy it is as a vector.
+
+    The noise is that of a `step` of DDPM's table (https://arxiv.org/abs/2006.11239, section 4), as it stands after `step` + 1 of
+    its 1000 steps; the step's row of a table of `steps` rows is the vector (noise conditioning, https://arxiv.org/abs/2106.15282,
+    section 4.2). In training steps 0 to `most` are drawn, and `low` is made from `image`; in requests `ask.step` is 20 if not
+    said. Never dropped, as published. Where `scale` is not the autoencoder's factor, the picture is brought to the latents' size.
+    """
+
+    def __init__(
+        self, autoencoder: Autoencoder, scale: int = 4, steps: int = 1000, most: int = 350, width: int = 1024, rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.factor, self.scale, self.most, self.rate = autoencoder.factor, scale, most, rate
+        self.key, self.widths = ("low", "step", "low_noise"), Widths(spatial=3, vector=width)
+        self.table = nn.Embedding(steps, width)
+
+    def forward(self, value: Sequence[Tensor], drop: Tensor) -> Cond:
+        """value: pictures (B, 3, h, w) in [-1, 1], steps (B) and noise (B, 3, h, w) -> spatial: (B, 3, H, W), vector: (B, D).
+
+        Raises:
+            ValueError: a step that the table does not have.
+        """
+        low, step, noise = value
+        if not 0 <= int(step.min()) <= int(step.max()) < self.table.num_embeddings:
+            raise ValueError(f"ask.step={step.tolist()}: noise steps are 0 to {self.table.num_embeddings - 1}.")
+        kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)[step.cpu()].to(low)
+        told = kept.sqrt()[:, None, None, None] * low + (1 - kept).sqrt()[:, None, None, None] * noise.to(low)
+        size = [side * self.scale // self.factor for side in low.shape[2:]]
+        told = told if size == list(low.shape[2:]) else interpolate(told, size, mode="bicubic", antialias=True)
+        heard = (~drop).to(told)
+        vector = self.table(step.to(self.table.weight.device))
+        return Cond(spatial=told * heard[:, None, None, None], vector=vector * heard[:, None].to(vector))
+
+    def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:
+        """The small picture of `image`, where the batch has none, the step of its noise, and the noise."""
+        made: dict[str, Tensor] = {}
+        if "low" not in batch and "image" in batch:
+            height, width = (side // self.scale for side in batch["image"].shape[2:])
+            made["low"] = interpolate(batch["image"], (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+        low = made.get("low", batch.get("low"))
+        if low is None:
+            return made
+        if "step" not in batch:
+            drawn = None if draw is None else (draw.uniform("step") * (self.most + 1)).long()
+            made["step"] = torch.full((len(low),), 20) if drawn is None else drawn
+        if "low_noise" not in batch:
+            same = torch.randn(low.shape[1:], generator=torch.Generator().manual_seed(0)).expand(low.shape)
+            made["low_noise"] = same if draw is None else draw.normal("low", low.shape[1:])
+        return made
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+        """Files of small pictures -> (N, 3, height / scale, width / scale) in [-1, 1]; or steps -> (N) integers."""
+        if field == "step":
+            return torch.tensor([int(a) for a in asked])
+        return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
+
+    def show(self, value: Sequence[Tensor]) -> Tensor:
+        """value: as in `forward` -> the small pictures."""
+        return value[0]

@@ -1,0 +1,68 @@
+"""Text towers within CompVis' and Stability's single files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ldm.interop.bundle import Part, text_node, tower_shapes
+from ldm.interop.text import PREFIX, transformers
+from ldm.interop.tie import bring, give, same, taken
+
+TOWERS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
+
+
+def read_texts(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
+    """The conditions, their towers by sub-folder, and the names that were used."""
+    found = [(prefix, _read_tower(weights, prefix)) for prefix in TOWERS if any(n.startswith(prefix) for n in weights)]
+    found = [(prefix, part, used) for prefix, (part, used) in found if part is not None]
+    read = set().union(*(used for _, _, used in found)) if found else set()
+    if [prefix for prefix, _, _ in found] == [TOWERS[0]]:
+        part = found[0][1]
+        first = {"layers": [-1], "padding": 49407} if part.config["quick_gelu"] else {"layers": [-2], "padding": 0}
+        node = text_node("condition.text", final_norm=True, **first)
+        return {"text": node}, {"condition.text": part}, read
+    nodes, parts = {}, {}
+    for _, part, _ in found:
+        name = "large" if part.config["quick_gelu"] else "giant"
+        place = f"condition.text.towers.{name}"
+        giant = {"pooled": True, "padding": 0} if name == "giant" else {"padding": 49407}
+        nodes[name] = text_node(place, layers=[-2], final_norm=False, dropped="zeros", **giant)
+        parts[place] = part
+    text = {"_target_": "ldm.condition.text.Texts", "towers": nodes}
+    return ({"text": text} if nodes else {}), parts, read
+
+
+def _read_tower(weights: Mapping[str, Tensor], prefix: str) -> tuple[Part | None, set[str]]:
+    """transformers' layout below `transformer.`, with OpenAI's activation, or open_clip's below `model.`."""
+    foreign = any(name.startswith(f"{prefix}transformer.{PREFIX}") for name in weights)
+    prefix += "transformer." if foreign else "model."
+    shapes = {name.removeprefix(prefix): tuple(weights[name].shape) for name in weights if name.startswith(prefix)}
+    if not shapes:
+        return None, set()
+    embeddings = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight")
+    vocabulary, context = [PREFIX + e for e in embeddings] if foreign else ["token_embedding.weight", "positional_embedding"]
+    width = shapes[vocabulary][1]
+    projection = shapes.get("text_projection.weight" if foreign else "text_projection")
+    last = PREFIX + "encoder.layers.{}.layer_norm1.weight" if foreign else "transformer.resblocks.{}.ln_1.weight"
+    text = {"context_length": shapes[context][0], "vocab_size": shapes[vocabulary][0], "width": width}
+    text |= {"heads": max(1, width // 64), "layers": next(i for i in range(1000) if last.format(i) not in shapes)}
+    config = {"embed_dim": projection[-1] if projection else width, "quick_gelu": foreign, "text_cfg": text}
+    if projection is None:
+        text["proj_type"] = "none"
+    wanted = tower_shapes(config)
+    ties = transformers(wanted) if foreign else {name: same(name) for name in wanted}
+    return Part(config, bring(ties, weights, wanted, prefix), tower=True), taken(ties, prefix)
+
+
+def write_tower(part: Part, prefix: str, layers: list[int]) -> dict[str, Tensor]:
+    """A tower's tensors below `prefix`: OpenAI's in transformers' layout, others in open_clip's; `layers` are those read."""
+    if part.config.get("quick_gelu"):
+        weights = {name: x for name, x in part.weights.items() if name != "text_projection"}
+        return give(transformers(weights), weights, f"{prefix}transformer.")
+    theirs = {f"{prefix}model.{name}": x for name, x in part.weights.items()}
+    if layers == [-1]:  # their code reads the last block but one: the last one here gets a double above it, never read
+        count = part.config["text_cfg"]["layers"]
+        last, above = (f"{prefix}model.transformer.resblocks.{i}." for i in (count - 1, count))
+        theirs |= {above + name.removeprefix(last): x.clone() for name, x in theirs.items() if name.startswith(last)}
+    return theirs

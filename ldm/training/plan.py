@@ -1,0 +1,116 @@
+"""What a run will take, said before it is begun: parameters, FLOPs, memory, time."""
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm.training.stage import Stage
+from ldm.training.throughput import flops, peak_of
+from ldm.types import Batch, Draw
+
+SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
+TRAINED = {"weight": 4, "gradient": 4, "AdamW": 8, "average": 4}  # bytes a number, in float32
+
+
+def plan(stage: Stage, data: Any, trainer: pl.Trainer, device: str) -> str:
+    """A page about a run of `trainer`, of which no step is made; device: such as H200, or `true` for the one that is here.
+
+    FLOPs and activations are counted over one sample of the data, on no device where the stage's conditions allow it.
+    """
+    stage.trainer = trainer
+    data.trainer = trainer
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.ordered("train", batch=1)))
+    batch = data.on_after_batch_transfer(batch, 0)
+    sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
+    trained, frozen = (sum(n for kept, n in sizes if kept is which) for which in (True, False))
+    work, kept = cost(stage, batch)
+    if trainer.precision.startswith(("bf16", "16")):
+        kept //= 2
+    world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    micro = stage.batch // (world * accumulate)
+    shares = world if hasattr(trainer.strategy, "folders") else 1
+    states, others = trained * sum(TRAINED.values()) // shares, frozen * 4
+    name, speed = _speed(device, trainer)
+    seconds = work * stage.batch / (world * speed)
+    lines = [
+        f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
+        f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
+        f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
+        f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, gradients, AdamW "
+        f"and average; {_gib(others)} frozen; {_gib(micro * kept)} activations",
+        f"expected speed    {stage.batch / seconds:,.1f} samples/s on {world} x {name}, {seconds:,.3f} s a step",
+        f"expected time     {_words(seconds * trainer.max_steps)} for {trainer.max_steps:,} steps, without validation",
+    ]
+    return "\n".join(lines)
+
+
+def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
+    """batch: of one sample -> FLOPs of training on it, and bytes of activations that the backward pass needs, in float32."""
+    device = torch.device("meta")
+    try:
+        stage.to(device)
+        batch = stage.transfer_batch_to_device(batch, device, 0)
+        return flops(stage, batch), _kept(stage, batch)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"plan: {type(stage).__name__} cannot be reckoned without running it ({str(error).splitlines()[0]}). "
+            "callback=[...,throughput] tells its speed and FLOPs as it trains."
+        ) from error
+
+
+def _kept(stage: Stage, batch: Batch) -> int:
+    """Bytes of what autograd keeps, each once, weights left out."""
+    own = {id(p) for p in stage.parameters()}
+    seen: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own and tensor._base is None:
+            seen[id(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = stage.losses(batch, Draw(0, batch["position"], stage.batch))
+    stage.forget()
+    del loss
+    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+
+
+def _speed(device: str, trainer: pl.Trainer) -> tuple[str, float]:
+    """-> the device's name and the FLOP/s to expect of it.
+
+    Raises:
+        ValueError: a device that is not known.
+    """
+    if device.lower() != "true":
+        peak = peak_of(device)
+        if peak is None:
+            raise ValueError(
+                f"plan={device}: its peak is not known; take one of H200, H100, A100, ..., or true for this machine."
+            )
+        return f"{device} at {SHARE:.0%} of its peak", SHARE * peak
+    root = trainer.strategy.root_device
+    peak = peak_of(root)
+    if peak is not None:
+        return f"{torch.cuda.get_device_name(root)} at {SHARE:.0%} of its peak", SHARE * peak
+    x = torch.randn(1024, 1024, device=root)
+    start, runs = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.5:
+        float((x @ x)[0, 0])
+        runs += 1
+    return f"{root} at 60% of its matrix products'", 0.6 * runs * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def _words(seconds: float) -> str:
+    for name, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {name}"
+    return f"{seconds:,.0f} seconds"

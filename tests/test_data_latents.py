@@ -1,0 +1,184 @@
+"""Latents ahead of time: what they hold, what they are refused with, and that training on them is training on the pictures."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from test_data import picture
+
+from ldm.autoencoder.kl import KL
+from ldm.build import build_stage
+from ldm.command_line import compose_config
+from ldm.condition.conditioner import Conditioner
+from ldm.data import latents
+from ldm.data.latents import check_provenance, write_latents
+from ldm.data.shards import Shards
+from ldm.data.write import write_shards
+from ldm.folder import save_model
+from ldm.types import Draw
+from precompute import precompute
+
+
+@pytest.fixture
+def autoencoder():
+    torch.manual_seed(0)
+    return KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 255, (11, 3)).tolist()
+    rows = ({"__key__": f"{i:03d}", "txt": f"{i}", "jpg": picture(colour=tuple(c))} for i, c in enumerate(colours))
+    write_shards(rows, tmp_path / "pictures", per_shard=4)
+    return Shards(tmp_path / "pictures", size=16, batch=4)
+
+
+def latents_of(folder):
+    return Shards(folder, fields={"moments": "moments.npy", "caption": "txt"}, size=16, batch=4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_latents_made_ahead_are_those_made_online(autoencoder, pictures, tmp_path, half):
+    for rank in range(2):
+        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4, half, rank, 2)
+    ahead = latents_of(tmp_path / "out")
+    assert ahead.train_set.keys == pictures.train_set.keys and ahead.train_set.captions() == pictures.train_set.captions()
+    online = pictures.on_after_batch_transfer(next(iter(pictures.ordered("train", 11))))
+    stored = ahead.on_after_batch_transfer(next(iter(ahead.ordered("train", 11))))["moments"]
+    with torch.no_grad():
+        moments = autoencoder.encode(online["image"])
+    tolerance = 2**-10 if half else 1e-5
+    torch.testing.assert_close(stored, torch.cat((moments.mean, moments.std), 1), rtol=tolerance, atol=tolerance)
+
+
+def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, monkeypatch):
+    wrote = []
+
+    def cut(samples, path):
+        wrote.append(path.name)
+        if len(wrote) == 2:
+            raise KeyboardInterrupt
+        return write(samples, path)
+
+    write = latents.write_shard
+    monkeypatch.setattr(latents, "write_shard", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+    write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+    assert wrote == ["00000.tar", "00001.tar", "00001.tar", "00002.tar"]
+    assert latents_of(tmp_path / "out").train_set.keys == pictures.train_set.keys
+    with pytest.raises(ValueError, match=r"other latents: size 16 there, 8 here.*out="):
+        pictures.size = 8
+        write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+
+
+class Stage:
+    def __init__(self, autoencoder):
+        self.model = type("Model", (), {"autoencoder": autoencoder})()
+
+
+def test_latents_of_another_autoencoder_are_refused(autoencoder, pictures, tmp_path):
+    write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
+    check_provenance(latents_of(tmp_path / "out"), Stage(autoencoder))
+    check_provenance(pictures, Stage(autoencoder))
+    autoencoder.mean[0] += 1
+    with pytest.raises(ValueError, match=r"made with another autoencoder.*autoencoder\.path.*precompute\.py"):
+        check_provenance(latents_of(tmp_path / "out"), Stage(autoencoder))
+    assert os.path.exists(tmp_path / "out" / "provenance.json")
+
+
+# ---- moments and embeddings, by command, in training
+
+
+KL_RECIPE = {"_target_": "ldm.autoencoder.kl.KL", "channels": 2, "width": 8, "mult": [1, 2], "res_blocks": 1, "groups": 4}
+TEXT = ["condition.text.layers=[0,-1]", "condition.text.pooled=true"]
+CACHED = ["autoencoder=cached", "autoencoder.channels=2", "autoencoder.factor=2", "condition=[cached_text]"]
+PARTS = {f"caption_{part}": f"text.{part}.npy" for part in ("tokens", "mask", "vector")}
+BUCKETS = [[16, 16], [12, 24]]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, clip_folder):
+    """An autoencoder, a CLIP, pictures of two shapes; their latents and embeddings, square as float16, in buckets as float32."""
+    torch.manual_seed(0)
+    home = tmp_path_factory.mktemp("ahead")
+    (home / "quickstart").mkdir()
+    (home / "quickstart" / "clip").symlink_to(clip_folder)
+    net = KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4)
+    save_model(net.state_dict() | {"count": torch.tensor(1)}, KL_RECIPE, home / "quickstart" / "autoencoder")
+    jpegs = [picture(size=[(32, 16), (20, 20)][i % 2], colour=(20 * i, 99, 250 - 20 * i)) for i in range(12)]
+    rows = ({"__key__": f"{i:03d}", "txt": f"{i} foxes", "jpg": jpeg} for i, jpeg in enumerate(jpegs))
+    write_shards(rows, home / "pictures", per_shard=5)
+    config = compose_config("precompute", [*shared(home), f"model={home}/quickstart/autoencoder", f"out={home}/square", *TEXT])
+    config.half = True
+    precompute(config)
+    config.half, config.out, config.data.buckets = False, f"{home}/bucketed", BUCKETS
+    precompute(config)
+    return home
+
+
+def shared(home):
+    return ["data=shards", f"runs={home}", f"data.train={home}/pictures", "data.size=16", "data.workers=0", "condition=[text]"]
+
+
+@pytest.fixture(scope="module")
+def stages(home):
+    """The same network told by pictures and captions, and by what was made of them ahead of time."""
+    unet = ["backbone.width=8", "backbone.groups=4", "backbone.heads=2", "backbone.mult=[1]", "backbone.depth=[1]"]
+    null = f"condition.cached_text.path={home}/square/text"
+    options = ([*TEXT], [*CACHED, null])
+    online, ahead = (build_stage(compose_config("train", [*shared(home), *unet, *more])).train() for more in options)
+    torch.manual_seed(0)
+    for weight in online.model.denoiser.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)  # a network that listens: it begins with zeros
+    ahead.model.denoiser.load_state_dict(online.model.denoiser.state_dict())
+    ahead.model.conditioner = Conditioner({"text": ahead.model.conditioner.embedders["cached_text"]})  # dropped as `text` is
+    return online, ahead
+
+
+def stored(folder, **options):
+    return Shards(folder, fields={"moments": "moments.npy", "caption": "txt", **PARTS}, **{"size": 16, "batch": 4} | options)
+
+
+@pytest.mark.parametrize(("made", "buckets", "tolerance"), [("square", None, 2e-3), ("bucketed", BUCKETS, 1e-5)])
+def test_losses_on_latents_and_embeddings_are_those_on_pictures_and_captions(home, stages, made, buckets, tolerance):
+    """To the rounding of what is stored, captions dropped or not; and neither autoencoder nor text tower is kept."""
+    data = Shards(home / "pictures", size=16, batch=4, buckets=buckets), stored(home / made / "train", buckets=buckets)
+    check_provenance(data[1], stages[1])
+    (keys, losses, told), ahead = (run(stage, one) for stage, one in zip(stages, data))
+    assert (keys, told) == (ahead[0], ahead[2])
+    torch.testing.assert_close(ahead[1], losses, rtol=tolerance, atol=tolerance)
+    assert not stages[1].model.autoencoder.kept and not stages[1].model.conditioner.embedders["text"].kept
+
+
+def run(stage, data):
+    """-> keys, losses, and the sizes that are told, of every sample once, bucket by bucket."""
+    keys, losses, told = [], [], []
+    for batch in data.bucketed("train", 4):
+        batch = data.on_after_batch_transfer(batch)
+        losses.append(stage.losses(batch, Draw(0, batch["position"], 4))["loss"].detach())
+        keys.append(batch["key"])
+        told.append({n: v.tolist() for n, v in batch.items() if n.split("_")[0] in ("original", "crop", "target")})
+    return keys, torch.stack(losses), told
+
+
+def test_latents_of_other_weights_or_sizes_are_refused_before_the_first_step(home, stages, tmp_path):
+    with pytest.raises(ValueError, match=r"made with another size \(16\) than this run's \(32\).*data\.size"):
+        check_provenance(stored(home / "square" / "train", size=32), stages[1])
+    with pytest.raises(ValueError, match=r"made with another buckets .*data\.buckets"):
+        check_provenance(stored(home / "bucketed" / "train"), stages[1])
+    with pytest.raises(ValueError, match=r"names no pictures"):
+        stored(home / "square" / "train", flip=0.5)
+    told = json.loads((home / "square" / "train" / "provenance.json").read_text())
+    for what, line in (("text", r"condition\.cached_text\.load"), ("autoencoder", r"autoencoder\.path")):
+        (tmp_path / "provenance.json").write_text(json.dumps(told | {what: "0" * 64}))
+        with pytest.raises(ValueError, match=rf"another {what} \(sha256 0+\).*{line}"):
+            check_provenance(stored(tmp_path), stages[1])
+
+
+def test_embeddings_are_kept_of_one_text_only(home):
+    options = [*shared(home)[:-1], f"model={home}/quickstart/autoencoder", f"out={home}/x", "condition=[label]"]
+    with pytest.raises(ValueError, match=r"condition=\[label\]: embeddings are kept of one text condition"):
+        precompute(compose_config("precompute", options))

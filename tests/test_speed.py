@@ -1,0 +1,305 @@
+"""What makes a step fast changes nothing of it, and what a step costs does not grow unseen."""
+
+import csv
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from test_survive import adamw, against
+from test_training import contrast, diffusion, small, trainer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldm.command_line import CONFIGS
+from ldm.training.checkpoint import checkpoint_callback
+from ldm.training.compile import Compile
+from ldm.training.ema import EMA
+from ldm.training.guard import Guard
+from ldm.training.plan import plan
+from ldm.training.preempt import Preempt
+from ldm.training.profile import Profile
+from ldm.training.rate import Constant
+from ldm.training.recompute import Recompute
+from ldm.training.stage import Stage
+from ldm.training.throughput import Throughput, flops, peak_of
+from ldm.types import Cond
+
+OPERATIONS, BYTES = 1750, 39_000_000  # of one step of the tiny diffusion model
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.bytes = {}, 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        name = str(operation.overloadpacket)
+        self.counts[name] = self.counts.get(name, 0) + 1
+        leaves = torch.utils._pytree.tree_leaves((arguments, keywords, result))
+        self.bytes += sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
+        return result
+
+
+class Watch(pl.Callback):
+    """Counts from the beginning of one step to the beginning of the next."""
+
+    def __init__(self, step):
+        self.step, self.seen = step, Operations()
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.seen.__enter__()
+        if trainer.global_step == self.step + 1:
+            self.seen.__exit__(None, None, None)
+
+
+def fused(stage):
+    stage.optimizer = adamw
+    return stage
+
+
+def watched(stage, emoji_root, folder):
+    """One step with all that a run has beside it by default."""
+    watch = Watch(3)
+    callbacks = [watch, EMA(0.9), Guard(str(folder)), Preempt(str(folder)), checkpoint_callback(str(folder), 100)]
+    settings = {"gradient_clip_val": 1.0, "log_every_n_steps": 50}
+    trainer(folder, 5, callbacks=callbacks, **settings).fit(stage, small(emoji_root))
+    return watch.seen
+
+
+@pytest.mark.parametrize("stage", [lambda: fused(diffusion()), against], ids=["diffusion", "autoencoding"])
+def test_a_step_never_waits_for_the_device(stage, emoji_root, tmp_path):
+    """No number is fetched: losses, norms, verdicts and averages stay where they are."""
+    seen = watched(stage(), emoji_root, tmp_path)
+    assert sum(seen.counts.values()) > 100
+    assert not {name: n for name, n in seen.counts.items() if "_local_scalar_dense" in name or "nonzero" in name}
+
+
+def test_what_the_processor_reads_stays_with_it():
+    batch = {
+        "image": torch.zeros(2, 3, 8, 8),
+        "position": torch.arange(2),
+        "label": torch.zeros(2, dtype=torch.int64),
+        "key": ["a"],
+    }
+    moved = diffusion().transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["image"].is_meta and moved["key"] == ["a"] and not moved["position"].is_meta and not moved["label"].is_meta
+    told = Cond(vector=torch.zeros(2, 3)) + Cond(vector=torch.zeros(2, 4, device="meta"))
+    assert told.vector.is_meta and told.vector.shape == (2, 7)
+
+
+def trained(stage, emoji_root, folder, *callbacks, **kwargs):
+    made = trainer(folder, 2, callbacks=list(callbacks), enable_checkpointing=False, **kwargs)
+    made.fit(stage, small(emoji_root))
+    return stage.state_dict()
+
+
+@pytest.mark.parametrize(
+    "fast",
+    [
+        pytest.param(lambda: Compile(backend="aot_eager"), id="compile", marks=pytest.mark.slow),
+        pytest.param(lambda: Compile(regional=True, backend="aot_eager"), id="regional"),
+        pytest.param(Recompute, id="recompute"),
+    ],
+)
+def test_the_fast_path_is_the_plain_one(fast, emoji_root, tmp_path):
+    torch._dynamo.reset()
+    plain, other = trained(diffusion(), emoji_root, tmp_path), trained(diffusion(), emoji_root, tmp_path, fast())
+    assert plain.keys() == other.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+def test_fused_adamw_is_the_plain_one(emoji_root, tmp_path):
+    a, b = diffusion(), diffusion()
+    a.optimizer, b.optimizer = adamw, lambda params: adamw(params, fused=False)
+    plain, other = trained(a, emoji_root, tmp_path), trained(b, emoji_root, tmp_path)
+    for name, weight in plain.items():
+        torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+def test_recomputing_keeps_less():
+    """Of what the backward pass needs, only what enters the blocks is kept."""
+
+    def kept(*callbacks):
+        stage, total = diffusion(), []
+        for callback in callbacks:
+            callback.on_fit_start(None, stage)
+        x = torch.randn(4, 3, 16, 16)
+        cond = stage.model.conditioner({"label": torch.zeros(4, dtype=torch.int64)})
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.numel()) or t, lambda t: t):
+            stage.model.denoiser(x, torch.full((4,), 0.5), cond)
+        return sum(total)
+
+    assert kept(Recompute()) < 0.6 * kept()
+
+
+def test_bf16_is_within_its_own_error():
+    """The network in bfloat16 is as near to float64 as bfloat16 allows."""
+    stage = diffusion()
+    cond = stage.model.conditioner({"label": torch.zeros(4, dtype=torch.int64)})
+    net, x, level = stage.model.denoiser.backbone, torch.randn(4, 3, 8, 8), torch.zeros(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = net(x, level, cond).double()
+    exact = net(x, level, cond).double()
+    assert (fast - exact).norm() < 0.03 * exact.norm()
+
+
+def test_every_stage_names_what_takes_its_time():
+    from conftest import CLIP
+
+    for stage in (diffusion(), against(), contrast(CLIP)):
+        assert stage.compiled and all(stage.get_submodule(name) is not None for name in stage.compiled)
+
+
+# ---- what a run says of itself
+
+
+class Slow(pl.Callback):
+    """A validation that takes long."""
+
+    def on_validation_batch_start(self, *_):
+        time.sleep(0.3)
+
+
+def test_speed_is_logged_by_its_closed_form(emoji_root, tmp_path, monkeypatch):
+    """Pictures by the clock without validation, work by counting, waiting by a loader that sleeps."""
+    stage, logger, data = diffusion(), CSVLogger(tmp_path), small(emoji_root)
+    transfer = data.on_after_batch_transfer
+    data.on_after_batch_transfer = lambda batch, i=0: time.sleep(0.05) or transfer(batch, i)
+    callbacks = [Throughput(every=4, peak=1e9), Slow()]
+    settings = {
+        "enable_checkpointing": False,
+        "val_check_interval": 4,
+        "limit_val_batches": 1,
+        "logger": logger,
+        "accumulate_grad_batches": 2,
+    }
+    trainer(tmp_path, 8, callbacks=callbacks, **settings).fit(stage, data)
+    logger.save()
+    rows = [row for row in csv.DictReader((tmp_path / "lightning_logs/version_0/metrics.csv").open()) if row["speed/mfu"]]
+    assert [row["step"] for row in rows] == ["4", "8"]
+    for row in rows:
+        speed, share, waiting = (float(row[f"speed/{name}"]) for name in ("images_per_second", "mfu", "waiting"))
+        seconds = 4 * 8 / speed
+        assert share == pytest.approx(speed * callbacks[0].flops / 1e9)
+        assert 8 * 0.05 <= waiting * seconds and waiting < 1, "two micro-batches a step"
+
+
+def test_work_is_counted_as_by_hand():
+    """Of a linear map of N numbers to M: N M multiplications and additions, three times over, less the way to what is given."""
+
+    class Linear(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.batch, self.seed = nn.Linear(30, 50), 4, 0
+
+        def losses(self, batch, draw):
+            return {"loss": self.net(batch["x"]).square().mean()}
+
+        def forget(self):
+            pass
+
+    assert flops(Linear(), {"x": torch.randn(4, 30), "position": torch.arange(4)}) == 2 * 2 * 30 * 50
+    stage, batch = against(), {"image": torch.randn(2, 3, 8, 8), "position": torch.arange(2)}
+    made = trainer(".", 1, enable_checkpointing=False)
+    stage.trainer = made
+    before = {name: weight.clone() for name, weight in stage.state_dict().items()}
+    assert flops(stage, batch) > 0 and all(p.grad is None for p in stage.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in stage.state_dict().items())
+    assert peak_of("NVIDIA H200") == 989e12 and peak_of("H100 PCIe") == 756e12 and peak_of(torch.device("cpu")) is None
+
+
+def test_a_plan_is_reckoned_without_a_step(emoji_root, tmp_path):
+    """Parameters, batch, and 35 % of an H200's peak: the time follows from the work."""
+    stage, made = diffusion(), trainer(tmp_path, 1000, enable_checkpointing=False, accumulate_grad_batches=2)
+    count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    data = small(emoji_root)
+    data.prepare_data()
+    data.setup()
+    wanted = flops(diffusion(), next(iter(data.ordered("train", 1))) | {"image": torch.zeros(1, 3, 8, 8)})
+    page = plan(stage, small(emoji_root), made, "H200")
+    assert f"{count / 1e6:,.1f} million trained" in page and "8 = 1 devices x 2 micro-batches x 4 samples" in page
+    assert f"{8 / (8 * wanted / (0.35 * 989e12)):,.1f} samples/s on 1 x H200 at 35% of its peak" in page
+    with pytest.raises(ValueError, match="plan=abacus: its peak is not known"):
+        plan(diffusion(), small(emoji_root), made, "abacus")
+
+
+def test_a_profile_is_left_where_it_is_said(emoji_root, tmp_path):
+    profile = Profile(str(tmp_path / "profile"), warm=1, steps=1)
+    trainer(tmp_path, 3, callbacks=[profile], enable_checkpointing=False).fit(diffusion(), small(emoji_root))
+    assert "aten::convolution" in (tmp_path / "profile" / "table.txt").read_text()
+    assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+
+
+def test_help_comes_at_once():
+    """In less than 3 s of processor time: nothing heavy is imported before the config is composed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = "import runpy, sys; sys.argv = ['train.py', '--help']\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    code += "finally: print('heavy:', sorted({'torch', 'pytorch_lightning', 'open_clip', 'numpy'} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "heavy: []" in answer.stdout and "experiment" in answer.stdout, answer.stderr[-500:]
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+# ---- what a step costs
+
+
+def test_a_step_costs_no_more_than_it_did(emoji_root, tmp_path):
+    """Operations and bytes of a whole training step, which no machine changes: raise them knowingly, or not at all."""
+    seen = watched(fused(diffusion()), emoji_root, tmp_path)
+    assert sum(seen.counts.values()) <= OPERATIONS and seen.bytes <= BYTES
+
+
+class Idle(Stage):
+    """A stage whose network is one number."""
+
+    def __init__(self):
+        super().__init__(lambda params: torch.optim.SGD(params, lr=0.0), Constant(), seed=0, batch=8)
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def losses(self, batch, draw):
+        return {"loss": self.weight.sum()}
+
+
+@pytest.mark.slow
+def test_the_loop_costs_two_milliseconds_at_most(tmp_path, capsys):
+    """Processor time a step of Lightning's loop with the callbacks of every run, less that of a bare loop."""
+
+    def bare(steps):
+        module = Idle()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            module.weight.sum().backward()
+            optimizer.step()
+
+    def whole(steps):
+        callbacks = [EMA(0.9), Guard(str(tmp_path)), Preempt(str(tmp_path)), checkpoint_callback(str(tmp_path), 10**6)]
+        rows = [{"position": torch.arange(8)}] * 2000
+        loader = torch.utils.data.DataLoader(rows, batch_size=None)
+        logger = CSVLogger(tmp_path)
+        trainer(tmp_path, steps, callbacks=callbacks, logger=logger, log_every_n_steps=20).fit(Idle(), loader)
+
+    def cost(loop):
+        times = []
+        for steps in (10, 510, 10, 510, 10, 510):
+            start = time.process_time()
+            loop(steps)
+            times.append(time.process_time() - start)
+        return sorted(b - a for a, b in zip(times[::2], times[1::2]))[1] / 500
+
+    extra = 1000 * (cost(whole) - cost(bare))
+    with capsys.disabled():
+        print(f"Lightning's loop: {extra:.2f} ms a step")
+    assert extra <= 2
