@@ -14,11 +14,13 @@ def sample(config: DictConfig) -> Any:
 
     from ldm.autoencoder.tiled import Tiled
     from ldm.build import allowed, build, load_model
-    from ldm.generate import draw_all
+    from ldm.generate import compile_backbone, draw_all
     from ldm.request import paste_back, read_edit, read_request, write_pictures
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     model = load_model(config.model, allowed(config)).to(device)
+    if config.compile:
+        compile_backbone(model.denoiser.backbone)
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     ask, count = read_request(OmegaConf.to_container(config, resolve=True), model)

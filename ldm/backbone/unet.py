@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention, silu
 
+from ldm.nn.convolution import Convolution
 from ldm.nn.layers import mlp, zero
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
@@ -156,9 +157,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, inward: int, outward: int, groups: int, tell: nn.Module, resize: nn.Module) -> None:
         super().__init__()
-        self.norm_in, self.conv_in = nn.GroupNorm(groups, inward), nn.Conv2d(inward, outward, 3, padding=1)
+        self.norm_in, self.conv_in = nn.GroupNorm(groups, inward), Convolution(inward, outward, 3, padding=1)
         self.resize, self.tell = resize, tell
-        self.conv_out = zero(nn.Conv2d(outward, outward, 3, padding=1))
+        self.conv_out = zero(Convolution(outward, outward, 3, padding=1))
         self.skip = nn.Identity() if inward == outward else nn.Conv2d(inward, outward, 1)
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
@@ -272,14 +273,14 @@ class GEGLU(nn.Module):
         return self.out(value * gelu(gate))
 
 
-class Downsample(nn.Conv2d):
+class Downsample(Convolution):
     """Halves height and width by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
-class Upsample(nn.Conv2d):
+class Upsample(Convolution):
     """Doubles height and width by repetition, then a convolution."""
 
     def __init__(self, channels: int) -> None:

@@ -1,0 +1,68 @@
+"""Two pieces of work side by side in one process: the same inputs, interleaved, the median of the rounds' ratios."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+HEAD = ["of diffusers' time", "range", "rounds", "ours (s)", "diffusers (s)", "largest difference"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of each round: ours / theirs, and seconds of each; `apart` is the largest difference of what they put out."""
+
+    ratios: list[float]
+    ours: list[float]
+    theirs: list[float]
+    apart: float
+
+    def cells(self):
+        """-> the cells of a table below HEAD."""
+        low, high = min(self.ratios), max(self.ratios)
+        seconds = [f"{statistics.median(times):.3g}" for times in (self.ours, self.theirs)]
+        return [
+            f"{statistics.median(self.ratios):.3f}",
+            f"{low:.3f} to {high:.3f}",
+            str(len(self.ratios)),
+            *seconds,
+            f"{self.apart:.0e}",
+        ]
+
+
+def race(ours, theirs, rounds=12, minutes=5.0, device="cpu", most=1e-4):
+    """ours, theirs: () -> tensors. Who goes first alternates; the first round warms up, and its outputs must agree.
+
+    Raises:
+        ValueError: they differ by more than `most` of the largest output; nothing is timed then.
+    """
+    start, works = time.monotonic(), (ours, theirs)
+    (_, mine), (_, other) = (clock(work, device) for work in works)
+    apart = max(difference(a, b) for a, b in zip(mine, other, strict=True))
+    if not apart <= most:
+        raise ValueError(f"The outputs differ by {apart:.1e} of the largest; at most {most:.0e} is allowed.")
+    del mine, other
+    seconds = {work: [] for work in works}
+    for i in range(rounds):
+        for work in works if i % 2 else works[::-1]:
+            seconds[work].append(clock(work, device)[0])
+        if time.monotonic() - start > 60 * minutes and i >= 2:
+            break
+    return Result([a / b for a, b in zip(*seconds.values())], *seconds.values(), apart)
+
+
+def clock(work, device="cpu"):
+    """-> seconds, what the work put out: the process's time on a CPU, elapsed time on a GPU."""
+    on_cpu = torch.device(device).type == "cpu"
+    now, finish = (time.process_time, lambda: None) if on_cpu else (time.perf_counter, torch.cuda.synchronize)
+    finish()
+    start = now()
+    out = work()
+    finish()
+    return now() - start, out
+
+
+def difference(a, b):
+    """The largest difference of two tensors, as a part of the largest number in b."""
+    return ((a - b).abs().max() / b.abs().max()).item()

@@ -1,0 +1,95 @@
+"""Whole training steps at a quarter of the width against diffusers': prediction, loss, gradients, AdamW, average of weights.
+
+    taskset -c 0 python -m benchmarks.steps SD1.5 SD2 SDXL DiT-XL/2 --size 32 --batch 2      10 minutes of one core
+    python -m benchmarks.steps SD2 --device cuda --batch 32 --part 1 --bf16                  one GPU, full width
+
+Ours is fused AdamW and the average as `callback=ema` keeps it; theirs is what diffusers' training scripts do: torch's own AdamW
+and `EMAModel`. Both see the same noisy latents and start from the same weights; the loss and a weight after the first step must
+agree. One row each in docs/benchmarks.md.
+"""
+
+import copy
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch.nn.functional import mse_loss
+
+from benchmarks.options import options, prepare, setting
+from benchmarks.page import put
+from benchmarks.peers import CASES, pair
+from benchmarks.race import HEAD, race
+
+ADAMW = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2}
+
+
+def main():
+    """Measures what is asked for."""
+    parser = options(__doc__.splitlines()[0], CASES, rounds=15)
+    parser.add_argument("--part", type=int, default=4, help="divides the width")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    asked = parser.parse_args()
+    for name in asked.what:
+        size = asked.size or CASES[name].size
+        result = measure(name, size, asked)
+        how = f"{setting(asked, size)}, width / {asked.part}{', autocast to bfloat16' * asked.bf16}"
+        row = [name, how, *result.cells()]
+        print(*row, sep=" | ", flush=True)
+        if not asked.dry:
+            put("Training steps", ["network", "setting", *HEAD], row, keys=2)
+
+
+def measure(name, size, asked):
+    """-> the race's result; `asked` are the command line's options."""
+    torch.manual_seed(0)
+    net, peer, inputs = pair(name, asked.part, asked.device)
+    args, theirs, kwargs = inputs(asked.batch, size)
+    peer, noise = copy.deepcopy(peer), torch.randn_like(args[0])
+    most = prepare(asked, net.eval(), peer.eval())  # diffusers' DiT drops labels at random in training; nothing else differs
+    casting = torch.autocast(torch.device(asked.device).type, torch.bfloat16, enabled=asked.bf16)
+
+    def predict_ours():
+        with casting:
+            return net(*args)
+
+    def predict_theirs():
+        with casting:
+            return peer(*theirs, **kwargs).sample[:, :4]
+
+    ours = our_step(net, predict_ours, noise)
+    return race(ours, their_step(peer, predict_theirs, noise), asked.rounds, asked.minutes, asked.device, most)
+
+
+def our_step(net, predict, noise):
+    """-> () -> the loss, and the last weight after the step."""
+    weights = list(net.parameters())
+    optimizer, average = torch.optim.AdamW(weights, **ADAMW, fused=True), [p.detach().clone() for p in weights]
+
+    def step():
+        loss = mse_loss(predict().float(), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - 0.999)
+        return loss.detach()[None], weights[-1].detach().clone()
+
+    return step
+
+
+def their_step(peer, predict, noise):
+    """As above, by diffusers' means."""
+    weights = list(peer.parameters())
+    optimizer, average = torch.optim.AdamW(weights, **ADAMW), EMAModel(weights, decay=0.999, min_decay=0.999)
+
+    def step():
+        loss = mse_loss(predict().float(), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.step(weights)
+        return loss.detach()[None], weights[-1].detach().clone()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
