@@ -280,6 +280,12 @@ def test_what_is_missing_unknown_or_of_another_kind_is_named(single, tmp_path):
     assert "no model in CompVis" in refused({"a": torch.zeros(1)}, tmp_path / "e.safetensors")
 
 
+def test_the_yaml_of_another_model_is_named(single, tmp_path):
+    _, weights = single
+    (tmp_path / "a.yaml").write_text("model: {params: {unet_config: {params: {context_dim: 2048}}}}")
+    assert "context_dim=2048 there, 64 in the weights" in refused(weights, tmp_path / "a.safetensors")
+
+
 def test_truncated_files_and_strange_pickles_are_named(single, tmp_path):
     path, _ = single
     (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:1000])

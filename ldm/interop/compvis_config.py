@@ -20,6 +20,13 @@ def told_beside(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(beside.read_text()) or {}).get("model", {}).get("params", {}) if beside.is_file() else {}
 
 
+def check_told(path: Path, told: Mapping[str, Any], tokens: int) -> None:
+    """Raises ValueError where the yaml beside a file is another model's: its U-Net reads tokens of another width."""
+    said = told.get("unet_config", told.get("network_config", {})).get("params", {}).get("context_dim")
+    if isinstance(said, int) and said != tokens:
+        raise ValueError(f"{path} is not the model of the yaml beside it: context_dim={said} there, {tokens} in the weights.")
+
+
 def heads_told(told: Mapping[str, Any]) -> dict[str, Any]:
     """How many heads there are, as `UNet` wants it, where the yaml says so."""
     params = told.get("unet_config", told.get("network_config", {})).get("params", {})
