@@ -281,8 +281,9 @@ def test_what_is_missing_unknown_or_of_another_kind_is_named(single, tmp_path):
 
 
 def test_the_yaml_of_another_model_is_named(single, tmp_path):
-    _, weights = single
-    (tmp_path / "a.yaml").write_text("model: {params: {unet_config: {params: {context_dim: 2048}}}}")
+    path, weights = single
+    told = path.with_suffix(".yaml").read_text()
+    (tmp_path / "a.yaml").write_text(told.replace("context_dim: 64", "context_dim: 2048"))
     assert "context_dim=2048 there, 64 in the weights" in refused(weights, tmp_path / "a.safetensors")
 
 

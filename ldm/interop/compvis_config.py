@@ -107,6 +107,7 @@ def told_of(bundle: Bundle, scale: float) -> dict[str, Any]:
 
 def _network(backbone: Mapping[str, Tensor], s: Mapping[str, Any]) -> dict[str, Any]:
     heads = {"num_heads": s["heads"]} if s["head_width"] is None else {"num_head_channels": s["head_width"]}
+    tokens = next((x.shape[1] for name, x in backbone.items() if name.endswith("attend_tokens.k.weight")), None)
     return {
         "in_channels": backbone["encoder.0.0.weight"].shape[1],
         "out_channels": backbone["out.2.weight"].shape[0],
@@ -116,6 +117,7 @@ def _network(backbone: Mapping[str, Tensor], s: Mapping[str, Any]) -> dict[str, 
         "channel_mult": list(s["mult"]),
         **heads,
         "use_spatial_transformer": unet.has_transformers(backbone),
+        **({} if tokens is None else {"context_dim": tokens}),
         "use_linear_in_transformer": unet.linear(s),
         "transformer_depth": max(s["depth"]),
         "use_scale_shift_norm": s["scale_shift"],
