@@ -70,6 +70,18 @@ def write_json(value: Any, path: Path) -> None:
     write_text(json.dumps(value, indent=2) + "\n", path)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON ({error}). Export or copy it again.") from error
+
+
 def save_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
     """Writes config.json, then model.safetensors, whose presence says that the folder is complete."""
     write_json(dict(config), folder / "config.json")

@@ -272,10 +272,19 @@ def test_what_is_missing_unknown_or_of_another_kind_is_named(single, tmp_path):
     assert "control.0.weight" in refused(weights | {"control.0.weight": torch.zeros(1)}, tmp_path / "b.safetensors")
     lora = {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(2)}
     assert "is a LoRA" in refused(lora, tmp_path / "c.safetensors")
+    lora = {"unet.mid_block.attentions.0.processor.to_q_lora.down.weight": torch.zeros(2)}
+    assert "is a LoRA" in refused(lora, tmp_path / "c.safetensors")
     halves = {n: x.half() for n, x in weights.items()}
     halves[gone][3] = float("nan")
     assert "proj_in.bias (float16) holds numbers that are not finite" in refused(halves, tmp_path / "d.safetensors")
     assert "no model in CompVis" in refused({"a": torch.zeros(1)}, tmp_path / "e.safetensors")
+
+
+def test_the_yaml_of_another_model_is_named(single, tmp_path):
+    path, weights = single
+    told = path.with_suffix(".yaml").read_text()
+    (tmp_path / "a.yaml").write_text(told.replace("context_dim: 64", "context_dim: 2048"))
+    assert "context_dim=2048 there, 64 in the weights" in refused(weights, tmp_path / "a.safetensors")
 
 
 def test_truncated_files_and_strange_pickles_are_named(single, tmp_path):
@@ -286,6 +295,12 @@ def test_truncated_files_and_strange_pickles_are_named(single, tmp_path):
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="holds a list and no tensors by name"):
         read(str(tmp_path / "list.ckpt"))
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.ckpt")
+    with pytest.raises(ValueError, match="holds a dict and no tensors by name"):
+        read(str(tmp_path / "numbered.ckpt"))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="is not whole JSON"):
+        read(str(tmp_path))
     torch.save({"state_dict": {"a": zipfile.ZipFile}}, tmp_path / "code.ckpt")
     with pytest.raises(ValueError, match="damaged, or holds code"):
         read(str(tmp_path / "code.ckpt"))

@@ -1,7 +1,6 @@
 """A latent model taken apart, in our names: what every foreign layout is read into and written from."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from ldm.autoencoder.vq import VQ
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
-from ldm.folder import LOCAL, load_tensors, save_model, save_tensors, write_json
+from ldm.folder import LOCAL, load_tensors, read_json, save_model, save_tensors, write_json
 from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
@@ -81,7 +80,7 @@ def read_folder(folder: Path) -> Bundle:
     Raises:
         ValueError: it is not one. FileNotFoundError: a part of it is not there.
     """
-    recipe, weights = json.loads((folder / "config.json").read_text()), load_tensors(folder / "model.safetensors")
+    recipe, weights = read_json(folder / "config.json"), load_tensors(folder / "model.safetensors")
     if recipe.get("_target_") in AUTOENCODERS:
         return Bundle(None, {}, {"autoencoder": Part(recipe, weights)})
     if recipe.get("_target_") != "ldm.build.assemble":
@@ -216,7 +215,7 @@ def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
     if node.get("_target_") != "ldm.build.load_autoencoder":
         raise ValueError(f"The autoencoder of {folder} is {node.get('_target_')}, which no other layout knows.")
     home = _home(node["path"], folder)
-    config = json.loads((home / "config.json").read_text())
+    config = read_json(home / "config.json")
     if config.get("_target_") not in AUTOENCODERS:
         raise ValueError(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
     return Part(config, load_tensors(home / "model.safetensors"))
@@ -227,7 +226,7 @@ def _tower(node: Mapping[str, Any], folder: Path) -> Part:
         config, weights = named_text_tower(node["model"], node.get("pretrained"))
         return Part(config, weights, tower=True)
     home = _home(node["model"].removeprefix(LOCAL), folder)
-    config, weights = json.loads((home / CLIP_FILES[0]).read_text())["model_cfg"], load_tensors(home / CLIP_FILES[1])
+    config, weights = read_json(home / CLIP_FILES[0])["model_cfg"], load_tensors(home / CLIP_FILES[1])
     return Part(config, {name: weights[name] for name in tower_shapes(config)}, tower=True)
 
 

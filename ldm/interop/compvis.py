@@ -26,7 +26,7 @@ from ldm.interop.bundle import (
     unet_node,
     unet_shapes,
 )
-from ldm.interop.compvis_config import heads_told, prediction_told, scale_told, schedule_told, told_beside, told_of
+from ldm.interop.compvis_config import check_told, heads_told, prediction_told, scale_told, schedule_told, told_beside, told_of
 from ldm.interop.compvis_text import TOWERS, read_texts, write_tower
 from ldm.interop.conditions import map_node, number_node
 from ldm.interop.tie import bring, give, taken
@@ -60,6 +60,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
         return Bundle(None, {}, {"autoencoder": part})
     found = unet.settings_of(_below(weights, UNET))
     channels, widths = found.pop("channels"), found.pop("widths")
+    check_told(path, told, widths["tokens"])
     found |= heads_told(told)
     shapes = unet_shapes(channels, widths, **found)
     ties = unet.compvis(shapes, found)

@@ -20,6 +20,13 @@ def told_beside(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(beside.read_text()) or {}).get("model", {}).get("params", {}) if beside.is_file() else {}
 
 
+def check_told(path: Path, told: Mapping[str, Any], tokens: int) -> None:
+    """Raises ValueError where the yaml beside a file is another model's: its U-Net reads tokens of another width."""
+    said = told.get("unet_config", told.get("network_config", {})).get("params", {}).get("context_dim")
+    if isinstance(said, int) and said != tokens:
+        raise ValueError(f"{path} is not the model of the yaml beside it: context_dim={said} there, {tokens} in the weights.")
+
+
 def heads_told(told: Mapping[str, Any]) -> dict[str, Any]:
     """How many heads there are, as `UNet` wants it, where the yaml says so."""
     params = told.get("unet_config", told.get("network_config", {})).get("params", {})
@@ -100,6 +107,7 @@ def told_of(bundle: Bundle, scale: float) -> dict[str, Any]:
 
 def _network(backbone: Mapping[str, Tensor], s: Mapping[str, Any]) -> dict[str, Any]:
     heads = {"num_heads": s["heads"]} if s["head_width"] is None else {"num_head_channels": s["head_width"]}
+    tokens = next((x.shape[1] for name, x in backbone.items() if name.endswith("attend_tokens.k.weight")), None)
     return {
         "in_channels": backbone["encoder.0.0.weight"].shape[1],
         "out_channels": backbone["out.2.weight"].shape[0],
@@ -109,6 +117,7 @@ def _network(backbone: Mapping[str, Tensor], s: Mapping[str, Any]) -> dict[str, 
         "channel_mult": list(s["mult"]),
         **heads,
         "use_spatial_transformer": unet.has_transformers(backbone),
+        **({} if tokens is None else {"context_dim": tokens}),
         "use_linear_in_transformer": unet.linear(s),
         "transformer_depth": max(s["depth"]),
         "use_scale_shift_norm": s["scale_shift"],

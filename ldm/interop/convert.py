@@ -1,9 +1,8 @@
 """From one layout to another, through our own; the layout of a source is recognised, never guessed from its name."""
 
-import json
 from pathlib import Path
 
-from ldm.folder import write_text
+from ldm.folder import read_json, write_text
 from ldm.interop import bundle as ours
 from ldm.interop import compvis, diffusers, dit, dit_model
 from ldm.interop.bundle import Bundle
@@ -29,10 +28,10 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
         layout, reader = ("dit", dit_model) if dit.TABLE in weights else ("compvis", compvis)
         return reader.read_file(path, weights, prediction), layout
     if (path / "model_index.json").is_file():
-        index = json.loads((path / "model_index.json").read_text())
+        index = read_json(path / "model_index.json")
         return (dit_model if "transformer" in index else diffusers).read_folder(path), "diffusers"
     config = path / "config.json"
-    told = json.loads(config.read_text()) if config.is_file() else {}
+    told = read_json(config) if config.is_file() else {}
     if "_target_" in told:
         return ours.read_folder(path), "ldm"
     if "_class_name" in told:

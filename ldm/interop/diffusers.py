@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.clip import vocabulary
-from ldm.folder import save_tensors, write_json, write_text
+from ldm.folder import read_json, save_tensors, write_json, write_text
 from ldm.interop import autoencoder as first_stage
 from ldm.interop import unet
 from ldm.interop.bundle import (
@@ -45,14 +45,14 @@ def read_folder(folder: Path) -> Bundle:
     """
     if not (folder / "model_index.json").is_file():
         return Bundle(None, {}, {"autoencoder": read_autoencoder(folder)})
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     stage = "vqvae" if "vqvae" in index else "vae"
     if "unet" not in index or stage not in index:
         raise ValueError(
             f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae or vqvae, and DiT's, "
             "are known."
         )
-    config = json.loads((folder / "unet" / "config.json").read_text())
+    config = read_json(folder / "unet" / "config.json")
     settings, channels, widths = unet_settings(config)
     shapes = unet_shapes(channels, widths, **settings)
     ties = unet.diffusers(shapes, settings)
@@ -101,7 +101,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
 
 def read_autoencoder(folder: Path) -> Part:
     """AutoencoderKL's or VQModel's folder."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     ours = vae_settings(config, folder)
     shapes = autoencoder_shapes(ours)
     weights = take_part(folder, first_stage.diffusers(shapes, ours), shapes)
@@ -140,14 +140,14 @@ def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def _read_tower(folder: Path) -> Part:
-    config = open_clip_config(json.loads((folder / "config.json").read_text()))
+    config = open_clip_config(read_json(folder / "config.json"))
     shapes = tower_shapes(config)
     return Part(config, take_part(folder, transformers(shapes), shapes, "model"), tower=True)
 
 
 def _padding(folder: Path) -> int:
     path = folder / "tokenizer_config.json"
-    word = json.loads(path.read_text()).get("pad_token", "<|endoftext|>") if path.is_file() else "<|endoftext|>"
+    word = read_json(path).get("pad_token", "<|endoftext|>") if path.is_file() else "<|endoftext|>"
     word = word["content"] if isinstance(word, dict) else word
     if word not in PADDING:
         raise ValueError(f"{path} pads with {word!r}; {', '.join(PADDING)} are known.")

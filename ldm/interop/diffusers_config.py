@@ -1,12 +1,12 @@
 """Settings as diffusers' config.json files say them, and back."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ldm.folder import read_json
 from ldm.interop import unet
 from ldm.interop.bundle import BETAS, PREDICTIONS
 
@@ -62,7 +62,7 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str]:
     Raises:
         ValueError: a schedule that this family does not have.
     """
-    told = json.loads((folder / "scheduler_config.json").read_text())
+    told = read_json(folder / "scheduler_config.json")
     name = told.get("beta_schedule", "linear")
     if name not in SCHEDULES or told.get("trained_betas") is not None:
         raise ValueError(f"{folder} has beta_schedule={name}; {', '.join(SCHEDULES)} are known.")

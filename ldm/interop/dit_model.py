@@ -3,7 +3,6 @@
 A published file holds the network and its class table alone; the autoencoder comes from elsewhere.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.backbone.dit import grid_waves
-from ldm.folder import save_tensors, write_json
+from ldm.folder import read_json, save_tensors, write_json
 from ldm.interop import dit
 from ldm.interop.bundle import BACKBONE, BETAS, DISCRETE, Bundle, recipe_of
 from ldm.interop.diffusers import read_autoencoder, take_part, write_autoencoder
@@ -68,7 +67,7 @@ def read_folder(folder: Path) -> Bundle:
     Raises:
         ValueError: names what is missing, unknown, or not of this family.
     """
-    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config = read_json(folder / "transformer" / "config.json")
     if (
         config.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel")
         or config.get("num_embeds_ada_norm") is None

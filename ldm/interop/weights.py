@@ -1,6 +1,5 @@
 """Weights out of strangers' files: never running code, and saying what a file is where it is not what was wanted."""
 
-import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.folder import load_tensors
+from ldm.folder import load_tensors, read_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-LORA = ("lora_", ".lora.", "lora_unet", "hada_w1")
+LORA = ("lora_", "_lora.", ".lora.", "hada_w1", "lokr_w1")
 
 
 class Inert:
@@ -62,7 +61,7 @@ def check_finite(weights: dict[str, Tensor], path: Path) -> None:
 
 def _joined(path: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names, which lie beside it."""
-    places = json.loads(path.read_text())["weight_map"]
+    places = read_json(path)["weight_map"]
     weights: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         weights |= open_weights(path.parent / Path(name).name)
@@ -79,7 +78,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} does not load as plain tensors ({reason}). It is damaged, or holds code.") from error
     held = held.get("state_dict", held.get("ema", held.get("model", held))) if isinstance(held, dict) else held
-    weights = {n: x for n, x in held.items() if isinstance(x, Tensor)} if isinstance(held, dict) else {}
+    weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not weights:
         raise ValueError(f"{path} holds a {type(held).__name__} and no tensors by name: it is no model's weights.")
     return weights
