@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ldm.data.decode import MAX_RECORD, is_image, picture_size
-from ldm.data.tar import Spans, read_headers
+from ldm.data.tar import Damaged, Spans, read_headers
 
 HASHES = ("sha256", "sha512", "md5")
 SIZES = ("width", "height", "original_width", "original_height")
@@ -49,7 +49,10 @@ def _records(path: Path, file: int, samples: Spans) -> list[Mapping[str, Any]]:
     beside = path.with_suffix(".parquet")
     if not beside.is_file():
         return [{} for _ in samples]
-    rows = {str(row.get("key")): row for row in pq.read_table(beside).to_pylist()}
+    try:
+        rows = {str(row.get("key")): row for row in pq.read_table(beside).to_pylist()}
+    except (OSError, pa.ArrowException) as error:
+        raise Damaged(f"has a {beside.name} that cannot be read: {error}") from error
     return [rows.get(key.rpartition("/")[2], {}) for key in samples]
 
 
