@@ -163,7 +163,7 @@ def _refuse(index: Index, fields: Mapping[str, str], lacking: list, silent: list
         field = next(f for f, m in fields.items() if is_text(m))
         raise ValueError(
             f"{silent[0]} of {total} samples have an empty {field} (data.fields.{field}), first {silent[1]}. "
-            "Leave them out, +data.filters.caption_length=[1,null], or give them words."
+            f"Leave them out, +data.filters.caption_length=[1,null], give them words, or do without: ~data.fields.{field}."
         )
 
 
