@@ -37,7 +37,7 @@ class Conditioner(nn.Module):
         for name, embedder in self.embedders.items():
             value = _value(name, embedder, batch)
             count = len(value) if isinstance(embedder.key, str) else len(value[0])
-            cond = cond + embedder(value, self._drop(name, embedder.rate, count, draw, only))
+            cond = cond + embedder(value, self._drop(name, embedder, count, draw, only))
         return cond
 
     def fill(self, batch: Batch, draw: Draw | None = None) -> dict[str, Any]:
@@ -59,10 +59,10 @@ class Conditioner(nn.Module):
         return (embedder.key,) if isinstance(embedder.key, str) else tuple(embedder.key)
 
     @staticmethod
-    def _drop(name: str, rate: float, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
+    def _drop(name: str, embedder: Embedder, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
-            return draw.uniform(f"drop/{name}") < rate
-        return torch.full((count,), only is not None and name not in only and rate > 0)
+            return draw.uniform(f"drop/{getattr(embedder, 'stands_for', name)}") < embedder.rate
+        return torch.full((count,), only is not None and name not in only and embedder.rate > 0)
 
 
 def _value(name: str, embedder: Embedder, batch: Batch) -> Any:
