@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_data import COUNT, samples
 
+from ldm.command_line import compose_config
 from ldm.data.index import Index
 from ldm.data.record import describe
 from ldm.data.shards import Shards
@@ -86,3 +87,12 @@ def test_a_broken_parquet_file_is_damage(folder, data):
 def test_rules_that_are_none_are_refused(folder, rules):
     with pytest.raises(ValueError, match=rf"data\.filters\.{next(iter(rules))}=.*wanted"):
         Shards(folder, size=16, filters=rules).setup()
+
+
+@pytest.mark.parametrize(
+    "line", [["data.filters={side: [8,null], unique: true}"], ["+data.filters.side=[8,null]", "+data.filters.unique=true"]]
+)
+@pytest.mark.parametrize("data", ["shards", "latents", "emoji"])
+def test_rules_are_said_on_the_command_line(data, line):
+    config = compose_config("train", [f"data={data}", *(["data.train=x"] if data == "shards" else []), *line])
+    assert config.data.filters == {"side": [8, None], "unique": True}

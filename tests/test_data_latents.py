@@ -64,9 +64,12 @@ def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, 
     write = latents.write_shard
     monkeypatch.setattr(latents, "write_shard", cut)
     with pytest.raises(KeyboardInterrupt):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".00001.tar-0a1b2c3d").touch()  # as kill -9 leaves it
         write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     assert wrote == ["00000.tar", "00001.tar", "00001.tar", "00002.tar"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
     assert latents_of(tmp_path / "out").train_set.keys == pictures.train_set.keys
     with pytest.raises(ValueError, match=r"other latents: size 16 there, 8 here.*out="):
         pictures.size = 8
@@ -240,6 +243,22 @@ def test_latents_of_other_weights_or_sizes_are_refused_before_the_first_step(hom
         (tmp_path / "provenance.json").write_text(json.dumps(told | {what: "0" * 64}))
         with pytest.raises(ValueError, match=rf"another {what} \(sha256 0+\).*{line}"):
             check_provenance(stored(tmp_path), stages[1])
+
+
+def test_embeddings_of_other_settings_do_not_mix_with_those_that_are_there(home):
+    options = [*shared(home), f"model={home}/quickstart/autoencoder", f"out={home}/square", *TEXT, "half=true"]
+    precompute(compose_config("precompute", options))
+    with pytest.raises(
+        ValueError, match=r"other latents: text_settings .*'layers': \[0, -1\].* there, .*'layers': \[-1\].* here"
+    ):
+        precompute(compose_config("precompute", [*options, "condition.text.layers=[-1]"]))
+
+
+def test_a_stand_in_of_other_sizes_is_refused_before_the_first_step(home):
+    for size, line in (("factor=4", "autoencoder.channels=2 autoencoder.factor=4"), ("channels=3", "autoencoder.channels=3")):
+        options = [*shared(home)[:-1], *UNET, *CACHED[:3], "condition=[]", f"autoencoder.{size}"]
+        with pytest.raises(ValueError, match=f"{line}.*has 2 and 2; say these"):
+            check_provenance(stored(home / "square" / "train"), build_stage(compose_config("train", options)))
 
 
 def test_embeddings_are_kept_of_one_text_only(home):

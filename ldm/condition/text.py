@@ -89,6 +89,11 @@ class Text(nn.Module):
         """-> the prompts; warns of what the tower's context is too short for."""
         return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
 
+    def settings(self) -> dict[str, Any]:
+        """What, besides its weights, decides what it says."""
+        names = ("layers", "final_norm", "pooled", "padding", "whiten", "dropped")
+        return {name: getattr(self, name) for name in names} | {"layers": list(self.layers)}
+
     def _chosen(self, hidden: list[Tensor]) -> list[Tensor]:
         if not all(-len(hidden) <= i < len(hidden) for i in self.layers):
             raise ValueError(
@@ -120,6 +125,10 @@ class Texts(nn.Module):
         vectors = [cond.vector for cond in told if cond.vector is not None]
         vector = torch.cat(vectors, dim=1) if vectors else None
         return Cond(tokens=torch.cat([cond.tokens for cond in told], dim=2), mask=told[0].mask, vector=vector)
+
+    def settings(self) -> dict[str, Any]:
+        """What, besides their weights, decides what they say."""
+        return {name: tower.settings() for name, tower in self.towers.items()}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from ldm.data.decode import BadSample, View, is_array, is_image
 from ldm.data.order import Place
 from ldm.data.samples import CROP, SIZES, Loaded, Samples
+from ldm.data.source import expand
 from ldm.data.write import write_shard
 from ldm.types import Autoencoder
 
@@ -67,15 +68,16 @@ def write_latents(
     for number in tqdm(numbers, desc=f"{split} latents", unit="shard", disable=rank > 0):
         path = folder / f"{number:05d}.tar"
         if not path.is_file():
+            for rest in folder.glob(f".{path.name}-*"):  # of a process that was killed
+                rest.unlink()
             rows = range(number * per_shard, min((number + 1) * per_shard, len(samples)))
             places = _places(*data.parts(split), rows, batch)
             write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text and text[1]), path)
 
 
 def about(autoencoder: nn.Module, half: bool = False, text: nn.Module | None = None) -> dict[str, Any]:
-    """What made the latents: the weights, as hashes, and the precision."""
-    towers = {"autoencoder": weights_hash(autoencoder), "text": text and weights_hash(text)}
-    return towers | {"precision": "float16" if half else "float32"}
+    """What made the latents: the weights, as hashes, the text's settings, and the precision."""
+    return {"autoencoder": weights_hash(autoencoder), **_about_text(text), "precision": "float16" if half else "float32"}
 
 
 def shape_of(data: Any) -> dict[str, Any]:
@@ -103,13 +105,12 @@ def check_provenance(data: Any, stage: Any) -> None:
     if model is None or any(is_image(member) for member in members) or not any(is_array(member) for member in members):
         return
     texts = [e for e in model.conditioner.embedders.values() if hasattr(e, "load") and f"{e.key}_tokens" in data.fields]
-    told = [(embedder, embedder.load().eval()) for embedder in texts]
-    here = {"autoencoder": _hash_of(model.autoencoder), **shape_of(data)}
-    for _, text in told:
-        here["text"] = weights_hash(text)
-    for samples in filter(None, (data.train_set, data.val_set)):
+    here = shape_of(data)
+    for part in (model.autoencoder, *texts):
+        here |= _made_by(part)
+    for source in filter(None, (data.train, data.val)):
         known = [("this run", here)]
-        for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in samples.index.shards):
+        for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in expand(source)):
             there = _record_of(folder)
             if there is None:
                 rank_zero_warn(f"{folder} has no {RECORD}: what made the latents in it is not known, and was not compared.")
@@ -118,8 +119,20 @@ def check_provenance(data: Any, stage: Any) -> None:
                 _compare(folder, there, other, those)
             known.append((folder, {name: there.get(name) for name in ("autoencoder", "precision")}))
             _check_whole(Path(folder), there)
-    for embedder, text in told:
-        embedder.check(text)
+
+
+def _made_by(part: nn.Module) -> dict[str, Any]:
+    """What a part of the model says of itself; one that is read only when it is needed is read, checked and forgotten again."""
+    found = part.load().eval() if hasattr(part, "load") else part
+    if hasattr(part, "check"):
+        part.check(found)
+    if hasattr(found, "settings"):
+        return _about_text(found)
+    return {"autoencoder": weights_hash(found) if list(found.parameters()) else None}
+
+
+def _about_text(text: nn.Module | None) -> dict[str, Any]:
+    return {"text": text and weights_hash(text), "text_settings": text and text.settings()}
 
 
 def _record_of(folder: str) -> dict[str, Any] | None:
@@ -131,6 +144,7 @@ def _record_of(folder: str) -> dict[str, Any] | None:
 
 def _compare(folder: str, there: Mapping[str, Any], other: str, here: Mapping[str, Any]) -> None:
     lines = {"autoencoder": "autoencoder.path=FOLDER", "text": "condition.cached_text.load.model=..."}
+    lines["text_settings"] = "condition.cached_text.load.layers=... and so on"
     lines |= dict.fromkeys(("crop", "precision"), "data.train=...")
     for what, value in here.items():
         if value is not None and there.get(what, value) != value:
@@ -148,12 +162,6 @@ def _check_whole(folder: Path, there: Mapping[str, Any]) -> None:
             f"{folder} holds {found} of the {wanted} shards of latents that precompute.py was to write: it was stopped. The same "
             "command goes on where it stopped."
         )
-
-
-def _hash_of(part: nn.Module) -> str | None:
-    """Of the weights, read and forgotten again where the part reads them only when they are needed; None where it has none."""
-    loaded = part.load() if hasattr(part, "load") else part
-    return weights_hash(loaded) if list(loaded.parameters()) else None
 
 
 def _short(value: Any) -> str:
