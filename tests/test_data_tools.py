@@ -4,11 +4,14 @@ import csv
 import hashlib
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_data import damages, samples
+from test_data import damages, picture, samples
 
-from ldm.data import doctor, pack
+from ldm.data import doctor, pack, repair
 from ldm.data.index import Index
 from ldm.data.shards import Shards
 from ldm.data.source import expand
@@ -188,14 +191,98 @@ def test_the_doctor_finds_what_is_broken_and_mends_it(shards, tmp_path, capsys):
     keys = [int(key) for key in clean.keys]
     assert set(keys) >= {0, 1, 2, 3, 4, 5, 7, 8, 10, 11} and 9 not in keys, "what lies behind the damage is found again"
     assert clean.captions() == [f"red {i}" for i in keys]
+    lost = (tmp_path / "clean" / "left-out.txt").read_text().splitlines()
+    assert [line.partition(" sample ")[2] for line in lost] == [
+        "'000000006': lacks cls",
+        "'000000009': cannot identify image file",
+    ]
     assert doctor.main([str(tmp_path / "clean"), "--size", "16", "--out", str(tmp_path / "again")]) == 0
+
+
+def test_a_repair_that_was_stopped_goes_on(shards, tmp_path, monkeypatch):
+    repaired, write = [], repair.write_shard
+
+    def stopped(samples, path):
+        repaired.append(path.name)
+        if len(repaired) == 2:
+            raise KeyboardInterrupt
+        return write(samples, path)
+
+    monkeypatch.setattr(repair, "write_shard", stopped)
+    index, fields = Index(expand(shards), damaged="leave_out"), {"image": "jpg", "caption": "txt"}
+    with pytest.raises(KeyboardInterrupt):
+        repair.claim(tmp_path / "clean", index, fields)
+        repair.repair(index, fields, tmp_path / "clean")
+    repair.claim(tmp_path / "clean", index, fields)
+    for _ in range(2):
+        assert repair.repair(index, fields, tmp_path / "clean") == (11, 1)
+    assert repaired == [f"0000{i}.tar" for i in (0, 1, 1, 2)] and len(Index(expand(tmp_path / "clean"))) == 11
+    for out, other in ((tmp_path / "clean", {"image": "jpg"}), (shards, fields)):
+        with pytest.raises(FileExistsError, match="no repair of these shards"):
+            repair.claim(out, index, other)
+
+
+def test_a_repair_takes_along_what_lay_beside_the_shards(tmp_path):
+    """img2dataset's records may be in Parquet files alone: clean shards can be filtered as the old ones were."""
+    write_shards(({k: v for k, v in s.items() if k != "json"} for s in samples(3)), tmp_path / "shards")
+    rows = [{"key": f"{i:09d}", "aesthetic": i / 2, "status": "success", "md5": None} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shards" / "00000.parquet")
+    fields = {"image": "jpg", "caption": "txt"}
+    (tmp_path / "clean").mkdir()
+    assert repair.repair(Index(expand(tmp_path / "shards")), fields, tmp_path / "clean") == (3, 0)
+    clean = Shards(tmp_path / "clean", size=16, batch=1, filters={"aesthetic": [0.5, None]}).train_set
+    assert clean.captions() == ["red 1", "red 2"]
+
+
+def test_the_doctor_asks_for_what_most_samples_have(tmp_path, capsys):
+    """PNG or latents, with captions or without: what is there, and a record that is none."""
+    rows = [{"__key__": f"{i}", "png": picture("PNG"), "json": b"{" if i == 2 else {"a": i}} for i in range(4)]
+    write_shards(rows, tmp_path / "png")
+    assert doctor.main([str(tmp_path / "png"), "--size", "16", "--out", str(tmp_path / "x")]) == 1
+    told = capsys.readouterr().out
+    assert "BAD sample '2'" in told and "LACKING" not in told and (tmp_path / "x" / "samples.png").is_file()
+    write_shards([{"__key__": "0", "moments.npy": np.zeros((4, 2, 2)), "txt": "a"}], tmp_path / "npy")
+    assert doctor.main([str(tmp_path / "npy"), "--out", str(tmp_path / "y")]) == 0
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """The doctor without its pictures, which take the time."""
+    for name in ("_draw", "_show"):
+        monkeypatch.setattr(doctor, name, lambda *_: None)
+
+
+def test_the_doctor_counts_what_training_would_refuse(tmp_path, capsys, undrawn):
+    write_shards([*samples(3), *({**s, "__key__": "9", "txt": " "} for s in samples(1))], tmp_path / "a")
+    arguments = [str(tmp_path / "a"), "--quick", "--out", str(tmp_path / "x"), "--filters"]
+    assert doctor.main([*arguments, "{aesthetic: [1, null]}"]) == 0, "as data.filters is written"
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["caption_length:", "[1,", "None]", "1", "3"] in lines and ["aesthetic:", "[1,", "None]", "1", "2"] in lines
+    report = json.loads((tmp_path / "x" / "report.json").read_text())
+    assert len(report["would_keep"]) == 4 and report["empty_captions"] == 1
 
 
 def test_the_doctor_answers_wrong_questions(tmp_path, capsys):
     assert doctor.main([str(tmp_path), "--out", str(tmp_path / "x")]) == 2
     assert "No shards" in capsys.readouterr().err
+    write_shards(samples(1), tmp_path / "a")
+    for wrong, said in (
+        ("--filters {watermark: [null, 0.5]}", "watermark: 1 of 1 samples"),
+        ("--filters {side: 256}", "wanted the least and the most"),
+        ("--filters [1]", "wanted {name: value"),
+        ("--filters {side: [", "is no YAML"),
+        ("--buckets {step: 0.5", "is no YAML"),
+        ("--buckets [[3]]", "data.buckets"),
+        ("--fields image=pickle", "such as image=jpg"),
+        ("--fields image", "such as image=jpg"),
+    ):
+        try:
+            assert doctor.main([str(tmp_path / "a"), "--out", str(tmp_path / "x"), *wrong.split(" ", 1)]) == 2
+        except SystemExit as stop:
+            assert stop.code == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "x").exists(), "before any picture is decoded"
 
 
-def test_a_healthy_shard_need_not_be_decoded(tmp_path):
+def test_a_healthy_shard_need_not_be_decoded(tmp_path, undrawn):
     write_shards(samples(3), tmp_path / "a")
     assert doctor.main([str(tmp_path / "a"), "--quick", "--out", str(tmp_path / "x")]) == 0

@@ -45,7 +45,7 @@ def select(
     Raises:
         ValueError: a rule is none, a number is not known, or samples lack what `fields` names.
     """
-    _check_rules(rules)
+    check_rules(rules)
     words = json.dumps([index.state, sorted(fields.values()), dict(rules), list(map(list, sizes)), least])
     folder = index.folder / f"kept-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
     if not (folder / "report.json").is_file():
@@ -167,7 +167,11 @@ def _refuse(index: Index, fields: Mapping[str, str], lacking: list, silent: list
         )
 
 
-def _check_rules(rules: Mapping[str, Any]) -> None:
+def check_rules(rules: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a rule is none.
+    """
     for name, rule in rules.items():
         if name == "missing" and rule not in ("refuse", "keep", "drop"):
             raise ValueError(f"data.filters.missing={rule!r}; wanted `refuse`, `keep` or `drop`.")
