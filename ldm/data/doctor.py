@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from tqdm import tqdm
 
 from ldm.data.bucket import Size, assign, sizes_of
@@ -34,6 +37,8 @@ from ldm.data.source import expand
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 24  # pictures in samples.png
+# Those there are of fonts that have what captions may need.
+FONTS = [f for f in ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS") if f in get_font_names()]
 FIELDS = {"image": "jpg", "caption": "txt"}  # where no shard can be asked
 
 
@@ -199,7 +204,8 @@ def _show(samples: Samples, path: Path) -> None:
     text = next((member for member in samples.fields.values() if is_text(member)), None)
     if picture is None:
         return
-    figure, axes = plt.subplots(4, 6, figsize=(12, 9), layout="constrained")
+    rows = min(SHOWN // 6, -(-len(samples) // 6))
+    figure, axes = plt.subplots(rows, 6, figsize=(12, 2.25 * rows), layout="constrained", squeeze=False)
     chosen = iter(generator(0, 0).permutation(len(samples))[: 4 * SHOWN].tolist())
     for axis in axes.flat:
         axis.set_axis_off()
@@ -211,13 +217,16 @@ def _show(samples: Samples, path: Path) -> None:
             except BadSample:
                 continue
             axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set_title(caption[:60].replace("$", r"\$"), fontsize=7, wrap=True)
+            lines = textwrap.wrap(caption, 36, max_lines=2, placeholder=" ...")
+            axis.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7, family=FONTS)
             break
     _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # of a script that no font here has
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
