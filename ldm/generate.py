@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.condition.inpaint import Inpaint
 from ldm.model import LatentModel
 from ldm.types import Batch, Guidance, Sampler
 
@@ -46,10 +45,9 @@ def paste_known(model: LatentModel, ask: Batch, images: Tensor, how: str | None)
         ValueError: another `how`, or `pixels` of a model that does not inpaint.
     """
     check_paste(model, how)
-    fields = inpainted(model)
-    if how is None or fields is None:
+    if how is None or model.conditioner.hole is None:
         return images
-    image, mask = (ask[field].to(images) for field in fields)
+    image, mask = (ask[field].to(images) for field in model.conditioner.hole)
     whole = torch.where(mask > 0, images, image)
     return whole if how == "pixels" else model.autoencoder.decode(model.autoencoder.encode(whole).mean).clamp(-1, 1)
 
@@ -58,13 +56,8 @@ def check_paste(model: LatentModel, how: str | None) -> None:
     """Raises ValueError if `how` is not for this model."""
     if how not in (None, "latents", "pixels"):
         raise ValueError(f"paste={how}: wanted latents, pixels or null.")
-    if how == "pixels" and inpainted(model) is None:
+    if how == "pixels" and model.conditioner.hole is None:
         raise ValueError(f"paste=pixels is for inpainting models, and this one is told {list(model.conditioner.embedders)}.")
-
-
-def inpainted(model: LatentModel) -> tuple[str, str] | None:
-    """The fields of an inpainting model's picture and mask."""
-    return next((e.key for e in model.conditioner.embedders.values() if isinstance(e, Inpaint)), None)
 
 
 def compile_backbone(backbone: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.evaluation.rows import Source, fingerprint
 from ldm.folder import write_whole
-from ldm.generate import check_paste, generate, inpainted
+from ldm.generate import check_paste, generate
 from ldm.measure import to_bytes
 from ldm.model import LatentModel
 from ldm.types import Autoencoder, Batch, Cond, Denoise, Guidance, Sampler, Told
@@ -131,7 +131,7 @@ class Drawings:
             "size": list(size),
             "conditioning": conditioning,
             "precision": precision,
-            **({"paste": paste} if inpainted(model) else {}),
+            **({"paste": paste} if model.conditioner.hole else {}),
             **(protocol or {}),
         }
 
