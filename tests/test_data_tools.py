@@ -71,7 +71,7 @@ def test_a_picture_that_is_there_twice_is_on_one_side(tmp_path):
 
 @pytest.mark.parametrize(("form", "comma"), [("csv", ","), ("csv", ";"), ("tsv", "\t"), ("jsonl", "")])
 def test_a_table_of_captions(tmp_path, form, comma):
-    rows = [{"file_name": f"{i}.png", "text": f"n° {i}, bright", "aesthetic": i / 2} for i in range(3)]
+    rows = [{"file_name": f"{i}.png", "text": f"n° {i},\u2028bright", "aesthetic": i / 2} for i in range(3)]
     for row in rows:
         draw(tmp_path / row["file_name"])
     table = tmp_path / f"captions.{form}"
@@ -81,10 +81,10 @@ def test_a_table_of_captions(tmp_path, form, comma):
             writer.writeheader()
             writer.writerows(rows)
         else:
-            file.write("\n".join(map(json.dumps, rows)))
+            file.write("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     assert pack.main([str(table), str(tmp_path / "out")]) == 0
     data = Shards(tmp_path / "out", size=16, filters={"aesthetic": [0.5, None]}, batch=1)
-    assert data.train_set.captions() == ["n° 1, bright", "n° 2, bright"]
+    assert data.train_set.captions() == ["n° 1,\u2028bright", "n° 2,\u2028bright"]
 
 
 def test_what_cannot_be_packed_is_said(tmp_path, capsys):

@@ -168,9 +168,10 @@ def _refuse(index: Index, fields: Mapping[str, str], lacking: list, silent: list
 
 
 def check_rules(rules: Mapping[str, Any]) -> None:
-    """
+    """Looks at the rules alone.
+
     Raises:
-        ValueError: a rule is none.
+        ValueError: one is none.
     """
     for name, rule in rules.items():
         if name == "missing" and rule not in ("refuse", "keep", "drop"):

@@ -159,7 +159,7 @@ def _lines(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            return [_value(line) for line in text.splitlines() if line.strip()]
+            return [_value(line) for line in text.split("\n") if line.strip()]
         header = text.partition("\n")[0]
         return list(csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count)))
     except (UnicodeDecodeError, csv.Error) as error:
