@@ -176,7 +176,7 @@ def test_expand(folder):
     for address in ("pipe:cat x.tar", "ftp://bucket/x.tar"):
         with pytest.raises(ValueError, match=r"local paths.*never from a command"):
             expand(address)
-    assert expand("s3://bucket/{00..01}.tar") == ["s3://bucket/00.tar", "s3://bucket/01.tar"]
+    assert expand("https://host/{00..01}.tar") == ["https://host/00.tar", "https://host/01.tar"]
 
 
 def test_fingerprint_tells_data_sets_apart(folder):

@@ -1,7 +1,5 @@
-"""The data module from end to end: what filters and buckets keep, bad and hostile samples, remote shards, exact resume."""
+"""The data module from end to end: what filters and buckets keep, bad and hostile samples, exact resume."""
 
-import functools
-import http.server
 import io
 import json
 import os
@@ -9,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -326,58 +323,6 @@ def test_the_stream_has_the_same_fields(folder):
         ranks.append([(p, key) for b in first(data.train_dataloader(), 9) for p, key in zip(b["position"].tolist(), b["key"])])
     assert sorted(p for rank in ranks for p, _ in rank) == list(range(36)) and ranks[0] != ranks[1]
     assert [key for _, key in ranks[0]] != [key for _, key in ranks[1]]
-
-
-# ---- remote shards
-
-
-class Flaky(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; the first `fail` requests for a whole file break off."""
-
-    fail, gets = 0, 0
-
-    def do_GET(self):
-        Flaky.gets += 1
-        if Flaky.fail:
-            Flaky.fail -= 1
-            self.send_error(503)
-        else:
-            super().do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def address(folder):
-    Flaky.gets = Flaky.fail = 0
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Flaky, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_remote_shards_are_fetched_once_and_read_as_local_ones(folder, address, tmp_path):
-    def remote(**options):
-        data = Shards(f"{address}/{{00000..00001}}.tar", size=16, cache=tmp_path / "cache", **options)
-        data.fetch.wait = 0.01
-        return data
-
-    Flaky.fail = 2
-    data = remote()
-    assert data.train_set.captions() == [f"red {i}" for i in range(COUNT)]
-    assert len(list((tmp_path / "cache" / "shards").rglob("*.tar"))) == 2
-    gets = Flaky.gets
-    assert remote().train_set.captions() == data.train_set.captions() and Flaky.gets == gets
-    tiny = Shards(f"{address}/{{00000..00001}}.tar", size=16, cache=tmp_path / "tiny", cache_gb=1e-9)
-    assert len(tiny.train_set) == COUNT and len(list((tmp_path / "tiny" / "shards").rglob("*.tar"))) == 1, "room for no more"
-
-
-def test_a_shard_that_is_not_there_is_named(address, tmp_path):
-    data = Shards(f"{address}/missing.tar", size=16, cache=tmp_path / "cache")
-    data.fetch.wait = 0.01
-    with pytest.raises(OSError, match=r"missing\.tar could not be fetched"):
-        data.setup()
 
 
 # ---- exact resume over processes

@@ -103,8 +103,9 @@ class Samples(Dataset[dict[str, Any]]):
         offset, size = self.index.table(shard).span(row, member)
         if offset < 0 or size > MAX_BYTES:
             raise BadSample(f"Member {member!r} of {self.where(shard, row)} is {'missing' if offset < 0 else 'too large'}.")
+        file = self._files[shard].fileno()  # a shard that cannot be had at all ends the training, which goes on exactly later
         try:
-            data = os.pread(self._files[shard].fileno(), size, offset)
+            data = os.pread(file, size, offset)
         except OSError as error:
             raise BadSample(f"Member {member!r} of {self.where(shard, row)} cannot be read: {error!r}") from error
         if len(data) != size:
@@ -114,7 +115,8 @@ class Samples(Dataset[dict[str, Any]]):
         return data
 
     def _open(self, shard: int) -> FileIO:
-        return FileIO(self.index.fetch(self.index.shards[shard]))
+        with self.index.fetch.held(self.index.shards[shard]) as path:
+            return FileIO(path)
 
     def _map(self, shard: int) -> memoryview:
         return memoryview(mmap(self._files[shard].fileno(), 0, access=ACCESS_READ))

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from ldm.data.bad import BadSamples
 from ldm.data.bucket import Report, Size, sizes_of
-from ldm.data.decode import decoder, is_array, is_image, is_text
+from ldm.data.decode import is_image
 from ldm.data.fetch import CACHE, Fetch
 from ldm.data.filter import select
 from ldm.data.index import Damage, Index
@@ -33,11 +33,11 @@ from ldm.data.latents import check_provenance
 from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
 from ldm.data.samples import Loaded, Samples, as_is, stay, to_float
 from ldm.data.selection import Selection
+from ldm.data.settings import check_settings
 from ldm.data.source import Sources, expand
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}
-RESERVED = ("key", "position", "bad")
 Split = Literal["train", "val"]
 
 
@@ -91,10 +91,8 @@ class Shards(pl.LightningDataModule):
         self.train, self.val, self.size, self.batch, self.seed, self.workers = train, val, size, batch, seed, workers
         self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
         self.window, self.lanes, self.damaged, self.cache, self.on_mismatch = window, lanes, damaged, cache, on_mismatch
-        self._check()
         self.sizes = sizes_of(buckets, size)
-        if weights and len(self.sizes) > 1:
-            raise ValueError("data.weights with data.buckets: a mixture has no buckets; leave one of the two out.")
+        check_settings(self)
         self.fetch, self.report = Fetch(cache, cache_gb), Report(self.sizes)
         self.bad = BadSamples(max_bad_fraction)
         self.consumed = 0  # samples that training had taken where this run begins
@@ -251,20 +249,6 @@ class Shards(pl.LightningDataModule):
             )
         self._ahead = self.consumed - state_dict["step"] * self.batch
         self._resumed = True
-
-    def _check(self) -> None:
-        for field, member in self.fields.items():
-            if field in RESERVED:
-                raise ValueError(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
-            decoder(member)
-        if (self.flip or self.crop != "center") and all(is_array(member) or is_text(member) for member in self.fields.values()):
-            raise ValueError(f"data.flip={self.flip} data.crop={self.crop}: data.fields names no pictures, only {self.fields}.")
-        choices = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "leave_out"), "crop": ("center", "random")}
-        for name, words in choices.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted `{words[0]}` or `{words[1]}`.")
-        if self.weights is not None and (isinstance(self.train, str | Path) or len(self.weights) != len(self.train)):
-            raise ValueError(f"data.weights={list(self.weights)}: data.train must be a list of as many data sets.")
 
     def _opened(self, split: Split, source: Sources) -> Samples:
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
