@@ -1,7 +1,9 @@
 """The data module from end to end: what filters and buckets keep, bad and hostile samples, exact resume."""
 
+import gzip
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -181,6 +183,14 @@ def test_mixtures_take_their_share_of_every_batch(tmp_path):
     assert all(Counter(batch["caption"]) == {"a": 3, "b": 1} for batch in first(data.train_dataloader(), 8))
     with pytest.raises(ValueError, match=r"data\.weights with data\.buckets"):
         Shards([tmp_path / "a", tmp_path / "b"], size=16, weights=[3, 1], buckets=[[16, 16], [8, 8]])
+    for weights in ([3, 0], [0, 0], [3, -1], [3, math.nan]):
+        with pytest.raises(ValueError, match=r"data\.weights=.* each must be above 0"):
+            Shards([tmp_path / "a", tmp_path / "b"], size=16, weights=weights)
+    with pytest.raises(ValueError, match=r"data\.weights: .*a/00000\.tar belongs to .*a and .*\{a,b\}/00000\.tar"):
+        _ = Shards([tmp_path / "a", f"{tmp_path}/{{a,b}}/00000.tar"], size=16, batch=4, weights=[3, 1]).steps
+    rules = {"aesthetic": [5, None]}  # of which the second set has none
+    with pytest.raises(ValueError, match=r"data\.weights: there is nothing to train on in .*b; look at data\.filters"):
+        _ = Shards([tmp_path / "a", tmp_path / "b"], size=16, batch=4, weights=[3, 1], filters=rules).steps
 
 
 # ---- bad and hostile samples
@@ -323,6 +333,36 @@ def test_the_stream_has_the_same_fields(folder):
         ranks.append([(p, key) for b in first(data.train_dataloader(), 9) for p, key in zip(b["position"].tolist(), b["key"])])
     assert sorted(p for rank in ranks for p, _ in rank) == list(range(36)) and ranks[0] != ranks[1]
     assert [key for _, key in ranks[0]] != [key for _, key in ranks[1]]
+
+
+@QUIET
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_stream_tells_sizes_and_crops_as_the_index_does(tmp_path, workers):
+    write_shard(
+        [{"__key__": "0", "jpg": picture(size=(64, 32)), "txt": "a", "json": {"original_width": 128}}], tmp_path / "0.tar"
+    )
+    options = {"size": 16, "batch": 2, "crop": "random", "flip": 0.5, "workers": workers}
+    for ours, theirs in zip(*(first(kind(tmp_path, **options).train_dataloader(), 3) for kind in (Shards, Streamed))):
+        assert ours.keys() == theirs.keys() and "crop_left" in ours
+        for field, value in ours.items():
+            assert torch.equal(value, theirs[field]) if isinstance(value, torch.Tensor) else value == theirs[field], field
+
+
+@QUIET
+def test_the_stream_ends_where_nothing_can_be_read(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be filled.* Member 'webp' of sample '\d+' in .*tar is missing"):
+        first(Streamed(folder, fields={"image": "webp"}, size=16).train_dataloader(), 1)
+    with pytest.raises(ValueError, match=r"data\.filters=.*data=stream has no index"):
+        Streamed(folder, filters={"side": [1, None]})
+    whole, bomb = (folder / "00000.tar").read_bytes(), tarfile.TarInfo("a.jpg")
+    bomb.type, bomb.size = tarfile.GNUTYPE_SPARSE, 2**50
+    for damaged in (whole[:1800], bytes(10240), gzip.compress(whole), bomb.tobuf(tarfile.GNU_FORMAT)):
+        (folder / "00000.tar").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"00000\.tar is damaged or no plain tar.*doctor.*data\.damaged=leave_out"):
+            first(Streamed(folder, size=16, batch=4).train_dataloader(), 4)
+        batches = first(Streamed(folder, size=16, batch=4, damaged="leave_out").train_dataloader(), 4)
+        assert {key for b in batches for key in b["key"] if int(key) >= 6} == {f"{i:09d}" for i in range(6, 10)}
+        assert any("00000.tar is damaged" in line for b in batches for line in b.get("bad", ()))
 
 
 # ---- exact resume over processes

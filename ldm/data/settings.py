@@ -42,3 +42,5 @@ def check_settings(data: Shards) -> None:
 def _check_weights(train: str | Path | Sequence[str | Path], weights: Sequence[float]) -> None:
     if isinstance(train, str | Path) or len(weights) != len(train):
         raise ValueError(f"data.weights={list(weights)}: data.train must be a list of as many data sets.")
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f"data.weights={list(weights)}: each must be above 0; leave the others out, of data.train too.")

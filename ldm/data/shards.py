@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
@@ -34,7 +33,7 @@ from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
 from ldm.data.samples import Loaded, Samples, as_is, stay, to_float
 from ldm.data.selection import Selection
 from ldm.data.settings import check_settings
-from ldm.data.source import Sources, expand
+from ldm.data.source import Sources, expand, owners
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}
@@ -117,9 +116,10 @@ class Shards(pl.LightningDataModule):
         if self.weights is None:
             streams = [Stream(part, self.seed, self.window, self.lanes, number) for number, part in enumerate(parts)]
             return Steps(streams, self.sizes, [len(part) for part in parts], self.batch, self.seed)
-        owner = {shard: i for i, one in enumerate(self.train) for shard in expand(one)}
-        of = np.array([owner[shard] for shard in index.shards])
+        of = owners(self.train, index.shards)
         sets = [parts[0].within(of == i) for i in range(len(self.train))]
+        if empty := [str(one) for one, samples in zip(self.train, sets) if not len(samples)]:
+            raise ValueError(f"data.weights: there is nothing to train on in {', '.join(empty)}; look at data.filters.")
         streams = [Stream(one, self.seed, self.window, number=i) for i, one in enumerate(sets)]
         mixture = Mixture(streams, self.weights, self.batch, self.seed)
         return Steps([mixture], self.sizes, [len(parts[0])], self.batch, self.seed)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
+import numpy as np
+
 from ldm.data.fetch import SCHEMES, check_remote, is_remote, list_remote
 
 Sources = str | Path | Sequence[str | Path]
@@ -30,6 +32,20 @@ def expand(source: Sources, option: str = "data.train") -> list[str]:
     if not shards:
         raise FileNotFoundError(_nothing("[]", option))
     return shards
+
+
+def owners(sources: Sequence[str | Path], shards: Sequence[str]) -> np.ndarray:
+    """(S) int64, which of some sources each shard is of.
+
+    Raises:
+        ValueError: it is of two.
+    """
+    owner: dict[str, int] = {}
+    for i, one in enumerate(sources):
+        for shard in expand(one):
+            if owner.setdefault(shard, i) != i:
+                raise ValueError(f"data.weights: {shard} belongs to {sources[owner[shard]]} and {one}; a shard has one weight.")
+    return np.array([owner[shard] for shard in shards])
 
 
 def listed(source: Sources) -> list[str]:
