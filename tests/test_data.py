@@ -28,6 +28,7 @@ from ldm.data.record import describe
 from ldm.data.selection import Selection
 from ldm.data.shards import Shards
 from ldm.data.source import expand
+from ldm.data.stream import Streamed
 from ldm.data.write import write_shard, write_shards
 
 COUNT = 10
@@ -541,6 +542,17 @@ def test_training_goes_on_where_it_stopped_twice(folder, tmp_path):
     assert [position for position, _ in anew.seen] == [8, 9, 10, 11], "the second epoch begins with the third step"
     again = fit(data(seed=5), tmp_path / "5.ckpt", 6, resume=tmp_path / "4.ckpt")
     assert [position for position, _ in again.seen] == [12, 13, 14, 15]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_of_another_kind_of_data_is_refused(folder, tmp_path):
+    fit(Shards(folder, size=16, batch=4), tmp_path / "1.ckpt", 3)
+    streamed = fit(Streamed(folder, size=16, batch=4), tmp_path / "2.ckpt", 4, resume=tmp_path / "1.ckpt")
+    assert [position for position, _ in streamed.seen] == [12, 13, 14, 15], "other samples, but noise goes on"
+    with pytest.raises(ValueError, match=r"step 4 .*another kind of data than Shards.*data\.on_mismatch=restart_epoch"):
+        fit(Shards(folder, size=16, batch=4), tmp_path / "x.ckpt", 5, resume=tmp_path / "2.ckpt")
+    anew = fit(Shards(folder, size=16, batch=4, on_mismatch="restart_epoch"), tmp_path / "3.ckpt", 5, resume=tmp_path / "2.ckpt")
+    assert [position for position, _ in anew.seen] == [8, 9, 10, 11], "the second epoch begins with the third step"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -264,6 +264,17 @@ def test_a_hostile_shard_runs_nothing_and_fills_no_memory(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", ".index"}
 
 
+@QUIET
+def test_bad_samples_are_counted_by_reason(tmp_path):
+    pictures = [b"GIF89a", b"nothing", b"", picture()[:200]]
+    spoilt = ({**s, "jpg": [*pictures, s["jpg"]][i % 5]} for i, s in enumerate(samples()))
+    write_shards(spoilt, tmp_path / "a")
+    data = Shards(tmp_path / "a", size=16)
+    for batch in data.ordered("train", COUNT):
+        data.bad.note(batch, None)
+    assert sorted(data.bad.reasons.values()) == [2, 6] and any("no picture in JPEG, PNG, WEBP" in why for why in data.bad.reasons)
+
+
 # ---- other readers and writers, other ways to start workers
 
 
@@ -285,6 +296,19 @@ def test_workers_that_inherit_nothing_read_the_same(folder, start):
     found = first(loader, 3)
     assert [b["key"] for b in found] == [b["key"] for b in wanted]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(found, wanted))
+
+
+def test_an_error_ends_a_process_whose_workers_are_under_way(folder):
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from ldm.data.shards import Shards
+batches = iter(Shards({str(folder)!r}, size=16, batch=4, workers=1).train_dataloader())
+next(batches)
+raise ValueError("the end")
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "the end" in ended.stderr
 
 
 def test_fewer_shards_than_ranks_and_workers_and_shards_of_one_sample(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from io import FileIO
 from mmap import ACCESS_READ, mmap
+from multiprocessing import active_children
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -273,6 +275,25 @@ def as_is(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
+def loading(workers: int) -> dict[str, Any]:
+    """How a DataLoader is to load with that many processes."""
+    if workers:
+        atexit.register(end_workers)
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "worker_init_fn": stay,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
 def stay(_: int) -> None:
     """A worker that gets SIGTERM, as every process of a job does, goes on once: the training it feeds ends between two steps."""
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
+
+
+def end_workers() -> None:
+    """Ends them for good as this process exits, which would send them one SIGTERM and wait for ever."""
+    for child in active_children():
+        if child.daemon:
+            child.kill()

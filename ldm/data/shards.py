@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,7 +29,7 @@ from ldm.data.filter import select
 from ldm.data.index import Damage, Index
 from ldm.data.latents import check_provenance
 from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
-from ldm.data.samples import Loaded, Samples, as_is, stay, to_float
+from ldm.data.samples import Loaded, Samples, as_is, loading, to_float
 from ldm.data.selection import Selection
 from ldm.data.settings import check_settings
 from ldm.data.source import Sources, expand, owners
@@ -96,7 +95,7 @@ class Shards(pl.LightningDataModule):
         self.bad = BadSamples(max_bad_fraction)
         self.consumed = 0  # samples that training had taken where this run begins
         self._ahead = 0  # consumed samples beyond global_step * batch, after an epoch was begun anew
-        self._resumed = False
+        self._resumed = self._begun = False
         self._buckets: dict[Split, list[Selection]] = {}
 
     @cached_property
@@ -134,7 +133,20 @@ class Shards(pl.LightningDataModule):
         check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
     def train_dataloader(self) -> DataLoader:
-        """Endless micro-batches of this device, from sample `consumed` on."""
+        """Endless micro-batches of this device, from sample `consumed` on.
+
+        Raises:
+            ValueError: a checkpoint that was trained with another kind of data, and `on_mismatch` is "refuse".
+        """
+        if self._unsaid():
+            if self.on_mismatch == "refuse":
+                raise ValueError(
+                    f"The checkpoint of step {self.trainer.global_step} was trained with another kind of data than "
+                    f"{type(self).__name__}, and its order of samples is not this one's. Take that data=..., begin another run "
+                    "(run_id=..., resume=never), or an epoch of this data: data.on_mismatch=restart_epoch."
+                )
+            self._begin(self.steps.first_step(self.steps.epoch_of(self.trainer.global_step)), self.trainer.global_step)
+        self._begun = True
         rank, world, accumulate = self._share()
         order = Batches(self.steps, rank, world, accumulate, self.consumed // self.batch)
         others = dict(zip(self.sizes, self._buckets["train"]))
@@ -247,8 +259,15 @@ class Shards(pl.LightningDataModule):
             rank_zero_warn(
                 f"The checkpoint's order of samples is not this run's: {changes}. Beginning epoch {state_dict['epoch']} anew."
             )
-        self._ahead = self.consumed - state_dict["step"] * self.batch
-        self._resumed = True
+        self._begin(self.consumed // self.batch, state_dict["step"])
+
+    def _unsaid(self) -> bool:
+        """Whether training goes on from a checkpoint that says nothing of this kind of data."""
+        return self.trainer is not None and self.trainer.global_step > 0 and not self._begun
+
+    def _begin(self, first: int, step: int) -> None:
+        """Goes on with the samples of step `first` at optimizer step `step`."""
+        self.consumed, self._ahead, self._resumed, self._begun = first * self.batch, (first - step) * self.batch, True, True
 
     def _opened(self, split: Split, source: Sources) -> Samples:
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
@@ -272,12 +291,4 @@ class Shards(pl.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def _load(self, loaded: Loaded, order: Batches | Once) -> DataLoader:
-        return DataLoader(
-            loaded,
-            batch_sampler=order,
-            collate_fn=as_is,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            worker_init_fn=stay,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return DataLoader(loaded, batch_sampler=order, collate_fn=as_is, **loading(self.workers))

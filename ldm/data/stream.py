@@ -14,14 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from webdataset import filters, tariterators
 
 from ldm.data.cut import CROP, SIZES, cut, told
 from ldm.data.decode import MAX_BYTES, BadSample, View, decode, is_image, picture_size
 from ldm.data.order import generator
-from ldm.data.samples import ATTEMPTS, stay
+from ldm.data.samples import ATTEMPTS, loading
 from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.data.tar import Damaged
@@ -54,12 +53,14 @@ class Streamed(Shards):
 
     def train_dataloader(self) -> DataLoader:
         """Endless micro-batches of this device."""
+        if self._unsaid():
+            self._begin(self.trainer.global_step, self.trainer.global_step)
+        self._begun = True
         rank, world, accumulate = self._share()
         if self.batch % (world * accumulate):
             raise ValueError(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
         drawn = Drawn(self, expand(self.train), rank, self.batch // (world * accumulate), accumulate)
-        workers = {"num_workers": self.workers, "persistent_workers": self.workers > 0, "worker_init_fn": stay}
-        return DataLoader(drawn, batch_size=None, pin_memory=torch.cuda.is_available(), **workers)
+        return DataLoader(drawn, batch_size=None, **loading(self.workers))
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples training has taken."""
@@ -68,8 +69,7 @@ class Streamed(Shards):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with other draws."""
-        self.consumed = state_dict["consumed"]
-        self._ahead, self._resumed = self.consumed - state_dict["step"] * self.batch, True
+        self._begin(state_dict["consumed"] // self.batch, state_dict["step"])
 
 
 class Drawn(IterableDataset):
