@@ -6,11 +6,13 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
 from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -476,6 +478,26 @@ def run(shards, out, *numbers):
     assert process.returncode == 0, errors[-3000:]
 
 
+def train_forked(shards, out, *numbers):
+    """The same as `train` in two processes, which need not import all anew."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank(number):
+        told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        train(shards, out, *numbers)
+
+    ranks = [get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
 def weights(out):
     return torch.load(out / "end.pt", weights_only=True)
 
@@ -496,8 +518,10 @@ def test_resuming_with_another_number_of_processes_is_exact(numbered, tmp_path):
     """1 -> 2 gloo processes -> 1, other workers and micro-batches, over an epoch's end: all that is seen, noise and dropout."""
     train(numbered, tmp_path / "whole", 9)
     train(numbered, tmp_path / "legs", 2, accumulate=4)
-    run(numbered, tmp_path / "legs", 6, 2, 2, 1)
+    train_forked(numbered, tmp_path / "legs", 6, 2, 2, 1)
     train(numbered, tmp_path / "legs", 9, workers=1)
+    lines = sorted(len(file.read_text().splitlines()) for file in (tmp_path / "legs" / "seen").iterdir())
+    assert lines == [16, 16, 16, 24], "one process, two with half of each batch, one"
     whole = seen(tmp_path / "whole")
     assert whole == seen(tmp_path / "legs") and [len(step) for step in whole.values()] == [8] * 9
     torch.testing.assert_close(weights(tmp_path / "legs"), weights(tmp_path / "whole"), atol=1e-6, rtol=1e-5)
