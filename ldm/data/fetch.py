@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from warnings import warn
 
 import fsspec
 from aiohttp import ClientError, ClientTimeout
 from filelock import FileLock, Timeout
-from pytorch_lightning.utilities import rank_zero_warn
 
 CACHE = os.environ.get("LDM_CACHE", "~/.cache/ldm")
 SCHEMES = ("s3", "gs", "http", "https")
@@ -179,7 +179,7 @@ def patiently(address: str, work: Callable[[], T], wait: float = 1.0) -> T:
             if attempt == ATTEMPTS or _is_final(error):
                 hint = CREDENTIALS.get(address.partition("://")[0], "") if _is_refusal(error) else ""
                 raise OSError(f"{address} could not be read in {attempt} attempts: {error!r}.{hint}") from error
-            rank_zero_warn(f"{address}, attempt {attempt} of {ATTEMPTS}: {error!r}. Trying again in {wait:g} s.")
+            warn(f"{address}, attempt {attempt} of {ATTEMPTS}: {error!r}. Trying again in {wait:g} s.", stacklevel=2)
             time.sleep(wait)
             wait *= 2
     raise AssertionError
