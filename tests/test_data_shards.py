@@ -167,6 +167,16 @@ def test_sdxl_is_told_sizes_and_crops(tmp_path):
     assert min(lefts) <= 2 and max(lefts) >= 13
 
 
+@pytest.mark.parametrize("kind", [Shards, Streamed])
+def test_records_that_lie_about_sizes_are_not_believed(tmp_path, kind):
+    for i, wild in enumerate((1e300, 10**400, -5, 0, math.nan)):
+        record = {"width": wild, "height": wild, "original_width": wild, "original_height": 2.0**40}
+        write_shard([{"__key__": f"{i}", "jpg": picture(), "txt": "a", "json": record}], tmp_path / f"{i}.tar")
+        batch = first(kind(tmp_path / f"{i}.tar", size=16, batch=1).train_dataloader(), 1)[0]
+        assert batch["original_height"].item() == batch["crop_top"].item() == batch["crop_left"].item() == 0
+        assert batch["original_width"].item() in (0, 16, -5)
+
+
 def test_augmentation_follows_the_position(folder):
     def images(seed, workers=0):
         data = Shards(folder, size=12, batch=5, crop="random", flip=0.5, seed=seed, workers=workers)

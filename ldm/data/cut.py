@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 
@@ -12,6 +11,7 @@ from ldm.data.order import generator
 AUGMENT = 2**32 + 2  # a stream of random numbers
 CROP = ("crop_top", "crop_left")
 SIZES = ("original_height", "original_width", *CROP, "target_height", "target_width")
+MOST = 2**31  # a number beyond it, or NaN, is no size
 
 middle = cache(View)  # the views that are not random
 
@@ -34,6 +34,6 @@ def told(number: Callable[[str], float], view: View, cut_ahead: bool) -> list[in
     """
     width, height = number("width"), number("height")
     original = [number(f"original_{side}") for side in ("height", "width")]
-    known = not math.isnan(width) and not math.isnan(height)
+    known = 0 < width < MOST and 0 < height < MOST
     corner = [number(side) for side in CROP] if cut_ahead else view.corner(int(width), int(height)) if known else (0, 0)
-    return [*(0 if math.isnan(n) else int(n) for n in (*original, *corner)), view.height, view.width]
+    return [*(int(n) if abs(n) < MOST else 0 for n in (*original, *corner)), view.height, view.width]

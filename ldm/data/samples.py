@@ -160,7 +160,7 @@ class Loaded(Dataset[dict[str, Any]]):
                     kept.append((place.position, shard, row, view))
                     break
         if not kept:
-            raise ValueError(f"None of {len(places)} samples can be read: {bad[0]}")
+            raise ValueError(f"None of {len(places)} samples can be read: {bad[0]} Mend the shards: python -m ldm.data.doctor.")
         batch = {field: column.result(len(kept)) for field, column in columns.items()}
         batch |= {"key": [self.samples.index.table(s).key(r) for _, s, r, _ in kept]}
         batch |= {"position": torch.tensor([p for p, *_ in kept], dtype=torch.int64)}

@@ -142,7 +142,7 @@ class Drawn(IterableDataset):
             record = decode("json", sample.get("json", b"{}"), view)
         except BadSample:
             record = {}
-        numbers = {name: float(value) for name, value in record.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         pictures = [sample[member] for member in self.fields.values() if is_image(member)]
         if not pictures and CROP[0] not in numbers:
             return {}
