@@ -91,7 +91,7 @@ def their_pipeline(kind, folder):
     if kind == "xl":
         extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
         extra |= {"projection_class_embeddings_input_dim": 48 + 6 * 256, "transformer_layers_per_block": (1, 3)}
-        unet = their_unet((False, True), 64 + 128, use_linear_projection=True, attention_head_dim=(1, 2), **extra)
+        unet = their_unet((False, True), 64 + 128, use_linear_projection=True, attention_head_dim=(2, 4), **extra)
         second = their_text("gelu", 128, projection=48)
         both = {"text_encoder": their_text(), "text_encoder_2": second, "tokenizer_2": their_tokenizer(folder / "b", "!")}
         return StableDiffusionXLPipeline(vae=vae, unet=unet, tokenizer=tokenizer, scheduler=scheduler(), **both)

@@ -14,13 +14,15 @@ from ldm.autoencoder.vq import VQ
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
-from ldm.folder import LOCAL, load_tensors, read_json, save_model, save_tensors, write_json
+from ldm.folder import LOCAL, from_parts, load_tensors, read_json, save_model, save_tensors, with_parts, write_json, write_text
+from ldm.interop.weights import check_finite
 from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
 BACKBONE = "denoiser.backbone."
 BACKBONES = {"ldm.backbone.unet.UNet": UNet, "ldm.backbone.dit.DiT": DiT}
 AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
+WORDS = "condition.bert.vocabulary"  # the sub-folder of the LDM paper's text model's words
 CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
 BETAS = {"ScaledLinear": (0.00085, 0.012), "DDPM": (1e-4, 0.02)}  # what the schedules begin and end with unless told
@@ -45,13 +47,16 @@ class Bundle:
     """`recipe` builds the model, `weights` are what was trained, `parts` the frozen models by their sub-folder.
 
     Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
-    from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so.
+    from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so. `words` is the vocab.txt of a BERT.
+    `home` is the folder of our layout that it was read from, where its conditions' other files lie.
     """
 
     recipe: dict[str, Any] | None
     weights: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     grid: str | None = None
+    words: str | None = None
+    home: Path | None = None
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""
@@ -82,17 +87,27 @@ def read_folder(folder: Path) -> Bundle:
     """
     recipe, weights = read_json(folder / "config.json"), load_tensors(folder / "model.safetensors")
     if recipe.get("_target_") in AUTOENCODERS:
+        check_finite(weights, folder / "model.safetensors")
         return Bundle(None, {}, {"autoencoder": Part(recipe, weights)})
     if recipe.get("_target_") != "ldm.build.assemble":
         raise ValueError(f"{folder} holds {recipe.get('_target_')}, neither a latent model nor an autoencoder.")
     parts = {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
     for place, node in towers(recipe["condition"]).items():
         parts[place] = _tower(node, folder)
-    return Bundle(recipe, weights, parts)
+    check_finite(weights, folder / "model.safetensors")
+    for place, part in parts.items():
+        check_finite(part.weights, folder / place)
+    told = recipe["condition"].get("bert", {}).get("vocabulary")
+    words = None if told is None else (_home(told, folder) / "vocab.txt").read_text(encoding="utf-8")
+    return Bundle(recipe, weights, parts, words=words, home=folder)
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
     """The same folder again; its last file says that it is whole."""
+    if bundle.home is not None:
+        with_parts(from_parts(bundle.recipe, bundle.home), folder)
+    if bundle.words is not None:
+        write_text(bundle.words, folder / WORDS / "vocab.txt")
     for place, part in bundle.parts.items():
         home = folder if bundle.recipe is None else folder / place
         if part.tower:

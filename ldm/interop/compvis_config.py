@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldm.interop import unet
+from ldm.interop import bert, unet
 from ldm.interop.bundle import BETAS, Bundle
 
 PREDICTIONS = {"eps": "Noise", "v": "Velocity", "x0": "Data"}
@@ -102,6 +102,8 @@ def told_of(bundle: Bundle, scale: float) -> dict[str, Any]:
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": _network(bundle.backbone(), s)},
         "first_stage_config": _first_stage(stage.settings(), "codebook" in stage.weights),
     }
+    if "bert" in recipe["condition"]:
+        params["cond_stage_config"] = _bert(bundle)
     return {"model": {"params": params}}
 
 
@@ -124,6 +126,13 @@ def _network(backbone: Mapping[str, Tensor], s: Mapping[str, Any]) -> dict[str, 
         "resblock_updown": s["res_resample"],
         "legacy": False,
     }
+
+
+def _bert(bundle: Bundle) -> dict[str, Any]:
+    settings, weights = bert.taken_apart(bundle)
+    params = {"n_embed": settings["width"], "n_layer": settings["depth"], "max_seq_len": settings["length"]}
+    params["vocab_size"] = len(weights["words.weight"])
+    return {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": params}
 
 
 def _first_stage(ours: Mapping[str, Any], quantised: bool) -> dict[str, Any]:

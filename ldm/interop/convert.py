@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from ldm.folder import read_json, write_text
+from ldm.interop import bert, compvis, diffusers, dit, dit_model
 from ldm.interop import bundle as ours
-from ldm.interop import compvis, diffusers, dit, dit_model
-from ldm.interop.bundle import Bundle
+from ldm.interop.bundle import Bundle, Part
 from ldm.interop.card import card
+from ldm.interop.conditions import LABEL, lacks_null
 from ldm.interop.weights import open_weights
 
 HUB = "hf://"
@@ -23,6 +24,25 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
     path = download(source) if source.startswith(HUB) else Path(source)
     if not path.exists():
         raise FileNotFoundError(f"There is nothing at {path}.")
+    try:
+        return _read(path, prediction)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def read_part(source: str) -> Part:
+    """The autoencoder in a source, alone or a whole model's.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    parts = read(source)[0].parts
+    if "autoencoder" not in parts:
+        raise ValueError(f"{source} holds no autoencoder. Name one, or a whole model, by --autoencoder FOLDER_OR_FILE.")
+    return parts["autoencoder"]
+
+
+def _read(path: Path, prediction: str | None) -> tuple[Bundle, str]:
     if path.is_file():
         weights = open_weights(path)
         layout, reader = ("dit", dit_model) if dit.TABLE in weights else ("compvis", compvis)
@@ -53,6 +73,8 @@ def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", s
         raise ValueError(f"--to {layout}: that layout is for a {'U-Net' if bundle.is_dit else 'DiT'}, and this model is none.")
     if bundle.recipe is not None and "autoencoder" not in bundle.parts and layout != "dit":
         raise ValueError(f"{source} holds no autoencoder. Say whose latents it draws: --autoencoder FOLDER_OR_FILE.")
+    if bundle.recipe is not None and layout not in FILES:
+        bert.check_words(bundle, source)
     if layout in FILES:
         if target.suffix != ".safetensors":
             raise ValueError(f"{target}: a model in the layout of {layout} is one file; name it FILE.safetensors.")
@@ -121,12 +143,27 @@ def describe(bundle: Bundle) -> str:
         lines.append(f"conditions   {', '.join(bundle.recipe['condition']) or 'none'}")
         kinds = [bundle.recipe[name]["_target_"].split(".")[-1] for name in ("schedule", "prediction")]
         lines.append(f"says         {kinds[1]} on {kinds[0]}")
+        lines += [f"{name:12s} {told}" for name, told in _trained(bundle).items()]
     if bundle.grid is not None:
         lines.append(f"steps        {bundle.grid}: draw with sampler/grid={bundle.grid}")
     for place, part in bundle.parts.items():
         kind, count = "text tower" if part.tower else "autoencoder", sum(x.numel() for x in part.weights.values())
         lines.append(f"{kind:12s} {count:,} numbers ({place})")
     return "\n".join(lines)
+
+
+def _trained(bundle: Bundle) -> dict[str, str]:
+    """What was trained beside the network, by the condition's name."""
+    counts: dict[str, int] = {}
+    for tensor, x in bundle.weights.items():
+        if tensor.startswith("conditioner.embedders."):
+            name = tensor.split(".")[2]
+            counts[name] = counts.get(name, 0) + x.numel()
+    told = {name: f"{count:,} numbers (condition.{name})" for name, count in counts.items()}
+    if (table := bundle.weights.get(LABEL)) is not None:
+        null = "which was not there and is zeros: draw with guidance=none" if lacks_null(table) else "the last row"
+        told["label"] = f"{len(table) - 1:,} classes, and no label, {null}"
+    return told
 
 
 def _network(bundle: Bundle) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.clip import vocabulary
 from ldm.folder import read_json, save_tensors, write_json, write_text
 from ldm.interop import autoencoder as first_stage
-from ldm.interop import unet
+from ldm.interop import bert, unet
 from ldm.interop.bundle import (
     BACKBONE,
     Bundle,
@@ -60,16 +60,20 @@ def read_folder(folder: Path) -> Bundle:
         shapes, ties = {**shapes, TABLE: (rows, widths["vector"])}, {**ties, TABLE: same("class_embedding.weight")}
     ours = take_part(folder / "unet", ties, shapes)
     table = ours.pop(TABLE, None)
+    weights = {BACKBONE + name: x for name, x in ours.items()} | ({} if table is None else {TABLE: table})
     condition, parts = _read_texts(folder, index)
-    if widths["tokens"] and not parts:
-        raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP to make them.")
+    words = None
+    if "bert" in index:
+        condition["bert"], text, words = _read_bert(folder)
+        weights |= text
+    if widths["tokens"] and not condition:
+        raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP, or bert, to make them.")
     if config.get("addition_embed_type"):
         condition["number"] = number_node(refiner=len(parts) == 1)
-    condition |= map_node(widths["spatial"], channels, bool(parts), table)
+    condition |= map_node(widths["spatial"], channels, bool(condition), table)
     schedule, kind, grid = read_schedule(folder / "scheduler")
-    weights = {BACKBONE + name: x for name, x in ours.items()} | ({} if table is None else {TABLE: table})
     recipe = recipe_of(unet_node(settings), condition, kind, schedule)
-    return Bundle(recipe, weights, {"autoencoder": read_autoencoder(folder / stage), **parts}, grid)
+    return Bundle(recipe, weights, {"autoencoder": read_autoencoder(folder / stage), **parts}, grid, words)
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
@@ -92,6 +96,8 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
         write_json(LOW_RESOLUTION, folder / "low_res_scheduler" / "scheduler_config.json")
     write_json(unet_config(settings, backbone, condition), folder / "unet" / "config.json")
     save_tensors(network, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    if "bert" in index:
+        _write_bert(bundle, folder)
     slots = [""] if len(texts) == 1 and "text_encoder" in index else ["_2"] if len(texts) == 1 else ["", "_2"]
     for slot, (node, part) in zip(slots, texts):
         _write_text(node, part, folder, slot)
@@ -137,6 +143,40 @@ def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any],
     if not large:
         return {"text": nodes["large"]} if nodes else {}, parts
     return {"text": {"_target_": "ldm.condition.text.Texts", "towers": nodes}}, parts
+
+
+def _read_bert(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """LDMBertModel's condition, its weights, and its words."""
+    config = read_json(folder / "bert" / "config.json")
+    settings = bert.diffusers_settings(config)
+    shapes = bert.bert_shapes(config["vocab_size"], **settings)
+    weights = take_part(folder / "bert", bert.diffusers(shapes), shapes, "model", left=bert.HEAD)
+    return bert.node(settings), {bert.OURS + name: x for name, x in weights.items()}, _read_words(folder / "tokenizer")
+
+
+def _read_words(folder: Path) -> str:
+    """The vocab.txt of BertTokenizer's folder, of which late versions write a tokenizer.json alone.
+
+    Raises:
+        ValueError: words that are told apart by their case.
+    """
+    told = folder / "tokenizer_config.json"
+    if told.is_file() and not read_json(told).get("do_lower_case", True):
+        raise ValueError(f"{told} has do_lower_case=false; the words of this family are BERT's uncased ones.")
+    if (folder / "vocab.txt").is_file():
+        return (folder / "vocab.txt").read_text(encoding="utf-8")
+    ids = read_json(folder / "tokenizer.json")["model"]["vocab"]
+    return "\n".join(sorted(ids, key=ids.__getitem__)) + "\n"
+
+
+def _write_bert(bundle: Bundle, folder: Path) -> None:
+    settings, weights = bert.taken_apart(bundle)
+    write_json(bert.diffusers_config(settings, len(weights["words.weight"])), folder / "bert" / "config.json")
+    head = bert.head(weights["words.weight"])
+    save_tensors(give(bert.diffusers(weights), weights) | head, folder / "bert" / "model.safetensors")
+    write_text(bundle.words, folder / "tokenizer" / "vocab.txt")
+    told = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": settings["length"]}
+    write_json(told, folder / "tokenizer" / "tokenizer_config.json")
 
 
 def _read_tower(folder: Path) -> Part:

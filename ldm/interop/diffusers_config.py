@@ -63,9 +63,10 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str]:
         ValueError: a schedule that this family does not have.
     """
     told = read_json(folder / "scheduler_config.json")
-    name = told.get("beta_schedule", "linear")
+    name = told.get("beta_schedule")
     if name not in SCHEDULES or told.get("trained_betas") is not None:
-        raise ValueError(f"{folder} has beta_schedule={name}; {', '.join(SCHEDULES)} are known.")
+        found = f"{told.get('_class_name')} with beta_schedule={name if told.get('trained_betas') is None else 'trained_betas'}"
+        raise ValueError(f"{folder} has a {found}; {', '.join(SCHEDULES)} are known.")
     kind = told.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise ValueError(f"{folder} has prediction_type={kind}; {', '.join(PREDICTIONS)} are known.")
@@ -121,6 +122,7 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
     conditions = frozenset(node["_target_"].split(".")[-1] for node in recipe["condition"].values())
     pipelines = {
         frozenset(): "LDMPipeline",
+        frozenset({"Bert"}): "LDMTextToImagePipeline",
         frozenset({"Text"}): "StableDiffusionPipeline",
         frozenset({"Text", "Inpaint"}): "StableDiffusionInpaintPipeline",
         frozenset({"Text", "DepthMap"}): "StableDiffusionDepth2ImgPipeline",
@@ -128,14 +130,18 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
         frozenset({"Texts", "Number"}): "StableDiffusionXLPipeline" if texts == 2 else "StableDiffusionXLImg2ImgPipeline",
     }
     if conditions not in pipelines:
-        known = "none, text, inpainting, depth, upscaling and XL are known"
+        known = "none, text, BERT, inpainting, depth, upscaling and XL are known"
         raise ValueError(f"diffusers has no pipeline for the conditions {sorted(conditions)}; {known}.")
     name = pipelines[conditions]
     network = "UNet2DConditionModel" if unet.has_transformers(backbone) else "UNet2DModel"
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": VERSION, "unet": ["diffusers", network]}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    stage = {"vqvae": ["diffusers", "VQModel" if quantised else "AutoencoderKL"]}
     if not conditions:
-        return {**index, "vqvae": ["diffusers", "VQModel" if quantised else "AutoencoderKL"]}
+        return index | stage
+    if conditions == {"Bert"}:
+        text = {"bert": ["latent_diffusion", "LDMBertModel"], "tokenizer": ["transformers", "BertTokenizer"]}
+        return index | stage | text
     index["vae"] = ["diffusers", "AutoencoderKL"]
     slots = [""] if "XL" not in name else ["", "_2"][-texts:]
     for slot in slots:

@@ -14,12 +14,12 @@ from ldm.backbone.dit import grid_waves
 from ldm.folder import read_json, save_tensors, write_json
 from ldm.interop import dit
 from ldm.interop.bundle import BACKBONE, BETAS, DISCRETE, Bundle, recipe_of
+from ldm.interop.conditions import LABEL, with_null, without_null
 from ldm.interop.diffusers import read_autoencoder, take_part, write_autoencoder
 from ldm.interop.diffusers_config import VERSION, read_schedule, scheduler_config
 from ldm.interop.tie import bring, give, taken
 from ldm.interop.weights import check_finite
 
-LABEL = "conditioner.embedders.label.table.weight"
 ROWS = 1001  # of the class table that diffusers' pipeline wants; it knows no label by its last
 
 
@@ -43,7 +43,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     if left:
         raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
     check_finite(ours, path)
-    return _bundle(settings, ours, weights[dit.TABLE], kind)
+    return _bundle(settings, ours, with_null(weights[dit.TABLE]), kind)
 
 
 def write_file(bundle: Bundle, path: Path) -> None:
@@ -58,7 +58,7 @@ def write_file(bundle: Bundle, path: Path) -> None:
         raise ValueError(f"A file does not say how many heads there are; published networks as wide have {wanted}, not this one.")
     kind, backbone = bundle.recipe["prediction"]["_target_"].split(".")[-1], bundle.backbone()
     ties = dit.published(backbone, settings["swiglu"], reverse=kind == "Flow")
-    save_tensors({**give(ties, backbone), dit.TABLE: bundle.weights[LABEL]}, path)
+    save_tensors({**give(ties, backbone), dit.TABLE: without_null(bundle.weights[LABEL])}, path)
 
 
 def read_folder(folder: Path) -> Bundle:

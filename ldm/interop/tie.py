@@ -30,6 +30,11 @@ def kernel(name: str, dims: int) -> Tie:
     return Tie((name,), lambda x: x.flatten(1), lambda x: (x[(..., *(None,) * dims)],))
 
 
+def projection(name: str, matrix: bool) -> Tie:
+    """A matrix of ours that is a matrix there, or a picture's kernel of size 1; either is read."""
+    return Tie((name,), lambda x: x.flatten(1), lambda x: (x if matrix else x[..., None, None],))
+
+
 def turned(name: str) -> Tie:
     """A matrix that lies transposed there."""
     return Tie((name,), lambda x: x.T, lambda x: (x.T.contiguous(),))
