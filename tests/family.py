@@ -18,9 +18,11 @@ CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "
 
 
 def loud(network):
-    """Random weights that leave no branch silent."""
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.05)
+    """Random weights that leave no branch silent, and pass on what they hear as loud as it came."""
+    for name, p in network.named_parameters():
+        torch.nn.init.normal_(p, std=0.1 if p.ndim < 2 else p[0].numel() ** -0.5)
+        if p.ndim == 1 and name.endswith("weight"):
+            p.data += 1
     return network.eval()
 
 
