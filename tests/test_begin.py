@@ -37,7 +37,7 @@ def test_an_autoencoder_begins_from_another(tmp_path, clip_folder, capsys):
     assert f"{len(weights)} tensors taken, 0 grown, 0 new, 0 left" in capsys.readouterr().out
     assert all(torch.equal(stage.autoencoder.state_dict()[n], x) for n, x in weights.items())
     with pytest.raises(ValueError, match=r"is another network: decoder.*\(16, .* there, \(8, "):
-        save_model(KL(**settings(RECIPE) | {"width": 16}).state_dict(), RECIPE, tmp_path / "wide")
+        save_model(KL(**settings(RECIPE) | {"width": 16}).state_dict(), RECIPE | {"width": 16}, tmp_path / "wide")
         build_stage(compose_config("train", [*ours[:-1], f"model.init={tmp_path}/wide"]))
 
 

@@ -3,21 +3,18 @@
 import argparse
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, LDMPipeline, UNet2DModel, VQModel
+from diffusers import VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-from family import loud, scheduler, their_text, their_tokenizer, their_unet, their_vae
-from transformers import BertTokenizer
+from family import depth, loud, of_classes, of_words, refiner, their_vae, their_vq, unconditional, upscaler
 
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.build import load_autoencoder, load_model
 from ldm.condition.upscale import Upscale
 from ldm.edit import FromPicture
-from ldm.folder import load_tensors, save_tensors, write_text
+from ldm.folder import load_tensors, save_tensors
 from ldm.generate import unit_noise
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
@@ -31,89 +28,11 @@ from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
 from ldm.types import Cond, Draw, Widths
 
-NOTHING = {"safety_checker": None, "feature_extractor": None}
 GRID = Leading(last=1 / 1000)
 
 
 def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def their_vq(mult=(1, 2), attends=()):
-    torch.manual_seed(5)
-    kinds = {
-        "down_block_types": ["AttnDownEncoderBlock2D" if i in attends else "DownEncoderBlock2D" for i in range(len(mult))],
-        "up_block_types": ["AttnUpDecoderBlock2D" if i in attends else "UpDecoderBlock2D" for i in reversed(range(len(mult)))],
-    }
-    sizes = {"block_out_channels": [32 * m for m in mult], "latent_channels": 3, "layers_per_block": 1}
-    return loud(VQModel(**kinds, **sizes, num_vq_embeddings=16, vq_embed_dim=3, scaling_factor=1.0))
-
-
-def depth(home):
-    settings = {"use_linear_projection": True, "attention_head_dim": (1, 2)}
-    unet = their_unet((True, False), 64, width=64, spatial=1, **settings)
-    words = {"text_encoder": their_text("gelu"), "tokenizer": their_tokenizer(home / "words", "!")}
-    made = diffusers.StableDiffusionDepth2ImgPipeline
-    return made(vae=their_vae(), unet=unet, scheduler=scheduler(), depth_estimator=None, feature_extractor=None, **words)
-
-
-def upscaler(home):
-    only = {"only_cross_attention": (True, True, False), "num_class_embeds": 1000, "use_linear_projection": True}
-    unet = their_unet((False, True, True), 64, mult=(1, 2, 2), spatial=3, **only)
-    words = {"text_encoder": their_text("gelu"), "tokenizer": their_tokenizer(home / "words", "!")}
-    low = diffusers.DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    made = diffusers.StableDiffusionUpscalePipeline
-    vae = their_vae((1, 2, 2), scaling_factor=0.08333)
-    return made(
-        vae=vae, unet=unet, low_res_scheduler=low, scheduler=scheduler("v_prediction"), watermarker=None, **words, **NOTHING
-    )
-
-
-def unconditional(home):
-    kinds = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
-    sizes = {"block_out_channels": (32, 64), "attention_head_dim": 32, "layers_per_block": 1, "sample_size": 8}
-    unet = loud(
-        UNet2DModel(in_channels=3, out_channels=3, **sizes, **kinds, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0)
-    )
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
-    only = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    return LDMPipeline(vqvae=their_vq(), unet=unet, scheduler=diffusers.DDIMScheduler(**betas, **only))
-
-
-def refiner(home):
-    extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True}
-    extra |= {"projection_class_embeddings_input_dim": 48 + 5 * 256, "attention_head_dim": (1, 2)}
-    unet = their_unet((False, True), 128, width=64, transformer_layers_per_block=2, **extra)
-    words = {"text_encoder_2": their_text("gelu", 128, projection=48), "tokenizer_2": their_tokenizer(home / "words", "!")}
-    made = diffusers.StableDiffusionXLImg2ImgPipeline
-    both = {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
-    return made(vae=their_vae(scaling_factor=0.13025), unet=unet, scheduler=scheduler(), **both, **words)
-
-
-def of_words(home):
-    """LDM's text to picture; the head of its text model, which nobody reads, is written as zeros."""
-    torch.manual_seed(9)
-    write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox", "##es"]) + "\n", home / "w" / "vocab.txt"
-    )
-    text = loud(LDMBertModel(LDMBertConfig(vocab_size=9, d_model=64, encoder_layers=2, encoder_ffn_dim=256)))
-    for p in text.to_logits.parameters():
-        torch.nn.init.zeros_(p)
-    words = {"bert": text, "tokenizer": BertTokenizer.from_pretrained(home / "w")}
-    unet = their_unet((True, False), 64)
-    return diffusers.LDMTextToImagePipeline(vqvae=their_vae((1, 1, 2, 2)), unet=unet, scheduler=scheduler(), **words)
-
-
-def of_classes(home):
-    torch.manual_seed(6)
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 64, "num_layers": 2, "sample_size": 8, "patch_size": 2}
-    net = loud(DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_embeds_ada_norm=1000))
-    first = net.transformer_blocks[0].norm1.emb.state_dict()
-    for block in net.transformer_blocks:
-        block.norm1.emb.load_state_dict(first)
-    betas = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-    only = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    return DiTPipeline(net, their_vae(), diffusers.DDIMScheduler(**betas, **only))
 
 
 MODELS = {f.__name__: f for f in (depth, upscaler, unconditional, refiner, of_words, of_classes)}

@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.interop.convert import HUB, LAYOUTS, describe, push, read, read_part, write
+from ldm.interop.bundle import read_words
+from ldm.interop.convert import HUB, LAYOUTS, check, describe, push, read, read_part, write
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -24,9 +25,10 @@ def main() -> None:
     try:
         bundle, layout = read(told.source, KINDS.get(told.prediction))
         if told.autoencoder:
-            bundle.parts["autoencoder"] = read_part(told.autoencoder)
+            bundle.parts["autoencoder"] = read_part(told.autoencoder, KINDS.get(told.prediction))
         if told.vocabulary:
-            bundle.words = (Path(told.vocabulary) / "vocab.txt").read_text(encoding="utf-8")
+            bundle.words = read_words(Path(told.vocabulary))
+        check(bundle, told.source, KINDS.get(told.prediction))
         print(f"{told.source} is in the layout of {layout}:\n{describe(bundle)}")
         write(bundle, told.target, told.to, told.licence, told.source)
         print(f"The model is in {told.target}")

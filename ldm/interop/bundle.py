@@ -14,8 +14,11 @@ from ldm.autoencoder.vq import VQ
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
-from ldm.folder import LOCAL, from_parts, load_tensors, read_json, save_model, save_tensors, with_parts, write_json, write_text
-from ldm.interop.weights import check_finite
+from ldm.folder import LOCAL, from_parts, load_tensors, save_model, save_tensors, with_parts, write_json, write_text
+from ldm.interop import unet
+from ldm.interop.conditions import IDENTITY
+from ldm.interop.tie import check_whole
+from ldm.interop.weights import check_numbers, read_config
 from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
@@ -62,6 +65,13 @@ class Bundle:
         """The backbone's weights, by its own names."""
         return {n.removeprefix(BACKBONE): x for n, x in self.weights.items() if n.startswith(BACKBONE)}
 
+    def channels(self) -> int:
+        """How many channels the latents that it draws have."""
+        backbone, s = self.backbone(), self.settings()
+        if not self.is_dit:
+            return backbone["out.2.weight"].shape[0]
+        return backbone["last.out.weight"].shape[0] // s["patch"] ** 2 // (2 if s["learn_range"] else 1)
+
     @property
     def is_dit(self) -> bool:
         """Whether the backbone is a DiT, else it is a U-Net."""
@@ -85,21 +95,32 @@ def read_folder(folder: Path) -> Bundle:
     Raises:
         ValueError: it is not one. FileNotFoundError: a part of it is not there.
     """
-    recipe, weights = read_json(folder / "config.json"), load_tensors(folder / "model.safetensors")
+    recipe = read_config(folder / "config.json")
     if recipe.get("_target_") in AUTOENCODERS:
-        check_finite(weights, folder / "model.safetensors")
-        return Bundle(None, {}, {"autoencoder": Part(recipe, weights)})
+        return Bundle(None, {}, {"autoencoder": _whole_autoencoder(recipe, folder)})
     if recipe.get("_target_") != "ldm.build.assemble":
         raise ValueError(f"{folder} holds {recipe.get('_target_')}, neither a latent model nor an autoencoder.")
-    parts = {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
+    weights, parts = load_tensors(folder / "model.safetensors"), {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
     for place, node in towers(recipe["condition"]).items():
         parts[place] = _tower(node, folder)
-    check_finite(weights, folder / "model.safetensors")
-    for place, part in parts.items():
-        check_finite(part.weights, folder / place)
+    check_numbers(weights, folder / "model.safetensors")
     told = recipe["condition"].get("bert", {}).get("vocabulary")
-    words = None if told is None else (_home(told, folder) / "vocab.txt").read_text(encoding="utf-8")
-    return Bundle(recipe, weights, parts, words=words, home=folder)
+    words = None if told is None else read_words(_home(told, folder))
+    bundle = Bundle(recipe, weights, parts, words=words, home=folder)
+    _check_network(bundle, folder / "model.safetensors")
+    return bundle
+
+
+def read_words(folder: Path) -> str:
+    """BERT's vocab.txt.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    path = folder / "vocab.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}. BERT's words are in the vocab.txt of google-bert/bert-base-uncased.")
+    return path.read_text(encoding="utf-8")
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
@@ -230,10 +251,28 @@ def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
     if node.get("_target_") != "ldm.build.load_autoencoder":
         raise ValueError(f"The autoencoder of {folder} is {node.get('_target_')}, which no other layout knows.")
     home = _home(node["path"], folder)
-    config = read_json(home / "config.json")
+    config = read_config(home / "config.json")
     if config.get("_target_") not in AUTOENCODERS:
         raise ValueError(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
-    return Part(config, load_tensors(home / "model.safetensors"))
+    return _whole_autoencoder(config, home)
+
+
+def _whole_autoencoder(config: Mapping[str, Any], home: Path) -> Part:
+    weights = load_tensors(home / "model.safetensors")
+    check_whole(weights, autoencoder_shapes(config), str(home / "model.safetensors"))
+    check_numbers(weights, home / "model.safetensors")
+    return Part(dict(config), weights)
+
+
+def _check_network(bundle: Bundle, path: Path) -> None:
+    """Raises ValueError where the backbone's tensors are not those of a U-Net of its config; a DiT's are looked at elsewhere."""
+    if bundle.is_dit:
+        return
+    backbone, settings = bundle.backbone(), bundle.settings()
+    ties = unet.compvis(backbone, settings)
+    found = unet.settings_of({tie.theirs[0]: tuple(tie.split(backbone[name])[0].shape) for name, tie in ties.items()})
+    vector = {"vector": IDENTITY} if "vector.0.weight" not in backbone else {}
+    check_whole(backbone, unet_shapes(found["channels"], found["widths"], **settings, **vector), str(path))
 
 
 def _tower(node: Mapping[str, Any], folder: Path) -> Part:
@@ -241,8 +280,12 @@ def _tower(node: Mapping[str, Any], folder: Path) -> Part:
         config, weights = named_text_tower(node["model"], node.get("pretrained"))
         return Part(config, weights, tower=True)
     home = _home(node["model"].removeprefix(LOCAL), folder)
-    config, weights = read_json(home / CLIP_FILES[0])["model_cfg"], load_tensors(home / CLIP_FILES[1])
-    return Part(config, {name: weights[name] for name in tower_shapes(config)}, tower=True)
+    config, weights = read_config(home / CLIP_FILES[0])["model_cfg"], load_tensors(home / CLIP_FILES[1])
+    shapes = tower_shapes(config)
+    own = {name: x for name, x in weights.items() if name in shapes}  # beside them may lie a picture tower's
+    check_whole(own, shapes, str(home / CLIP_FILES[1]))
+    check_numbers(own, home / CLIP_FILES[1])
+    return Part(config, own, tower=True)
 
 
 def _home(path: str, folder: Path) -> Path:

@@ -30,7 +30,7 @@ from ldm.interop.compvis_config import check_told, heads_told, prediction_told, 
 from ldm.interop.compvis_text import TOWERS, read_texts, write_tower
 from ldm.interop.conditions import LABEL, map_node, number_node, with_null, without_null
 from ldm.interop.tie import bring, give, taken
-from ldm.interop.weights import check_finite
+from ldm.interop.weights import check_numbers
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Left by training, or computed again from settings.
@@ -56,7 +56,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
             raise ValueError(f"{path} is no model in CompVis' or Stability's layout: it begins with {sorted(weights)[:3]}.")
         part, used = _read_autoencoder(weights, "", told, 0.18215)
         _check_left(path, weights, used)
-        check_finite(part.weights, path)
+        check_numbers(part.weights, path)
         return Bundle(None, {}, {"autoencoder": part})
     found = unet.settings_of(_below(weights, UNET))
     channels, widths = found.pop("channels"), found.pop("widths")
@@ -77,7 +77,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     recipe = recipe_of(unet_node(found), condition, kind, schedule_told(path, told, weights))
     bundle = Bundle(recipe, ours, {"autoencoder": part, **parts})
     for place in (bundle.weights, *(p.weights for p in bundle.parts.values())):
-        check_finite(place, path)
+        check_numbers(place, path)
     return bundle
 
 
@@ -129,7 +129,7 @@ def _read_conditions(
     if widths["tokens"] and not condition:
         raise ValueError("The U-Net attends to tokens, and the file holds neither a text tower nor a class table to make them.")
     if widths["vector"] and table is None:
-        condition["number"] = number_node(refiner=len(parts) == 1)
+        condition["number"] = number_node(len(parts) == 1)
     return condition | map_node(widths["spatial"], channels, bool(parts) or bool(text), table), parts, read
 
 

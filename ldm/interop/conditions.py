@@ -13,9 +13,10 @@ TARGET = {"target_height": "height", "target_width": "width"}
 SCORE = {"aesthetic_score": 6.0}
 
 
-def number_node(refiner: bool) -> dict[str, Any]:
-    """The numbers that XL is told, as published."""
-    return {"_target_": "ldm.condition.number.Number", "fields": {**SIZES, **(SCORE if refiner else TARGET)}}
+def number_node(refiner: bool, width: int = 256) -> dict[str, Any]:
+    """The numbers that XL is told, as published, each as so many waves."""
+    fields = {**SIZES, **(SCORE if refiner else TARGET)}
+    return {"_target_": "ldm.condition.number.Number", "fields": fields, "width": width}
 
 
 def with_null(table: Tensor) -> Tensor:

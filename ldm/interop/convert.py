@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ldm.folder import read_json, write_text
+from ldm.folder import write_text
 from ldm.interop import bert, compvis, diffusers, dit, dit_model
 from ldm.interop import bundle as ours
 from ldm.interop.bundle import Bundle, Part
 from ldm.interop.card import card
 from ldm.interop.conditions import LABEL, lacks_null
-from ldm.interop.weights import open_weights
+from ldm.interop.weights import open_weights, read_config
 
 HUB = "hf://"
 LAYOUTS = ("ldm", "diffusers", "compvis", "dit")
@@ -30,16 +30,36 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
-def read_part(source: str) -> Part:
+def read_part(source: str, prediction: str | None = None) -> Part:
     """The autoencoder in a source, alone or a whole model's.
 
     Raises:
         ValueError: it holds none.
     """
-    parts = read(source)[0].parts
+    parts = read(source, prediction)[0].parts
     if "autoencoder" not in parts:
         raise ValueError(f"{source} holds no autoencoder. Name one, or a whole model, by --autoencoder FOLDER_OR_FILE.")
     return parts["autoencoder"]
+
+
+def check(bundle: Bundle, source: str, prediction: str | None) -> None:
+    """Raises ValueError where the parts of a model are of different models, or it says something else than is told."""
+    if bundle.recipe is None:
+        return
+    says = bundle.recipe["prediction"]["_target_"].split(".")[-1]
+    if prediction is not None and says != prediction:
+        raise ValueError(f"{source} says {says.lower()} by itself; leave --prediction {prediction.lower()} out.")
+    stage, channels = bundle.parts.get("autoencoder"), bundle.channels()
+    if stage is not None and (theirs := stage.settings()["channels"]) != channels:
+        raise ValueError(f"{source} draws latents of {channels} channels; its autoencoder's have {theirs}, and are another's.")
+    wanted = next((x.shape[1] for name, x in bundle.backbone().items() if name.endswith("attend_tokens.k.weight")), None)
+    for name, node in bundle.recipe["condition"].items():
+        towers = ours.towers({name: node}).items()
+        made = sum(len(n.get("layers", [-1])) * bundle.parts[p].config["text_cfg"]["width"] for p, n in towers)
+        if towers and wanted not in (None, made):
+            raise ValueError(f"{source}: the U-Net reads tokens {wanted} wide, condition.{name} makes them {made} wide.")
+    if bundle.words is not None and "bert" not in bundle.recipe["condition"]:
+        raise ValueError(f"{source} holds no BERT to read the words of --vocabulary.")
 
 
 def _read(path: Path, prediction: str | None) -> tuple[Bundle, str]:
@@ -48,10 +68,10 @@ def _read(path: Path, prediction: str | None) -> tuple[Bundle, str]:
         layout, reader = ("dit", dit_model) if dit.TABLE in weights else ("compvis", compvis)
         return reader.read_file(path, weights, prediction), layout
     if (path / "model_index.json").is_file():
-        index = read_json(path / "model_index.json")
+        index = read_config(path / "model_index.json")
         return (dit_model if "transformer" in index else diffusers).read_folder(path), "diffusers"
     config = path / "config.json"
-    told = read_json(config) if config.is_file() else {}
+    told = read_config(config) if config.is_file() else {}
     if "_target_" in told:
         return ours.read_folder(path), "ldm"
     if "_class_name" in told:
@@ -75,6 +95,8 @@ def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", s
         raise ValueError(f"{source} holds no autoencoder. Say whose latents it draws: --autoencoder FOLDER_OR_FILE.")
     if bundle.recipe is not None and layout not in FILES:
         bert.check_words(bundle, source)
+    if layout not in FILES and target.is_file():
+        raise ValueError(f"{target} is a file; a model in the layout of {layout} is a folder.")
     if layout in FILES:
         if target.suffix != ".safetensors":
             raise ValueError(f"{target}: a model in the layout of {layout} is one file; name it FILE.safetensors.")
@@ -98,7 +120,10 @@ def download(source: str) -> Path:
     try:
         files = HfApi().list_repo_files(name)
     except OSError:  # offline: what was downloaded before
-        return Path(snapshot_download(name, local_files_only=True))
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except OSError as error:
+            raise OSError(f"{source}: the hub is not reached, and it was not fetched before ({error}).") from error
     return Path(snapshot_download(name, allow_patterns=_wanted(files)))
 
 
@@ -142,7 +167,8 @@ def describe(bundle: Bundle) -> str:
         lines.append(_network(bundle))
         lines.append(f"conditions   {', '.join(bundle.recipe['condition']) or 'none'}")
         kinds = [bundle.recipe[name]["_target_"].split(".")[-1] for name in ("schedule", "prediction")]
-        lines.append(f"says         {kinds[1]} on {kinds[0]}")
+        betas = [f"{bundle.recipe['schedule'][end]:g}" for end in ("beta_start", "beta_end") if end in bundle.recipe["schedule"]]
+        lines.append(f"says         {kinds[1]} on {kinds[0]}{f', betas {betas[0]} to {betas[1]}' if len(betas) == 2 else ''}")
         lines += [f"{name:12s} {told}" for name, told in _trained(bundle).items()]
     if bundle.grid is not None:
         lines.append(f"steps        {bundle.grid}: draw with sampler/grid={bundle.grid}")

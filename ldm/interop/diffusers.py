@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.clip import vocabulary
-from ldm.folder import read_json, save_tensors, write_json, write_text
+from ldm.folder import save_tensors, write_json, write_text
 from ldm.interop import autoencoder as first_stage
 from ldm.interop import bert, unet
 from ldm.interop.bundle import (
@@ -18,6 +18,7 @@ from ldm.interop.bundle import (
     autoencoder_shapes,
     folded,
     published_statistics,
+    read_words,
     recipe_of,
     scale_of,
     text_node,
@@ -31,7 +32,7 @@ from ldm.interop.diffusers_config import LOW_RESOLUTION, pipeline_of, read_sched
 from ldm.interop.diffusers_unet import unet_config, unet_settings
 from ldm.interop.text import PREFIX, open_clip_config, transformers, transformers_config
 from ldm.interop.tie import Shapes, Tie, bring, give, same, taken
-from ldm.interop.weights import check_finite, open_weights
+from ldm.interop.weights import check_numbers, open_weights, read_config
 
 TABLE = "conditioner.embedders.upscale.table.weight"  # of the upscaler's noise steps
 PADDING = {"!": 0, "<|endoftext|>": 49407}
@@ -45,14 +46,14 @@ def read_folder(folder: Path) -> Bundle:
     """
     if not (folder / "model_index.json").is_file():
         return Bundle(None, {}, {"autoencoder": read_autoencoder(folder)})
-    index = read_json(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     stage = "vqvae" if "vqvae" in index else "vae"
     if "unet" not in index or stage not in index:
         raise ValueError(
             f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae or vqvae, and DiT's, "
             "are known."
         )
-    config = read_json(folder / "unet" / "config.json")
+    config = read_config(folder / "unet" / "config.json")
     settings, channels, widths = unet_settings(config)
     shapes = unet_shapes(channels, widths, **settings)
     ties = unet.diffusers(shapes, settings)
@@ -69,7 +70,7 @@ def read_folder(folder: Path) -> Bundle:
     if widths["tokens"] and not condition:
         raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP, or bert, to make them.")
     if config.get("addition_embed_type"):
-        condition["number"] = number_node(refiner=len(parts) == 1)
+        condition["number"] = number_node(len(parts) == 1, config["addition_time_embed_dim"])
     condition |= map_node(widths["spatial"], channels, bool(condition), table)
     schedule, kind, grid = read_schedule(folder / "scheduler")
     recipe = recipe_of(unet_node(settings), condition, kind, schedule)
@@ -107,7 +108,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
 
 def read_autoencoder(folder: Path) -> Part:
     """AutoencoderKL's or VQModel's folder."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     ours = vae_settings(config, folder)
     shapes = autoencoder_shapes(ours)
     weights = take_part(folder, first_stage.diffusers(shapes, ours), shapes)
@@ -147,7 +148,7 @@ def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 def _read_bert(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """LDMBertModel's condition, its weights, and its words."""
-    config = read_json(folder / "bert" / "config.json")
+    config = read_config(folder / "bert" / "config.json")
     settings = bert.diffusers_settings(config)
     shapes = bert.bert_shapes(config["vocab_size"], **settings)
     weights = take_part(folder / "bert", bert.diffusers(shapes), shapes, "model", left=bert.HEAD)
@@ -161,11 +162,11 @@ def _read_words(folder: Path) -> str:
         ValueError: words that are told apart by their case.
     """
     told = folder / "tokenizer_config.json"
-    if told.is_file() and not read_json(told).get("do_lower_case", True):
+    if told.is_file() and not read_config(told).get("do_lower_case", True):
         raise ValueError(f"{told} has do_lower_case=false; the words of this family are BERT's uncased ones.")
-    if (folder / "vocab.txt").is_file():
-        return (folder / "vocab.txt").read_text(encoding="utf-8")
-    ids = read_json(folder / "tokenizer.json")["model"]["vocab"]
+    if not (folder / "tokenizer.json").is_file():
+        return read_words(folder)
+    ids = read_config(folder / "tokenizer.json")["model"]["vocab"]
     return "\n".join(sorted(ids, key=ids.__getitem__)) + "\n"
 
 
@@ -180,14 +181,17 @@ def _write_bert(bundle: Bundle, folder: Path) -> None:
 
 
 def _read_tower(folder: Path) -> Part:
-    config = open_clip_config(read_json(folder / "config.json"))
+    config = open_clip_config(read_config(folder / "config.json"))
     shapes = tower_shapes(config)
     return Part(config, take_part(folder, transformers(shapes), shapes, "model"), tower=True)
 
 
 def _padding(folder: Path) -> int:
-    path = folder / "tokenizer_config.json"
-    word = read_json(path).get("pad_token", "<|endoftext|>") if path.is_file() else "<|endoftext|>"
+    path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    told = read_config(path)
+    if "added_tokens_decoder" not in told and special.is_file():  # Stable Diffusion 2's says there what it pads with
+        told |= read_config(special)
+    word = told.get("pad_token", "<|endoftext|>")
     word = word["content"] if isinstance(word, dict) else word
     if word not in PADDING:
         raise ValueError(f"{path} pads with {word!r}; {', '.join(PADDING)} are known.")
@@ -259,7 +263,7 @@ def take_part(
     over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
     if over:
         raise ValueError(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
-    check_finite(ours, path)
+    check_numbers(ours, path)
     return ours
 
 

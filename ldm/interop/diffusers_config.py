@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.folder import read_json
 from ldm.interop import unet
 from ldm.interop.bundle import BETAS, PREDICTIONS
+from ldm.interop.weights import read_config
 
 VERSION = "0.35.0"
 SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
@@ -62,7 +62,7 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str]:
     Raises:
         ValueError: a schedule that this family does not have.
     """
-    told = read_json(folder / "scheduler_config.json")
+    told = read_config(folder / "scheduler_config.json")
     name = told.get("beta_schedule")
     if name not in SCHEDULES or told.get("trained_betas") is not None:
         found = f"{told.get('_class_name')} with beta_schedule={name if told.get('trained_betas') is None else 'trained_betas'}"
@@ -71,12 +71,15 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str]:
     if kind not in PREDICTIONS:
         raise ValueError(f"{folder} has prediction_type={kind}; {', '.join(PREDICTIONS)} are known.")
     schedule = {"_target_": f"ldm.schedule.{SCHEDULES[name]}"}
-    schedule |= {"beta_start": told.get("beta_start", 1e-4), "beta_end": told.get("beta_end", 0.02)}
+    schedule |= {name: told[name] for name in ("beta_start", "beta_end")}
+    if not all(isinstance(schedule[name], int | float) for name in ("beta_start", "beta_end")):
+        raise ValueError(f"{folder} has betas from {told['beta_start']} to {told['beta_end']}; numbers were wanted.")
     if told.get("num_train_timesteps", 1000) != 1000:
         raise ValueError(f"{folder} has {told['num_train_timesteps']} steps; networks of this family are told of 1000.")
     if told.get("rescale_betas_zero_snr"):
         schedule["zero_terminal_snr"] = True
-    return schedule, PREDICTIONS[kind], told.get("timestep_spacing", "leading")
+    grid, offset = told.get("timestep_spacing", "leading"), told.get("steps_offset", 0)
+    return schedule, PREDICTIONS[kind], f"{grid} sampler.grid.offset=0" if (grid, offset) == ("leading", 0) else grid
 
 
 def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,19 @@ def renamer(table: Mapping[str, str]) -> Callable[[str], str]:
     return lambda name: pattern.sub(lambda found: table[found[0]], name)
 
 
+def check_whole(weights: Weights, shapes: Shapes, place: str) -> None:
+    """Raises ValueError where tensors are missing, unknown, or of another shape."""
+    wrong = [f"{name} is missing" for name in sorted(shapes.keys() - weights.keys())]
+    wrong += [f"{name} is unknown" for name in sorted(weights.keys() - shapes.keys())]
+    wrong += [
+        f"{name} has the shape {tuple(weights[name].shape)}, not {tuple(shapes[name])}"
+        for name in sorted(shapes.keys() & weights.keys())
+        if tuple(weights[name].shape) != tuple(shapes[name])
+    ]
+    if wrong:
+        raise ValueError(f"{place} does not fit its config: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}.")
+
+
 def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Shapes, prefix: str = "") -> dict[str, Tensor]:
     """Their tensors, by our names and in our shapes.
 
