@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--push", metavar="ORG/NAME", help="then upload TARGET to the Hugging Face hub")
     told = parser.parse_args()
     try:
+        if told.push and told.push.count("/") != 1:
+            raise ValueError(f"--push {told.push}: name a repository as ORG/NAME.")
         bundle, layout = read(told.source, KINDS.get(told.prediction))
         if told.autoencoder:
             bundle.parts["autoencoder"] = read_part(told.autoencoder, KINDS.get(told.prediction))

@@ -113,18 +113,18 @@ def download(source: str) -> Path:
         ValueError: the name is no org/name. OSError: the hub is not reached, and the snapshot is not in its cache.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # what a connection that fails raises, where it is no OSError
 
     name = source.removeprefix(HUB)
     if name.count("/") != 1:
         raise ValueError(f"{source}: name a repository of the Hugging Face hub as {HUB}org/name.")
     try:
-        files = HfApi().list_repo_files(name)
-    except OSError:  # offline: what was downloaded before
+        return Path(snapshot_download(name, allow_patterns=_wanted(HfApi().list_repo_files(name))))
+    except (OSError, HTTPError) as error:  # offline: what was downloaded before
         try:
             return Path(snapshot_download(name, local_files_only=True))
-        except OSError as error:
-            raise OSError(f"{source}: the hub is not reached, and it was not fetched before ({error}).") from error
-    return Path(snapshot_download(name, allow_patterns=_wanted(files)))
+        except OSError:
+            raise OSError(f"{source} was not fetched before, and is not had now: {' '.join(str(error).split())}") from error
 
 
 def _wanted(files: list[str]) -> list[str]:
@@ -144,19 +144,21 @@ def push(target: Path, name: str) -> str:
     """Uploads a folder, or a file with the yaml beside it, to the repository org/name of the hub -> its address.
 
     Raises:
-        ValueError: the name is no org/name. OSError: the hub refuses, or is not reached.
+        OSError: the hub refuses, or is not reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
-    if name.count("/") != 1:
-        raise ValueError(f"--push {name}: name a repository as ORG/NAME.")
     api = HfApi()
-    address = api.create_repo(name, exist_ok=True)
-    if target.is_dir():
-        api.upload_folder(repo_id=name, folder_path=target)
-    else:
-        for path in (p for p in (target, target.with_suffix(".yaml")) if p.is_file()):
-            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=name)
+    try:
+        address = api.create_repo(name, exist_ok=True)
+        if target.is_dir():
+            api.upload_folder(repo_id=name, folder_path=target)
+        else:
+            for path in (p for p in (target, target.with_suffix(".yaml")) if p.is_file()):
+                api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=name)
+    except (OSError, HTTPError) as error:
+        raise OSError(f"--push {name}: {' '.join(str(error).split())}. The model is in {target}.") from error
     return str(address)
 
 
