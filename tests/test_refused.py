@@ -62,6 +62,11 @@ def test_a_folder_that_is_not_whole(models, tmp_path, place):
 CONFIGS = {
     "list": ("unet/config.json", lambda told: [told], r"unet/config\.json holds a list; settings by name were wanted"),
     "bare": ("unet/config.json", lambda told: {"_class_name": "UNet2DConditionModel"}, r"does not say 'block_out_channels'"),
+    "word": (
+        "unet/config.json",
+        lambda told: told | {"block_out_channels": "x"},
+        "sd1 holds settings of another kind",
+    ),
     "flow": ("scheduler/scheduler_config.json", lambda told: {"_class_name": "FlowMatch"}, "FlowMatch with beta_schedule=None"),
     "trained": ("scheduler/scheduler_config.json", lambda told: told | {"trained_betas": [0.1]}, "beta_schedule=trained_betas"),
     "none": ("scheduler/scheduler_config.json", lambda told: told | {"beta_end": None}, "betas from 0.00085 to None"),
