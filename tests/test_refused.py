@@ -225,6 +225,10 @@ def test_a_class_table_without_a_row_of_no_label(models, tmp_path, rows):
     assert torch.equal(ours[:rows], table) and ("draw with guidance=none" in describe(held)) == (rows == 1000)
     write(held, tmp_path / "back.safetensors", "dit")
     assert torch.equal(load_tensors(tmp_path / "back.safetensors")[dit.TABLE], table)
+    held.weights[conditions.LABEL] = ours[:1000]
+    if rows > 11:
+        with pytest.raises(ValueError, match="read as 1,000 classes, and this model has 999"):
+            write(held, tmp_path / "back.safetensors", "dit")
 
 
 def test_what_lies_beside_a_text_tower_goes_along(models, tmp_path):

@@ -28,7 +28,13 @@ def with_null(table: Tensor) -> Tensor:
 
 
 def without_null(table: Tensor) -> Tensor:
-    """The inverse of `with_null`."""
+    """The inverse of `with_null`.
+
+    Raises:
+        ValueError: 999 classes and no label, whose 1,000 rows would be read as 1,000 classes.
+    """
+    if len(table) == CLASSES:
+        raise ValueError("A file's table of 1,000 rows is read as 1,000 classes, and this model has 999. Use --to ldm.")
     return table[:-1] if lacks_null(table) else table
 
 
