@@ -13,7 +13,7 @@ from ldm.backbone.unet import UNet
 from ldm.folder import load_tensors, read_json, save_tensors, write_json, write_text
 from ldm.interop import bundle, conditions, dit
 from ldm.interop.__main__ import main
-from ldm.interop.begin import begin
+from ldm.interop.begin import begin, weights_for
 from ldm.interop.convert import describe, read, write
 from ldm.interop.diffusers import _padding
 from ldm.schedule import DDPM
@@ -229,6 +229,13 @@ def test_a_class_table_without_a_row_of_no_label(models, tmp_path, rows):
     if rows > 11:
         with pytest.raises(ValueError, match="read as 1,000 classes, and this model has 999"):
             write(held, tmp_path / "back.safetensors", "dit")
+
+
+def test_a_backbone_of_another_kind_still_begins_a_training(models, tmp_path):
+    """A model at rest may have a backbone that travels nowhere: its own layout reads it."""
+    mlp = {"_target_": "ldm.backbone.mlp.MLP", "_partial_": True}
+    folder = changed(models, "sd1.ldm", tmp_path, "config.json", lambda told: told | {"backbone": mlp})
+    assert weights_for("model", folder).keys() == load_tensors(models / "sd1.ldm" / "model.safetensors").keys()
 
 
 def test_what_lies_beside_a_text_tower_goes_along(models, tmp_path):

@@ -125,19 +125,20 @@ def read_words(folder: Path) -> str:
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
     """The same folder again; its last file says that it is whole."""
+    recipe = bundle.recipe
     if bundle.home is not None:
-        with_parts(from_parts(bundle.recipe, bundle.home), folder)
+        recipe = with_parts(from_parts(recipe, bundle.home), folder)
     if bundle.words is not None:
         write_text(bundle.words, folder / WORDS / "vocab.txt")
     for place, part in bundle.parts.items():
-        home = folder if bundle.recipe is None else folder / place
+        home = folder if recipe is None else folder / place
         if part.tower:
             write_json({"model_cfg": part.config, "preprocess_cfg": {}}, home / CLIP_FILES[0])
             save_tensors(part.weights, home / CLIP_FILES[1])
         else:
             save_model(part.weights, part.config, home)
-    if bundle.recipe is not None:
-        save_model(bundle.weights, bundle.recipe, folder)
+    if recipe is not None:
+        save_model(bundle.weights, recipe, folder)
 
 
 def towers(condition: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -265,8 +266,8 @@ def _whole_autoencoder(config: Mapping[str, Any], home: Path) -> Part:
 
 
 def _check_network(bundle: Bundle, path: Path) -> None:
-    """Raises ValueError where the backbone's tensors are not those of a U-Net of its config; a DiT's are looked at elsewhere."""
-    if bundle.is_dit:
+    """Raises ValueError where a U-Net's tensors are not those of its config; other backbones are looked at where they go."""
+    if bundle.recipe["backbone"]["_target_"] != "ldm.backbone.unet.UNet":
         return
     backbone, settings = bundle.backbone(), bundle.settings()
     ties = unet.compvis(backbone, settings)

@@ -13,7 +13,6 @@ from torch import Tensor
 from ldm.folder import load_tensors, read_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LORA = ("lora_", "_lora.", ".lora.", "hada_w1", "lokr_w1")
 
 
@@ -85,7 +84,7 @@ def check_numbers(weights: Mapping[str, Tensor], path: Path) -> None:
     """Raises ValueError where a tensor holds NaN or infinity, as models saved in half precision sometimes do, or is quantised."""
     for name, x in weights.items():
         kind = str(x.dtype).removeprefix("torch.")
-        if x.ndim and x.dtype not in FLOATS:
+        if x.dtype.itemsize == 1 and x.dtype != torch.bool:
             raise ValueError(f"{path}: {name} is {kind}, quantised numbers. Take the float32 or float16 file of this model.")
         if x.is_floating_point() and not torch.isfinite(x).all():
             raise ValueError(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
