@@ -67,6 +67,7 @@ CONFIGS = {
         lambda told: told | {"block_out_channels": "x"},
         "sd1 holds settings of another kind",
     ),
+    "zero": ("text_encoder/config.json", lambda told: told | {"hidden_size": 0}, "holds settings of another kind .*Zero"),
     "flow": ("scheduler/scheduler_config.json", lambda told: {"_class_name": "FlowMatch"}, "FlowMatch with beta_schedule=None"),
     "trained": ("scheduler/scheduler_config.json", lambda told: told | {"trained_betas": [0.1]}, "beta_schedule=trained_betas"),
     "none": ("scheduler/scheduler_config.json", lambda told: told | {"beta_end": None}, "betas from 0.00085 to None"),

@@ -28,7 +28,7 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
         return _read(path, prediction)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path} holds settings of another kind than were wanted ({type(error).__name__}: {error}).") from error
 
 
