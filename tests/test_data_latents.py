@@ -1,6 +1,7 @@
 """Latents ahead of time: what they hold, what they are refused with, and that training on them is training on the pictures."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ldm.condition.conditioner import Conditioner
 from ldm.data import latents
 from ldm.data.latents import check_provenance, write_latents
 from ldm.data.shards import Shards
+from ldm.data.stream import Streamed
 from ldm.data.write import write_shards
 from ldm.folder import save_model
 from ldm.types import Draw
@@ -243,6 +245,10 @@ def test_latents_of_other_weights_or_sizes_are_refused_before_the_first_step(hom
         (tmp_path / "provenance.json").write_text(json.dumps(told | {what: "0" * 64}))
         with pytest.raises(ValueError, match=rf"another {what} \(sha256 0+\).*{line}"):
             check_provenance(stored(tmp_path), stages[1])
+    stream = Streamed(tmp_path, fields=stored(tmp_path).fields, size=16, batch=4)
+    stream.trainer = SimpleNamespace(lightning_module=stages[1])
+    with pytest.raises(ValueError, match="another autoencoder"):
+        stream.setup()
 
 
 def test_embeddings_of_other_settings_do_not_mix_with_those_that_are_there(home):

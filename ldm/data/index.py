@@ -171,12 +171,14 @@ def _processes() -> BaseContext:
 
 def _describe_one(work: tuple[str, str, str | Path, Fetch]) -> dict:
     shard, stamp, cache, fetch = work
-    path, file = fetch(shard), _writable(_index_folders(shard, cache)) / _index_name(shard)
-    try:
-        table, damage = describe(path), ""
-    except Damaged as error:
-        table, damage = pa.table({"key": pa.array([], pa.string())}), str(error)
-    digest = _digest([Path(shard).name, str(os.stat(path).st_size), *table["key"].to_pylist()])
+    file = _writable(_index_folders(shard, cache)) / _index_name(shard)
+    with fetch.held(shard) as path:
+        size = os.stat(path).st_size
+        try:
+            table, damage = describe(path), ""
+        except Damaged as error:
+            table, damage = pa.table({"key": pa.array([], pa.string())}), str(error)
+    digest = _digest([Path(shard).name, str(size), *table["key"].to_pylist()])
     about = {"stamp": stamp, "count": len(table), "digest": digest, "damage": damage}
     _write(table.replace_schema_metadata({"ldm": json.dumps(about)}), file)
     return about | {"file": os.path.abspath(file)}

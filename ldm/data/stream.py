@@ -19,6 +19,7 @@ from webdataset import filters, tariterators
 
 from ldm.data.cut import CROP, SIZES, cut, told
 from ldm.data.decode import MAX_BYTES, BadSample, View, decode, is_image, picture_size
+from ldm.data.latents import check_provenance
 from ldm.data.order import generator
 from ldm.data.samples import ATTEMPTS, loading
 from ldm.data.shards import Shards
@@ -50,6 +51,7 @@ class Streamed(Shards):
     def setup(self, stage: str | None = None) -> None:
         """Names the training shards."""
         _ = self.val_set, expand(self.train)
+        check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
     def train_dataloader(self) -> DataLoader:
         """Endless micro-batches of this device."""
