@@ -336,6 +336,13 @@ def test_killed_while_saving_what_was_saved_stands(tmp_path, monkeypatch):
     assert resume_from("auto", tmp_path) == found and not list(tmp_path.glob(".*.part")), "and the half of a folder"
 
 
+def test_no_half_of_a_step_is_saved_after_a_resume(emoji_root, tmp_path, handlers):
+    """Of a step's two micro-batches the first would be lost to whoever resumed from there."""
+    for steps in (2, 3):
+        run(emoji_root, tmp_path, steps=steps, every=1, accumulate_grad_batches=2)
+    assert sorted(path.name for path in tmp_path.rglob("*.ckpt")) == ["step-00000002.ckpt", "step-00000003.ckpt"]
+
+
 def test_a_flipped_bit_is_seen(tmp_path):
     io = WholeCheckpointIO()
     for step in (1, 2):

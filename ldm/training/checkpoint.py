@@ -61,11 +61,26 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
         raise OSError(errno.EIO, f"torch.save failed with {free:,.0f} MiB free: {str(error).splitlines()[0]}") from error
 
 
+class AtSteps(pl.callbacks.ModelCheckpoint):
+    """Saves at the end of optimizer steps only: Lightning's own saves again between the first micro-batches after a resume."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """What is resumed is saved already."""
+        super().on_train_start(trainer, module)
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        """Saves when it is time."""
+        if trainer.global_step != self.step:
+            self.step = trainer.global_step
+            super().on_train_batch_end(trainer, *arguments)
+
+
 def checkpoint_callback(folder: str, every: int, keep: int = 2) -> pl.callbacks.ModelCheckpoint:
     """Every `every` optimizer steps and at the end, `folder`/step=N.ckpt; the newest `keep` stay."""
     if keep < 2:
         raise ValueError(f"callback.checkpoint.keep={keep}: keep at least 2, so that a damaged file is not the only one.")
-    return pl.callbacks.ModelCheckpoint(
+    return AtSteps(
         dirpath=folder,
         filename="step-{step:08d}",
         auto_insert_metric_name=False,
