@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from ldm.training.checkpoint import newest, resume_from
 from ldm.training.ema import averaged
@@ -19,7 +20,7 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
 
     Raises:
-        ValueError: the checkpoint to resume from is damaged or of another model.
+        ValueError: the checkpoint to resume from is damaged or of another model. ConnectionError: another rank is gone.
     """
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -36,6 +37,13 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
         how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
         _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
         raise
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise ConnectionError(
+            f"Rank {trainer.global_rank} lost the others at step {trainer.global_step}; what they print says why. What was saved "
+            "stands: the same command goes on."
+        ) from error
     except Preempted as stop:
         _say(trainer, f"\n{stop}")
         next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
