@@ -6,17 +6,20 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from test_survive import adamw, against
-from test_training import contrast, diffusion, small, trainer
+from test_training import contrast, diffusion, small, train, trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.command_line import CONFIGS
+from ldm.data.ahead import Ahead, ahead
+from ldm.training import layout
 from ldm.training.checkpoint import checkpoint_callback
 from ldm.training.compile import Compile
 from ldm.training.ema import EMA
@@ -97,6 +100,75 @@ def test_what_the_processor_reads_stays_with_it():
     assert told.vector.is_meta and told.vector.shape == (2, 7)
 
 
+# ---- the next batch, copied ahead
+
+
+class Far(torch.Tensor):
+    """A tensor that says it is on a GPU, and which streams it is used on."""
+
+    is_cuda = True
+
+    def record_stream(self, stream):
+        stream.log.append(("used on", stream.name, int(self[0])))
+
+
+class Stream:
+    """Writes down what is put on it."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def record_event(self):
+        self.log.append(("event", self.name))
+        return len(self.log)
+
+    def wait_event(self, event):
+        self.log.append(("wait", self.name, event))
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A main and a side stream in the place of a GPU's; -> what was put on them, in order."""
+    log = []
+    now = [Stream("main", log)]
+
+    @contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", log))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    return log
+
+
+def test_a_batch_is_copied_before_the_one_ahead_of_it_is_used_and_used_once_it_has_come(streams):
+    def move(batch):
+        streams.append(("copy", torch.cuda.current_stream(None).name, int(batch["x"][0])))
+        return {"x": batch["x"].as_subclass(Far), "key": batch["key"]}
+
+    for batch in Ahead([{"x": torch.tensor([n]), "key": ["a"]} for n in range(3)], move, torch.device("cuda")):
+        streams.append(("step", "main", int(batch["x"][0])))
+    at = {entry: i for i, entry in enumerate(streams)}
+    for n in range(3):
+        copied = at["copy", "side", n]
+        assert streams[copied + 1] == ("event", "side")
+        waited = at["wait", "main", copied + 2]
+        assert copied < waited < at["used on", "main", n] < at["step", "main", n]
+        assert n == 2 or at["copy", "side", n + 1] < waited
+    assert ahead(streams, None) is streams  # nothing is copied where there is no GPU
+
+
+def test_batches_that_were_fetched_but_not_trained_on_do_not_count(streams, emoji_root, tmp_path, monkeypatch):
+    plain, average = train(emoji_root, tmp_path, [5])
+    monkeypatch.setattr("ldm.data.shards.ahead", lambda loader, _: Ahead(loader, dict, torch.device("cpu")))
+    legs, other = train(emoji_root, tmp_path, [2, 5])
+    assert len(streams) > 3 * 5
+    assert all(torch.equal(plain[k], legs[k]) for k in plain) and all(torch.equal(average[k], other[k]) for k in average)
+
+
 def trained(stage, emoji_root, folder, *callbacks, **kwargs):
     made = trainer(folder, 2, callbacks=list(callbacks), enable_checkpointing=False, **kwargs)
     made.fit(stage, small(emoji_root))
@@ -117,6 +189,29 @@ def test_the_fast_path_is_the_plain_one(fast, emoji_root, tmp_path):
     assert plain.keys() == other.keys()
     for name, weight in plain.items():
         torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+def test_channels_last_is_the_plain_layout_also_after_a_checkpoint_of_the_other(emoji_root, tmp_path, monkeypatch):
+    """A fused optimizer adds up what lies side by side in memory, whatever it belongs to."""
+
+    def legs(*layouts):
+        checkpoint = None
+        for i, devices in enumerate(layouts):
+            monkeypatch.setattr(layout, "CHANNELS_LAST", devices)
+            stage = fused(diffusion())
+            run = trainer(tmp_path, 2 * i + 2, enable_checkpointing=False)
+            run.fit(stage, small(emoji_root), ckpt_path=checkpoint, weights_only=True)
+            checkpoint = tmp_path / f"{i}.ckpt"
+            run.save_checkpoint(checkpoint, weights_only=False)
+        return stage.model.denoiser.backbone.state_dict()
+
+    plain = legs((), ())
+    for layouts in (("cpu",), ("cpu",)), ((), ("cpu",)), (("cpu",), ()):
+        other = legs(*layouts)
+        kernel = other["encoder.1.0.conv_in.weight"]
+        assert kernel.is_contiguous(memory_format=torch.channels_last if layouts[1] else torch.contiguous_format)
+        for name, weight in plain.items():
+            torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
 
 
 def test_fused_adamw_is_the_plain_one(emoji_root, tmp_path):

@@ -7,18 +7,21 @@ on with other draws, while noise and dropout, which follow `position`, go on as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from webdataset import filters, tariterators
 
+from ldm.data.ahead import ahead
 from ldm.data.decode import BadSample, View, decode
 from ldm.data.fetch import Fetch
 from ldm.data.order import generator
 from ldm.data.samples import stay
 from ldm.data.shards import Shards
 from ldm.data.source import expand
+from ldm.types import Batch
 
 DRAWS = 2**32 + 4  # a stream of random numbers
 
@@ -38,7 +41,7 @@ class Streamed(Shards):
         """Names the training shards."""
         _ = self.val_set, expand(self.train)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Endless micro-batches of this device."""
         rank, world, accumulate = self._share()
         size = self.batch // (world * accumulate)
@@ -47,8 +50,8 @@ class Streamed(Shards):
         start = self.consumed // self.batch
         drawn = Drawn(expand(self.train), self.fields, self.size, self.fetch, self.shuffle, self.seed)
         drawn.rank, drawn.size, drawn.batch, drawn.accumulate, drawn.start = rank, size, self.batch, accumulate, start
-        workers = {"num_workers": self.workers, "persistent_workers": self.workers > 0, "worker_init_fn": stay}
-        return DataLoader(drawn, batch_size=None, **workers)
+        workers = {"num_workers": self.workers, "worker_init_fn": stay}
+        return ahead(DataLoader(drawn, batch_size=None, pin_memory=torch.cuda.is_available(), **workers), self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples training has taken."""
