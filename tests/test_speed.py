@@ -1,5 +1,6 @@
 """What makes a step fast changes nothing of it, and what a step costs does not grow unseen."""
 
+import copy
 import csv
 import json
 import resource
@@ -7,21 +8,27 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import CLIP
 from pytorch_lightning.loggers import CSVLogger
 from test_survive import adamw, against
-from test_training import contrast, diffusion, small, train, trainer
+from test_training import captioned, contrast, diffusion, small, train, trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm.backbone.unet import UNet
 from ldm.command_line import CONFIGS
 from ldm.data.ahead import Ahead, ahead
 from ldm.training import layout
+from ldm.training.bfloat16 import Bfloat16
 from ldm.training.checkpoint import checkpoint_callback
 from ldm.training.compile import Compile
+from ldm.training.contrast import Contrast
 from ldm.training.ema import EMA
 from ldm.training.guard import Guard
 from ldm.training.plan import plan
@@ -29,9 +36,10 @@ from ldm.training.preempt import Preempt
 from ldm.training.profile import Profile
 from ldm.training.rate import Constant
 from ldm.training.recompute import Recompute
+from ldm.training.run import fit
 from ldm.training.stage import Stage
 from ldm.training.throughput import Throughput, flops, peak_of
-from ldm.types import Cond
+from ldm.types import Cond, Widths
 
 OPERATIONS, BYTES = 1750, 39_000_000  # of one step of the tiny diffusion model
 
@@ -249,9 +257,70 @@ def test_bf16_is_within_its_own_error():
     assert (fast - exact).norm() < 0.03 * exact.norm()
 
 
-def test_every_stage_names_what_takes_its_time():
-    from conftest import CLIP
+def test_bfloat16_is_the_copy_in_bfloat16_from_float32_weights():
+    """What is put out, and the gradients, are to the last bit those of a network whose weights were rounded."""
+    torch.manual_seed(0)
+    net = UNet(3, Widths(tokens=8, vector=8), width=16, mult=(1, 2), res_blocks=1, depth=(1, 1), heads=2, groups=4)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    stage, copied = diffusion(), copy.deepcopy(net).to(torch.bfloat16)
+    stage.model.denoiser.backbone = net
+    Bfloat16().on_fit_start(SimpleNamespace(precision="bf16-mixed"), stage)
+    x, level = torch.randn(2, 3, 16, 16), 100 * torch.rand(2)
+    cond = Cond(tokens=torch.randn(2, 5, 8), vector=torch.randn(2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x, level, cond)
+    other = copied(x.bfloat16(), level, cond)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, other)
+    assert net(x, level, cond).dtype == torch.float32, "without autocast it is as ever"
+    for y in (out, other):
+        y.float().square().sum().backward()
+    for (name, p), q in zip(net.named_parameters(), copied.parameters()):
+        assert p.dtype == p.grad.dtype == torch.float32 and torch.equal(p.grad, q.grad.float()), name
 
+
+def test_bfloat16_trains_as_float32_within_its_error_and_resumes_exactly(emoji_root, tmp_path):
+    """Updates of a ten thousandth, which bfloat16 weights would never see, add up in the weights and in their average."""
+
+    def run(*legs, **kwargs):
+        checkpoint = None
+        for steps in legs:
+            stage, ema = diffusion(), EMA(0.9)
+            stage.optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=True)
+            callbacks = [ema, *([Bfloat16()] if kwargs else []), Recompute()]
+            made = trainer(tmp_path, steps, callbacks=callbacks, enable_checkpointing=False, **kwargs)
+            made.fit(stage, small(emoji_root), ckpt_path=checkpoint, weights_only=True)
+            checkpoint = tmp_path / f"{steps}.ckpt"
+            made.save_checkpoint(checkpoint, weights_only=False)
+        return stage.state_dict(), ema.average
+
+    mixed = {"precision": "bf16-mixed"}
+    (plain, plain_average), (whole, average), (legs, other) = run(6), run(6, **mixed), run(2, 6, **mixed)
+    start = diffusion().state_dict()
+    assert all(torch.equal(whole[k], legs[k]) for k in whole) and all(torch.equal(average[k], other[k]) for k in average)
+    assert {x.dtype for x in (*whole.values(), *average.values()) if x.is_floating_point()} == {torch.float32}
+    for a, b in ((whole, plain), (average, plain_average)):
+        moved, apart = (torch.cat([(x[k] - y[k]).flatten() for k in average]) for x, y in ((b, start), (a, b)))
+        assert 0 < moved.norm() and apart.norm() < 0.1 * moved.norm()
+
+
+@pytest.mark.parametrize("stage", [diffusion, against, lambda: contrast(CLIP)], ids=["diffusion", "autoencoding", "contrast"])
+def test_every_stage_trains_in_bfloat16(stage, emoji_root, tmp_path):
+    made, stage = trainer(tmp_path, 1, precision="bf16-mixed", callbacks=[Bfloat16()], enable_checkpointing=False), stage()
+    before = copy.deepcopy(stage.state_dict())
+    made.fit(stage, captioned(emoji_root) if isinstance(stage, Contrast) else small(emoji_root))
+    assert any(not torch.equal(value, before[name]) for name, value in stage.state_dict().items())
+
+
+def test_weights_of_few_bits_are_refused(tmp_path):
+    for precision in ("bf16-true", "16-true"):
+        with pytest.raises(ValueError, match=f"{precision} would keep.* Use trainer.precision=bf16-mixed, and callback="):
+            fit(diffusion(), None, trainer(tmp_path, 1, precision=precision), tmp_path)
+    with pytest.raises(ValueError, match=r"precision=32-true: use it with trainer.precision=bf16-mixed"):
+        Bfloat16().on_fit_start(SimpleNamespace(precision="32-true"), diffusion())
+
+
+def test_every_stage_names_what_takes_its_time():
     for stage in (diffusion(), against(), contrast(CLIP)):
         assert stage.compiled and all(stage.get_submodule(name) is not None for name in stage.compiled)
 
