@@ -25,9 +25,14 @@ class Bfloat16(pl.Callback):
                 f"callback=[...,bfloat16] with trainer.precision={trainer.precision}: use it with trainer.precision=bf16-mixed."
             )
         for name in module.compiled:
-            for norm in module.get_submodule(name).modules():
-                if isinstance(norm, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
-                    norm.forward = partial(normalised, norm)
+            keep_bfloat16(module.get_submodule(name))
+
+
+def keep_bfloat16(network: nn.Module) -> None:
+    """Makes a network's norms put out autocast's type."""
+    for norm in network.modules():
+        if isinstance(norm, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+            norm.forward = partial(normalised, norm)
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:

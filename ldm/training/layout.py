@@ -4,17 +4,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 CHANNELS_LAST = ("cuda",)  # kinds of devices; on a CPU a U-Net takes 1 to 5 % longer so
 
 
 def lay_out(parts: Iterable[nn.Module], device: torch.device) -> None:
-    """Lays convolutions' weights as the device likes them, but those shared out over ranks, which lie in rows."""
+    """Lays convolutions' weights as the device likes them."""
     for part in parts if device.type in CHANNELS_LAST else ():
-        if not any(isinstance(weight, DTensor) for weight in part.parameters()):
-            part.to(memory_format=torch.channels_last)
+        part.to(memory_format=torch.channels_last)
 
 
 def lay_state_out(optimizer: Optimizer) -> None:

@@ -68,10 +68,12 @@ class Stage(pl.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Lays the weights out as the device likes them, and over the ranks where the trainer's strategy shares them out."""
-        laid = {*self.compiled, *self.frozen}
-        lay_out((module for name, module in self.named_modules() if name in laid), self.trainer.strategy.root_device)
-        if self.device_mesh is None or any(isinstance(p, DTensor) for p in self.parameters()):
+        """Lays weights out as the device likes them, or shares them out over the ranks where the trainer's strategy wants it."""
+        if self.device_mesh is None:
+            laid = {*self.compiled, *self.frozen}
+            lay_out((module for name, module in self.named_modules() if name in laid), self.trainer.strategy.root_device)
+            return
+        if any(isinstance(p, DTensor) for p in self.parameters()):
             return
         shard(self.parts(), self.device_mesh["data_parallel"])
         left = [name for name, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
