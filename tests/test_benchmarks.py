@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 import pytest
+
 from benchmarks import sampling, steps
 
 PLAIN = {"device": "cpu", "dtype": "float32", "batch": 1, "rounds": 1, "minutes": 1.0, "compile": False, "bf16": False}

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.backbone.unet import UNet
 from ldm.command_line import CONFIGS
 from ldm.data.ahead import Ahead, ahead
+from ldm.schedule import Linear, ScaledLinear
 from ldm.training import layout
 from ldm.training.bfloat16 import Bfloat16
 from ldm.training.checkpoint import checkpoint_callback
@@ -39,7 +41,7 @@ from ldm.training.recompute import Recompute
 from ldm.training.run import fit
 from ldm.training.stage import Stage
 from ldm.training.throughput import Throughput, flops, peak_of
-from ldm.types import Cond, Widths
+from ldm.types import Cond, Draw, Widths
 
 OPERATIONS, BYTES = 1750, 39_000_000  # of one step of the tiny diffusion model
 
@@ -93,6 +95,33 @@ def test_a_step_never_waits_for_the_device(stage, emoji_root, tmp_path):
     seen = watched(stage(), emoji_root, tmp_path)
     assert sum(seen.counts.values()) > 100
     assert not {name: n for name, n in seen.counts.items() if "_local_scalar_dense" in name or "nonzero" in name}
+
+
+class Waits(TorchDispatchMode):
+    """Collects the copies from the processor to a device that the processor would wait for."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.found, self.copies = torch.device(device), [], 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        if operation is torch.ops.aten._to_copy.default and keywords.get("device") == self.device:
+            if arguments[0].device.type == "cpu":
+                self.copies += 1
+                self.found += [] if keywords.get("non_blocking") else traceback.extract_stack()[-6:-1]
+        return operation(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), ScaledLinear()])
+def test_nothing_is_brought_to_the_device_that_is_waited_for(schedule):
+    """Times, noise, labels, tables: the step goes on while they are under way."""
+    stage = diffusion().to("meta")
+    stage.model.denoiser.schedule = schedule
+    batch = {"image": torch.zeros(2, 3, 8, 8, device="meta"), "position": torch.arange(2), "label": torch.tensor([1, 2])}
+    with Waits("meta") as seen:
+        stage.losses(batch, Draw(0, batch["position"], 2))["loss"].backward()
+    assert seen.copies and not seen.found, traceback.format_list(seen.found)
 
 
 def test_what_the_processor_reads_stays_with_it():
