@@ -15,7 +15,7 @@ def sample(config: DictConfig) -> Any:
     from ldm.autoencoder.tiled import Tiled
     from ldm.build import allowed, build, load_model
     from ldm.generate import compile_backbone, draw_all
-    from ldm.request import paste_back, read_edit, read_request, write_pictures
+    from ldm.request import read_edit, read_request, write_pictures
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     model = load_model(config.model, allowed(config)).to(device)
@@ -28,8 +28,7 @@ def sample(config: DictConfig) -> Any:
     seeds = range(config.seed, config.seed + count)
     sampler, guidance = (build(node, allowed(config)) for node in (config.sampler, config.guidance))
     sampler = read_edit(config, model, ask, sampler, size)
-    images = draw_all(model, ask, sampler, guidance, seeds, size, config.batch)
-    images = paste_back(images, ask) if config.paste else images
+    images = draw_all(model, ask, sampler, guidance, seeds, size, config.batch, config.paste)
     told = {**OmegaConf.to_container(config, resolve=True), "seeds": list(seeds), "asked": ask}
     write_pictures(images, Path(config.out), told, model.conditioner.show(ask))
     print(f"{count} pictures are in {config.out}")

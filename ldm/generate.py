@@ -18,10 +18,11 @@ def generate(
     guidance: Guidance,
     seeds: Sequence[int],
     size: tuple[int, int],
+    paste: str | None = "latents",
 ) -> Tensor:
     """ask: the conditions, B of each; seeds: B integers; size: height, width in pixels -> (B, 3, height, width) in [-1, 1].
 
-    A picture depends on its own seed and condition, never on the batch it was drawn in.
+    A picture depends on its own seed and condition, never on the batch it was drawn in. paste: as in `paste_known`.
 
     Raises:
         ValueError: the autoencoder's factor does not divide the size.
@@ -30,7 +31,33 @@ def generate(
     noise = unit_noise(seeds, latent_shape(model, size)).to(device)
     ask = {field: value.to(device) if isinstance(value, Tensor) else value for field, value in ask.items()}
     latents = sampler(guidance(model, ask), model.denoiser.schedule, noise, seeds)
-    return model.autoencoder.decode(latents).clamp(-1, 1)
+    return paste_known(model, ask, model.autoencoder.decode(latents).clamp(-1, 1), paste)
+
+
+def paste_known(model: LatentModel, ask: Batch, images: Tensor, how: str | None) -> Tensor:
+    """images: (B, 3, h, w) drawn by an inpainting model -> the same with what `ask`'s mask keeps of its image.
+
+    how: `latents` pastes and sends the whole through the autoencoder once more, which leaves no seam and the autoencoder's
+    own error; `pixels` pastes to the bit, as https://arxiv.org/abs/2112.10752's own script; None leaves what was drawn.
+    Other models' pictures come back as they are.
+
+    Raises:
+        ValueError: another `how`, or `pixels` of a model that does not inpaint.
+    """
+    check_paste(model, how)
+    if how is None or model.conditioner.hole is None:
+        return images
+    image, mask = (ask[field].to(images) for field in model.conditioner.hole)
+    whole = torch.where(mask > 0, images, image)
+    return whole if how == "pixels" else model.autoencoder.decode(model.autoencoder.encode(whole).mean).clamp(-1, 1)
+
+
+def check_paste(model: LatentModel, how: str | None) -> None:
+    """Raises ValueError if `how` is not for this model."""
+    if how not in (None, "latents", "pixels"):
+        raise ValueError(f"paste={how}: wanted latents, pixels or null.")
+    if how == "pixels" and model.conditioner.hole is None:
+        raise ValueError(f"paste=pixels is for inpainting models, and this one is told {list(model.conditioner.embedders)}.")
 
 
 def compile_backbone(backbone: nn.Module) -> None:
@@ -65,15 +92,17 @@ def draw_all(
     seeds: Sequence[int],
     size: tuple[int, int],
     batch: int,
+    paste: str | None = "latents",
 ) -> Tensor:
     """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up and cut to keep one size.
 
     ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU.
     """
+    check_paste(model, paste)
     seeds, images = list(seeds), []
     for start in tqdm(range(0, len(seeds), batch), desc="drawing", disable=len(seeds) <= batch):
         rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]
         part = {name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows] for name, value in ask.items()}
-        drawn = generate(model, part, sampler, guidance, [seeds[i] for i in rows], size)
+        drawn = generate(model, part, sampler, guidance, [seeds[i] for i in rows], size, paste)
         images.append(drawn[: len(seeds) - start].cpu())
     return torch.cat(images)

@@ -54,13 +54,6 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     return ask, count
 
 
-def paste_back(images: Tensor, ask: Mapping[str, Any]) -> Tensor:
-    """images: (N, 3, h, w) inpainted -> the same with the known part of `ask`'s image, to the bit, where its mask is 0."""
-    if "mask" not in ask:
-        raise ValueError(f"paste=true puts back what a mask keeps, and there is only {sorted(ask)}; it is for inpainting models.")
-    return torch.where(ask["mask"].to(images) > 0, images, ask["image"].to(images))
-
-
 def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, Any], sampler: Sampler, size: Size) -> Sampler:
     """config: init, mask, source, strength, resamples -> the sampler, begun from the picture `init` where there is one.
 

@@ -82,7 +82,7 @@ class Subject:
         size = (size, size) if isinstance(size, int) else tuple(size)
         told = {name: config[name] for name in ("sampler", "guidance", "batch")}
         sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
-        how = (config["seed"], size, config["conditioning"], str(config["precision"]))
+        how = (config["seed"], size, config["conditioning"], str(config["precision"]), config["paste"])
         return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, "model": self._weights})
 
     def _requests(self) -> Split | Given:

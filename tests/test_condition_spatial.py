@@ -22,8 +22,9 @@ from ldm.condition.text import Text
 from ldm.condition.transcript import Transcript
 from ldm.data.shards import Shards
 from ldm.data.write import write_shards
+from ldm.generate import paste_known
 from ldm.model import LatentModel
-from ldm.request import paste_back, read_request, write_pictures
+from ldm.request import read_request, write_pictures
 from ldm.types import Draw, Moments, Widths
 
 
@@ -35,6 +36,9 @@ class Halves(torch.nn.Module):
     def encode(self, images):
         mean = torch.nn.functional.avg_pool2d(images, 2)
         return Moments(mean, torch.zeros_like(mean))
+
+    def decode(self, latents):
+        return torch.nn.functional.interpolate(latents, scale_factor=2.0)
 
 
 def no(count):
@@ -142,14 +146,23 @@ def test_masks_that_say_nothing_are_refused(value, said):
         Inpaint(Halves())([pictures(1), torch.zeros(1, 1, 4, 8)], no(1))
 
 
-def test_what_is_known_comes_back_to_the_bit():
+def test_what_is_known_comes_back_to_the_bit_or_through_the_autoencoder():
     x, drawn, mask = pictures(1), pictures(1) * 0.5, torch.zeros(1, 1, 8, 8)
     mask[..., 2:4, 2:4] = 1
-    pasted = paste_back(drawn, {"image": x, "mask": mask})
-    keep = (mask == 0).expand_as(x)
+    autoencoder, keep = Halves(), (mask == 0).expand_as(x)
+    paints, other = (
+        LatentModel(autoencoder, Conditioner(conditions), torch.nn.Identity())
+        for conditions in ({"hole": Inpaint(autoencoder, mask="hole")}, {"depth": Picture(autoencoder, "image")})
+    )
+    ask = {"image": x, "hole": mask}
+    pasted = paste_known(paints, ask, drawn, "pixels")
     assert torch.equal(pasted[keep], x[keep]) and torch.equal(pasted[~keep], drawn[~keep])
-    with pytest.raises(ValueError, match="inpainting models"):
-        paste_back(drawn, {"caption": ["a"]})
+    assert torch.equal(paste_known(paints, ask, drawn, "latents"), autoencoder.decode(autoencoder.encode(pasted).mean))
+    assert torch.equal(paste_known(paints, ask, drawn, None), drawn)
+    assert torch.equal(paste_known(other, ask, drawn, "latents"), drawn)
+    for model, how, said in ((other, "pixels", "inpainting models.*depth"), (paints, "true", "latents, pixels or null")):
+        with pytest.raises(ValueError, match=said):
+            paste_known(model, ask, drawn, how)
 
 
 # ---- super-resolution
@@ -402,9 +415,7 @@ def test_a_map_of_twice_the_size_draws_twice_the_picture(files):
     net = UNet(3, conditioner.widths, width=8, mult=(1,), res_blocks=1, depth=(0,), middle_depth=0, groups=1)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    autoencoder = Halves()
-    autoencoder.decode = lambda z: torch.nn.functional.interpolate(z, scale_factor=2.0)
-    model = LatentModel(autoencoder, conditioner, Denoiser(net, Linear(), Flow(), LogRatio())).eval()
+    model = LatentModel(Halves(), conditioner, Denoiser(net, Linear(), Flow(), LogRatio())).eval()
     for size in (16, 32):
         ask, count = read_request({"ask": {"map": f"{files}/maps/a.png"}, "resolution": size}, model)
         drawn = generate(model, ask, DDIM(2), Unguided(), range(count), (size, size))

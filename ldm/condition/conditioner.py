@@ -13,7 +13,7 @@ class Conditioner(nn.Module):
     """The conditions of a model, in order, each with its own dropout rate.
 
     The null condition is not another code path: it is dropout of everything that is ever dropped. A rate of 0 means
-    that a condition is never dropped, not in the null either.
+    that a condition is never dropped, not in the null either. `hole`: the fields of an inpainting model's picture and mask.
     """
 
     def __init__(self, embedders: Mapping[str, Embedder]) -> None:
@@ -21,6 +21,7 @@ class Conditioner(nn.Module):
         self.embedders = nn.ModuleDict(embedders)
         self.widths = sum((e.widths for e in self.embedders.values()), Widths())
         self.fields = tuple(dict.fromkeys(field for e in self.embedders.values() for field in self.fields_of(e)))
+        self.hole = next((e.hole for e in self.embedders.values() if hasattr(e, "hole")), None)
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
         """Reads each embedder's fields of the batch.

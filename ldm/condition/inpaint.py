@@ -22,7 +22,8 @@ class Inpaint(nn.Module):
     def __init__(self, autoencoder: Autoencoder, image: str = "image", mask: str = "mask", rate: float = 0.0) -> None:
         super().__init__()
         self.encode, self.factor = autoencoder.encode, autoencoder.factor
-        self.key, self.rate, self.widths = (image, mask), rate, Widths(spatial=1 + autoencoder.channels)
+        self.rate, self.widths = rate, Widths(spatial=1 + autoencoder.channels)
+        self.key = self.hole = (image, mask)
 
     def forward(self, value: Sequence[Tensor], drop: Tensor) -> Cond:
         """value: pictures (B, 3, f * H, f * W) in [-1, 1], masks (B, 1, f * H, f * W) of 0 and 1 -> spatial: (B, 1 + C, H, W).

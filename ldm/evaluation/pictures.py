@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.evaluation.rows import Source, fingerprint
 from ldm.folder import write_whole
-from ldm.generate import generate
+from ldm.generate import check_paste, generate
 from ldm.measure import to_bytes
 from ldm.model import LatentModel
 from ldm.types import Autoencoder, Batch, Cond, Denoise, Guidance, Sampler, Told
@@ -111,6 +111,7 @@ class Drawings:
         size: tuple[int, int],
         conditioning: str = "right",
         precision: str = "32",
+        paste: str | None = "latents",
         protocol: Mapping[str, Any] | None = None,
     ) -> None:
         if conditioning not in ("right", "shuffled", "none"):
@@ -119,7 +120,8 @@ class Drawings:
             raise ValueError(f"precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
         self.model, self.requests, self.sampler, self.guidance = model, requests, sampler, guidance
         self.seed, self.size, self.conditioning, self.precision = seed, size, conditioning, precision
-        self.count = requests.count
+        self.paste, self.count = paste, requests.count
+        check_paste(model, paste)
         if conditioning == "shuffled" and self.count < 2:
             raise ValueError("conditioning=shuffled needs at least 2 requests to shuffle (count=...).")
         self.protocol = {
@@ -129,6 +131,7 @@ class Drawings:
             "size": list(size),
             "conditioning": conditioning,
             "precision": precision,
+            **({"paste": paste} if model.conditioner.hole else {}),
             **(protocol or {}),
         }
 
@@ -146,7 +149,7 @@ class Drawings:
         kind = PRECISIONS[self.precision]
         with torch.autocast(device.type, kind) if kind else nullcontext():
             seeds = [self.seed + n for n in numbers]
-            return on_grid(generate(self.model, fields, self.sampler, guidance, seeds, self.size))
+            return on_grid(generate(self.model, fields, self.sampler, guidance, seeds, self.size, self.paste))
 
 
 def untold(guidance: Guidance) -> Guidance:
