@@ -15,7 +15,7 @@ class Bfloat16(pl.Callback):
 
     Autocast rounds the weights once a step and keeps them float32 for the optimizer, the averages and the checkpoints; on a
     GPU it also has each norm compute, and put out, float32, which the next layer rounds. So a U-Net is its copy in bfloat16
-    with float32 masters, of half the activations. What is added to a float32 stream (DiT's positions) stays float32.
+    with float32 masters. What is added to a float32 stream (DiT's positions) stays float32.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, module: Stage) -> None:
