@@ -57,7 +57,7 @@ class CachedText(nn.Module):
         for part in self.parts:
             null = getattr(self, part)
             said = torch.stack([caption.said[part] for caption in value]).to(null)
-            told[part] = torch.where(drop.to(null.device).reshape(-1, *(1,) * (said.ndim - 1)), null, said)
+            told[part] = torch.where(drop.to(null.device, non_blocking=True).reshape(-1, *(1,) * (said.ndim - 1)), null, said)
         return Cond(**told)
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:

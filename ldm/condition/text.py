@@ -76,13 +76,13 @@ class Text(nn.Module):
             tokens = (tokens - self.token_mean) @ self.token_mix
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
         if self.dropped == ZEROS:
-            told = (~drop).to(tokens)[:, None]
+            told = (~drop).to(tokens, non_blocking=True)[:, None]
             tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
         return Cond(tokens=tokens, mask=mask, vector=vector if self.pooled else None)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
-        ids = self.tokenizer(list(captions)).to(self.tower.token_embedding.weight.device)
+        ids = self.tokenizer(list(captions)).to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:

@@ -275,13 +275,13 @@ def as_is(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def loading(workers: int) -> dict[str, Any]:
-    """How a DataLoader is to load with that many processes."""
+def loading(workers: int, again: bool) -> dict[str, Any]:
+    """How a DataLoader is to load with that many processes, which stay for the next epoch where it is read `again`."""
     if workers:
         atexit.register(end_workers)
     return {
         "num_workers": workers,
-        "persistent_workers": workers > 0,
+        "persistent_workers": workers > 0 and again,
         "worker_init_fn": stay,
         "pin_memory": torch.cuda.is_available(),
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ldm.data.ahead import ahead
 from ldm.data.bad import BadSamples
 from ldm.data.bucket import Report, Size, sizes_of
 from ldm.data.decode import is_image
@@ -132,7 +133,7 @@ class Shards(pl.LightningDataModule):
         _ = self.train_set, self.val_set
         check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Endless micro-batches of this device, from sample `consumed` on.
 
         Raises:
@@ -150,7 +151,7 @@ class Shards(pl.LightningDataModule):
         rank, world, accumulate = self._share()
         order = Batches(self.steps, rank, world, accumulate, self.consumed // self.batch)
         others = dict(zip(self.sizes, self._buckets["train"]))
-        return self._load(Loaded(self.train_set, others, self.crop, self.flip, self.seed), order)
+        return ahead(self._load(Loaded(self.train_set, others, self.crop, self.flip, self.seed), order), self.trainer)
 
     def val_dataloader(self) -> DataLoader | list:
         """Every validation sample once over all devices, bucket by bucket. Empty without data.val."""
@@ -291,4 +292,5 @@ class Shards(pl.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def _load(self, loaded: Loaded, order: Batches | Once) -> DataLoader:
-        return DataLoader(loaded, batch_sampler=order, collate_fn=as_is, **loading(self.workers))
+        again = isinstance(order, Once)  # the other one has no end
+        return DataLoader(loaded, batch_sampler=order, collate_fn=as_is, **loading(self.workers, again))

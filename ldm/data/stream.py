@@ -10,13 +10,14 @@ from __future__ import annotations
 import io
 import math
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from webdataset import filters, tariterators
 
+from ldm.data.ahead import ahead
 from ldm.data.cut import CROP, SIZES, cut, told
 from ldm.data.decode import MAX_BYTES, BadSample, View, decode, is_image, picture_size
 from ldm.data.latents import check_provenance
@@ -25,6 +26,7 @@ from ldm.data.samples import ATTEMPTS, loading
 from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.data.tar import Damaged
+from ldm.types import Batch
 
 DRAWS = 2**32 + 4  # a stream of random numbers
 INDEXED = ("filters", "buckets", "weights")
@@ -53,7 +55,7 @@ class Streamed(Shards):
         _ = self.val_set, expand(self.train)
         check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Endless micro-batches of this device."""
         if self._unsaid():
             self._begin(self.trainer.global_step, self.trainer.global_step)
@@ -62,7 +64,7 @@ class Streamed(Shards):
         if self.batch % (world * accumulate):
             raise ValueError(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
         drawn = Drawn(self, expand(self.train), rank, self.batch // (world * accumulate), accumulate)
-        return DataLoader(drawn, batch_size=None, **loading(self.workers))
+        return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples training has taken."""

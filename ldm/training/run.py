@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins import HalfPrecision
 
 from ldm.training.checkpoint import newest, resume_from
 from ldm.training.ema import averaged
@@ -20,8 +21,14 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
 
     Raises:
-        ValueError: the checkpoint to resume from is damaged or of another model. ConnectionError: another rank is gone.
+        ValueError: the checkpoint to resume from is damaged or of another model; or the weights would be kept in few bits.
+        ConnectionError: another rank is gone.
     """
+    if isinstance(trainer.precision_plugin, HalfPrecision):
+        raise ValueError(
+            f"trainer.precision={trainer.precision} would keep the weights themselves in 16 bits, too few for small updates to "
+            "count. Use trainer.precision=bf16-mixed, and callback=[...,bfloat16] for bfloat16 between all layers too."
+        )
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
