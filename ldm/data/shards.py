@@ -45,7 +45,7 @@ class Shards(pl.LightningDataModule):
 
     Args:
         train, val: a folder, a tar, a glob, a brace pattern, an address (s3, gs, http), or a list of these.
-        fields: batch field -> member; {"image": "jpg", "caption": "txt"} by default.
+        fields: batch field -> member; {"image": "jpg", "caption": "txt"} by default. A field of no member (null) is left out.
         size: pixels of pictures and label maps; of the square of the same area where there are buckets.
         batch: samples of one optimizer step, over all devices and micro-batches.
         seed: of the order, and of `crop` and `flip`.
@@ -67,7 +67,7 @@ class Shards(pl.LightningDataModule):
         self,
         train: Sources,
         val: Sources | None = None,
-        fields: Mapping[str, str] | None = None,
+        fields: Mapping[str, str | None] | None = None,
         size: int = 256,
         batch: int = 64,
         seed: int = 0,
@@ -86,7 +86,7 @@ class Shards(pl.LightningDataModule):
         on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
     ) -> None:
         super().__init__()
-        self.fields = dict(FIELDS if fields is None else fields)
+        self.fields = {field: member for field, member in (FIELDS if fields is None else fields).items() if member}
         self.train, self.val, self.size, self.batch, self.seed, self.workers = train, val, size, batch, seed, workers
         self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
         self.window, self.lanes, self.damaged, self.cache, self.on_mismatch = window, lanes, damaged, cache, on_mismatch
