@@ -316,7 +316,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from torch.utils.data import DataLoader
 from ldm.data.samples import loading
-batches = iter(DataLoader(range(8), **loading(1)))
+batches = iter(DataLoader(range(8), **loading(1, again=True)))
 next(batches)
 raise ValueError("the end")
 """

@@ -136,7 +136,7 @@ def test_a_rank_that_is_left_alone_says_so_in_a_line(tmp_path):
     def alone(*_, **__):
         raise RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
 
-    left = SimpleNamespace(fit=alone, global_rank=1, global_step=7)
+    left = SimpleNamespace(fit=alone, global_rank=1, global_step=7, precision_plugin=None)
     with pytest.raises(ConnectionError, match="Rank 1 lost the others at step 7"):
         fit(None, None, left, tmp_path)
 

@@ -24,11 +24,7 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
         ValueError: the checkpoint to resume from is damaged or of another model; or the weights would be kept in few bits.
         ConnectionError: another rank is gone.
     """
-    if isinstance(trainer.precision_plugin, HalfPrecision):
-        raise ValueError(
-            f"trainer.precision={trainer.precision} would keep the weights themselves in 16 bits, too few for small updates to "
-            "count. Use trainer.precision=bf16-mixed, and callback=[...,bfloat16] for bfloat16 between all layers too."
-        )
+    _check_precision(trainer)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -67,6 +63,14 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
             stage.export(folder)
     trainer.strategy.barrier()
     _say(trainer, f"The trained model is in {folder}")
+
+
+def _check_precision(trainer: pl.Trainer) -> None:
+    if isinstance(trainer.precision_plugin, HalfPrecision):
+        raise ValueError(
+            f"trainer.precision={trainer.precision} would keep the weights themselves in 16 bits, too few for small updates to "
+            "count. Use trainer.precision=bf16-mixed, and callback=[...,bfloat16] for bfloat16 between all layers too."
+        )
 
 
 def _say(trainer: pl.Trainer, line: str) -> None:
