@@ -13,6 +13,7 @@ def train(config: DictConfig) -> Path:
 
     from ldm.build import allowed, build, build_members, build_stage
     from ldm.folder import write_text
+    from ldm.nn.empty import weightless
     from ldm.training.logging import close
     from ldm.training.plan import plan
     from ldm.training.profile import Profile
@@ -20,7 +21,9 @@ def train(config: DictConfig) -> Path:
 
     folder = Path(config.folder)
     if config.plan:
-        stage, trainer = build_stage(config), build(config.trainer, allowed(config), logger=False, callbacks=[])
+        trainer = build(config.trainer, allowed(config), logger=False, callbacks=[])
+        with weightless():  # what is reckoned needs no numbers
+            stage = build_stage(OmegaConf.merge(config, {"model": {"init": None}}))
         print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
         return folder
     write_text(OmegaConf.to_yaml(config), folder / "config.yaml")

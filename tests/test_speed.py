@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.backbone.unet import UNet
-from ldm.command_line import CONFIGS
+from ldm.command_line import CONFIGS, compose_config
 from ldm.data.ahead import Ahead, ahead
 from ldm.schedule import Linear, ScaledLinear
 from ldm.training import layout
@@ -42,6 +42,7 @@ from ldm.training.run import fit
 from ldm.training.stage import Stage
 from ldm.training.throughput import Throughput, flops, peak_of
 from ldm.types import Cond, Draw, Widths
+from train import train as command
 
 OPERATIONS, BYTES = 1750, 39_000_000  # of one step of the tiny diffusion model
 
@@ -184,7 +185,8 @@ def streams(monkeypatch):
 def test_a_batch_is_copied_before_the_one_ahead_of_it_is_used_and_used_once_it_has_come(streams):
     def move(batch):
         streams.append(("copy", torch.cuda.current_stream(None).name, int(batch["x"][0])))
-        return {"x": batch["x"].as_subclass(Far), "key": batch["key"]}
+        within = {"boxes": [(batch["x"] + 10).as_subclass(Far)]}
+        return {"x": batch["x"].as_subclass(Far), "key": batch["key"], "within": within}
 
     for batch in Ahead([{"x": torch.tensor([n]), "key": ["a"]} for n in range(3)], move, torch.device("cuda")):
         streams.append(("step", "main", int(batch["x"][0])))
@@ -194,6 +196,7 @@ def test_a_batch_is_copied_before_the_one_ahead_of_it_is_used_and_used_once_it_h
         assert streams[copied + 1] == ("event", "side")
         waited = at["wait", "main", copied + 2]
         assert copied < waited < at["used on", "main", n] < at["step", "main", n]
+        assert waited < at["used on", "main", n + 10] < at["step", "main", n]
         assert n == 2 or at["copy", "side", n + 1] < waited
     assert ahead(streams, None) is streams  # nothing is copied where there is no GPU
 
@@ -249,6 +252,13 @@ def test_channels_last_is_the_plain_layout_also_after_a_checkpoint_of_the_other(
         assert kernel.is_contiguous(memory_format=torch.channels_last if layouts[1] else torch.contiguous_format)
         for name, weight in plain.items():
             torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_refused_where_gradients_add_up(mode, emoji_root, tmp_path):
+    made = trainer(tmp_path, 1, callbacks=[Compile(mode=mode)], enable_checkpointing=False, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2 .* use trainer.accumulate_grad_batches=1"):
+        made.fit(diffusion(), small(emoji_root))
 
 
 def test_fused_adamw_is_the_plain_one(emoji_root, tmp_path):
@@ -425,6 +435,17 @@ def test_a_plan_is_reckoned_without_a_step(emoji_root, tmp_path):
     assert f"{8 / (8 * wanted / (0.35 * 989e12)):,.1f} samples/s on 1 x H200 at 35% of its peak" in page
     with pytest.raises(ValueError, match="plan=abacus: its peak is not known"):
         plan(diffusion(), small(emoji_root), made, "abacus")
+
+
+def test_a_published_recipe_is_planned_without_its_weights(monkeypatch):
+    """Neither those of its towers, nor room for them in memory, nor those it would begin from."""
+    untrained = ["autoencoder=kl", "~autoencoder.path", "condition.text.pretrained=null", "model.init=nowhere"]
+    config = compose_config("train", ["experiment=sd/v2", "plan=H200", *untrained])
+    planned = []
+    monkeypatch.setattr("ldm.training.plan.plan", lambda stage, *_: planned.append(stage))
+    command(config)
+    sizes = [p.numel() for p in planned[0].parameters() if p.is_meta and p.requires_grad]
+    assert sum(sizes) == 865_910_724 and all(p.is_meta for p in planned[0].parameters())
 
 
 def test_a_profile_is_left_where_it_is_said(emoji_root, tmp_path):

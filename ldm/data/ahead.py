@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from ldm.types import Batch
@@ -39,9 +40,7 @@ class Ahead:
         """The batch, safe on the current stream; its memory is not given to a later copy before that stream is done with it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
-        for value in batch.values():
-            if isinstance(value, Tensor) and value.is_cuda:
-                value.record_stream(current)
+        apply_to_collection(batch, Tensor, lambda value: value.record_stream(current) if value.is_cuda else None)
         return batch
 
 

@@ -106,9 +106,8 @@ class Emoji(Shards):
 
 def label_map(picture: Image.Image) -> np.ndarray:
     """RGBA picture -> uint8 (H, W): 0 where alpha is below 128, else 1 + the number of PALETTE's nearest colour."""
-    pixels = np.asarray(picture).astype(np.int64)
-    colours = np.array(list(PALETTE.values()))
-    distance = ((pixels[..., None, :3] - colours) ** 2).sum(-1)
+    pixels, colours = np.asarray(picture).astype(np.float32), np.array(list(PALETTE.values()), dtype=np.float32)
+    distance = (colours**2).sum(1) - 2 * pixels[..., :3] @ colours.T  # less |pixel|^2; whole numbers, exact in float32
     return np.where(pixels[..., 3] >= 128, 1 + distance.argmin(-1), 0).astype(np.uint8)
 
 

@@ -7,6 +7,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+GRAPHS = ("reduce-overhead", "max-autotune")  # modes of CUDA graphs; none adds gradients up (pytorch/pytorch issue 169545)
+
 
 class Compile(pl.Callback):
     """Compiles the named parts of a stage, its own choice by default.
@@ -26,7 +28,13 @@ class Compile(pl.Callback):
         self.settings = {"backend": backend, "mode": mode, "dynamic": False}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Raises ValueError where there is no such part."""
+        """Raises ValueError where there is no such part, or gradients would add up in memory that CUDA graphs use again."""
+        if self.settings["mode"] in GRAPHS and trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"callback.compile.mode={self.settings['mode']} replays CUDA graphs, each into the memory of the one before, and "
+                f"so into the gradients of trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} micro-batches: use "
+                "trainer.accumulate_grad_batches=1, or callback.compile.mode=null (or max-autotune-no-cudagraphs)."
+            )
         for name in module.compiled if self.parts is None else self.parts:
             try:
                 part = module.get_submodule(name)
