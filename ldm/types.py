@@ -209,7 +209,10 @@ class Told(Protocol):
     conditioner: Any  # whose `embedders` are by name
 
     def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
-        """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition."""
+        """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition.
+
+        What `only` keeps out is told `negative.<field>` instead, where the request has that.
+        """
 
 
 class Guidance(Protocol):

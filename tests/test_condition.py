@@ -2,7 +2,6 @@
 
 import shutil
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,8 +301,6 @@ def test_what_does_not_fit_is_refused():
 class Told:
     """A model whose denoiser multiplies by what it is told, and counts its calls."""
 
-    conditioner = SimpleNamespace(embedders={"text": SimpleNamespace(key="caption")})
-
     def __init__(self):
         self.calls = 0
 
@@ -331,9 +328,14 @@ def test_guidance_is_linear_in_its_scale(scale, factor):
     torch.testing.assert_close(CFG(scale)(Told(), {"caption": [2.0]})(X, T), factor * X)
 
 
-def test_a_negative_prompt_takes_the_nulls_place():
-    ask = {"caption": [2.0], "negative.caption": [3.0]}
-    torch.testing.assert_close(CFG(3.0)(Told(), ask)(X, T), (3.0 + 3 * (2.0 - 3.0)) * X)
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_negative_request_takes_the_place_of_what_is_not_told(rate):
+    conditioner = Conditioner({"a": Label(4, 8, key="a", rate=rate), "b": Label(4, 8, key="b")})
+    ask, no = {"a": torch.tensor([1]), "b": torch.tensor([2])}, torch.tensor([3])
+    asked = ask | {"negative.a": no}
+    assert torch.equal(conditioner(asked).tokens, conditioner(ask).tokens)
+    assert torch.equal(conditioner(asked, only=("a",)).tokens, conditioner(ask, only=("a",)).tokens)
+    assert torch.equal(conditioner(asked, only=()).tokens, conditioner(ask | {"a": no}, only=("a",)).tokens)
 
 
 # ---- embeddings that come with the shards

@@ -160,7 +160,7 @@ def untold(guidance: Guidance) -> Guidance:
             self.model, self.denoiser, self.conditioner = model, model.denoiser, model.conditioner
 
         def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
-            return self.model.tell(ask, only=())
+            return self.model.tell({field: v for field, v in ask.items() if not field.startswith("negative.")}, only=())
 
     def guide(model: Told, ask: Batch) -> Denoise:
         return guidance(Untold(model), ask)
