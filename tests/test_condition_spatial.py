@@ -138,12 +138,34 @@ def test_masks_are_of_many_shapes_and_sizes():
     assert masks.mean(0).min() > 0.2, "no place is never repainted"
 
 
-@pytest.mark.parametrize("value, said", [(0.0, "empty"), (1.0, "full"), (0.5, "0 .keep. and 1")])
+@pytest.mark.parametrize("value, said", [(0.0, r"masks are 0 everywhere \(data\.fields\.mask\)"), (0.5, "0 .keep. and 1")])
 def test_masks_that_say_nothing_are_refused(value, said):
     with pytest.raises(ValueError, match=said):
         Inpaint(Halves())([pictures(1), torch.full((1, 1, 8, 8), value)], no(1))
     with pytest.raises(ValueError, match="does not fit"):
         Inpaint(Halves())([pictures(1), torch.zeros(1, 1, 4, 8)], no(1))
+
+
+@pytest.mark.parametrize("member", ["mask.png", "map.mask.png"])
+def test_masks_come_with_the_shards(member, tmp_path):
+    """White, or any label but 0, is repainted; a mask of everything is one too (a quarter of Stable Diffusion inpainting's are)."""
+    holes = np.zeros((4, 16, 16), np.uint8)
+    holes[0, :, 8:], holes[1, :8], holes[2, 4:8, 4:8], holes[3] = 255, 255, 255, 255
+
+    def png(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    photo = png(np.zeros((16, 16, 3), np.uint8))
+    write_shards(
+        ({"__key__": f"{i}", "png": photo, member: png(hole)} for i, hole in enumerate(holes)), tmp_path / "shards", per_shard=10
+    )
+    data = Shards([str(tmp_path / "shards")], fields={"image": "png", "mask": member}, size=16, batch=4)
+    data.setup()
+    batch, conditioner = data.on_after_batch_transfer(data.rows("train", range(4))), Conditioner({"inpaint": Inpaint(Halves())})
+    assert torch.equal(conditioner.fill(batch)["mask"][:, 0], torch.from_numpy(holes > 0).float())
+    assert torch.equal(conditioner(batch).spatial[:, 0], torch.from_numpy(holes[:, ::2, ::2] > 0).float())
 
 
 def test_what_is_known_comes_back_to_the_bit_or_through_the_autoencoder():
@@ -388,6 +410,13 @@ def test_what_cannot_be_read_is_named(files):
             read_request({"ask": ask, "resolution": 8}, model)
     with pytest.raises(ValueError, match=r"negative='blurry' is for models that read captions.*ask\.map"):
         read_request({"ask": {"map": f"{files}/maps/a.png"}, "negative": "blurry", "resolution": 8}, model)
+
+
+def test_a_mask_that_says_nothing_is_named(files):
+    for name, value, said in (("black", 0, "empty.*0 to 0"), ("white", 255, "full.*255 to 255"), ("ones", 1, "empty.*1 to 1")):
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(files / f"{name}.png")
+        with pytest.raises(ValueError, match=rf"ask\.mask=\S+{name}\.png is {said}.*perhaps it is inverted"):
+            read_request({"ask": {"mask": f"{files}/{name}.png"}, "resolution": 8}, model_of(inpaint=Inpaint(Halves())))
 
 
 def test_each_picture_lies_beside_what_it_was_told(tmp_path):

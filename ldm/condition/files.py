@@ -36,7 +36,7 @@ def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Te
     """Files -> (N, 3, height, width) in [-1, 1], cropped in the middle to the shape of `size`, then scaled."""
     pictures = []
     for path in files(field, asked):
-        image = ImageOps.exif_transpose(_open(field, path)).convert("RGBA")
+        image = _open(field, path).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = ImageOps.fit(Image.alpha_composite(white, image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
         pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
@@ -44,11 +44,21 @@ def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Te
 
 
 def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
-    """Files, white (at least 128) where to repaint -> (N, 1, height, width) of 0 and 1, scaled by nearest."""
+    """Files, white (at least 128) where to repaint -> (N, 1, height, width) of 0 and 1, scaled by nearest.
+
+    Raises:
+        ValueError: a mask that is empty or full.
+    """
     masks = []
     for path in files(field, asked):
-        image = ImageOps.fit(_open(field, path).convert("L"), size[::-1], Image.Resampling.NEAREST)
-        masks.append(torch.from_numpy(np.array(image) >= 128).float()[None])
+        grey = np.array(ImageOps.fit(_open(field, path).convert("L"), size[::-1], Image.Resampling.NEAREST))
+        if (grey >= 128).all() or (grey < 128).all():
+            what = "full: nothing of the picture is known" if grey[0, 0] >= 128 else "empty: nothing is to be repainted"
+            raise ValueError(
+                f"ask.{field}={path} is {what}. White (at least 128) is repainted, black is kept, and it holds {grey.min()} to "
+                f"{grey.max()}; perhaps it is inverted."
+            )
+        masks.append(torch.from_numpy(grey >= 128).float()[None])
     return torch.stack(masks)
 
 
@@ -77,8 +87,6 @@ def painted(labels: Tensor, count: int) -> Tensor:
 
 def _open(field: str, path: Path) -> Image.Image:
     try:
-        image = Image.open(path, formats=FORMATS)
-        image.load()
+        return ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"ask.{field}={path} is no whole jpg, png or webp: {error}") from error
-    return image
