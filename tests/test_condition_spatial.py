@@ -148,7 +148,7 @@ def test_masks_that_say_nothing_are_refused(value, said):
 
 @pytest.mark.parametrize("member", ["mask.png", "map.mask.png"])
 def test_masks_come_with_the_shards(member, tmp_path):
-    """White, or any label but 0, is repainted; a mask of everything is one too (a quarter of Stable Diffusion inpainting's are)."""
+    """White, or any label but 0, is repainted; a mask of everything is one too (Stable Diffusion drew a quarter so)."""
     holes = np.zeros((4, 16, 16), np.uint8)
     holes[0, :, 8:], holes[1, :8], holes[2, 4:8, 4:8], holes[3] = 255, 255, 255, 255
 
