@@ -292,10 +292,53 @@ def test_boxes_lie_where_the_pictures_do(how, tmp_path):
     assert seen > 10
 
 
-@pytest.mark.parametrize("box", [[8, 0, 0, 1, 1], [1, 0.5, 0, 0.5, 1], [1, 0, 0, 1.2, 1], [1, 0, 0, 1]])
+BAD_BOXES = [[8, 0, 0, 1, 1], [1, 0.6, 0, 0.5, 1], [1, 0, 0, 1.2, 1], [1, 0, 0, 1], [1.5, 0, 0, 1, 1], ["fox", 0, 0, 1, 1], 6]
+
+
+@pytest.mark.parametrize("box", [*BAD_BOXES, [1, 30, 40, 200, 300], [1, 0, 0, float("nan"), 1]])
 def test_boxes_out_of_range_are_named(box):
-    with pytest.raises(ValueError, match=r"Found the box .*class from 0 to 7 .*left < right"):
-        Layout(8, width=16, depth=1, heads=2)([[box]], no(1))
+    """Those of records too, before they are cut: nothing of a box in pixels would be left."""
+    layout, said = Layout(8, width=16, depth=1, heads=2), r"Found the box .*class from 0 to 7 .*left < right"
+    for ask in (
+        lambda: layout([[box]], no(1)),
+        lambda: layout.read("boxes", [box], (8, 8)),
+        lambda: layout.derive({"json": [{"boxes": [box], "width": 640, "height": 480}]}, None),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask()
+
+
+def test_boxes_of_records_may_be_missing_flat_or_outside_by_a_rounding_error():
+    layout = Layout(8, width=16, depth=1, heads=2)
+    told = layout.derive({"json": [{"boxes": [[1, -1e-7, 0.0, 1.0000001, 0.5], [1, 0.5, 0, 0.5, 1]]}, {"boxes": []}]}, None)
+    assert told == {"boxes": [[[1.0, 0.0, 0.0, 1.0, 0.5]], []]}
+    with pytest.raises(ValueError, match=r"Found the box \[1, 0\.5, 0, 0\.5, 1\]"):
+        layout.read("boxes", [[1, 0.5, 0, 0.5, 1]], (8, 8))  # in a request, one without area is a mistake
+    with pytest.raises(ValueError, match=r"reads `boxes` in the json.*found None in one with \['url'\].*Write \[\] where"):
+        layout.derive({"json": [{"boxes": []}, {"url": "x"}]}, None)
+    labels = torch.ones(1, 4, 4, dtype=torch.int64)
+    assert layout.derive({"json": [{"url": "x"}], "map": labels}, None) == {"boxes": [[[1.0, 0.0, 0.0, 1.0, 1.0]]]}
+
+
+def test_boxes_are_asked_for_in_lists_or_files(tmp_path):
+    layout, one, two = Layout(8, width=16, depth=1, heads=2), [1, 0, 0, 0.5, 1], [2, 0.5, 0, 1, 1]
+    (tmp_path / "a.json").write_text(json.dumps([one, two]))
+    (tmp_path / "b.json").write_text(json.dumps([[one], []]))
+    (tmp_path / "broken.json").write_text("[[1, 0")
+    paths = [f"{tmp_path}/{name}.json" for name in ("a", "b")]
+    cases = [
+        ([one, two], [[one, two]]),
+        ([[one], [two]], [[one], [two]]),
+        ([], [[]]),
+        ([[]], [[]]),
+        (paths, [[one, two], [one], []]),
+    ]
+    for asked, rows in cases:
+        assert layout.read("boxes", asked, (8, 8)) == rows
+    with pytest.raises(FileNotFoundError, match=r"ask\.boxes=6: there is no such file; wanted \[\[class, left"):
+        layout.read("boxes", ["6"], (8, 8))
+    with pytest.raises(ValueError, match=r"ask\.boxes=.*broken\.json is no JSON"):
+        layout.read("boxes", [f"{tmp_path}/broken.json"], (8, 8))
 
 
 # ---- pictures and words
@@ -385,8 +428,8 @@ def test_folders_of_maps_names_and_defaults(files):
 
 def test_small_pictures_and_boxes(files):
     model = model_of(low=LowResolution(Halves(), scale=2, noise=0.2), layout=Layout(8, width=8, depth=1, heads=2))
-    box = json.dumps([[1, 0, 0, 1, 1]])
-    ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": box}, "resolution": 8}, model)
+    (files / "boxes.json").write_text("[[1, 0, 0, 1, 1]]")
+    ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": f"{files}/boxes.json"}, "resolution": 8}, model)
     assert count == 1 and ask["low"].shape == (1, 3, 4, 4) and ask["level"].tolist() == [0.0]
     assert model.tell(ask).spatial.shape == (1, 3, 4, 4) and model.conditioner.show(ask)["layout"].shape == (1, 3, 64, 64)
 
