@@ -191,10 +191,16 @@ def test_missing_statistics_name_the_setting(clip_folder, tmp_path):
         Text(f"local-dir:{tmp_path}", whiten=True)
 
 
-def test_a_layer_that_is_not_there_is_named(text):
-    text.layers = (7,)
-    with pytest.raises(ValueError, match=r"condition\.text\.layers=\[7\].*0 to 2"):
-        text(NAMES, no(3))
+@pytest.mark.parametrize("layers", [[7], [-4], []])
+def test_a_layer_that_is_not_there_is_named(clip_folder, layers):
+    with pytest.raises(ValueError, match=r"condition\.text\.layers=\[.*0 to 2 or -1 to -3"):
+        Text(f"local-dir:{clip_folder}", layers=layers)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5])
+def test_a_rate_is_a_share(rate):
+    with pytest.raises(ValueError, match=rf"condition\.label\.rate={rate}.*0 \(never dropped\) to 1"):
+        Conditioner({"label": Label(10, 8, rate=rate)})
 
 
 def test_dropping_depends_on_position_alone():

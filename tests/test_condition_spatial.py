@@ -455,6 +455,21 @@ def test_what_cannot_be_read_is_named(files):
         read_request({"ask": {"map": f"{files}/maps/a.png"}, "negative": "blurry", "resolution": 8}, model)
 
 
+@pytest.mark.parametrize("level", ["much", -0.1, 0.3, "nan", None])
+def test_a_level_that_was_never_trained_is_named(level, files):
+    model = model_of(low=LowResolution(Halves(), scale=2, noise=0.2))
+    with pytest.raises(ValueError, match=rf"ask\.level={level}: wanted numbers from 0 to 0\.2"):
+        read_request({"ask": {"low": f"{files}/small.png", "level": level}, "resolution": 8}, model)
+
+
+@pytest.mark.parametrize("count", [-1, 0])
+def test_as_many_pictures_as_there_are(count, files):
+    with pytest.raises(ValueError, match=rf"count={count}: wanted 1 or more"):
+        read_request({"ask": {"map": f"{files}/maps"}, "count": count, "resolution": 8}, model_of(map=Semantic(Halves(), 3)))
+    with pytest.raises(ValueError, match=r"ask\.map=\[\]: nothing is asked for"):
+        read_request({"ask": {"map": []}, "resolution": 8}, model_of(map=Semantic(Halves(), 3)))
+
+
 def test_a_mask_that_says_nothing_is_named(files):
     for name, value, said in (("black", 0, "empty.*0 to 0"), ("white", 255, "full.*255 to 255"), ("ones", 1, "empty.*1 to 1")):
         Image.fromarray(np.full((8, 8), value, np.uint8)).save(files / f"{name}.png")

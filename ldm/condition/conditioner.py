@@ -14,10 +14,16 @@ class Conditioner(nn.Module):
 
     The null condition is not another code path: it is dropout of everything that is ever dropped. A rate of 0 means
     that a condition is never dropped, not in the null either. `hole`: the fields of an inpainting model's picture and mask.
+
+    Raises:
+        ValueError: a rate that is no share.
     """
 
     def __init__(self, embedders: Mapping[str, Embedder]) -> None:
         super().__init__()
+        for name, embedder in embedders.items():
+            if not 0 <= embedder.rate <= 1:
+                raise ValueError(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
         self.embedders = nn.ModuleDict(embedders)
         self.widths = sum((e.widths for e in self.embedders.values()), Widths())
         self.fields = tuple(dict.fromkeys(field for e in self.embedders.values() for field in self.fields_of(e)))

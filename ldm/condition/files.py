@@ -1,6 +1,7 @@
-"""What a person names on the command line, pictures, masks and label maps, as tensors of the size asked for."""
+"""What a person names on the command line, pictures, masks, label maps and numbers, as tensors of the size asked for."""
 
 import colorsys
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,21 @@ def read_maps(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor
             )
         maps.append(torch.from_numpy(np.array(ImageOps.fit(image, size[::-1], Image.Resampling.NEAREST)).astype(np.int64)))
     return torch.stack(maps)
+
+
+def numbers(field: str, asked: Sequence[Any], low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Numbers, perhaps as words -> (N).
+
+    Raises:
+        ValueError: no number, or one that is not from `low` to `high`.
+    """
+    try:
+        values = [float(a) for a in asked]
+    except (TypeError, ValueError):
+        values = [math.nan]
+    if not all(low <= value <= high for value in values):
+        raise ValueError(f"ask.{field}={', '.join(map(str, asked))}: wanted numbers from {low:g} to {high:g}.")
+    return torch.tensor(values)
 
 
 def painted(labels: Tensor, count: int) -> Tensor:

@@ -110,7 +110,7 @@ class Layout(nn.Module):
         numbers = isinstance(box, Sequence) and len(box) == 5 and all(isinstance(v, int | float) for v in box)
         kind, *edges = box if numbers else [-1] * 5
         left, top, right, bottom = (min(max(edge, 0.0), 1.0) if -1e-3 <= edge <= 1 + 1e-3 else math.nan for edge in edges)
-        ordered = left < right and top < bottom or flat and left <= right and top <= bottom
+        ordered = (left < right and top < bottom) or (flat and left <= right and top <= bottom)
         if not (0 <= kind < self.classes and kind == int(kind) and ordered):
             raise ValueError(
                 f"Found the box {box}; wanted [class, left, top, right, bottom] with a class from 0 to {self.classes - 1} "
