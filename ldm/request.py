@@ -54,7 +54,7 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     if config.get("negative") is not None:
         if "caption" not in readers:
             raise ValueError(f"negative={config['negative']!r} is for models that read captions; this one is asked by {how}.")
-        ask["negative.caption"] = [str(config["negative"])] * count
+        ask["negative.caption"] = readers["caption"].read("caption", [config["negative"]], size) * count
     return ask, count
 
 

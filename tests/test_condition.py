@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ldm.data.write import write_shards
 from ldm.folder import load_tensors, save_model, save_tensors, with_parts, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
+from ldm.subject import Subject
 from ldm.types import Cond, Draw, Widths
 
 NAMES = ["red apple", "fox", "cat face with tears of joy"]
@@ -283,6 +285,16 @@ def test_numbers_are_read_from_the_records_and_told_in_the_null():
     cropless = {k: v for k, v in record.items() if k != "crop_top"}  # as img2dataset writes it: where nothing is cropped, 0
     assert conditioner.embedders["number"].derive({"json": [cropless]}, None)["crop_top"] == [0.0]
     assert [conditioner.embedders["number"].unasked(f, (32, 48)) for f in SIZES] == [[32.0], [48.0], [0.0]]
+
+
+def test_captions_of_a_file_are_judged_at_the_size_drawn(text, tmp_path):
+    """Numbers that nobody says are those of the pictures, also where `resolution` is left to the data."""
+    (tmp_path / "prompts.txt").write_text("fox\ncat\n")
+    config = OmegaConf.to_container(compose_config("evaluate", [f"prompts={tmp_path}/prompts.txt", "count=2"]), resolve=True)
+    subject = Subject(config, tmp_path)
+    subject.model = SimpleNamespace(conditioner=Conditioner({"text": text, "number": Number(SIZES, width=6)}))
+    subject.data = SimpleNamespace(size=48)
+    assert subject._requests().ask["original_height"].tolist() == [48.0, 48.0]
 
 
 def test_conditions_join():
