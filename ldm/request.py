@@ -41,6 +41,9 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
         raise ValueError(f"This model is asked by {how}; found {sorted(asked)}.")
     if empty := [field for field, value in asked.items() if not value]:
         raise ValueError(f"ask.{empty[0]}=[]: nothing is asked for.")
+    for embedder in model.conditioner.embedders.values():
+        if hasattr(embedder, "check"):
+            embedder.check(asked)
     ask = {field: readers[field].read(field, value, size) for field, value in asked.items()}
     for field in readers.keys() - ask.keys():
         usual = readers[field].unasked(field, size) if hasattr(readers[field], "unasked") else None

@@ -224,6 +224,7 @@ class Embedder(Protocol):
     """One condition. It may also have, where it wants more than a field as the shards hold it:
 
     derive(batch, draw) -> {field: value}     what the batch lacks and other fields tell; draw is None outside training
+    check(asked)                          refuses what a person writes, {field: N of it}, before it is read
     read(field, asked, size) -> value         what a person writes for a field, N of it, for pictures of size (height, width)
     show(value) -> (B, 3, h, w)               a picture of what it was told, in [-1, 1]
     unasked(field, size) -> list | None       what a person means who does not write it; None: it must be written

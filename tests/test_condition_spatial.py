@@ -455,6 +455,24 @@ def test_what_cannot_be_read_is_named(files):
         read_request({"ask": {"map": f"{files}/maps/a.png"}, "negative": "blurry", "resolution": 8}, model)
 
 
+def test_a_mask_lies_on_its_picture(files):
+    """Each is cut in its middle: a square mask of a wide picture would be stretched over less of it than was meant."""
+    for name, size in (("square", (10, 10)), ("large", (41, 20)), ("upright", (10, 20))):
+        Image.open(files / "mask.png").resize(size).save(files / f"{name}.png", exif=Image.Exif())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.open(files / "mask.png").rotate(90, expand=True).save(files / "turned.png", exif=exif)
+
+    def ask(*masks):
+        given = {"image": f"{files}/photo.png", "mask": [f"{files}/{m}.png" for m in masks]}
+        return read_request({"ask": given, "resolution": 8}, model_of(inpaint=Inpaint(Halves())))[0]
+
+    assert torch.equal(ask("mask", "turned")["mask"][0], ask("turned")["mask"][0]) and len(ask("large")["mask"]) == 1
+    for masks in (["square"], ["mask", "upright"]):
+        with pytest.raises(ValueError, match=rf"photo\.png is 20x10 and ask\.mask=\S+{masks[-1]}\.png is 10x.*same shape"):
+            ask(*masks)
+
+
 @pytest.mark.parametrize("level", ["much", -0.1, 0.3, "nan", None])
 def test_a_level_that_was_never_trained_is_named(level, files):
     model = model_of(low=LowResolution(Halves(), scale=2, noise=0.2))

@@ -2,7 +2,8 @@
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tenso
             )
         masks.append(torch.from_numpy(grey >= 128).float()[None])
     return torch.stack(masks)
+
+
+def check_shapes(asked: Mapping[str, Sequence[Any]], a: str, b: str) -> None:
+    """Raises ValueError where the files of the fields a and b, one by one, are of different shapes."""
+    ours, theirs = ([(path, _open(field, path).size) for path in files(field, asked[field])] for field in (a, b))
+    for _, (one, (w, h)), (other, (w2, h2)) in zip(range(max(len(ours), len(theirs))), cycle(ours), cycle(theirs)):
+        if abs(w * h2 - w2 * h) > max(w, h, w2, h2):  # a pixel, once they are of one height or width
+            raise ValueError(
+                f"ask.{a}={one} is {w}x{h} and ask.{b}={other} is {w2}x{h2}: they are cut in the middle, each for itself, so that "
+                "they would not lie on each other. Give both the same shape."
+            )
 
 
 def read_maps(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:

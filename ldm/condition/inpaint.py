@@ -1,13 +1,13 @@
 """A picture with a hole, and where the hole is: inpainting (https://arxiv.org/abs/2112.10752, section 4.5)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.condition.files import read_masks, read_pictures
+from ldm.condition.files import check_shapes, read_masks, read_pictures
 from ldm.condition.masks import key_generator, random_mask
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
@@ -50,6 +50,11 @@ class Inpaint(nn.Module):
         size = tuple(batch[image].shape[2:])
         made = [random_mask(size, key_generator(key, p)) for key, p in zip(batch["key"], positions)]
         return {mask: torch.stack(made).to(batch[image].device)}
+
+    def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
+        """Refuses a mask of another shape than its picture."""
+        if all(field in asked for field in self.key):
+            check_shapes(asked, *self.key)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files -> pictures (N, 3, height, width) in [-1, 1], or masks (N, 1, height, width), white where to repaint."""
