@@ -70,8 +70,8 @@ def check_shapes(asked: Mapping[str, Sequence[Any]], a: str, b: str) -> None:
     for _, (one, (w, h)), (other, (w2, h2)) in zip(range(max(len(ours), len(theirs))), cycle(ours), cycle(theirs)):
         if abs(w * h2 - w2 * h) > max(w, h, w2, h2):  # a pixel, once they are of one height or width
             raise ValueError(
-                f"ask.{a}={one} is {w}x{h} and ask.{b}={other} is {w2}x{h2}: they are cut in the middle, each for itself, so that "
-                "they would not lie on each other. Give both the same shape."
+                f"ask.{a}={one} is {w}x{h} and ask.{b}={other} is {w2}x{h2}: they are cut in the middle, each for itself, and so "
+                "would not lie on each other. Give both the same shape."
             )
 
 
