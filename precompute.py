@@ -22,8 +22,8 @@ def precompute(config: DictConfig) -> Path:
     from ldm.condition.text import Text, Texts
     from ldm.data.latents import write_latents
 
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    found = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    rank, world, local = _process()
+    found = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     device = found if config.device == "auto" else config.device
     trained = {"_target_": "ldm.build.load_autoencoder", "path": config.model}
     autoencoder = build(trained, allowed(config)).to(device)
@@ -38,13 +38,28 @@ def precompute(config: DictConfig) -> Path:
     for split in splits:
         folder = Path(config.out) / split
         write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
-    use = " ".join(["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), "autoencoder=cached"])
-    if text and rank == 0:
+    if rank > 0:
+        return Path(config.out)
+    use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
+    if len(data.sizes) > 1:
+        use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")]
+    use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
+    use += [f"autoencoder.load.path={config.model}"]
+    if text:
         save_null(text[0], Path(config.out) / "text")
-        use += f" condition=[cached_text] condition.cached_text.path={config.out}/text "
-        use += " ".join(f"+data.fields.{text[0].key}_{m.split('.')[1]}={m}" for m in embed(text[0], [""]))
-    print(f"The latents are in {config.out}; train on them with {use}")
+        use += ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
+        use += [f"condition.cached_text.stands_for={name}" for name in members if name != "text"]
+        use += [f"+data.fields.{text[0].key}_{member.split('.')[1]}={member}" for member in embed(text[0], [""])]
+    print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
+    print(" ".join(use))
     return Path(config.out)
+
+
+def _process() -> tuple[int, int, int]:
+    """-> this process's number, how many there are, and its number on this node, as torchrun or srun say them."""
+    torchrun, srun = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    names = next((names for names in (torchrun, srun) if all(name in os.environ for name in names)), ())
+    return tuple(int(os.environ[name]) for name in names) or (0, 1, 0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Networks this small gain nothing from a second thread, and lose much by it on a busy machine. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from ldm.command_line import compose_config
 from ldm.folder import write_json
 

@@ -1,5 +1,6 @@
 """The published networks, ours and diffusers', around one set of random weights."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +9,9 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
-from ldm.interop.diffusers_config import unet_config
+from ldm.interop import dit, unet
+from ldm.interop.diffusers_unet import unet_config
 from ldm.interop.tie import give
-from ldm.interop.unet import diffusers
 from ldm.nn.empty import weightless
 from ldm.types import Cond, Widths
 
@@ -54,7 +55,7 @@ def pair(name, part=1, device="cpu", dtype=torch.float32):
 def _unets(case, part, device, dtype):
     settings = UNET | case.settings
     settings["width"] //= part
-    settings["groups"] = 32 if settings["width"] % 32 == 0 else 16
+    settings["groups"] = math.gcd(32, settings["width"])
     if settings["head_width"]:
         settings["head_width"] //= part
     with weightless():
@@ -63,7 +64,7 @@ def _unets(case, part, device, dtype):
     config = unet_config(settings, weights, {"number": {}})
     with weightless():
         peer = UNet2DConditionModel.from_config(config)
-    peer.load_state_dict(give(diffusers(weights, settings), weights), assign=True)
+    peer.load_state_dict(give(unet.diffusers(weights, settings), weights), assign=True)
 
     def inputs(batch, size):
         x, level = torch.randn(batch, 4, size, size), torch.randint(1000, (batch,)).float()
@@ -88,7 +89,8 @@ def _dits(case, part, device, dtype):
             heads, width // heads, 4, 8, depth, sample_size=32, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=32
         )
     own, table = randomised(net, device, dtype), torch.randn(1001, width).to(device, dtype)
-    peer.load_state_dict(_dit_weights(own, table, depth), assign=True)
+    theirs = give(dit.diffusers(own, depth), own) | give(dit.diffusers_table(depth), {"table": table})
+    peer.load_state_dict(theirs, assign=True)
     for block in peer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
 
@@ -98,22 +100,6 @@ def _dits(case, part, device, dtype):
         return (x, level, Cond(vector=table[label])), (x, level, label), {}
 
     return net.to(device, dtype), peer.to(device, dtype), inputs
-
-
-def _dit_weights(own, table, depth):
-    """Our weights by diffusers' names."""
-    names = {"pos_embed.proj": "embed", "proj_out_1": "last.modulate", "proj_out_2": "last.out"}
-    theirs = {}
-    for i in range(depth):
-        block, ours = f"transformer_blocks.{i}", f"blocks.{i}"
-        names |= {f"{block}.norm1.emb.timestep_embedder.linear_{j}": f"level.{k}" for j, k in ((1, 0), (2, 2))}
-        names |= {f"{block}.norm1.linear": f"{ours}.modulate", f"{block}.attn1.to_out.0": f"{ours}.attend.out"}
-        names |= {f"{block}.ff.net.0.proj": f"{ours}.feed.wide", f"{block}.ff.net.2": f"{ours}.feed.out"}
-        theirs[f"{block}.norm1.emb.class_embedder.embedding_table.weight"] = table
-        for leaf in ("weight", "bias"):
-            parts = own[f"{ours}.attend.qkv.{leaf}"].chunk(3)
-            theirs |= {f"{block}.attn1.to_{x}.{leaf}": p for x, p in zip("qkv", parts)}
-    return theirs | {f"{a}.{leaf}": own[f"{b}.{leaf}"] for a, b in names.items() for leaf in ("weight", "bias")}
 
 
 def randomised(net, device, dtype):

@@ -47,7 +47,7 @@ def main():
         size = asked.size or CASES["SD1.5"].size
         result = measure(name, size, asked)
         row = [f"{name}, {asked.steps} steps", f"{setting(asked, size)}, width / {asked.part}", *result.cells()]
-        row.append(f"{asked.batch / sorted(result.ours)[len(result.ours) // 2]:.3g}")
+        row.append(result.speed(asked.batch))
         print(*row, sep=" | ", flush=True)
         if not asked.dry:
             put("Sampling", ["sampler", "setting", *HEAD, "pictures/s"], row, keys=2)
@@ -63,9 +63,10 @@ def measure(name, size, asked):
     seeds = range(asked.batch)
     noise = unit_noise(seeds, (4, size, size)).to(asked.device, dtype)
     sampler, scheduler = SAMPLERS[name]
-    model = SimpleNamespace(denoiser=Denoiser(net.eval(), ScaledLinear(), Noise(), Timestep(1000)))
+    denoiser = Denoiser(net.eval(), ScaledLinear(), Noise(), Timestep(1000))
+    model = SimpleNamespace(denoiser=denoiser, conditioner=SimpleNamespace(embedders={}))
     model.tell = lambda ask, only=None: Cond(tokens=told if only is None else null)
-    pipeline = pipeline_of(peer.eval(), scheduler())
+    pipeline = pipeline_of(peer.eval(), scheduler()).to(asked.device)
     if asked.compile:
         compile_backbone(net)
         peer.to(memory_format=torch.channels_last)

@@ -3,9 +3,9 @@
     taskset -c 0 python -m benchmarks.steps SD1.5 SD2 SDXL DiT-XL/2 --size 32 --batch 2      10 minutes of one core
     python -m benchmarks.steps SD2 --device cuda --batch 32 --part 1 --bf16                  one GPU, full width
 
-Ours is fused AdamW and the average as `callback=ema` keeps it; theirs is what diffusers' training scripts do: torch's own AdamW
-and `EMAModel`. Both see the same noisy latents and start from the same weights; the loss and a weight after the first step must
-agree. One row each in docs/benchmarks.md.
+Ours is fused AdamW and the average as `callback=ema` keeps it, and with --bf16 `callback=bfloat16` too; theirs is what
+diffusers' training scripts do: torch's own AdamW and `EMAModel`. Both see the same noisy latents and start from the same
+weights; the loss and a weight after the first step must agree. One row each in docs/benchmarks.md.
 """
 
 import copy
@@ -18,6 +18,7 @@ from benchmarks.options import options, prepare, setting
 from benchmarks.page import put
 from benchmarks.peers import CASES, pair
 from benchmarks.race import HEAD, race
+from ldm.training.bfloat16 import keep_bfloat16
 
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2}
 
@@ -32,10 +33,10 @@ def main():
         size = asked.size or CASES[name].size
         result = measure(name, size, asked)
         how = f"{setting(asked, size)}, width / {asked.part}{', autocast to bfloat16' * asked.bf16}"
-        row = [name, how, *result.cells()]
+        row = [name, how, *result.cells(), result.speed(asked.batch)]
         print(*row, sep=" | ", flush=True)
         if not asked.dry:
-            put("Training steps", ["network", "setting", *HEAD], row, keys=2)
+            put("Training steps", ["network", "setting", *HEAD, "pictures/s"], row, keys=2)
 
 
 def measure(name, size, asked):
@@ -45,6 +46,8 @@ def measure(name, size, asked):
     args, theirs, kwargs = inputs(asked.batch, size)
     peer, noise = copy.deepcopy(peer), torch.randn_like(args[0])
     most = prepare(asked, net.eval(), peer.eval())  # diffusers' DiT drops labels at random in training; nothing else differs
+    if asked.bf16:
+        keep_bfloat16(net)
     casting = torch.autocast(torch.device(asked.device).type, torch.bfloat16, enabled=asked.bf16)
 
     def predict_ours():

@@ -20,7 +20,6 @@ from ldm.command_line import CONFIGS
 from ldm.condition.conditioner import Conditioner
 from ldm.denoiser import Denoiser
 from ldm.folder import as_run, from_parts, load_tensors
-from ldm.interop.begin import begin, weights_for
 from ldm.model import LatentModel
 from ldm.nn.empty import weighted, weightless
 from ldm.training.checkpoint import newest, read_checkpoint
@@ -119,6 +118,8 @@ def build_stage(config: DictConfig) -> Any:
     frozen = frozen_parts(stage.model) if hasattr(stage, "model") else ()
     stage.frozen = tuple(f"model.{part}" for part in frozen) or stage.frozen
     if config.model.init is not None:
+        from ldm.interop.begin import begin  # which loads open_clip and torchvision
+
         part = next(name for name in ("model", "autoencoder", "clip") if hasattr(stage, name))
         print(begin(getattr(stage, part), _beginning(part, config.model.init, recipe), config.model.init, frozen), flush=True)
     return stage
@@ -126,6 +127,8 @@ def build_stage(config: DictConfig) -> Any:
 
 def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
+    from ldm.interop.begin import weights_for
+
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
     if unfinished or (path.suffix == ".ckpt" and _is_own(path)):

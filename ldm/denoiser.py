@@ -73,7 +73,7 @@ class Denoiser(nn.Module):
         alpha, sigma = self.schedule(t)
         x = x_t / like(torch.hypot(alpha, sigma), x_t) if self.unit_input else x_t
         x = x if cond.spatial is None else torch.cat((x, _fitting(cond.spatial, x)), dim=1)
-        return self.backbone(x, self.level(t, alpha, sigma).to(x_t).expand(len(x_t)), cond).to(x_t)
+        return self.backbone(x, self.level(t, alpha, sigma).to(x_t, non_blocking=True).expand(len(x_t)), cond).to(x_t)
 
 
 def _fitting(maps: Tensor, x: Tensor) -> Tensor:

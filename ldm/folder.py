@@ -76,6 +76,8 @@ def read_json(path: Path) -> Any:
     Raises:
         FileNotFoundError: nothing is there. ValueError: the file is damaged.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}; its folder is not whole. Export or copy it again.")
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -100,11 +100,11 @@ class ScaledLinear:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: (*) in [0, 1] -> alpha: (*), sigma: (*), alpha^2 + sigma^2 = 1."""
-        return _read(self.table.to(t.device), t)
+        return _read(self.table.to(t.device, non_blocking=True), t)
 
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*)."""
-        return _find(self.table.to(log_ratio.device), log_ratio)
+        return _find(self.table.to(log_ratio.device, non_blocking=True), log_ratio)
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class DDPM:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t: (*) in [0, 1] -> alpha: (*), sigma: (*), alpha^2 + sigma^2 = 1."""
-        return _read(self.table.to(t.device), t)
+        return _read(self.table.to(t.device, non_blocking=True), t)
 
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*)."""
-        return _find(self.table.to(log_ratio.device), log_ratio)
+        return _find(self.table.to(log_ratio.device, non_blocking=True), log_ratio)
 
 
 def _table(betas: Tensor, floor: float, zero_terminal_snr: bool) -> Tensor:

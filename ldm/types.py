@@ -259,14 +259,15 @@ class AdversarialLoss(Protocol):
 
 def like(scale: Tensor, x: Tensor) -> Tensor:
     """Views scale, () or (B), so that it broadcasts over x, (B, ...)."""
-    return scale.reshape(-1, *(1,) * (x.ndim - 1)).to(x)
+    return scale.reshape(-1, *(1,) * (x.ndim - 1)).to(x, non_blocking=True)
 
 
 def _join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     if a.device != b.device:  # numbers are told on the CPU
-        a, b = (a.to(b.device), b) if a.device.type == "cpu" else (a, b.to(a.device))
+        device = b.device if a.device.type == "cpu" else a.device
+        a, b = a.to(device, non_blocking=True), b.to(device, non_blocking=True)
     return torch.cat((a, b), dim)
 
 

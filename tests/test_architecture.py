@@ -32,7 +32,7 @@ ALLOWED = {
     "generate": {"types", "model"},
     "request": {"types", "folder", "model", "edit"},
     "subject": {"build", "data", "evaluation", "measure", "request"},
-    "interop": {"types", "clip", "folder", "backbone", "autoencoder", "nn", "interop"},
+    "interop": {"types", "clip", "folder", "backbone", "autoencoder", "condition", "nn", "interop"},
     "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "training"},
     "command_line": {"check"},

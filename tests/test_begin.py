@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from family import their_pipeline
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from ldm.autoencoder.kl import KL
@@ -37,7 +38,7 @@ def test_an_autoencoder_begins_from_another(tmp_path, clip_folder, capsys):
     assert f"{len(weights)} tensors taken, 0 grown, 0 new, 0 left" in capsys.readouterr().out
     assert all(torch.equal(stage.autoencoder.state_dict()[n], x) for n, x in weights.items())
     with pytest.raises(ValueError, match=r"is another network: decoder.*\(16, .* there, \(8, "):
-        save_model(KL(**settings(RECIPE) | {"width": 16}).state_dict(), RECIPE, tmp_path / "wide")
+        save_model(KL(**settings(RECIPE) | {"width": 16}).state_dict(), RECIPE | {"width": 16}, tmp_path / "wide")
         build_stage(compose_config("train", [*ours[:-1], f"model.init={tmp_path}/wide"]))
 
 
@@ -180,12 +181,24 @@ def test_hub_and_push_by_the_command(folders, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="name a repository of the Hugging Face hub as hf://org/name"):
         run("hf://name", tmp_path / "no", "--to", "ldm")
 
-    def offline(name):
-        raise ConnectionError("offline")
+    def offline(*_, **__):
+        raise HTTPError("no route")
 
-    api.list_repo_files = offline
+    api.list_repo_files = api.create_repo = offline
     run("hf://org/name", tmp_path / "again", "--to", "ldm")
     assert asked[-1] == ("org/name", {"local_files_only": True})
+    with pytest.raises(SystemExit, match=r"--push me/mine: no route\. The model is in .*/again"):
+        run("hf://org/name", tmp_path / "again", "--to", "ldm", "--push", "me/mine")
+    with pytest.raises(SystemExit, match="--push mine: name a repository as ORG/NAME"):
+        run("hf://org/name", tmp_path / "never", "--to", "ldm", "--push", "mine")
+    assert not (tmp_path / "never").exists()
+
+    def not_there(*_, **__):
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", not_there)
+    with pytest.raises(SystemExit, match="hf://org/name was not fetched before, and is not had now: no route"):
+        run("hf://org/name", tmp_path / "never", "--to", "ldm")
 
 
 def test_zero_terminal_snr_is_drawn_from_the_last_step(folders, tmp_path):

@@ -1,7 +1,7 @@
 """Latents ahead of time: what they hold, what they are refused with, and that training on them is training on the pictures."""
 
 import json
-import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +15,11 @@ from ldm.condition.conditioner import Conditioner
 from ldm.data import latents
 from ldm.data.latents import check_provenance, write_latents
 from ldm.data.shards import Shards
+from ldm.data.stream import Streamed
 from ldm.data.write import write_shards
 from ldm.folder import save_model
 from ldm.types import Draw
-from precompute import precompute
+from precompute import _process, precompute
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ def pictures(tmp_path):
     return Shards(tmp_path / "pictures", size=16, batch=4)
 
 
-def latents_of(folder):
-    return Shards(folder, fields={"moments": "moments.npy", "caption": "txt"}, size=16, batch=4)
+def latents_of(folder, val=None, **options):
+    return Shards(folder, val, fields={"moments": "moments.npy", "caption": "txt"}, size=16, batch=4, **options)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -65,9 +66,12 @@ def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, 
     write = latents.write_shard
     monkeypatch.setattr(latents, "write_shard", cut)
     with pytest.raises(KeyboardInterrupt):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".00001.tar-0a1b2c3d").touch()  # as kill -9 leaves it
         write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     assert wrote == ["00000.tar", "00001.tar", "00001.tar", "00002.tar"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
     assert latents_of(tmp_path / "out").train_set.keys == pictures.train_set.keys
     with pytest.raises(ValueError, match=r"other latents: size 16 there, 8 here.*out="):
         pictures.size = 8
@@ -76,7 +80,7 @@ def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, 
 
 class Stage:
     def __init__(self, autoencoder):
-        self.model = type("Model", (), {"autoencoder": autoencoder})()
+        self.model = type("Model", (), {"autoencoder": autoencoder, "conditioner": Conditioner({})})()
 
 
 def test_latents_of_another_autoencoder_are_refused(autoencoder, pictures, tmp_path):
@@ -86,17 +90,78 @@ def test_latents_of_another_autoencoder_are_refused(autoencoder, pictures, tmp_p
     autoencoder.mean[0] += 1
     with pytest.raises(ValueError, match=r"made with another autoencoder.*autoencoder\.path.*precompute\.py"):
         check_provenance(latents_of(tmp_path / "out"), Stage(autoencoder))
-    assert os.path.exists(tmp_path / "out" / "provenance.json")
+    autoencoder.mean[0] -= 1
+    for source in (f"{tmp_path}/out/*.tar", f"{tmp_path}/out/{{00000..00002}}.tar", [tmp_path / "out" / "00001.tar"]):
+        check_provenance(latents_of(source), Stage(autoencoder))
+        with pytest.raises(ValueError, match="made with another autoencoder"):
+            check_provenance(latents_of(source), Stage(KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4)))
+    with pytest.raises(ValueError, match="made with another autoencoder"):
+        other = Stage(KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4))
+        write_latents(other.model.autoencoder, pictures, "train", tmp_path / "val", 3, "cpu", 4)
+        check_provenance(latents_of(tmp_path / "out", tmp_path / "val"), Stage(autoencoder))
+
+
+def test_several_folders_of_latents_must_be_of_one_make(autoencoder, pictures, tmp_path):
+    torch.manual_seed(1)
+    other = KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4).eval()
+    for name, net, half in (
+        ("a", autoencoder, False),
+        ("b", autoencoder, False),
+        ("other", other, False),
+        ("half", autoencoder, True),
+    ):
+        write_latents(net, pictures, "train", tmp_path / name, 3, "cpu", 4, half)
+    check_provenance(latents_of([tmp_path / "a", tmp_path / "b"], weights=[3, 1]), Stage(autoencoder))
+    for name, what in (
+        ("other", r"another autoencoder \(sha256 \w+\) than this run's"),
+        ("half", r"another precision \(float16\) than .*/a's"),
+    ):
+        with pytest.raises(ValueError, match=rf"The latents in .*/{name} were made with {what}"):
+            check_provenance(latents_of([tmp_path / "a", tmp_path / name], weights=[3, 1]), Stage(autoencoder))
+    (tmp_path / "b" / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"/b holds 2 of the 3 shards of latents .*The same command goes on"):
+        check_provenance(latents_of([tmp_path / "a", tmp_path / "b"]), Stage(autoencoder))
+    (tmp_path / "a" / "provenance.json").unlink()
+    with pytest.warns(UserWarning, match=r"/a has no provenance\.json: what made the latents in it is not known"):
+        check_provenance(latents_of(tmp_path / "a"), Stage(autoencoder))
+
+
+def test_pictures_of_several_folders_that_share_their_keys(autoencoder, pictures, tmp_path):
+    write_shards(({"__key__": f"{i:03d}", "txt": f"b{i}", "jpg": picture()} for i in range(5)), tmp_path / "b")
+    both = Shards([tmp_path / "pictures", tmp_path / "b"], size=16, batch=4)
+    write_latents(autoencoder, both, "train", tmp_path / "out", 4, "cpu", 100)
+    ahead = latents_of(tmp_path / "out").train_set
+    assert sorted(ahead.captions()) == sorted(both.train_set.captions()) and len(set(ahead.keys)) == 16
+    assert {"000", "000-2", "010"} < set(ahead.keys)
+
+
+@pytest.mark.parametrize(
+    ("told", "process"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}, (5, 6, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0"}, (0, 1, 0)),  # a batch script itself, not srun
+    ],
+)
+def test_processes_know_their_number(told, process, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert _process() == process
 
 
 # ---- moments and embeddings, by command, in training
 
 
 KL_RECIPE = {"_target_": "ldm.autoencoder.kl.KL", "channels": 2, "width": 8, "mult": [1, 2], "res_blocks": 1, "groups": 4}
-TEXT = ["condition.text.layers=[0,-1]", "condition.text.pooled=true"]
+TEXT = ["condition.text.layers=[0,-1]", "condition.text.pooled=true", "condition.text.rate=0.5"]
 CACHED = ["autoencoder=cached", "autoencoder.channels=2", "autoencoder.factor=2", "condition=[cached_text]"]
+CACHED += ["condition.cached_text.rate=0.5"]
 PARTS = {f"caption_{part}": f"text.{part}.npy" for part in ("tokens", "mask", "vector")}
 BUCKETS = [[16, 16], [12, 24]]
+UNET = ["backbone.width=8", "backbone.groups=4", "backbone.heads=2", "backbone.mult=[1]", "backbone.depth=[1]"]
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +191,13 @@ def shared(home):
 @pytest.fixture(scope="module")
 def stages(home):
     """The same network told by pictures and captions, and by what was made of them ahead of time."""
-    unet = ["backbone.width=8", "backbone.groups=4", "backbone.heads=2", "backbone.mult=[1]", "backbone.depth=[1]"]
     null = f"condition.cached_text.path={home}/square/text"
     options = ([*TEXT], [*CACHED, null])
-    online, ahead = (build_stage(compose_config("train", [*shared(home), *unet, *more])).train() for more in options)
+    online, ahead = (build_stage(compose_config("train", [*shared(home), *UNET, *more])).train() for more in options)
     torch.manual_seed(0)
     for weight in online.model.denoiser.parameters():
         weight.data += 0.05 * torch.randn_like(weight)  # a network that listens: it begins with zeros
     ahead.model.denoiser.load_state_dict(online.model.denoiser.state_dict())
-    ahead.model.conditioner = Conditioner({"text": ahead.model.conditioner.embedders["cached_text"]})  # dropped as `text` is
     return online, ahead
 
 
@@ -144,13 +207,15 @@ def stored(folder, **options):
 
 @pytest.mark.parametrize(("made", "buckets", "tolerance"), [("square", None, 2e-3), ("bucketed", BUCKETS, 1e-5)])
 def test_losses_on_latents_and_embeddings_are_those_on_pictures_and_captions(home, stages, made, buckets, tolerance):
-    """To the rounding of what is stored, captions dropped or not; and neither autoencoder nor text tower is kept."""
+    """To the rounding of what is stored, the same captions dropped; and neither autoencoder nor text tower is kept."""
     data = Shards(home / "pictures", size=16, batch=4, buckets=buckets), stored(home / made / "train", buckets=buckets)
     check_provenance(data[1], stages[1])
     (keys, losses, told), ahead = (run(stage, one) for stage, one in zip(stages, data))
     assert (keys, told) == (ahead[0], ahead[2])
     torch.testing.assert_close(ahead[1], losses, rtol=tolerance, atol=tolerance)
-    assert not stages[1].model.autoencoder.kept and not stages[1].model.conditioner.embedders["text"].kept
+    assert not stages[1].model.autoencoder.kept and not stages[1].model.conditioner.embedders["cached_text"].kept
+    dropped = Draw(0, torch.arange(4), 4).uniform("drop/text") < 0.5
+    assert dropped.any() and not dropped.all()
 
 
 def run(stage, data):
@@ -169,13 +234,37 @@ def test_latents_of_other_weights_or_sizes_are_refused_before_the_first_step(hom
         check_provenance(stored(home / "square" / "train", size=32), stages[1])
     with pytest.raises(ValueError, match=r"made with another buckets .*data\.buckets"):
         check_provenance(stored(home / "bucketed" / "train"), stages[1])
+    told = json.loads((home / "square" / "train" / "provenance.json").read_text())
+    other = [*CACHED, f"condition.cached_text.path={home}/square/text", "condition.cached_text.load.layers=[-1,0]"]
+    with pytest.raises(ValueError, match=r"condition\.cached_text\.load makes another text"):
+        check_provenance(stored(home / "square" / "train"), build_stage(compose_config("train", [*shared(home), *UNET, *other])))
     with pytest.raises(ValueError, match=r"names no pictures"):
         stored(home / "square" / "train", flip=0.5)
-    told = json.loads((home / "square" / "train" / "provenance.json").read_text())
+    (tmp_path / "00000.tar").symlink_to(home / "square" / "train" / "00000.tar")
     for what, line in (("text", r"condition\.cached_text\.load"), ("autoencoder", r"autoencoder\.path")):
         (tmp_path / "provenance.json").write_text(json.dumps(told | {what: "0" * 64}))
         with pytest.raises(ValueError, match=rf"another {what} \(sha256 0+\).*{line}"):
             check_provenance(stored(tmp_path), stages[1])
+    stream = Streamed(tmp_path, fields=stored(tmp_path).fields, size=16, batch=4)
+    stream.trainer = SimpleNamespace(lightning_module=stages[1])
+    with pytest.raises(ValueError, match="another autoencoder"):
+        stream.setup()
+
+
+def test_embeddings_of_other_settings_do_not_mix_with_those_that_are_there(home):
+    options = [*shared(home), f"model={home}/quickstart/autoencoder", f"out={home}/square", *TEXT, "half=true"]
+    precompute(compose_config("precompute", options))
+    with pytest.raises(
+        ValueError, match=r"other latents: text_settings .*'layers': \[0, -1\].* there, .*'layers': \[-1\].* here"
+    ):
+        precompute(compose_config("precompute", [*options, "condition.text.layers=[-1]"]))
+
+
+def test_a_stand_in_of_other_sizes_is_refused_before_the_first_step(home):
+    for size, line in (("factor=4", "autoencoder.channels=2 autoencoder.factor=4"), ("channels=3", "autoencoder.channels=3")):
+        options = [*shared(home)[:-1], *UNET, *CACHED[:3], "condition=[]", f"autoencoder.{size}"]
+        with pytest.raises(ValueError, match=f"{line}.*has 2 and 2; say these"):
+            check_provenance(stored(home / "square" / "train"), build_stage(compose_config("train", options)))
 
 
 def test_embeddings_are_kept_of_one_text_only(home):

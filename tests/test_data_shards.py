@@ -1,17 +1,18 @@
-"""The data module from end to end: what filters and buckets keep, bad and hostile samples, remote shards, exact resume."""
+"""The data module from end to end: what filters and buckets keep, bad and hostile samples, exact resume."""
 
-import functools
-import http.server
+import gzip
 import io
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,16 @@ def test_sdxl_is_told_sizes_and_crops(tmp_path):
     assert min(lefts) <= 2 and max(lefts) >= 13
 
 
+@pytest.mark.parametrize("kind", [Shards, Streamed])
+def test_records_that_lie_about_sizes_are_not_believed(tmp_path, kind):
+    for i, wild in enumerate((1e300, 10**400, -5, 0, math.nan)):
+        record = {"width": wild, "height": wild, "original_width": wild, "original_height": 2.0**40}
+        write_shard([{"__key__": f"{i}", "jpg": picture(), "txt": "a", "json": record}], tmp_path / f"{i}.tar")
+        batch = first(kind(tmp_path / f"{i}.tar", size=16, batch=1).train_dataloader(), 1)[0]
+        assert batch["original_height"].item() == batch["crop_top"].item() == batch["crop_left"].item() == 0
+        assert batch["original_width"].item() in (0, 16, -5)
+
+
 def test_augmentation_follows_the_position(folder):
     def images(seed, workers=0):
         data = Shards(folder, size=12, batch=5, crop="random", flip=0.5, seed=seed, workers=workers)
@@ -184,6 +195,14 @@ def test_mixtures_take_their_share_of_every_batch(tmp_path):
     assert all(Counter(batch["caption"]) == {"a": 3, "b": 1} for batch in first(data.train_dataloader(), 8))
     with pytest.raises(ValueError, match=r"data\.weights with data\.buckets"):
         Shards([tmp_path / "a", tmp_path / "b"], size=16, weights=[3, 1], buckets=[[16, 16], [8, 8]])
+    for weights in ([3, 0], [0, 0], [3, -1], [3, math.nan]):
+        with pytest.raises(ValueError, match=r"data\.weights=.* each must be above 0"):
+            Shards([tmp_path / "a", tmp_path / "b"], size=16, weights=weights)
+    with pytest.raises(ValueError, match=r"data\.weights: .*a/00000\.tar belongs to .*a and .*\{a,b\}/00000\.tar"):
+        _ = Shards([tmp_path / "a", f"{tmp_path}/{{a,b}}/00000.tar"], size=16, batch=4, weights=[3, 1]).steps
+    rules = {"aesthetic": [5, None]}  # of which the second set has none
+    with pytest.raises(ValueError, match=r"data\.weights: there is nothing to train on in .*b; look at data\.filters"):
+        _ = Shards([tmp_path / "a", tmp_path / "b"], size=16, batch=4, weights=[3, 1], filters=rules).steps
 
 
 # ---- bad and hostile samples
@@ -257,6 +276,17 @@ def test_a_hostile_shard_runs_nothing_and_fills_no_memory(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", ".index"}
 
 
+@QUIET
+def test_bad_samples_are_counted_by_reason(tmp_path):
+    pictures = [b"GIF89a", b"nothing", b"", picture()[:200]]
+    spoilt = ({**s, "jpg": [*pictures, s["jpg"]][i % 5]} for i, s in enumerate(samples()))
+    write_shards(spoilt, tmp_path / "a")
+    data = Shards(tmp_path / "a", size=16)
+    for batch in data.ordered("train", COUNT):
+        data.bad.note(batch, None)
+    assert sorted(data.bad.reasons.values()) == [2, 6] and any("no picture in JPEG, PNG, WEBP" in why for why in data.bad.reasons)
+
+
 # ---- other readers and writers, other ways to start workers
 
 
@@ -278,6 +308,20 @@ def test_workers_that_inherit_nothing_read_the_same(folder, start):
     found = first(loader, 3)
     assert [b["key"] for b in found] == [b["key"] for b in wanted]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(found, wanted))
+
+
+def test_an_error_ends_a_process_whose_workers_are_under_way():
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from torch.utils.data import DataLoader
+from ldm.data.samples import loading
+batches = iter(DataLoader(range(8), **loading(1, again=True)))
+next(batches)
+raise ValueError("the end")
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1 and "the end" in ended.stderr
 
 
 def test_fewer_shards_than_ranks_and_workers_and_shards_of_one_sample(tmp_path):
@@ -328,56 +372,34 @@ def test_the_stream_has_the_same_fields(folder):
     assert [key for _, key in ranks[0]] != [key for _, key in ranks[1]]
 
 
-# ---- remote shards
+@QUIET
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_stream_tells_sizes_and_crops_as_the_index_does(tmp_path, workers):
+    write_shard(
+        [{"__key__": "0", "jpg": picture(size=(64, 32)), "txt": "a", "json": {"original_width": 128}}], tmp_path / "0.tar"
+    )
+    options = {"size": 16, "batch": 2, "crop": "random", "flip": 0.5, "workers": workers}
+    for ours, theirs in zip(*(first(kind(tmp_path, **options).train_dataloader(), 3) for kind in (Shards, Streamed))):
+        assert ours.keys() == theirs.keys() and "crop_left" in ours
+        for field, value in ours.items():
+            assert torch.equal(value, theirs[field]) if isinstance(value, torch.Tensor) else value == theirs[field], field
 
 
-class Flaky(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; the first `fail` requests for a whole file break off."""
-
-    fail, gets = 0, 0
-
-    def do_GET(self):
-        Flaky.gets += 1
-        if Flaky.fail:
-            Flaky.fail -= 1
-            self.send_error(503)
-        else:
-            super().do_GET()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def address(folder):
-    Flaky.gets = Flaky.fail = 0
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Flaky, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def test_remote_shards_are_fetched_once_and_read_as_local_ones(folder, address, tmp_path):
-    def remote(**options):
-        data = Shards(f"{address}/{{00000..00001}}.tar", size=16, cache=tmp_path / "cache", **options)
-        data.fetch.wait = 0.01
-        return data
-
-    Flaky.fail = 2
-    data = remote()
-    assert data.train_set.captions() == [f"red {i}" for i in range(COUNT)]
-    assert len(list((tmp_path / "cache" / "shards").rglob("*.tar"))) == 2
-    gets = Flaky.gets
-    assert remote().train_set.captions() == data.train_set.captions() and Flaky.gets == gets
-    tiny = Shards(f"{address}/{{00000..00001}}.tar", size=16, cache=tmp_path / "tiny", cache_gb=1e-9)
-    assert len(tiny.train_set) == COUNT and len(list((tmp_path / "tiny" / "shards").rglob("*.tar"))) == 1, "room for no more"
-
-
-def test_a_shard_that_is_not_there_is_named(address, tmp_path):
-    data = Shards(f"{address}/missing.tar", size=16, cache=tmp_path / "cache")
-    data.fetch.wait = 0.01
-    with pytest.raises(OSError, match=r"missing\.tar could not be fetched"):
-        data.setup()
+@QUIET
+def test_the_stream_ends_where_nothing_can_be_read(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be filled.* Member 'webp' of sample '\d+' in .*tar is missing"):
+        first(Streamed(folder, fields={"image": "webp"}, size=16).train_dataloader(), 1)
+    with pytest.raises(ValueError, match=r"data\.filters=.*data=stream has no index"):
+        Streamed(folder, filters={"side": [1, None]})
+    whole, bomb = (folder / "00000.tar").read_bytes(), tarfile.TarInfo("a.jpg")
+    bomb.type, bomb.size = tarfile.GNUTYPE_SPARSE, 2**50
+    for damaged in (whole[:1800], bytes(10240), gzip.compress(whole), bomb.tobuf(tarfile.GNU_FORMAT)):
+        (folder / "00000.tar").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"00000\.tar is damaged or no plain tar.*doctor.*data\.damaged=leave_out"):
+            first(Streamed(folder, size=16, batch=4).train_dataloader(), 4)
+        batches = first(Streamed(folder, size=16, batch=4, damaged="leave_out").train_dataloader(), 4)
+        assert {key for b in batches for key in b["key"] if int(key) >= 6} == {f"{i:09d}" for i in range(6, 10)}
+        assert any("00000.tar is damaged" in line for b in batches for line in b.get("bad", ()))
 
 
 # ---- exact resume over processes
@@ -467,6 +489,26 @@ def run(shards, out, *numbers):
     assert process.returncode == 0, errors[-3000:]
 
 
+def train_forked(shards, out, *numbers):
+    """The same as `train` in two processes, which need not import all anew."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank(number):
+        told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        train(shards, out, *numbers)
+
+    ranks = [get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
 def weights(out):
     return torch.load(out / "end.pt", weights_only=True)
 
@@ -487,8 +529,10 @@ def test_resuming_with_another_number_of_processes_is_exact(numbered, tmp_path):
     """1 -> 2 gloo processes -> 1, other workers and micro-batches, over an epoch's end: all that is seen, noise and dropout."""
     train(numbered, tmp_path / "whole", 9)
     train(numbered, tmp_path / "legs", 2, accumulate=4)
-    run(numbered, tmp_path / "legs", 6, 2, 2, 1)
+    train_forked(numbered, tmp_path / "legs", 6, 2, 2, 1)
     train(numbered, tmp_path / "legs", 9, workers=1)
+    lines = sorted(len(file.read_text().splitlines()) for file in (tmp_path / "legs" / "seen").iterdir())
+    assert lines == [16, 16, 16, 24], "one process, two with half of each batch, one"
     whole = seen(tmp_path / "whole")
     assert whole == seen(tmp_path / "legs") and [len(step) for step in whole.values()] == [8] * 9
     torch.testing.assert_close(weights(tmp_path / "legs"), weights(tmp_path / "whole"), atol=1e-6, rtol=1e-5)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ldm.build import build_stage, load_model
-from ldm.command_line import compose_config
+from ldm.build import build, build_stage, load_model
+from ldm.command_line import CONFIGS, compose_config
 from ldm.folder import load_tensors, save_model
 from ldm.generate import unit_noise
 from ldm.guidance.cfg import CFG
@@ -23,7 +23,9 @@ SIZES = {
     "sd/v2": 865_910_724,
     "sd/xl": 2_567_463_684,
     "dit/xl_2": 673_663_120,
-}  # DiT without range and fixed positions
+    "dit/sit_xl_2": 673_663_120,
+}  # DiT and SiT without range and fixed positions
+STAGES = {"sd/v1": [256, 512], "sd/v2": [256, 512, 512, 768], "sd/xl": [256, 512, 1024], "dit/xl_2": [256], "dit/sit_xl_2": [256]}
 STEPS = ["trainer.val_check_interval=2", "callback.checkpoint.every=2", "trainer.log_every_n_steps=1", "data.batch=4"]
 STEPS += ["+trainer.limit_val_batches=1"]
 EMOJI = ["data.groups=[Activities]", "data.val_fraction=0.2", "size=tiny", "logger=[csv]"]
@@ -32,8 +34,8 @@ PIPELINES = {"sd/v1": StableDiffusionPipeline, "sd/v2": StableDiffusionPipeline,
 
 @pytest.mark.parametrize("name", SIZES)
 def test_recipes_have_their_published_size(name):
-    towers = {"sd/xl": "text_sdxl.towers.large text_sdxl.towers.giant", "dit/xl_2": ""}.get(name, "text")
-    offline = [f"condition.{tower}.pretrained=null" for tower in towers.split()]
+    towers = {"sd/v1": ["text"], "sd/v2": ["text"], "sd/xl": ["text_sdxl.towers.large", "text_sdxl.towers.giant"]}.get(name, [])
+    offline = [f"condition.{tower}.pretrained=null" for tower in towers]
     config = compose_config("train", [f"experiment={name}", *offline])
     config.autoencoder = {"_target_": "ldm.autoencoder.kl.KL"}
     with weightless():
@@ -42,6 +44,25 @@ def test_recipes_have_their_published_size(name):
     assert count == SIZES[name]
     trained = sum(p.numel() for p in stage.model.conditioner.parameters() if p.requires_grad)
     assert trained == (1001 * 1152 if "dit" in name else 0)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_stages_that_a_recipe_names_compose(name):
+    """The command in its first lines, with what each indented line adds to it."""
+    lines = (CONFIGS / "experiment" / f"{name}.yaml").read_text().splitlines()
+    whole = next(line for line in lines if "python train.py" in line).split("train.py ")[1].split("   ")[0].split()
+    added = [line.split()[1:] for line in lines if line.startswith("#   ")] or [[]]
+    stages = [compose_config("train", [*whole, *words]) for words in added]
+    assert [config.data.size for config in stages] == STAGES[name]
+    if name == "sd/xl":
+        noises = [config.objective.noise for config in stages]
+        assert "strength" not in [*noises[0], *noises[1]] and noises[2].strength == 0.05
+
+
+def test_pictures_of_classes_need_no_captions(tmp_path):
+    """As ImageNet has none."""
+    config = compose_config("train", ["experiment=dit/xl_2", "data=shards", f"data.train={tmp_path}"])
+    assert build(config.data).fields == {"image": "jpg", "label": "cls"}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +93,7 @@ def trained(request, home, emoji_root):
 def test_a_shrunken_recipe_trains_resumes_and_draws(trained, tmp_path):
     name, folder = trained
     assert (folder / "checkpoints" / "step-00000003.ckpt").is_file()
-    ask = "ask.label=3" if name == "dit/xl_2" else "prompt=kite"
+    ask = "ask.label=3" if "dit" in name else "prompt=kite"
     drawn = sample(compose_config("sample", [f"model={folder}", ask, "sampler.steps=2", f"out={tmp_path}"]))
     assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
 

@@ -6,13 +6,17 @@ millions stand in the papers. Stable Diffusion 1, 2, XL and DiT are counted as w
 
 import pytest
 import torch
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from omegaconf import OmegaConf
 
+from ldm.backbone.unet import UNet
 from ldm.build import build
 from ldm.command_line import CONFIGS
 from ldm.condition.bert import Bert
 from ldm.condition.label import Label
 from ldm.condition.upscale import Upscale
+from ldm.interop import bert, unet
+from ldm.interop.tie import give
 from ldm.types import Widths
 
 
@@ -44,6 +48,41 @@ def test_unets(name):
         assert count(build(config("backbone", backbone))(channels=channels, widths=widths)) == wanted
 
 
+@pytest.mark.parametrize("name", UNETS)
+def test_how_many_heads_a_published_file_has(name):
+    """Which no shape tells: read off a file without its yaml, they are those of the config."""
+    backbone, channels, widths, _ = UNETS[name]
+    told = config("backbone", backbone)
+    with torch.device("meta"):
+        weights = build(told)(channels=channels, widths=widths).state_dict()
+    ties = unet.compvis(weights, told)
+    found = unet.settings_of({n: tuple(x.shape) for n, x in give(ties, weights).items()})
+    assert (found["head_width"] or found["heads"]) == (told.head_width or told.heads)
+
+
+def test_ldms_other_text_and_class_models_have_32_wide_heads():
+    """Text at 256 px on VQ-f4, whose tokens are 640 wide; classes on VQ-f8 (CompVis' configs text2img256, cin-ldm-vq-f8)."""
+    for channels, tokens, width, mult, depth in ((3, 640, 192, (1, 2, 3, 5), (0, 1, 1, 1)), (4, 512, 256, (1, 2, 4), (1, 1, 1))):
+        settings = {"width": width, "mult": mult, "depth": depth, "head_width": 32}
+        with torch.device("meta"):
+            weights = UNet(channels, Widths(tokens=tokens), **settings).state_dict()
+        theirs = {n: tuple(x.shape) for n, x in give(unet.compvis(weights, settings), weights).items()}
+        assert theirs["middle_block.1.proj_in.weight"][2:] == (1, 1) and unet.settings_of(theirs)["head_width"] == 32
+
+
+def test_the_text_model_of_ldm():
+    """Every tensor of the published BERT by diffusers' names; its settings read off CompVis' names."""
+    shapes = bert.bert_shapes(30_522, width=1280, depth=32, heads=8, head_width=64, length=77)
+    with torch.device("meta"):
+        peer = LDMBertModel(LDMBertConfig()).state_dict()
+        ours = {name: torch.empty(shape) for name, shape in shapes.items()}
+    theirs = give(bert.diffusers(shapes), ours) | bert.head(ours["words.weight"])
+    assert {n: x.shape for n, x in theirs.items()} == {n: x.shape for n, x in peer.items()}
+    single = {n: tuple(x.shape) for n, x in give(bert.compvis(shapes), ours).items()}
+    assert bert.settings_of(single) == {"width": 1280, "depth": 32, "heads": 8, "head_width": 64, "length": 77}
+    assert single["attn_layers.layers.63.1.net.0.0.weight"] == (5120, 1280) and len(single) + 2 == len(peer)
+
+
 def test_what_is_trained_beside_them(tmp_path):
     """The class table of LDM-4 and the noise table of the upscaler; BERT, of whose published count the head is left out."""
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(30_518))]))
@@ -53,6 +92,7 @@ def test_what_is_trained_beside_them(tmp_path):
         assert count(Label(1000, 512)) + UNETS["ImageNet, LDM-4"][3] == 401_433_091  # table 13 of the paper: 400M
         head = 1280 * 30_522 + 30_522
         assert count(Bert(str(tmp_path))) + head == 581_994_042
+    # Section 4.3.1 of the paper; CompVis' code prints "DiffusionWrapper has 872.30 M params."
     assert round((UNETS["text, LDM-8"][3] + 581_994_042) / 1e9, 2) == 1.45
 
 

@@ -1,9 +1,12 @@
 """Two processes, started by torchrun: sharded or not they train as one, stop as one, skip as one, and one may die."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ldm.command_line import CONFIGS
-from ldm.training.checkpoint import checkpoint_callback, newest, read_checkpoint
+from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint
 from ldm.training.ema import EMA
 from ldm.training.guard import Guard
 from ldm.training.preempt import Preempt
@@ -50,6 +53,28 @@ class SpoilLoss(pl.Callback):
             batch["image"][0, 0, 0, 0] = float("nan")
 
 
+class Full(pl.Callback):
+    """The disk of one rank is full when a step is saved."""
+
+    def __init__(self, step, rank):
+        self.step, self.rank, self.save = step, rank, torch.save
+
+    def on_before_optimizer_step(self, trainer, *_):
+        torch.save = self.full if (trainer.global_step + 1, trainer.global_rank) == (self.step, self.rank) else self.save
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Slow(Preempt):
+    """Rank 0 takes its time to put the job back into the queue."""
+
+    def _requeue(self, signum, first):
+        time.sleep(0.5 * first)
+        if first:
+            self.path.with_name("queued").touch()
+
+
 def train(emoji_root, folder, steps, *callbacks, checkpoint=None, **kwargs):
     """Some steps of fused AdamW in two micro-batches, clipped; -> what a checkpoint in one process would hold."""
     stage, ema, save = diffusion(), EMA(0.9), checkpoint_callback(str(folder / "steps"), every=1)
@@ -77,8 +102,9 @@ def on_each_rank(emoji_root, folder):
     with CommDebugMode() as comm:
         train(emoji_root, folder / "sharded", 3, strategy=Sharded(), **TWO)
     reduced = sum(n for op, n in comm.comm_counts.items() if "reduce_scatter" in str(op))
-    folders = {"strategy": Sharded(folders=True), **TWO}
-    _, path = train(emoji_root, folder / "folders", 2, **folders)
+    folders = {"strategy": Sharded(folders=True), "plugins": [WholeCheckpointIO(forgive=1)], **TWO}
+    _, path = train(emoji_root, folder / "folders", 2, Full(1, rank=1), **folders)
+    assert path.name == "step-00000002.ckpt" and not list(path.parent.glob("*1.ckpt")), "the first save failed on both alike"
     train(emoji_root, folder / "folders", 3, checkpoint=path, **folders | {"strategy": Sharded(folders=True)})
     _, path = train(emoji_root, folder / "both", 2, strategy=DDPStrategy(gradient_as_bucket_view=True), **TWO)
     train(emoji_root, folder / "both", 3, checkpoint=path, strategy=Sharded(), **TWO)
@@ -88,9 +114,10 @@ def on_each_rank(emoji_root, folder):
     exported(emoji_root, folder / "exported")
     if torch.distributed.get_rank() == 0:
         torch.save({"reduced": reduced}, folder / "told.pt")
-    callbacks = [OnRank(1, Send(signal.SIGUSR1, 2)), Preempt(str(folder / "stopped"))]
+    callbacks = [OnRank(1, Send(signal.SIGUSR1, 2)), Slow(str(folder / "stopped"))]
     with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)):
         fit(diffusion(), small(emoji_root), trainer(folder, 9, callbacks=callbacks, strategy="ddp", **TWO), folder / "stopped")
+    assert (folder / "stopped" / "queued").exists(), "no rank goes before the job is back in the queue"
     train(emoji_root, folder / "killed", 9, OnRank(1, Send(signal.SIGKILL, 3)), strategy="ddp", **TWO)
 
 
@@ -158,6 +185,23 @@ def test_two_ranks_train_every_stage_as_one(name, one, two):
         loose = key.startswith("autoencoding") and weight.dtype.is_floating_point  # orthogonalising magnifies rounding
         atol = 2e-3 if loose else 2e-5
         torch.testing.assert_close(found[key], weight, atol=atol, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_damaged_folder_is_passed_over(two, tmp_path):
+    """One byte in what rank 1 wrote, and a file that is gone; the folder before it is taken, without reading any whole."""
+    for step in (1, 2):
+        shutil.copytree(newest(two / "folders"), tmp_path / f"step-{step}.ckpt")
+        os.utime(tmp_path / f"step-{step}.ckpt", (step, step))
+    assert newest(tmp_path).name == "step-2.ckpt"
+    part = tmp_path / "step-2.ckpt" / "__1_0.distcp"
+    data = part.read_bytes()
+    where = data.index(b"/data/0")  # in a tensor's archive, just ahead of its numbers
+    part.write_bytes(data[: where + 80] + bytes([data[where + 80] ^ 1]) + data[where + 81 :])
+    with pytest.warns(UserWarning, match="__1_0.distcp has changed since it was written"):
+        assert newest(tmp_path).name == "step-1.ckpt"
+    part.unlink()
+    with pytest.warns(UserWarning, match="No such file"):
+        assert newest(tmp_path).name == "step-1.ckpt"
 
 
 def test_gradients_are_reduced_once_a_step(two):

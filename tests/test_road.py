@@ -1,6 +1,7 @@
 """The whole road, once and tiny: CLIP, autoencoder, latents, diffusion, pictures, numbers, report."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,27 @@ def test_a_picture_depends_on_its_seed_and_prompt_alone(road, tmp_path):
     assert Image.open(tmp_path / "a" / "00000.png").size == (32, 32)
     request = json.loads((tmp_path / "a" / "request.json").read_text())
     assert request["seeds"] == [5, 6, 7] and request["asked"]["caption"] == ["dart", "kite", "yo-yo"]
+
+
+def captured(graph, _, **__):
+    """A backend of torch.compile that runs what was captured, as it is."""
+    GRAPHS.append(graph)
+    return graph.forward
+
+
+GRAPHS = []
+
+
+@pytest.mark.parametrize("backend", [captured, pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_draws_the_same(backend, road, tmp_path, monkeypatch):
+    """One graph, without a break, for all batches of a request."""
+    torch._dynamo.reset()
+    GRAPHS.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    asks = [f"model={road[0]}/diffusion", f"out={tmp_path}", "prompt=[dart,kite,yo-yo]", "batch=2", "sampler.steps=2"]
+    plain, fast = (sample(compose_config("sample", [*asks, f"compile={switch}"])) for switch in ("false", "true"))
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=0)
+    assert len(GRAPHS) == (backend is captured)
 
 
 def test_prompts_from_a_file_negative_and_larger(road, tmp_path):

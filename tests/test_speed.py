@@ -1,24 +1,36 @@
 """What makes a step fast changes nothing of it, and what a step costs does not grow unseen."""
 
+import copy
 import csv
 import json
 import resource
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import CLIP
 from pytorch_lightning.loggers import CSVLogger
 from test_survive import adamw, against
-from test_training import contrast, diffusion, small, trainer
+from test_training import captioned, contrast, diffusion, small, train, trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm.backbone.unet import UNet
 from ldm.command_line import CONFIGS
+from ldm.data.ahead import Ahead, ahead
+from ldm.schedule import Linear, ScaledLinear
+from ldm.training import layout
+from ldm.training.bfloat16 import Bfloat16
 from ldm.training.checkpoint import checkpoint_callback
 from ldm.training.compile import Compile
+from ldm.training.contrast import Contrast
 from ldm.training.ema import EMA
 from ldm.training.guard import Guard
 from ldm.training.plan import plan
@@ -26,9 +38,10 @@ from ldm.training.preempt import Preempt
 from ldm.training.profile import Profile
 from ldm.training.rate import Constant
 from ldm.training.recompute import Recompute
+from ldm.training.run import fit
 from ldm.training.stage import Stage
 from ldm.training.throughput import Throughput, flops, peak_of
-from ldm.types import Cond
+from ldm.types import Cond, Draw, Widths
 
 OPERATIONS, BYTES = 1750, 39_000_000  # of one step of the tiny diffusion model
 
@@ -84,6 +97,33 @@ def test_a_step_never_waits_for_the_device(stage, emoji_root, tmp_path):
     assert not {name: n for name, n in seen.counts.items() if "_local_scalar_dense" in name or "nonzero" in name}
 
 
+class Waits(TorchDispatchMode):
+    """Collects the copies from the processor to a device that the processor would wait for."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.found, self.copies = torch.device(device), [], 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        if operation is torch.ops.aten._to_copy.default and keywords.get("device") == self.device:
+            if arguments[0].device.type == "cpu":
+                self.copies += 1
+                self.found += [] if keywords.get("non_blocking") else traceback.extract_stack()[-6:-1]
+        return operation(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), ScaledLinear()])
+def test_nothing_is_brought_to_the_device_that_is_waited_for(schedule):
+    """Times, noise, labels, tables: the step goes on while they are under way."""
+    stage = diffusion().to("meta")
+    stage.model.denoiser.schedule = schedule
+    batch = {"image": torch.zeros(2, 3, 8, 8, device="meta"), "position": torch.arange(2), "label": torch.tensor([1, 2])}
+    with Waits("meta") as seen:
+        stage.losses(batch, Draw(0, batch["position"], 2))["loss"].backward()
+    assert seen.copies and not seen.found, traceback.format_list(seen.found)
+
+
 def test_what_the_processor_reads_stays_with_it():
     batch = {
         "image": torch.zeros(2, 3, 8, 8),
@@ -95,6 +135,75 @@ def test_what_the_processor_reads_stays_with_it():
     assert moved["image"].is_meta and moved["key"] == ["a"] and not moved["position"].is_meta and not moved["label"].is_meta
     told = Cond(vector=torch.zeros(2, 3)) + Cond(vector=torch.zeros(2, 4, device="meta"))
     assert told.vector.is_meta and told.vector.shape == (2, 7)
+
+
+# ---- the next batch, copied ahead
+
+
+class Far(torch.Tensor):
+    """A tensor that says it is on a GPU, and which streams it is used on."""
+
+    is_cuda = True
+
+    def record_stream(self, stream):
+        stream.log.append(("used on", stream.name, int(self[0])))
+
+
+class Stream:
+    """Writes down what is put on it."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def record_event(self):
+        self.log.append(("event", self.name))
+        return len(self.log)
+
+    def wait_event(self, event):
+        self.log.append(("wait", self.name, event))
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A main and a side stream in the place of a GPU's; -> what was put on them, in order."""
+    log = []
+    now = [Stream("main", log)]
+
+    @contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", log))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    return log
+
+
+def test_a_batch_is_copied_before_the_one_ahead_of_it_is_used_and_used_once_it_has_come(streams):
+    def move(batch):
+        streams.append(("copy", torch.cuda.current_stream(None).name, int(batch["x"][0])))
+        return {"x": batch["x"].as_subclass(Far), "key": batch["key"]}
+
+    for batch in Ahead([{"x": torch.tensor([n]), "key": ["a"]} for n in range(3)], move, torch.device("cuda")):
+        streams.append(("step", "main", int(batch["x"][0])))
+    at = {entry: i for i, entry in enumerate(streams)}
+    for n in range(3):
+        copied = at["copy", "side", n]
+        assert streams[copied + 1] == ("event", "side")
+        waited = at["wait", "main", copied + 2]
+        assert copied < waited < at["used on", "main", n] < at["step", "main", n]
+        assert n == 2 or at["copy", "side", n + 1] < waited
+    assert ahead(streams, None) is streams  # nothing is copied where there is no GPU
+
+
+def test_batches_that_were_fetched_but_not_trained_on_do_not_count(streams, emoji_root, tmp_path, monkeypatch):
+    plain, average = train(emoji_root, tmp_path, [5])
+    monkeypatch.setattr("ldm.data.shards.ahead", lambda loader, _: Ahead(loader, dict, torch.device("cpu")))
+    legs, other = train(emoji_root, tmp_path, [2, 5])
+    assert len(streams) > 3 * 5
+    assert all(torch.equal(plain[k], legs[k]) for k in plain) and all(torch.equal(average[k], other[k]) for k in average)
 
 
 def trained(stage, emoji_root, folder, *callbacks, **kwargs):
@@ -117,6 +226,29 @@ def test_the_fast_path_is_the_plain_one(fast, emoji_root, tmp_path):
     assert plain.keys() == other.keys()
     for name, weight in plain.items():
         torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+def test_channels_last_is_the_plain_layout_also_after_a_checkpoint_of_the_other(emoji_root, tmp_path, monkeypatch):
+    """A fused optimizer adds up what lies side by side in memory, whatever it belongs to."""
+
+    def legs(*layouts):
+        checkpoint = None
+        for i, devices in enumerate(layouts):
+            monkeypatch.setattr(layout, "CHANNELS_LAST", devices)
+            stage = fused(diffusion())
+            run = trainer(tmp_path, 2 * i + 2, enable_checkpointing=False)
+            run.fit(stage, small(emoji_root), ckpt_path=checkpoint, weights_only=True)
+            checkpoint = tmp_path / f"{i}.ckpt"
+            run.save_checkpoint(checkpoint, weights_only=False)
+        return stage.model.denoiser.backbone.state_dict()
+
+    plain = legs((), ())
+    for layouts in (("cpu",), ("cpu",)), ((), ("cpu",)), (("cpu",), ()):
+        other = legs(*layouts)
+        kernel = other["encoder.1.0.conv_in.weight"]
+        assert kernel.is_contiguous(memory_format=torch.channels_last if layouts[1] else torch.contiguous_format)
+        for name, weight in plain.items():
+            torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
 
 
 def test_fused_adamw_is_the_plain_one(emoji_root, tmp_path):
@@ -154,9 +286,70 @@ def test_bf16_is_within_its_own_error():
     assert (fast - exact).norm() < 0.03 * exact.norm()
 
 
-def test_every_stage_names_what_takes_its_time():
-    from conftest import CLIP
+def test_bfloat16_is_the_copy_in_bfloat16_from_float32_weights():
+    """What is put out, and the gradients, are to the last bit those of a network whose weights were rounded."""
+    torch.manual_seed(0)
+    net = UNet(3, Widths(tokens=8, vector=8), width=16, mult=(1, 2), res_blocks=1, depth=(1, 1), heads=2, groups=4)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    stage, copied = diffusion(), copy.deepcopy(net).to(torch.bfloat16)
+    stage.model.denoiser.backbone = net
+    Bfloat16().on_fit_start(SimpleNamespace(precision="bf16-mixed"), stage)
+    x, level = torch.randn(2, 3, 16, 16), 100 * torch.rand(2)
+    cond = Cond(tokens=torch.randn(2, 5, 8), vector=torch.randn(2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x, level, cond)
+    other = copied(x.bfloat16(), level, cond)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, other)
+    assert net(x, level, cond).dtype == torch.float32, "without autocast it is as ever"
+    for y in (out, other):
+        y.float().square().sum().backward()
+    for (name, p), q in zip(net.named_parameters(), copied.parameters()):
+        assert p.dtype == p.grad.dtype == torch.float32 and torch.equal(p.grad, q.grad.float()), name
 
+
+def test_bfloat16_trains_as_float32_within_its_error_and_resumes_exactly(emoji_root, tmp_path):
+    """Updates of a ten thousandth, which bfloat16 weights would never see, add up in the weights and in their average."""
+
+    def run(*legs, **kwargs):
+        checkpoint = None
+        for steps in legs:
+            stage, ema = diffusion(), EMA(0.9)
+            stage.optimizer = partial(torch.optim.AdamW, lr=1e-4, fused=True)
+            callbacks = [ema, *([Bfloat16()] if kwargs else []), Recompute()]
+            made = trainer(tmp_path, steps, callbacks=callbacks, enable_checkpointing=False, **kwargs)
+            made.fit(stage, small(emoji_root), ckpt_path=checkpoint, weights_only=True)
+            checkpoint = tmp_path / f"{steps}.ckpt"
+            made.save_checkpoint(checkpoint, weights_only=False)
+        return stage.state_dict(), ema.average
+
+    mixed = {"precision": "bf16-mixed"}
+    (plain, plain_average), (whole, average), (legs, other) = run(6), run(6, **mixed), run(2, 6, **mixed)
+    start = diffusion().state_dict()
+    assert all(torch.equal(whole[k], legs[k]) for k in whole) and all(torch.equal(average[k], other[k]) for k in average)
+    assert {x.dtype for x in (*whole.values(), *average.values()) if x.is_floating_point()} == {torch.float32}
+    for a, b in ((whole, plain), (average, plain_average)):
+        moved, apart = (torch.cat([(x[k] - y[k]).flatten() for k in average]) for x, y in ((b, start), (a, b)))
+        assert 0 < moved.norm() and apart.norm() < 0.1 * moved.norm()
+
+
+@pytest.mark.parametrize("stage", [diffusion, against, lambda: contrast(CLIP)], ids=["diffusion", "autoencoding", "contrast"])
+def test_every_stage_trains_in_bfloat16(stage, emoji_root, tmp_path):
+    made, stage = trainer(tmp_path, 1, precision="bf16-mixed", callbacks=[Bfloat16()], enable_checkpointing=False), stage()
+    before = copy.deepcopy(stage.state_dict())
+    made.fit(stage, captioned(emoji_root) if isinstance(stage, Contrast) else small(emoji_root))
+    assert any(not torch.equal(value, before[name]) for name, value in stage.state_dict().items())
+
+
+def test_weights_of_few_bits_are_refused(tmp_path):
+    for precision in ("bf16-true", "16-true"):
+        with pytest.raises(ValueError, match=f"{precision} would keep.* Use trainer.precision=bf16-mixed, and callback="):
+            fit(diffusion(), None, trainer(tmp_path, 1, precision=precision), tmp_path)
+    with pytest.raises(ValueError, match=r"precision=32-true: use it with trainer.precision=bf16-mixed"):
+        Bfloat16().on_fit_start(SimpleNamespace(precision="32-true"), diffusion())
+
+
+def test_every_stage_names_what_takes_its_time():
     for stage in (diffusion(), against(), contrast(CLIP)):
         assert stage.compiled and all(stage.get_submodule(name) is not None for name in stage.compiled)
 

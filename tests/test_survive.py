@@ -7,10 +7,12 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from test_training import autoencoder_stage, diffusion, small, trainer
 from torch.utils.data import DataLoader
 
@@ -19,10 +21,12 @@ from ldm.loss.adversary import Hinge, PatchGAN
 from ldm.training.adversary import Adversary
 from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
 from ldm.training.ema import EMA
+from ldm.training.evaluate import Evaluate
 from ldm.training.guard import Guard, skip_where
 from ldm.training.preempt import Preempt, Preempted
 from ldm.training.rate import Constant
 from ldm.training.run import fit
+from ldm.training.sharded import Sharded
 
 
 class Send(pl.Callback):
@@ -100,6 +104,11 @@ def test_a_job_stops_before_its_time_is_over(monkeypatch, handlers, emoji_root, 
     assert stop.value.code == 128 + signal.SIGUSR1 and read_checkpoint(newest(tmp_path))["global_step"] == 1
 
 
+def test_a_time_that_is_over_at_once_is_refused():
+    with pytest.raises(ValueError, match=r"always\.preempt\.minutes=3 .* always\.preempt\.margin=5"):
+        Preempt(".", minutes=3, margin=5)
+
+
 def test_a_job_is_queued_again_in_the_way_of_who_started_it(slurm, monkeypatch, handlers):
     calls, preempt = [], Preempt(".", restarts=2)
     signal.signal(signal.SIGUSR2, lambda signum, frame: calls.append(signum))
@@ -120,6 +129,22 @@ def test_lightnings_handlers_are_not_there(emoji_root, tmp_path, handlers):
     made = trainer(tmp_path, 1)
     assert callable(made._signal_connector.register_signal_handlers)
     assert callable(made.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+    assert MixedPrecision("16-mixed", "cpu").scaler is not None, "what Guard and Adversary leave to it, they know it by"
+
+
+def test_a_rank_that_is_left_alone_says_so_in_a_line(tmp_path):
+    def alone(*_, **__):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
+
+    left = SimpleNamespace(fit=alone, global_rank=1, global_step=7, precision_plugin=None)
+    with pytest.raises(ConnectionError, match="Rank 1 lost the others at step 7"):
+        fit(None, None, left, tmp_path)
+
+
+def test_metrics_while_training_are_refused_where_weights_are_shared_out():
+    evaluate = Evaluate("", 1, {}, None, None, None)
+    with pytest.raises(ValueError, match=r"callback=\[...,evaluate\] is not for trainer=fsdp"):
+        evaluate.setup(SimpleNamespace(strategy=Sharded()), None, "fit")
 
 
 def slow(i):
@@ -189,6 +214,16 @@ def test_a_spoilt_update_is_as_if_it_never_was(fused, emoji_root, tmp_path):
     line = json.loads((tmp_path / "skipped-0.jsonl").read_text())
     assert line["step"] == 2 and line["positions"] == list(range(16, 24)) and len(line["keys"]) == 8
     assert line["gradient_norm"] == "nan" and line["not_finite"] == []
+
+
+def test_a_stop_forgets_no_skipped_update(emoji_root, tmp_path, handlers):
+    """Spoilt in the step before the stop, which the host has not looked at yet."""
+    guard = Guard(str(tmp_path))
+    with pytest.raises(SystemExit):
+        run(emoji_root, tmp_path, Spoil([1]), guard, Send(signal.SIGTERM, 3))
+    saved = read_checkpoint(newest(tmp_path))["callbacks"]["Guard"]
+    assert saved["skipped"] == guard.skipped == 1
+    assert json.loads((tmp_path / "skipped-0.jsonl").read_text())["step"] == 1
 
 
 def test_a_spike_is_told_by_the_usual_length(emoji_root, tmp_path, monkeypatch):
@@ -296,6 +331,16 @@ def test_killed_while_saving_what_was_saved_stands(tmp_path, monkeypatch):
     found = resume_from("auto", tmp_path)
     assert read_checkpoint(found)["state_dict"]["a"].sum() == 1000
     assert not list(tmp_path.glob(".*.part")), "the half of a file is cleared away"
+    (tmp_path / ".step-2.ckpt.part").mkdir()
+    (tmp_path / ".step-2.ckpt.part" / "__0_0.distcp").write_text("half")
+    assert resume_from("auto", tmp_path) == found and not list(tmp_path.glob(".*.part")), "and the half of a folder"
+
+
+def test_no_half_of_a_step_is_saved_after_a_resume(emoji_root, tmp_path, handlers):
+    """Of a step's two micro-batches the first would be lost to whoever resumed from there."""
+    for steps in (2, 3):
+        run(emoji_root, tmp_path, steps=steps, every=1, accumulate_grad_batches=2)
+    assert sorted(path.name for path in tmp_path.rglob("*.ckpt")) == ["step-00000002.ckpt", "step-00000003.ckpt"]
 
 
 def test_a_flipped_bit_is_seen(tmp_path):
@@ -310,6 +355,22 @@ def test_a_flipped_bit_is_seen(tmp_path):
     os.utime(tmp_path / "step-2.ckpt", (2, 2))
     with pytest.warns(UserWarning, match=r"step-2\.ckpt"):
         assert newest(tmp_path).name == "step-1.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_is_damaged_the_one_before_is_found(tmp_path):
+    """A byte changed anywhere: the file is passed over, or holds what it held."""
+    io, newer = WholeCheckpointIO(), tmp_path / "step-2.ckpt"
+    for step in (1, 2):
+        io.save_checkpoint({"state_dict": {"a": torch.ones(4)}, "global_step": step}, tmp_path / f"step-{step}.ckpt")
+    os.utime(tmp_path / "step-1.ckpt", (1, 1))
+    data, passed = newer.read_bytes(), 0
+    for where in range(0, len(data), 11):
+        newer.write_bytes(data[:where] + bytes([data[where] ^ 128]) + data[where + 1 :])
+        found = newest(tmp_path)
+        passed += found != newer
+        assert read_checkpoint(found) == {"state_dict": {"a": pytest.approx(torch.ones(4))}, "global_step": 1 + (found == newer)}
+    assert passed > 30
 
 
 def test_lost_storage_is_no_reason_to_lose_what_comes_after(tmp_path):

@@ -3,16 +3,17 @@
 import argparse
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, LDMPipeline, UNet2DModel, VQModel
-from family import loud, scheduler, their_text, their_tokenizer, their_unet, their_vae
+from diffusers import VQModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from family import depth, loud, of_classes, of_words, refiner, their_vae, their_vq, unconditional, upscaler
 
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.build import load_autoencoder, load_model
 from ldm.condition.upscale import Upscale
+from ldm.edit import FromPicture
 from ldm.folder import load_tensors, save_tensors
 from ldm.generate import unit_noise
 from ldm.guidance.cfg import CFG
@@ -27,7 +28,6 @@ from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
 from ldm.types import Cond, Draw, Widths
 
-NOTHING = {"safety_checker": None, "feature_extractor": None}
 GRID = Leading(last=1 / 1000)
 
 
@@ -35,70 +35,7 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def their_vq(mult=(1, 2), attends=()):
-    torch.manual_seed(5)
-    kinds = {
-        "down_block_types": ["AttnDownEncoderBlock2D" if i in attends else "DownEncoderBlock2D" for i in range(len(mult))],
-        "up_block_types": ["AttnUpDecoderBlock2D" if i in attends else "UpDecoderBlock2D" for i in reversed(range(len(mult)))],
-    }
-    sizes = {"block_out_channels": [32 * m for m in mult], "latent_channels": 3, "layers_per_block": 1}
-    return loud(VQModel(**kinds, **sizes, num_vq_embeddings=16, vq_embed_dim=3, scaling_factor=1.0))
-
-
-def depth(home):
-    settings = {"use_linear_projection": True, "attention_head_dim": (1, 2)}
-    unet = their_unet((True, False), 64, width=64, spatial=1, **settings)
-    words = {"text_encoder": their_text("gelu"), "tokenizer": their_tokenizer(home / "words", "!")}
-    made = diffusers.StableDiffusionDepth2ImgPipeline
-    return made(vae=their_vae(), unet=unet, scheduler=scheduler(), depth_estimator=None, feature_extractor=None, **words)
-
-
-def upscaler(home):
-    only = {"only_cross_attention": (True, True, False), "num_class_embeds": 1000, "use_linear_projection": True}
-    unet = their_unet((False, True, True), 64, mult=(1, 2, 2), spatial=3, **only)
-    words = {"text_encoder": their_text("gelu"), "tokenizer": their_tokenizer(home / "words", "!")}
-    low = diffusers.DDPMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    made = diffusers.StableDiffusionUpscalePipeline
-    vae = their_vae((1, 2, 2), scaling_factor=0.08333)
-    return made(
-        vae=vae, unet=unet, low_res_scheduler=low, scheduler=scheduler("v_prediction"), watermarker=None, **words, **NOTHING
-    )
-
-
-def unconditional(home):
-    kinds = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
-    sizes = {"block_out_channels": (32, 64), "attention_head_dim": 32, "layers_per_block": 1, "sample_size": 8}
-    unet = loud(
-        UNet2DModel(in_channels=3, out_channels=3, **sizes, **kinds, downsample_padding=1, flip_sin_to_cos=True, freq_shift=0)
-    )
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
-    only = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    return LDMPipeline(vqvae=their_vq(), unet=unet, scheduler=diffusers.DDIMScheduler(**betas, **only))
-
-
-def refiner(home):
-    extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True}
-    extra |= {"projection_class_embeddings_input_dim": 48 + 5 * 256, "attention_head_dim": (1, 2)}
-    unet = their_unet((False, True), 128, width=64, transformer_layers_per_block=2, **extra)
-    words = {"text_encoder_2": their_text("gelu", 128, projection=48), "tokenizer_2": their_tokenizer(home / "words", "!")}
-    made = diffusers.StableDiffusionXLImg2ImgPipeline
-    both = {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
-    return made(vae=their_vae(scaling_factor=0.13025), unet=unet, scheduler=scheduler(), **both, **words)
-
-
-def of_classes(home):
-    torch.manual_seed(6)
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 64, "num_layers": 2, "sample_size": 8, "patch_size": 2}
-    net = loud(DiTTransformer2DModel(**sizes, in_channels=4, out_channels=8, num_embeds_ada_norm=1000))
-    first = net.transformer_blocks[0].norm1.emb.state_dict()
-    for block in net.transformer_blocks:
-        block.norm1.emb.load_state_dict(first)
-    betas = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-    only = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    return DiTPipeline(net, their_vae(), diffusers.DDIMScheduler(**betas, **only))
-
-
-MODELS = {f.__name__: f for f in (depth, upscaler, unconditional, refiner, of_classes)}
+MODELS = {f.__name__: f for f in (depth, upscaler, unconditional, refiner, of_words, of_classes)}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -145,19 +82,27 @@ def test_through_a_single_file_and_back(model):
     assert list(again.recipe["condition"]) == list(first.recipe["condition"])
 
 
-def pictures(model, ask, noise, scale=3.0):
-    """Ours: 10 steps of DDIM from the same noise, in [0, 1]."""
+def scored():
+    """What the refiner is told beside a prompt, and in the null."""
+    sizes = {"original_height": 16, "original_width": 16, "crop_top": 0, "crop_left": 0, "aesthetic_score": 7}
+    told = {field: torch.full((2,), size) for field, size in sizes.items()}
+    return told | {"negative.aesthetic_score": torch.full((2,), 2.5)}
+
+
+def pictures(model, ask, noise, scale=3.0, begun=None):
+    """Ours: 10 steps of DDIM from the same noise, in [0, 1]; the last 6 where it begins from a picture."""
     guide = CFG(scale) if scale != 1 else Unguided()
+    sampler = DDIM(10, grid=GRID)
     with torch.no_grad():
-        x = DDIM(10, grid=GRID)(guide(model, ask), model.denoiser.schedule, noise, range(len(noise)))
+        sampler = sampler if begun is None else FromPicture(sampler, model.autoencoder.encode(begun).mean, 0.6)
+        x = sampler(guide(model, ask), model.denoiser.schedule, noise, range(len(noise)))
         return model.autoencoder.decode(x).clamp(-1, 1).add(1).div(2)
 
 
 def test_it_draws_what_its_pipeline_draws(model, monkeypatch):
-    """From the same noise, in float64; where the pipeline is told a picture, the same picture."""
+    """From the same noise, in float64; where the pipeline begins from a picture, from the mean of the same picture's latents."""
     name, pipeline, home = model
-    if name == "refiner":
-        pytest.skip("it begins from a picture of its own; its network and its towers are held elsewhere")
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda told, generator=None: told.mean)
     net, pipeline = load_model(home / "ours").double(), pipeline.to(torch.float64)
     channels, size = (3, 8) if name == "unconditional" else (4, 8)
     noise = unit_noise([3, 4], (channels, size, size)).double()
@@ -170,14 +115,17 @@ def test_it_draws_what_its_pipeline_draws(model, monkeypatch):
         prompts = {"negative_prompt": ["blurry"] * 2, "guidance_scale": 3.0, "latents": noise, "noise_level": 20}
         wanted = pipeline(texts["caption"], image=(small + 1) / 2, **prompts, **words).images
         drawn = pictures(net, texts | {"low": small, "step": step, "low_noise": other}, noise)
-    elif name == "depth":
-        depths = torch.rand(2, 16, 16, dtype=torch.float64)
-        maps = pipeline.prepare_depth_map(torch.zeros(2, 3, 16, 16), depths, 2, False, torch.float64, "cpu")
-        told = net.tell(texts | {"depth": depths[:, None]})
-        torch.testing.assert_close(told.spatial, maps)
-        level, prompts = torch.tensor([3.0, 700.0]).double(), pipeline.encode_prompt(texts["caption"], "cpu", 1, False)[0]
-        wanted = pipeline.unet(torch.cat((noise, maps), 1), level, prompts).sample
-        drawn = net.denoiser.output(noise, (level + 1) / 1000, told)
+    elif name in ("depth", "refiner"):
+        monkeypatch.setattr(f"{type(pipeline).__module__}.randn_tensor", lambda *_, **__: noise)
+        picture, depths = torch.rand(2, 3, 16, 16).double() * 2 - 1, torch.rand(2, 16, 16).double()
+        pipeline.vae.register_to_config(force_upcast=False)
+        prompts = {"negative_prompt": ["blurry"] * 2, "guidance_scale": 3.0, "strength": 0.6, "image": (picture + 1) / 2}
+        prompts |= {"depth_map": depths} if name == "depth" else {"aesthetic_score": 7.0, "negative_aesthetic_score": 2.5}
+        wanted = pipeline(texts["caption"], **prompts, **words).images
+        drawn = pictures(net, texts | {"depth": depths[:, None]} if name == "depth" else texts | scored(), noise, begun=picture)
+    elif name == "of_words":
+        wanted = pipeline(texts["caption"], guidance_scale=3.0, latents=noise, **words).images
+        drawn = pictures(net, {"caption": texts["caption"]}, noise)
     elif name == "unconditional":
         monkeypatch.setattr(f"{type(pipeline).__module__}.randn_tensor", lambda *_, **__: noise)
         wanted = torch.from_numpy(pipeline(2, num_inference_steps=10, output_type="np").images).permute(0, 3, 1, 2)

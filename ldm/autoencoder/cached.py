@@ -36,10 +36,18 @@ class Cached(nn.Module):
         """
         if not self.kept:
             found = self.load().to(latents.device)
-            if (found.channels, found.factor) != (self.channels, self.factor):
-                raise ValueError(
-                    f"autoencoder.channels={self.channels} autoencoder.factor={self.factor}, but the autoencoder in "
-                    f"autoencoder.load.path has {found.channels} and {found.factor}; say these."
-                )
+            self.check(found)
             self.kept.append(found.requires_grad_(False))
         return self.kept[0].to(latents.device).decode(latents)
+
+    def check(self, found: Autoencoder) -> None:
+        """Compares the autoencoder that was loaded with what this was told of it.
+
+        Raises:
+            ValueError: it has other sizes.
+        """
+        if (found.channels, found.factor) != (self.channels, self.factor):
+            raise ValueError(
+                f"autoencoder.channels={self.channels} autoencoder.factor={self.factor}, but the autoencoder in "
+                f"autoencoder.load.path has {found.channels} and {found.factor}; say these."
+            )

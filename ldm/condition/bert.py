@@ -54,7 +54,7 @@ class Bert(nn.Module):
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens: (B, L, D)."""
-        ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())]).to(self.places.weight.device)
+        ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())]).to(self.places.weight.device, non_blocking=True)
         h = self.words(ids) + self.places.weight
         for block in self.blocks:
             h = block(h)

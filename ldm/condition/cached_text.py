@@ -26,19 +26,22 @@ class CachedText(nn.Module):
 
     path: the folder with null.safetensors, what that text says of a dropped caption.
     load: makes the text itself, the first time that a caption comes without its embedding: a prompt.
+    stands_for: the name of that condition; the same captions are dropped as there.
 
     Raises:
         FileNotFoundError: there is no null.
     """
 
-    def __init__(self, load: Callable[[], Text | Texts], path: str, key: str = "caption", rate: float = 0.1) -> None:
+    def __init__(
+        self, load: Callable[[], Text | Texts], path: str, key: str = "caption", rate: float = 0.1, stands_for: str = "text"
+    ) -> None:
         super().__init__()
         if not (Path(path) / NULL).is_file():
             raise FileNotFoundError(
                 f"There is no {NULL} in {path} (condition.cached_text.path=FOLDER); it comes with shards of embeddings. "
                 "condition=[text] reads captions themselves."
             )
-        self.load, self.key, self.rate = load, key, rate
+        self.load, self.key, self.rate, self.stands_for = load, key, rate, stands_for
         self.kept: list[Text | Texts] = []  # in a list, so that it is no part of this module
         found = load_tensors(Path(path) / NULL)
         self.parts = [part for part in PARTS if part in found]
@@ -54,7 +57,7 @@ class CachedText(nn.Module):
         for part in self.parts:
             null = getattr(self, part)
             said = torch.stack([caption.said[part] for caption in value]).to(null)
-            told[part] = torch.where(drop.to(null.device).reshape(-1, *(1,) * (said.ndim - 1)), null, said)
+            told[part] = torch.where(drop.to(null.device, non_blocking=True).reshape(-1, *(1,) * (said.ndim - 1)), null, said)
         return Cond(**told)
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
@@ -88,20 +91,24 @@ class CachedText(nn.Module):
         """-> the prompts; warns of what the tower's context is too short for."""
         return self._text().read(field, asked, size)
 
-    def _text(self) -> Text | Texts:
-        """The text itself, on this module's device.
+    def check(self, text: Text | Texts) -> None:
+        """Compares a text with what the shards came with.
 
         Raises:
-            ValueError: it says something else of a dropped caption than what the shards came with.
+            ValueError: it says something else of a dropped caption.
         """
+        told = _parts(text, [""], drop=True)
+        if list(told) != self.parts or not all(_alike(told[part], getattr(self, part)) for part in told):
+            raise ValueError(
+                "condition.cached_text.load makes another text than the shards' embeddings were made with: what it says of a "
+                "dropped caption is not their null. Give it the model, layers, padding and so on that made them."
+            )
+
+    def _text(self) -> Text | Texts:
+        """The text itself, checked, on this module's device."""
         if not self.kept:
             text = self.load().eval().requires_grad_(False).to(self.tokens.device)
-            told = _parts(text, [""], drop=True)
-            if list(told) != self.parts or not all(_alike(told[part], getattr(self, part)) for part in told):
-                raise ValueError(
-                    "condition.cached_text.load makes another text than the shards' embeddings were made with: what it says of a "
-                    "dropped caption is not their null. Give it the model, layers, padding and so on that made them."
-                )
+            self.check(text)
             self.kept.append(text)
         return self.kept[0].to(self.tokens.device)
 

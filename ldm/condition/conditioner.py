@@ -46,8 +46,8 @@ class Conditioner(nn.Module):
             negative = {} if only is None or name in only else self._negative(embedder, batch)
             value = _value(name, embedder, {**batch, **negative})
             count = len(value) if isinstance(embedder.key, str) else len(value[0])
-            rate = 0.0 if negative else embedder.rate
-            cond = cond + embedder(value, self._drop(name, rate, count, draw, only))
+            drop = self._drop(name, embedder, count, draw, only)
+            cond = cond + embedder(value, torch.zeros_like(drop) if negative else drop)
         return cond
 
     def fill(self, batch: Batch, draw: Draw | None = None) -> dict[str, Any]:
@@ -72,10 +72,10 @@ class Conditioner(nn.Module):
         return {field: batch[f"negative.{field}"] for field in self.fields_of(embedder) if f"negative.{field}" in batch}
 
     @staticmethod
-    def _drop(name: str, rate: float, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
+    def _drop(name: str, embedder: Embedder, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
-            return draw.uniform(f"drop/{name}") < rate
-        return torch.full((count,), only is not None and name not in only and rate > 0)
+            return draw.uniform(f"drop/{getattr(embedder, 'stands_for', name)}") < embedder.rate
+        return torch.full((count,), only is not None and name not in only and embedder.rate > 0)
 
 
 def _value(name: str, embedder: Embedder, batch: Batch) -> Any:

@@ -26,7 +26,7 @@ class DepthMap(nn.Module):
         depth = interpolate(value.mean(dim=1, keepdim=True), size, mode="bicubic")
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
         told = (2 * depth - low - high) / (high - low).clamp(min=1e-6)
-        return Cond(spatial=told * (~drop).to(told)[:, None, None, None])
+        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of depth pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""

@@ -37,7 +37,7 @@ class Embedding(nn.Module):
         """value: (B, 3, h, w) in [-1, 1], drop: (B) bool -> tokens: (B, 1, E), or vector: (B, E), of unit variance."""
         with torch.no_grad():
             told = self.tower(see(self.tower, value))
-        told = normalize(told, dim=1) * told.shape[1] ** 0.5 * (~drop).to(told)[:, None]
+        told = normalize(told, dim=1) * told.shape[1] ** 0.5 * (~drop).to(told, non_blocking=True)[:, None]
         return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:

@@ -37,7 +37,7 @@ class Inpaint(nn.Module):
         with torch.no_grad():
             known = self.encode(image * (1 - mask)).mean
         told = torch.cat((interpolate(mask, known.shape[2:], mode="nearest"), known), dim=1)
-        return Cond(spatial=told * (~drop).to(told)[:, None, None, None])
+        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:
         """The shards' masks as 0 and 1, or one for each picture, where the batch has pictures and keys but no masks."""

@@ -41,7 +41,7 @@ class Label(nn.Module):
                 f"Labels from {int(value.min())} to {int(value.max())} were found; this model knows 0 to {nothing - 1} "
                 "(condition.label.classes=...)."
             )
-        told = self.table(value.masked_fill(drop.to(value.device), nothing).to(self.table.weight.device))
+        told = self.table(value.masked_fill(drop.to(value.device), nothing).to(self.table.weight.device, non_blocking=True))
         return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:

@@ -58,7 +58,8 @@ class Layout(nn.Module):
             chosen = [] if drop[i] else sorted(map(self._checked, row), key=_area, reverse=True)[: self.most]
             if chosen:
                 boxes[i, : len(chosen)], mask[i, : len(chosen)] = torch.tensor(chosen), True
-        boxes, mask = boxes.to(device), torch.cat((torch.ones(len(mask), 1, dtype=torch.bool), mask), dim=1).to(device)
+        mask = torch.cat((torch.ones(len(mask), 1, dtype=torch.bool), mask), dim=1)
+        boxes, mask = (x.to(device, non_blocking=True) for x in (boxes, mask))
         places = (boxes[..., 1:] * self.bins).long().clamp(max=self.bins - 1)
         tokens = self.kind(boxes[..., 0].long()) + sum(table(places[..., i]) for i, table in enumerate(self.edges))
         tokens = torch.cat((self.nothing.expand(len(tokens), 1, -1), tokens), dim=1)

@@ -45,7 +45,7 @@ class LowResolution(nn.Module):
             low, vector = (1 - scale.square()).sqrt() * low + scale * noise.to(low), sinusoid(1000 * level.to(low), 256)
         size = [side * self.scale // self.factor for side in low.shape[2:]]
         spatial = low if size == list(low.shape[2:]) else interpolate(low, size, mode="bicubic", antialias=True)
-        return Cond(spatial=spatial * (~drop).to(spatial)[:, None, None, None], vector=vector)
+        return Cond(spatial=spatial * (~drop).to(spatial, non_blocking=True)[:, None, None, None], vector=vector)
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:
         """The low resolution of `image`, where the batch has none, the level of its noise, and the noise."""

@@ -28,7 +28,7 @@ class Picture(nn.Module):
         """value: (B, 3, f * H, f * W) in [-1, 1], drop: (B) bool -> spatial: (B, C', H, W), whitened latents or colours."""
         with torch.no_grad():
             told = self.encode(value).mean if self.how == "encoded" else avg_pool2d(value, self.factor)
-        return Cond(spatial=told * (~drop).to(told)[:, None, None, None])
+        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""

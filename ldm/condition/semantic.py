@@ -42,7 +42,7 @@ class Semantic(nn.Module):
             )
         shares = shares_of(value, self.classes, self.factor)
         told = shares if self.table is None else torch.einsum("bkhw,kc->bchw", shares, self.table)
-        return Cond(spatial=told * (~drop).to(told)[:, None, None, None])
+        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of label maps, or folders of them -> (N, height, width) integers."""

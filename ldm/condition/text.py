@@ -82,18 +82,23 @@ class Text(nn.Module):
             tokens = (tokens - self.token_mean) @ self.token_mix
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
         if self.dropped == "zeros":
-            told = (~drop).to(tokens)[:, None]
+            told = (~drop).to(tokens, non_blocking=True)[:, None]
             tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
         return Cond(tokens=tokens, mask=mask, vector=vector if self.pooled else None)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
-        ids = self.tokenizer(list(captions)).to(self.tower.token_embedding.weight.device)
+        ids = self.tokenizer(list(captions)).to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the tower's context is too short for."""
         return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
+
+    def settings(self) -> dict[str, Any]:
+        """What, besides its weights, decides what it says."""
+        names = ("layers", "final_norm", "pooled", "padding", "whiten", "dropped")
+        return {name: getattr(self, name) for name in names} | {"layers": list(self.layers)}
 
 
 class Texts(nn.Module):
@@ -118,6 +123,10 @@ class Texts(nn.Module):
         vectors = [cond.vector for cond in told if cond.vector is not None]
         vector = torch.cat(vectors, dim=1) if vectors else None
         return Cond(tokens=torch.cat([cond.tokens for cond in told], dim=2), mask=told[0].mask, vector=vector)
+
+    def settings(self) -> dict[str, Any]:
+        """What, besides their weights, decides what they say."""
+        return {name: tower.settings() for name, tower in self.towers.items()}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""

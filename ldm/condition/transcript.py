@@ -30,7 +30,7 @@ class Transcript(nn.Module):
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens: (B, L, D), mask: (B, L)."""
-        ids = self.tokenizer(["" if d else v for v, d in zip(value, drop.tolist())]).to(self.places.device)
+        ids = self.tokenizer(["" if d else v for v, d in zip(value, drop.tolist())]).to(self.places.device, non_blocking=True)
         mask = spoken(ids)
         return Cond(tokens=self.transformer(self.words(ids) + self.places, src_key_padding_mask=~mask), mask=mask)
 

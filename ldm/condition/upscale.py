@@ -37,12 +37,13 @@ class Upscale(nn.Module):
         low, step, noise = value
         if not 0 <= int(step.min()) <= int(step.max()) < self.table.num_embeddings:
             raise ValueError(f"ask.step={step.tolist()}: noise steps are 0 to {self.table.num_embeddings - 1}.")
-        kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)[step.cpu()].to(low)
+        table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
+        kept = table[step.cpu()].to(low, non_blocking=True)
         told = kept.sqrt()[:, None, None, None] * low + (1 - kept).sqrt()[:, None, None, None] * noise.to(low)
         size = [side * self.scale // self.factor for side in low.shape[2:]]
         told = told if size == list(low.shape[2:]) else interpolate(told, size, mode="bicubic", antialias=True)
-        heard = (~drop).to(told)
-        vector = self.table(step.to(self.table.weight.device))
+        heard = (~drop).to(told, non_blocking=True)
+        vector = self.table(step.to(self.table.weight.device, non_blocking=True))
         return Cond(spatial=told * heard[:, None, None, None], vector=vector * heard[:, None].to(vector))
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:

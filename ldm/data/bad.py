@@ -39,7 +39,7 @@ class BadSamples:
         bad = batch.get("bad", ())
         self.seen += len(batch["key"]) + len(bad)
         for line in bad:
-            self.reasons[re.sub(r"^.*?: |\d+", "", line, count=1) if ": " in line else "missing or cut"] += 1
+            self.reasons[reason(line)] += 1
             if self.count <= SAID:
                 rank_zero_warn(f"{line}{' (more are only written down)' if self.count == SAID else ''}")
         file = trainer and Path(trainer.default_root_dir) / f"bad-samples-{trainer.global_rank}.txt"
@@ -55,3 +55,8 @@ class BadSamples:
                 f"{'; '.join(f'{n} x {why}' for why, n in self.reasons.most_common(3))}. "
                 f"{f'They are named in {file}. ' if file else ''}`python -m ldm.data.doctor SHARDS --repair OUT` leaves them out."
             )
+
+
+def reason(line: str) -> str:
+    """What a line says that others may say too: no key, no shard, no number."""
+    return re.sub(r"\d+", "N", line.partition(": ")[2]) or "missing or too large"

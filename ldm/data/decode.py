@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -195,7 +195,10 @@ def _array(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
 
 
 def _open(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # its words hold an address, no two of them are alike
+        raise ValueError(f"no picture in {', '.join(FORMATS)}") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} are more than the {MAX_PIXELS} pixels a picture may have")
     return image

@@ -2,6 +2,8 @@
 
 Prints counts, damage with its reasons, sizes, captions, duplicates, and what filters and buckets would keep; writes the same as
 report.json, histograms.png and samples.png. The exit code is 0 only where every shard and every sample can be read.
+
+Without --fields every sample must have the members that most have, and all of these must be readable.
 """
 
 from __future__ import annotations
@@ -9,40 +11,51 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from tqdm import tqdm
 
-from ldm.data.bucket import assign, sizes_of
-from ldm.data.decode import BadSample, View, decode, decoder, is_image, is_text
-from ldm.data.filter import apply, table_of
+from ldm.data.bucket import Size, assign, sizes_of
+from ldm.data.decode import BadSample, View, is_image, is_text
+from ldm.data.filter import apply, check_rules, table_of
 from ldm.data.index import Index
 from ldm.data.order import generator
+from ldm.data.repair import LOST, claim, is_known, repair
 from ldm.data.samples import Samples
 from ldm.data.selection import Selection
 from ldm.data.source import expand
-from ldm.data.tar import Damaged, read_headers, salvage
-from ldm.data.write import write_shards
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 24  # pictures in samples.png
+# Those there are of fonts that have what captions may need.
+FONTS = [f for f in ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS") if f in get_font_names()]
+FIELDS = {"image": "jpg", "caption": "txt"}  # where no shard can be asked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> 0 where all is healthy, 1 where something is broken, 2 where the question was."""
     asked = _parser().parse_args(arguments)
     try:
-        fields = dict(pair.split("=", 1) for pair in asked.fields)
-        report = examine(asked.shards, fields, asked.size, asked.filters, asked.buckets, asked.quick, Path(asked.out))
+        check_rules(asked.filters)
+        sizes = sizes_of(asked.buckets, asked.size)
+        index = Index(expand(asked.shards, "SHARDS"), damaged="leave_out")
+        fields = dict(asked.fields) or _common(index)
         if asked.repair:
-            kept = repair(expand(asked.shards, "SHARDS"), fields, Path(asked.repair))
-            print(f"{kept} whole samples are in {asked.repair}")
+            claim(asked.repair, index, fields)
+        report = examine(index, fields, asked.size, asked.filters, sizes, asked.quick, asked.out)
+        if asked.repair:
+            kept, lost = repair(index, fields, asked.repair)
+            print(f"{kept:,} whole samples are in {asked.repair}; {lost:,} lines in {asked.repair / LOST} name the others")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,11 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine(
-    shards: Sequence[str], fields: dict[str, str], size: int, filters: dict, buckets: Any, quick: bool, out: Path
+    index: Index, fields: dict[str, str], size: int, filters: dict, sizes: Sequence[Size], quick: bool, out: Path
 ) -> dict[str, Any]:
     """Looks at every sample, prints what it finds and writes it into `out`; `quick` decodes none but those shown."""
-    index = Index(expand(shards, "SHARDS"), damaged="leave_out")
     samples = Samples(index, Selection(index.counts), fields, size)
+    would_keep = _would_keep(index, fields, filters, sizes) if index.shards and (filters or len(sizes) > 1) else ""
     bad = {} if quick else _read_all(samples)
     report: dict[str, Any] = {
         "shards": len(index.shards) + len(index.damage),
@@ -67,9 +80,9 @@ def examine(
     report["healthy"] = not (index.damage or bad or any(report["lacking"].values()))
     columns = _columns(index)
     report["numbers"] = {name: _summary(values) for name, values in columns.items() if len(values)}
+    report["would_keep"] = would_keep.splitlines()
     _say(report, columns)
-    if index.shards and (filters or buckets):
-        print(_would_keep(index, fields, filters, sizes_of(buckets, size)))
+    print(would_keep, end="\n" if would_keep else "")
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     _draw(columns, out / "histograms.png")
@@ -79,49 +92,10 @@ def examine(
     return report
 
 
-def repair(shards: Sequence[str], fields: dict[str, str], out: Path, per_shard: int = 1000) -> int:
-    """Writes every sample that can be read whole, out of whole and of damaged shards, into new shards; -> how many."""
-    count = 0
-
-    def whole() -> Iterator[dict[str, Any]]:
-        nonlocal count
-        seen: Counter[str] = Counter()
-        for shard in tqdm(shards, desc="repairing", unit="shard"):
-            for key, members in _readable(Path(shard), fields):
-                name = key.removeprefix("./").replace("..", "_").lstrip("/")
-                seen[name] += 1
-                count += 1
-                yield {"__key__": name if seen[name] == 1 else f"{name}-{seen[name]}", **members}
-
-    write_shards(whole(), out, per_shard)
-    return count
-
-
-def _readable(path: Path, fields: dict[str, str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    try:
-        samples = read_headers(path)
-    except Damaged:
-        samples = salvage(path)
-    with path.open("rb") as file:
-        for key, found in samples.items():
-            members = {}
-            for member, (offset, size) in found.items():
-                if _is_known(member):
-                    file.seek(offset)
-                    members[member] = file.read(size)
-            try:
-                for member in fields.values():
-                    decode(member, members[member], View(8, 8))
-            except (BadSample, KeyError):
-                continue
-            yield key, members
-
-
-def _is_known(member: str) -> bool:
-    try:
-        return bool(decoder(member))
-    except ValueError:
-        return False
+def _common(index: Index) -> dict[str, str]:
+    """The members that most samples have, each as a field of its own name."""
+    found = _count_members(index)
+    return {member: member for member, count in found.items() if 2 * count > len(index) and is_known(member)} or FIELDS
 
 
 def _read_all(samples: Samples) -> dict[str, str]:
@@ -138,13 +112,17 @@ def _read_all(samples: Samples) -> dict[str, str]:
     return bad
 
 
-def _members(index: Index, fields: dict[str, str]) -> dict[str, Any]:
+def _count_members(index: Index) -> Counter[str]:
     found: Counter[str] = Counter()
-    silent = 0
     for s in range(len(index.shards)):
         table = index.table(s)
         found += Counter({member: int(table.has(member).sum()) for member in table.members})
-        silent += int((table.column("caption_length") == 0).sum())
+    return found
+
+
+def _members(index: Index, fields: dict[str, str]) -> dict[str, Any]:
+    found = _count_members(index)
+    silent = sum(int((index.table(s).column("caption_length") == 0).sum()) for s in range(len(index.shards)))
     lacking = {member: len(index) - found[member] for member in fields.values()}
     return {"members": dict(found), "lacking": lacking, "empty_captions": silent}
 
@@ -161,7 +139,7 @@ def _columns(index: Index) -> dict[str, np.ndarray]:
     names = list(dict.fromkeys(name for table in tables for name in table.numbers))
     columns = {n: np.concatenate([t.column(n) for t in tables if t.column(n) is not None]) for n in names}
     if columns:
-        columns["aspect"] = columns["width"] / columns["height"]
+        columns["width / height"] = columns["width"] / columns["height"]
     return {name: values[np.isfinite(values)] for name, values in columns.items()}
 
 
@@ -171,7 +149,8 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 
 def _would_keep(index: Index, fields: dict[str, str], filters: dict, sizes: list) -> str:
-    kept, dropped = apply(index, fields, {"complete": True, **filters})
+    silent = {"caption_length": [1, None]} if any(is_text(member) for member in fields.values()) else {}
+    kept, dropped = apply(index, fields, {"complete": True, **silent, **filters})
     lines = [table_of(len(index), dropped)]
     if len(sizes) > 1:
         parts = assign(index, kept, sizes)
@@ -205,7 +184,9 @@ def _bars(values: np.ndarray) -> str:
 
 def _draw(columns: dict[str, np.ndarray], path: Path) -> None:
     shown = [
-        name for name in ("width", "height", "aspect", "original_width", "original_height", "caption_length") if name in columns
+        name
+        for name in ("width", "height", "width / height", "original_width", "original_height", "caption_length")
+        if name in columns
     ]
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     for axis, name in zip(axes.flat, shown):
@@ -223,7 +204,8 @@ def _show(samples: Samples, path: Path) -> None:
     text = next((member for member in samples.fields.values() if is_text(member)), None)
     if picture is None:
         return
-    figure, axes = plt.subplots(4, 6, figsize=(12, 9), layout="constrained")
+    rows = min(SHOWN // 6, -(-len(samples) // 6))
+    figure, axes = plt.subplots(rows, 6, figsize=(12, 2.25 * rows), layout="constrained", squeeze=False)
     chosen = iter(generator(0, 0).permutation(len(samples))[: 4 * SHOWN].tolist())
     for axis in axes.flat:
         axis.set_axis_off()
@@ -235,31 +217,52 @@ def _show(samples: Samples, path: Path) -> None:
             except BadSample:
                 continue
             axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set_title(caption[:60].replace("$", r"\$"), fontsize=7, wrap=True)
+            lines = textwrap.wrap(caption, 36, max_lines=2, placeholder=" ...")
+            axis.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7, family=FONTS)
             break
     _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # of a script that no font here has
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ldm.data.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("shards", nargs="+", help="folders, tars, globs, brace patterns")
-    parser.add_argument("--fields", nargs="+", default=["image=jpg", "caption=txt"], help="as data.fields: image=jpg caption=txt")
+    parser.add_argument("--fields", type=_field, nargs="+", default=[], help="as data.fields: image=jpg caption=txt")
     parser.add_argument("--size", type=int, default=256, help="pixels")
-    parser.add_argument("--filters", type=json.loads, default={}, help="""as data.filters, in JSON: '{"side": [256, null]}'""")
-    parser.add_argument("--buckets", type=_buckets, default=None, help="as data.buckets: sdxl, or JSON")
+    parser.add_argument("--filters", type=_mapping, default={}, help="as data.filters: '{side: [256, null]}'")
+    parser.add_argument("--buckets", type=_setting, default=None, help="as data.buckets: sdxl, '{step: 64, ratio: 2}', ...")
     parser.add_argument("--quick", action="store_true", help="headers and captions only: no picture is decoded")
-    parser.add_argument("--out", default="doctor", help="folder for report.json and the pictures")
-    parser.add_argument("--repair", metavar="OUT", help="writes all that can be read into clean shards")
+    parser.add_argument("--out", type=Path, default=Path("doctor"), help="folder for report.json and the pictures")
+    parser.add_argument("--repair", type=Path, metavar="OUT", help="writes all that can be read into clean shards; goes on there")
     return parser
 
 
-def _buckets(text: str) -> Any:
-    return text if text == "sdxl" else json.loads(text)
+def _setting(text: str) -> Any:
+    """What a config would take it for."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML: {error}") from error
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    found = _setting(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted {{name: value, ...}}")
+    return found
+
+
+def _field(text: str) -> tuple[str, str]:
+    field, _, member = text.partition("=")
+    if not is_known(member):
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted FIELD=MEMBER, a member that is read from shards, such as image=jpg")
+    return field, member
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def select(
     Raises:
         ValueError: a rule is none, a number is not known, or samples lack what `fields` names.
     """
-    _check_rules(rules)
-    words = json.dumps([index.fingerprint(), sorted(fields.values()), dict(rules), list(map(list, sizes)), least])
+    check_rules(rules)
+    words = json.dumps([index.state, sorted(fields.values()), dict(rules), list(map(list, sizes)), least])
     folder = index.folder / f"kept-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
     if not (folder / "report.json").is_file():
         selected, dropped = apply(index, fields, rules)
@@ -163,16 +163,28 @@ def _refuse(index: Index, fields: Mapping[str, str], lacking: list, silent: list
         field = next(f for f, m in fields.items() if is_text(m))
         raise ValueError(
             f"{silent[0]} of {total} samples have an empty {field} (data.fields.{field}), first {silent[1]}. "
-            "Leave them out, +data.filters.caption_length=[1,null], or give them words."
+            f"Leave them out, +data.filters.caption_length=[1,null], give them words, or do without: ~data.fields.{field}."
         )
 
 
-def _check_rules(rules: Mapping[str, Any]) -> None:
+def check_rules(rules: Mapping[str, Any]) -> None:
+    """Looks at the rules alone.
+
+    Raises:
+        ValueError: one is none.
+    """
     for name, rule in rules.items():
         if name == "missing" and rule not in ("refuse", "keep", "drop"):
             raise ValueError(f"data.filters.missing={rule!r}; wanted `refuse`, `keep` or `drop`.")
-        if name not in WORDS and not (isinstance(rule, list | tuple) and len(rule) == 2):
+        if name in ("unique", "complete") and not isinstance(rule, bool):
+            raise ValueError(f"data.filters.{name}={rule!r}; wanted `true` or `false`.")
+        if name not in WORDS and not _is_range(rule):
             raise ValueError(f"data.filters.{name}={rule!r}: wanted the least and the most, such as [256, null].")
+
+
+def _is_range(rule: Any) -> bool:
+    ends = [end for end in rule if end is not None] if isinstance(rule, list | tuple) and len(rule) == 2 else [""]
+    return all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends) and ends == sorted(ends)
 
 
 def _save(selections: Sequence[Selection], report: Mapping[str, Any], folder: Path) -> None:

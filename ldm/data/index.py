@@ -1,8 +1,9 @@
 """Where every member of every sample lies, and what is known about it: one Arrow file for each shard, mapped into memory.
 
-The files lie in `.index` beside the shards, or below the cache folder where those cannot be written to. They are made in
-parallel, once, and again only for shards whose size or time has changed. A table of all shards (path, count, digest) is
-read by every process; a shard's own file only when its samples are. So memory does not grow with the number of samples.
+The files lie in `.index` beside the shards, or below the cache folder where that cannot be written to; an index that somebody
+else left beside the shards is read. They are made in parallel, once, and again only for shards that changed, or whose Parquet
+or statistics file did. A table of all shards (count, digest) is read by every process; a shard's own file only when its samples
+are. So memory does not grow with the number of samples.
 
 Columns: `key`; `<member>:offset` and `<member>:size` in bytes (offset -1 where a sample lacks it); `width`, `height`,
 `original_width`, `original_height` and every other number of the sample's record (json, or 00000.parquet beside 00000.tar),
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +33,7 @@ from ldm.data.recent import Recent
 from ldm.data.record import describe
 from ldm.data.tar import Damaged
 
-VERSION = 1  # of the columns; another one is made anew
+VERSION = 2  # of the columns; another one is made anew
 OPEN_TABLES = 256
 FEW = 16  # shards that are read without more processes
 
@@ -55,9 +57,12 @@ class Index:
         self, shards: Sequence[str], fetch: Fetch | None = None, damaged: Damage = "refuse", cache: str | Path = CACHE
     ) -> None:
         self.fetch = fetch or Fetch(cache)
-        self.folder = _index_folder(shards[0], cache)
+        folders = _index_folders(shards[0], cache)
+        self.folder = _writable(folders)
         stamps = _stamps(shards, self.fetch)
-        summary = self.folder / f"all-{_digest(map(str, [VERSION, *shards, *stamps]))[:16]}.arrow"
+        self.state = _digest([*map(_absolute, shards), *stamps])  # changes whenever anything that was read does
+        name = f"all-{self.state[:16]}.arrow"
+        summary = next((folder / name for folder in folders if (folder / name).is_file()), self.folder / name)
         if not summary.is_file():
             _write(_describe_all(shards, stamps, self.fetch, cache), summary)
         table = _read(summary)
@@ -68,7 +73,7 @@ class Index:
         self.shards = [s for s in shards if s not in self.damage]
         self.counts = table["count"].to_numpy()[whole]  # (S) int64, samples of each shard
         self.digests = [d for d, w in zip(table["digest"].to_pylist(), whole) if w]
-        self._files = [_index_file(s, cache) for s in self.shards]
+        self._files = [Path(file) for file, w in zip(table["file"].to_pylist(), whole) if w]
         self._tables: Recent[int, Table] = Recent(OPEN_TABLES, self._open)
 
     def __len__(self) -> int:
@@ -144,66 +149,108 @@ class Table:
 
 
 def _describe_all(shards: Sequence[str], stamps: Sequence[str], fetch: Fetch, cache: str | Path) -> pa.Table:
-    """Reads the shards whose index files are missing or old; -> count, digest and damage of each shard."""
-    works = [(s, stamp, _index_file(s, cache), fetch) for s, stamp in zip(shards, stamps)]
-    kept = [_kept(file, stamp) for _, stamp, file, _ in works]
-    todo = [work for work, found in zip(works, kept) if found is None]
+    """Reads the shards whose index files are missing or old; -> count, digest, damage and index file of each shard."""
+    kept = [_kept(_index_files(shard, cache), stamp) for shard, stamp in zip(shards, stamps)]
+    todo = [(s, stamp, cache, fetch) for s, stamp, found in zip(shards, stamps, kept) if found is None]
     if len(todo) <= FEW:
         made = [_describe_one(work) for work in todo]
     else:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), _processes()) as pool:
             made = list(tqdm(pool.map(_describe_one, todo, chunksize=4), total=len(todo), desc="reading shards", unit="shard"))
     fresh = iter(made)
     rows = [next(fresh) if found is None else found for found in kept]
-    return pa.Table.from_pylist([{k: row[k] for k in ("count", "digest", "damage")} for row in rows])
+    return pa.Table.from_pylist([{k: row[k] for k in ("count", "digest", "damage", "file")} for row in rows])
 
 
-def _describe_one(work: tuple[str, str, Path, Fetch]) -> dict:
-    shard, stamp, file, fetch = work
-    path = fetch(shard)
-    try:
-        table, damage = describe(path), ""
-    except Damaged as error:
-        table, damage = pa.table({"key": pa.array([], pa.string())}), str(error)
-    digest = _digest([Path(shard).name, str(os.stat(path).st_size), *table["key"].to_pylist()])
+def _processes() -> BaseContext:
+    """Processes that inherit nothing of this one, and import what they need once, not each for itself."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+def _describe_one(work: tuple[str, str, str | Path, Fetch]) -> dict:
+    shard, stamp, cache, fetch = work
+    file = _writable(_index_folders(shard, cache)) / _index_name(shard)
+    with fetch.held(shard) as path:
+        size = os.stat(path).st_size
+        try:
+            table, damage = describe(path), ""
+        except Damaged as error:
+            table, damage = pa.table({"key": pa.array([], pa.string())}), str(error)
+    digest = _digest([Path(shard).name, str(size), *table["key"].to_pylist()])
     about = {"stamp": stamp, "count": len(table), "digest": digest, "damage": damage}
     _write(table.replace_schema_metadata({"ldm": json.dumps(about)}), file)
-    return about
+    return about | {"file": os.path.abspath(file)}
 
 
-def _kept(file: Path, stamp: str) -> dict | None:
-    """What an index file says of its shard, None where it is missing or of another state of the shard."""
-    try:
-        about = json.loads(_read(file).schema.metadata[b"ldm"])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
-        return None
-    return about if about["stamp"] == stamp else None
+def _kept(files: Sequence[Path], stamp: str) -> dict | None:
+    """What the first index file of a shard's present state says, None where there is none."""
+    for file in files:
+        try:
+            about = json.loads(_read(file).schema.metadata[b"ldm"])
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+            continue
+        if about["stamp"] == stamp:
+            return about | {"file": os.path.abspath(file)}
+    return None
 
 
 def _stamps(shards: Sequence[str], fetch: Fetch) -> list[str]:
-    """What changes when a shard does."""
+    """What changes when a shard does, or what lies beside it."""
+
+    def stamp(shard: str) -> str:
+        beside = [] if is_remote(shard) else [shard.removesuffix(".tar") + end for end in (".parquet", "_stats.json")]
+        return " ".join([str(VERSION), *(f"{Path(p).suffix} {fetch.stamp(p)}" for p in (shard, *filter(os.path.isfile, beside)))])
+
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda s: f"{VERSION} {fetch.stamp(s)}", shards))
+        return list(pool.map(stamp, shards))
 
 
-def _index_file(shard: str, cache: str | Path) -> Path:
-    return _index_folder(shard, cache) / f"{shard.rpartition('/')[2]}.arrow"
+def _index_files(shard: str, cache: str | Path) -> list[Path]:
+    """Where a shard's index file may lie."""
+    return [folder / _index_name(shard) for folder in _index_folders(shard, cache)]
 
 
-def _index_folder(shard: str, cache: str | Path) -> Path:
+def _index_name(shard: str) -> str:
+    return f"{shard.rpartition('/')[2]}.arrow"
+
+
+def _index_folders(shard: str, cache: str | Path) -> list[Path]:
+    """Beside the shard, where it is local, and below the cache."""
     folder = shard.rpartition("/")[0] or "."
-    if not is_remote(shard) and os.access(folder, os.W_OK):
-        return Path(folder) / ".index"
-    return Path(cache).expanduser() / "index" / _digest([folder if is_remote(shard) else str(Path(folder).resolve())])[:16]
+    known = folder if is_remote(shard) else str(Path(folder).resolve())
+    cached = Path(cache).expanduser() / "index" / _digest([known])[:16]
+    return [cached] if is_remote(shard) else [Path(folder) / ".index", cached]
+
+
+def _writable(folders: Sequence[Path]) -> Path:
+    """The first that can be written to, or made; else the last, which says why it cannot."""
+    there = (next(f for f in (folder, *folder.parents) if f.exists()) for folder in folders)
+    return next((folder for folder, f in zip(folders, there) if os.access(f, os.W_OK)), folders[-1])
+
+
+def _absolute(shard: str) -> str:
+    return shard if is_remote(shard) else os.path.abspath(shard)
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The file appears whole or not at all.
+
+    Raises:
+        OSError: it cannot; names the setting to change.
+    """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(
+            f"The index of the shards cannot be written into {path.parent}: {error}. Name a folder that it can be written into: "
+            "data.cache=FOLDER, or LDM_CACHE=FOLDER in the environment."
+        ) from error
 
 
 def _read(path: Path) -> pa.Table:
@@ -211,7 +258,7 @@ def _read(path: Path) -> pa.Table:
         return pa.ipc.open_file(file).read_all()
 
 
-def _digest(words: Sequence[str] | map) -> str:
+def _digest(words: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(words).encode(errors="surrogateescape")).hexdigest()
 
 

@@ -10,18 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.data.decode import BadSample, View, is_image
+from ldm.data.decode import BadSample, View, is_array, is_image
 from ldm.data.order import Place
 from ldm.data.samples import CROP, SIZES, Loaded, Samples
+from ldm.data.source import expand
 from ldm.data.write import write_shard
 from ldm.types import Autoencoder
 
@@ -62,15 +68,16 @@ def write_latents(
     for number in tqdm(numbers, desc=f"{split} latents", unit="shard", disable=rank > 0):
         path = folder / f"{number:05d}.tar"
         if not path.is_file():
+            for rest in folder.glob(f".{path.name}-*"):  # of a process that was killed
+                rest.unlink()
             rows = range(number * per_shard, min((number + 1) * per_shard, len(samples)))
             places = _places(*data.parts(split), rows, batch)
             write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text and text[1]), path)
 
 
 def about(autoencoder: nn.Module, half: bool = False, text: nn.Module | None = None) -> dict[str, Any]:
-    """What made the latents: the weights, as hashes, and the precision."""
-    towers = {"autoencoder": weights_hash(autoencoder), "text": text and weights_hash(text)}
-    return towers | {"precision": "float16" if half else "float32"}
+    """What made the latents: the weights, as hashes, the text's settings, and the precision."""
+    return {"autoencoder": weights_hash(autoencoder), **_about_text(text), "precision": "float16" if half else "float32"}
 
 
 def shape_of(data: Any) -> dict[str, Any]:
@@ -88,36 +95,73 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def check_provenance(data: Any, stage: Any) -> None:
-    """Compares the latents that a stage is to be trained on with its model, also with what this reads only when it draws.
+    """Compares the latents that a stage is to be trained and validated on with its model, also with what this reads only when
+    it draws, and those of several folders with each other.
 
     Raises:
-        ValueError: another autoencoder or text tower made them, or they are of another size.
+        ValueError: another autoencoder or text tower made them, they are of another size or precision, or are not all there.
     """
-    model = getattr(stage, "model", None)
-    sources = [data.train] if isinstance(data.train, str | Path) else data.train
-    files = [Path(source) / RECORD for source in sources if (Path(source) / RECORD).is_file()]
-    if model is None or any(is_image(member) for member in data.fields.values()) or not files:
+    model, members = getattr(stage, "model", None), data.fields.values()
+    if model is None or any(is_image(member) for member in members) or not any(is_array(member) for member in members):
         return
-    here = {"autoencoder": _hash_of(model.autoencoder), **shape_of(data)}
-    for embedder in model.conditioner.embedders.values() if hasattr(model, "conditioner") else ():
-        if f"{embedder.key}_tokens" in data.fields and hasattr(embedder, "load"):
-            here |= {"text": _hash_of(embedder)}
-    lines = {"autoencoder": "autoencoder.path=FOLDER", "text": "condition.cached_text.load.model=...", "crop": "data.train=..."}
-    for file in files:
-        there = json.loads(file.read_text(encoding="utf-8"))
-        for what, value in here.items():
-            if value is not None and there.get(what, value) != value:
-                raise ValueError(
-                    f"The latents in {file.parent} were made with another {what} ({_short(there[what])}) than this run's "
-                    f"({_short(value)}). Name what made them ({lines.get(what, f'data.{what}=...')}), or make them again with "
-                    "`python precompute.py model=AUTOENCODER out=...`."
-                )
+    texts = [e for e in model.conditioner.embedders.values() if hasattr(e, "load") and f"{e.key}_tokens" in data.fields]
+    here = shape_of(data)
+    for part in (model.autoencoder, *texts):
+        here |= _made_by(part)
+    for source in filter(None, (data.train, data.val)):
+        known = [("this run", here)]
+        for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in expand(source)):
+            there = _record_of(folder)
+            if there is None:
+                rank_zero_warn(f"{folder} has no {RECORD}: what made the latents in it is not known, and was not compared.")
+                continue
+            for other, those in known:
+                _compare(folder, there, other, those)
+            known.append((folder, {name: there.get(name) for name in ("autoencoder", "precision")}))
+            _check_whole(Path(folder), there)
 
 
-def _hash_of(part: nn.Module) -> str | None:
-    """Of the weights, read and forgotten again where the part reads them only when they are needed; None where it has none."""
-    loaded = part.load() if hasattr(part, "load") else part
-    return weights_hash(loaded) if list(loaded.parameters()) else None
+def _made_by(part: nn.Module) -> dict[str, Any]:
+    """What a part of the model says of itself; one that is read only when it is needed is read, checked and forgotten again."""
+    found = part.load().eval() if hasattr(part, "load") else part
+    if hasattr(part, "check"):
+        part.check(found)
+    if hasattr(found, "settings"):
+        return _about_text(found)
+    return {"autoencoder": weights_hash(found) if list(found.parameters()) else None}
+
+
+def _about_text(text: nn.Module | None) -> dict[str, Any]:
+    return {"text": text and weights_hash(text), "text_settings": text and text.settings()}
+
+
+def _record_of(folder: str) -> dict[str, Any] | None:
+    """What made the latents in a folder, or below an address; None where that is not said."""
+    system, path = fsspec.core.url_to_fs(folder or ".")
+    file = f"{path}/{RECORD}"
+    return json.loads(system.cat_file(file)) if system.isfile(file) else None
+
+
+def _compare(folder: str, there: Mapping[str, Any], other: str, here: Mapping[str, Any]) -> None:
+    lines = {"autoencoder": "autoencoder.path=FOLDER", "text": "condition.cached_text.load.model=..."}
+    lines["text_settings"] = "condition.cached_text.load.layers=... and so on"
+    lines |= dict.fromkeys(("crop", "precision"), "data.train=...")
+    for what, value in here.items():
+        if value is not None and there.get(what, value) != value:
+            raise ValueError(
+                f"The latents in {folder} were made with another {what} ({_short(there[what])}) than {other}'s "
+                f"({_short(value)}). Name what made them ({lines.get(what, f'data.{what}=...')}), or make them again with "
+                "`python precompute.py model=AUTOENCODER out=...`."
+            )
+
+
+def _check_whole(folder: Path, there: Mapping[str, Any]) -> None:
+    found, wanted = len(list(folder.glob("*.tar"))), math.ceil(there.get("count", 0) / there.get("per_shard", 1))
+    if folder.is_dir() and found < wanted:
+        raise ValueError(
+            f"{folder} holds {found} of the {wanted} shards of latents that precompute.py was to write: it was stopped. The same "
+            "command goes on where it stopped."
+        )
 
 
 def _short(value: Any) -> str:
@@ -131,7 +175,9 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> None:
         if any(folder.glob("*.tar")):
             raise ValueError(f"{folder} holds shards that are not ours; write to another folder (out=...).")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        part = file.with_name(f".{RECORD}-{uuid.uuid4().hex[:8]}")
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, file)
     before = json.loads(file.read_text(encoding="utf-8"))
     if other := [f"{k} {before.get(k)} there, {v} here" for k, v in record.items() if before.get(k) != v]:
         raise ValueError(f"{folder} holds other latents: {'; '.join(other)}. Write to another folder (out=...), or remove it.")
@@ -157,6 +203,7 @@ def _encoded(
     half: bool,
     embed: Embed | None,
 ) -> Iterator[dict[str, Any]]:
+    seen: Counter[str] = Counter()
     for chosen in places:
         at = {place.position: (place.shard, place.row) for place in chosen}
         fields = loaded.__getitems__(chosen)
@@ -168,7 +215,9 @@ def _encoded(
         for i, (key, position) in enumerate(zip(fields["key"], fields["position"].tolist())):
             kept = _rest(loaded.samples, *at[position])
             kept["json"] = {**kept.get("json", {}), **_sizes(fields, i)}
-            yield {"__key__": key, **kept, **{member: array[i] for member, array in arrays.items()}}
+            seen[key] += 1  # another folder's sample may have the same
+            name = key if seen[key] == 1 else f"{key}-{seen[key]}"
+            yield {"__key__": name, **kept, **{member: array[i] for member, array in arrays.items()}}
 
 
 def _rest(samples: Samples, shard: int, row: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ldm.data.decode import MAX_RECORD, is_image, picture_size
-from ldm.data.tar import Spans, read_headers
+from ldm.data.tar import Damaged, Spans, read_headers
 
 HASHES = ("sha256", "sha512", "md5")
 SIZES = ("width", "height", "original_width", "original_height")
@@ -35,21 +35,28 @@ def describe(path: str | Path) -> pa.Table:
         spans = np.array([found.get(member, (-1, 0)) for found in samples.values()], dtype=np.int64)
         columns |= {f"{member}:offset": pa.array(spans[:, 0]), f"{member}:size": pa.array(spans[:, 1])}
     with open(path, "rb") as file:
-        records = _records(Path(path), file.fileno(), samples)
+        records = records_of(Path(path), file.fileno(), samples)
         columns |= _numbers(file.fileno(), samples, records)
         columns["caption_length"] = pa.array(_caption_lengths(file.fileno(), samples))
     columns["hash"] = pa.array([_hash(record) for record in records], pa.uint64())
     return pa.table(columns)
 
 
-def _records(path: Path, file: int, samples: Spans) -> list[Mapping[str, Any]]:
-    """Each sample's json; where the shard has none, its row in the Parquet file beside it."""
+def records_of(path: Path, file: int, samples: Spans) -> list[Mapping[str, Any]]:
+    """Each sample's json; where the shard has none, its row in the Parquet file beside it.
+
+    Raises:
+        Damaged: that file cannot be read.
+    """
     if any("json" in found for found in samples.values()):
         return [_parse(file, found) for found in samples.values()]
     beside = path.with_suffix(".parquet")
     if not beside.is_file():
         return [{} for _ in samples]
-    rows = {str(row.get("key")): row for row in pq.read_table(beside).to_pylist()}
+    try:
+        rows = {str(row.get("key")): row for row in pq.read_table(beside).to_pylist()}
+    except (OSError, pa.ArrowException) as error:
+        raise Damaged(f"has a {beside.name} that cannot be read: {error}") from error
     return [rows.get(key.rpartition("/")[2], {}) for key in samples]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import math
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from io import FileIO
 from mmap import ACCESS_READ, mmap
+from multiprocessing import active_children
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from ldm.data.cut import CROP, SIZES, cut, told
 from ldm.data.decode import MAX_BYTES, BadSample, View, decode, is_array, is_image
 from ldm.data.index import Index
 from ldm.data.order import Place, generator
@@ -25,9 +28,7 @@ from ldm.data.selection import Selection
 
 OPEN_FILES = 128  # shards a process holds open
 ATTEMPTS = 100  # substitutes that are tried for one bad sample
-AUGMENT, REPLACE = 2**32 + 2, 2**32 + 3  # streams of random numbers
-CROP = ("crop_top", "crop_left")
-SIZES = ("original_height", "original_width", *CROP, "target_height", "target_width")
+REPLACE = 2**32 + 3  # a stream of random numbers
 
 
 class Where(NamedTuple):
@@ -103,8 +104,9 @@ class Samples(Dataset[dict[str, Any]]):
         offset, size = self.index.table(shard).span(row, member)
         if offset < 0 or size > MAX_BYTES:
             raise BadSample(f"Member {member!r} of {self.where(shard, row)} is {'missing' if offset < 0 else 'too large'}.")
+        file = self._files[shard].fileno()  # a shard that cannot be had at all ends the training, which goes on exactly later
         try:
-            data = os.pread(self._files[shard].fileno(), size, offset)
+            data = os.pread(file, size, offset)
         except OSError as error:
             raise BadSample(f"Member {member!r} of {self.where(shard, row)} cannot be read: {error!r}") from error
         if len(data) != size:
@@ -114,7 +116,8 @@ class Samples(Dataset[dict[str, Any]]):
         return data
 
     def _open(self, shard: int) -> FileIO:
-        return FileIO(self.index.fetch(self.index.shards[shard]))
+        with self.index.fetch.held(self.index.shards[shard]) as path:
+            return FileIO(path)
 
     def _map(self, shard: int) -> memoryview:
         return memoryview(mmap(self._files[shard].fileno(), 0, access=ACCESS_READ))
@@ -146,7 +149,7 @@ class Loaded(Dataset[dict[str, Any]]):
             for attempt in range(ATTEMPTS):
                 shard, row = self._instead(place, attempt) if attempt else (place.shard, place.row)
                 try:
-                    view = self._view(place)
+                    view = cut(place.position, place.height, place.width, self.crop, self.flip, self.seed)
                     for column in columns.values():
                         column.put(len(kept), shard, row, view)
                 except BadSample as error:
@@ -157,7 +160,7 @@ class Loaded(Dataset[dict[str, Any]]):
                     kept.append((place.position, shard, row, view))
                     break
         if not kept:
-            raise ValueError(f"None of {len(places)} samples can be read: {bad[0]}")
+            raise ValueError(f"None of {len(places)} samples can be read: {bad[0]} Mend the shards: python -m ldm.data.doctor.")
         batch = {field: column.result(len(kept)) for field, column in columns.items()}
         batch |= {"key": [self.samples.index.table(s).key(r) for _, s, r, _ in kept]}
         batch |= {"position": torch.tensor([p for p, *_ in kept], dtype=torch.int64)}
@@ -168,30 +171,12 @@ class Loaded(Dataset[dict[str, Any]]):
         selection = self.others[place.height, place.width]
         return selection.locate(int(generator(self.seed, place.position, REPLACE, attempt).integers(len(selection))))
 
-    def _view(self, place: Place) -> View:
-        if self.crop == "center" and not self.flip:
-            return middle(place.height, place.width)
-        v, u, mirror = generator(self.seed, place.position, AUGMENT).random(3).tolist()
-        v, u = (v, u) if self.crop == "random" else (0.5, 0.5)
-        return View(place.height, place.width, v, u, mirror < self.flip)
-
     def _sizes(self, kept: Sequence[tuple[int, int, int, View]]) -> dict[str, Tensor]:
-        """What SDXL is told of each picture (https://arxiv.org/abs/2307.01952, 2.2): (B) int64 each.
-
-        Latents that were made ahead say in their records where their pictures were cut.
-        """
-        cut = self.samples.index.table(kept[0][1]).column(CROP[0]) is not None
-        if not cut and not any(is_image(member) for member in self.samples.fields.values()):
+        """SIZES, (B) int64 each, and `mirrored`, where there are pictures or records of how they were cut."""
+        cut_ahead = self.samples.index.table(kept[0][1]).column(CROP[0]) is not None
+        if not cut_ahead and not any(is_image(member) for member in self.samples.fields.values()):
             return {}
-        rows = []
-        for _, shard, row, view in kept:
-            table = self.samples.index.table(shard)
-            width, height = (table.number(row, side) for side in ("width", "height"))
-            original = [table.number(row, f"original_{side}") for side in ("height", "width")]
-            known = not math.isnan(width) and not math.isnan(height)
-            corner = view.corner(int(width), int(height)) if known else (0, 0)
-            corner = [table.number(row, side) for side in CROP] if cut else corner
-            rows.append([*(int(n) if not math.isnan(n) else 0 for n in (*original, *corner)), view.height, view.width])
+        rows = [told(partial(self.samples.index.table(s).number, row), view, cut_ahead) for _, s, row, view in kept]
         mirrored = {"mirrored": torch.tensor([view.flip for *_, view in kept])}
         return mirrored | dict(zip(SIZES, torch.tensor(rows, dtype=torch.int64).unbind(1)))
 
@@ -255,9 +240,6 @@ class Column:
             self.bytes = memoryview(self.tensor.numpy().reshape(-1).view(np.uint8))
 
 
-middle = cache(View)  # the views that are not random
-
-
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor that travels from a worker to its parent without a copy.
 
@@ -293,6 +275,25 @@ def as_is(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
+def loading(workers: int, again: bool) -> dict[str, Any]:
+    """How a DataLoader is to load with that many processes, which stay for the next epoch where it is read `again`."""
+    if workers:
+        atexit.register(end_workers)
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0 and again,
+        "worker_init_fn": stay,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
 def stay(_: int) -> None:
     """A worker that gets SIGTERM, as every process of a job does, goes on once: the training it feeds ends between two steps."""
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
+
+
+def end_workers() -> None:
+    """Ends them for good as this process exits, which would send them one SIGTERM and wait for ever."""
+    for child in active_children():
+        if child.daemon:
+            child.kill()

@@ -11,33 +11,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ldm.data.ahead import ahead
 from ldm.data.bad import BadSamples
 from ldm.data.bucket import Report, Size, sizes_of
-from ldm.data.decode import decoder, is_array, is_image, is_text
+from ldm.data.decode import is_image
 from ldm.data.fetch import CACHE, Fetch
 from ldm.data.filter import select
 from ldm.data.index import Damage, Index
 from ldm.data.latents import check_provenance
 from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
-from ldm.data.samples import Loaded, Samples, as_is, stay, to_float
+from ldm.data.samples import Loaded, Samples, as_is, loading, to_float
 from ldm.data.selection import Selection
-from ldm.data.source import Sources, expand
+from ldm.data.settings import check_settings
+from ldm.data.source import Sources, expand, owners
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}
-RESERVED = ("key", "position", "bad")
 Split = Literal["train", "val"]
 
 
@@ -46,7 +45,7 @@ class Shards(pl.LightningDataModule):
 
     Args:
         train, val: a folder, a tar, a glob, a brace pattern, an address (s3, gs, http), or a list of these.
-        fields: batch field -> member; {"image": "jpg", "caption": "txt"} by default.
+        fields: batch field -> member; {"image": "jpg", "caption": "txt"} by default. A field of no member (null) is left out.
         size: pixels of pictures and label maps; of the square of the same area where there are buckets.
         batch: samples of one optimizer step, over all devices and micro-batches.
         seed: of the order, and of `crop` and `flip`.
@@ -68,7 +67,7 @@ class Shards(pl.LightningDataModule):
         self,
         train: Sources,
         val: Sources | None = None,
-        fields: Mapping[str, str] | None = None,
+        fields: Mapping[str, str | None] | None = None,
         size: int = 256,
         batch: int = 64,
         seed: int = 0,
@@ -87,19 +86,17 @@ class Shards(pl.LightningDataModule):
         on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
     ) -> None:
         super().__init__()
-        self.fields = dict(FIELDS if fields is None else fields)
+        self.fields = {field: member for field, member in (FIELDS if fields is None else fields).items() if member}
         self.train, self.val, self.size, self.batch, self.seed, self.workers = train, val, size, batch, seed, workers
         self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
         self.window, self.lanes, self.damaged, self.cache, self.on_mismatch = window, lanes, damaged, cache, on_mismatch
-        self._check()
         self.sizes = sizes_of(buckets, size)
-        if weights and len(self.sizes) > 1:
-            raise ValueError("data.weights with data.buckets: a mixture has no buckets; leave one of the two out.")
+        check_settings(self)
         self.fetch, self.report = Fetch(cache, cache_gb), Report(self.sizes)
         self.bad = BadSamples(max_bad_fraction)
         self.consumed = 0  # samples that training had taken where this run begins
         self._ahead = 0  # consumed samples beyond global_step * batch, after an epoch was begun anew
-        self._resumed = False
+        self._resumed = self._begun = False
         self._buckets: dict[Split, list[Selection]] = {}
 
     @cached_property
@@ -119,9 +116,10 @@ class Shards(pl.LightningDataModule):
         if self.weights is None:
             streams = [Stream(part, self.seed, self.window, self.lanes, number) for number, part in enumerate(parts)]
             return Steps(streams, self.sizes, [len(part) for part in parts], self.batch, self.seed)
-        owner = {shard: i for i, one in enumerate(self.train) for shard in expand(one)}
-        of = np.array([owner[shard] for shard in index.shards])
+        of = owners(self.train, index.shards)
         sets = [parts[0].within(of == i) for i in range(len(self.train))]
+        if empty := [str(one) for one, samples in zip(self.train, sets) if not len(samples)]:
+            raise ValueError(f"data.weights: there is nothing to train on in {', '.join(empty)}; look at data.filters.")
         streams = [Stream(one, self.seed, self.window, number=i) for i, one in enumerate(sets)]
         mixture = Mixture(streams, self.weights, self.batch, self.seed)
         return Steps([mixture], self.sizes, [len(parts[0])], self.batch, self.seed)
@@ -135,12 +133,25 @@ class Shards(pl.LightningDataModule):
         _ = self.train_set, self.val_set
         check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
-    def train_dataloader(self) -> DataLoader:
-        """Endless micro-batches of this device, from sample `consumed` on."""
+    def train_dataloader(self) -> Iterable[Batch]:
+        """Endless micro-batches of this device, from sample `consumed` on.
+
+        Raises:
+            ValueError: a checkpoint that was trained with another kind of data, and `on_mismatch` is "refuse".
+        """
+        if self._unsaid():
+            if self.on_mismatch == "refuse":
+                raise ValueError(
+                    f"The checkpoint of step {self.trainer.global_step} was trained with another kind of data than "
+                    f"{type(self).__name__}, and its order of samples is not this one's. Take that data=..., begin another run "
+                    "(run_id=..., resume=never), or an epoch of this data: data.on_mismatch=restart_epoch."
+                )
+            self._begin(self.steps.first_step(self.steps.epoch_of(self.trainer.global_step)), self.trainer.global_step)
+        self._begun = True
         rank, world, accumulate = self._share()
         order = Batches(self.steps, rank, world, accumulate, self.consumed // self.batch)
         others = dict(zip(self.sizes, self._buckets["train"]))
-        return self._load(Loaded(self.train_set, others, self.crop, self.flip, self.seed), order)
+        return ahead(self._load(Loaded(self.train_set, others, self.crop, self.flip, self.seed), order), self.trainer)
 
     def val_dataloader(self) -> DataLoader | list:
         """Every validation sample once over all devices, bucket by bucket. Empty without data.val."""
@@ -249,22 +260,15 @@ class Shards(pl.LightningDataModule):
             rank_zero_warn(
                 f"The checkpoint's order of samples is not this run's: {changes}. Beginning epoch {state_dict['epoch']} anew."
             )
-        self._ahead = self.consumed - state_dict["step"] * self.batch
-        self._resumed = True
+        self._begin(self.consumed // self.batch, state_dict["step"])
 
-    def _check(self) -> None:
-        for field, member in self.fields.items():
-            if field in RESERVED:
-                raise ValueError(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
-            decoder(member)
-        if (self.flip or self.crop != "center") and all(is_array(member) or is_text(member) for member in self.fields.values()):
-            raise ValueError(f"data.flip={self.flip} data.crop={self.crop}: data.fields names no pictures, only {self.fields}.")
-        choices = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "leave_out"), "crop": ("center", "random")}
-        for name, words in choices.items():
-            if getattr(self, name) not in words:
-                raise ValueError(f"data.{name}={getattr(self, name)!r}; wanted `{words[0]}` or `{words[1]}`.")
-        if self.weights is not None and (isinstance(self.train, str | Path) or len(self.weights) != len(self.train)):
-            raise ValueError(f"data.weights={list(self.weights)}: data.train must be a list of as many data sets.")
+    def _unsaid(self) -> bool:
+        """Whether training goes on from a checkpoint that says nothing of this kind of data."""
+        return self.trainer is not None and self.trainer.global_step > 0 and not self._begun
+
+    def _begin(self, first: int, step: int) -> None:
+        """Goes on with the samples of step `first` at optimizer step `step`."""
+        self.consumed, self._ahead, self._resumed, self._begun = first * self.batch, (first - step) * self.batch, True, True
 
     def _opened(self, split: Split, source: Sources) -> Samples:
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
@@ -288,12 +292,5 @@ class Shards(pl.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def _load(self, loaded: Loaded, order: Batches | Once) -> DataLoader:
-        return DataLoader(
-            loaded,
-            batch_sampler=order,
-            collate_fn=as_is,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            worker_init_fn=stay,
-            pin_memory=torch.cuda.is_available(),
-        )
+        again = isinstance(order, Once)  # the other one has no end
+        return DataLoader(loaded, batch_sampler=order, collate_fn=as_is, **loading(self.workers, again))

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 
-from ldm.data.fetch import SCHEMES, is_remote, list_remote
+import numpy as np
+
+from ldm.data.fetch import SCHEMES, check_remote, is_remote, list_remote
 
 Sources = str | Path | Sequence[str | Path]
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -22,24 +24,54 @@ def expand(source: Sources, option: str = "data.train") -> list[str]:
         paths and addresses, sorted, each once.
 
     Raises:
-        ValueError: an address that shards are not read from (`pipe:`).
+        ValueError: see `check_sources`.
         FileNotFoundError: there are no shards.
     """
-    sources = [source] if isinstance(source, str | Path) else list(source)
-    shards = sorted({path for one in sources for path in _expand_one(str(one), option)})
+    check_sources(source, option)
+    shards = sorted({path for one in listed(source) for path in _expand_one(one, option)})
     if not shards:
         raise FileNotFoundError(_nothing("[]", option))
     return shards
 
 
+def owners(sources: Sequence[str | Path], shards: Sequence[str]) -> np.ndarray:
+    """(S) int64, which of some sources each shard is of.
+
+    Raises:
+        ValueError: it is of two.
+    """
+    owner: dict[str, int] = {}
+    for i, one in enumerate(sources):
+        for shard in expand(one):
+            if owner.setdefault(shard, i) != i:
+                raise ValueError(f"data.weights: {shard} belongs to {sources[owner[shard]]} and {one}; a shard has one weight.")
+    return np.array([owner[shard] for shard in shards])
+
+
+def listed(source: Sources) -> list[str]:
+    """The entries of a source, each as text."""
+    return [str(one) for one in ([source] if isinstance(source, str | Path) else source)]
+
+
+def check_sources(source: Sources, option: str = "data.train") -> None:
+    """Makes sure that shards can be read from such places, without a look at them.
+
+    Raises:
+        ValueError: an address that shards are not read from (`pipe:`), or whose reader is not installed.
+    """
+    for one in listed(source):
+        if is_remote(one):
+            check_remote(one, option)
+        elif _SCHEME.match(one):
+            raise ValueError(
+                f"{option}={one!r}: shards are read from local paths (a folder, *.tar, a list) and from "
+                f"{', '.join(f'{scheme}://' for scheme in SCHEMES)}; nothing else, and never from a command."
+            )
+
+
 def _expand_one(source: str, option: str) -> list[str]:
     if is_remote(source):
         return [shard for pattern in _braces(source) for shard in _expand_remote(pattern, option)]
-    if _SCHEME.match(source):
-        raise ValueError(
-            f"{option}={source!r}: shards are read from local paths (a folder, *.tar, a list) and from "
-            f"{', '.join(f'{scheme}://' for scheme in SCHEMES)}; nothing else, and never from a command."
-        )
     if Path(source).is_dir():
         found = [str(path) for path in Path(source).glob("*.tar")]
         if not found:

@@ -1,34 +1,50 @@
 """The plain WebDataset pipeline, for those who want it: shards drawn again and again, a shuffle buffer, no index.
 
 The fields are those of `data=shards`. Every rank and worker draws with a seed of its own, told explicitly. What it cannot do:
-see damage that ends a shard early (the index does), visit each sample once an epoch, or resume exactly; after a resume it goes
-on with other draws, while noise and dropout, which follow `position`, go on as they were.
+see damage that ends a shard early (the index does), visit each sample once an epoch, filter, or resume exactly; after a resume it
+goes on with other draws, while crops, noise and dropout, which follow `position`, go on as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import math
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from webdataset import filters, tariterators
 
-from ldm.data.decode import BadSample, View, decode
-from ldm.data.fetch import Fetch
+from ldm.data.ahead import ahead
+from ldm.data.cut import CROP, SIZES, cut, told
+from ldm.data.decode import MAX_BYTES, BadSample, View, decode, is_image, picture_size
+from ldm.data.latents import check_provenance
 from ldm.data.order import generator
-from ldm.data.samples import stay
+from ldm.data.samples import ATTEMPTS, loading
 from ldm.data.shards import Shards
 from ldm.data.source import expand
+from ldm.data.tar import Damaged
+from ldm.types import Batch
 
 DRAWS = 2**32 + 4  # a stream of random numbers
+INDEXED = ("filters", "buckets", "weights")
 
 
 class Streamed(Shards):
-    """As Shards, but training reads through WebDataset; `shuffle` samples wait in each worker's buffer."""
+    """As Shards, but training reads through WebDataset; `shuffle` samples wait in each worker's buffer.
+
+    Raises:
+        ValueError: settings that need an index.
+    """
 
     def __init__(self, train: Any, shuffle: int = 1000, **shards: Any) -> None:
         super().__init__(train, **shards)
         self.shuffle = shuffle
+        for name in INDEXED:
+            if shards.get(name):
+                raise ValueError(f"data.{name}={shards[name]}: data=stream has no index, which that needs; take data=shards.")
 
     def prepare_data(self) -> None:
         """Indexes the validation shards."""
@@ -37,18 +53,18 @@ class Streamed(Shards):
     def setup(self, stage: str | None = None) -> None:
         """Names the training shards."""
         _ = self.val_set, expand(self.train)
+        check_provenance(self, getattr(self.trainer, "lightning_module", None))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Endless micro-batches of this device."""
+        if self._unsaid():
+            self._begin(self.trainer.global_step, self.trainer.global_step)
+        self._begun = True
         rank, world, accumulate = self._share()
-        size = self.batch // (world * accumulate)
-        if size * world * accumulate != self.batch:
+        if self.batch % (world * accumulate):
             raise ValueError(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
-        start = self.consumed // self.batch
-        drawn = Drawn(expand(self.train), self.fields, self.size, self.fetch, self.shuffle, self.seed)
-        drawn.rank, drawn.size, drawn.batch, drawn.accumulate, drawn.start = rank, size, self.batch, accumulate, start
-        workers = {"num_workers": self.workers, "persistent_workers": self.workers > 0, "worker_init_fn": stay}
-        return DataLoader(drawn, batch_size=None, **workers)
+        drawn = Drawn(self, expand(self.train), rank, self.batch // (world * accumulate), accumulate)
+        return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples training has taken."""
@@ -57,48 +73,97 @@ class Streamed(Shards):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with other draws."""
-        self.consumed = state_dict["consumed"]
-        self._ahead, self._resumed = self.consumed - state_dict["step"] * self.batch, True
+        self._begin(state_dict["consumed"] // self.batch, state_dict["step"])
 
 
 class Drawn(IterableDataset):
-    """Batches of one rank; `rank`, `size` of a micro-batch, global `batch`, `accumulate`, `start` step are set from outside."""
+    """Micro-batches of `size` samples for one rank, `accumulate` a step."""
 
-    rank, size, batch, accumulate, start = 0, 1, 1, 1, 0
-
-    def __init__(
-        self, shards: Sequence[str], fields: Mapping[str, str], pixels: int, fetch: Fetch, shuffle: int, seed: int
-    ) -> None:
-        self.shards, self.fields, self.fetch, self.shuffle, self.seed = shards, fields, fetch, shuffle, seed
-        self.view = View(pixels, pixels)
+    def __init__(self, data: Streamed, shards: Sequence[str], rank: int, size: int, accumulate: int) -> None:
+        self.shards, self.fetch, self.leave_out = shards, data.fetch, data.damaged == "leave_out"
+        self.fields, self.pixels, self.crop, self.flip = data.fields, data.size, data.crop, data.flip
+        self.shuffle, self.seed, self.start, self.batch = data.shuffle, data.seed, data.consumed // data.batch, data.batch
+        self.rank, self.size, self.accumulate = rank, size, accumulate
+        self.members = (*self.fields.values(), "json")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         random = generator(self.seed, self.start, DRAWS, self.rank * 2**20 + worker)
-        urls = ({"url": self.fetch(self.shards[random.integers(len(self.shards))])} for _ in iter(int, 1))
+        bad: list[str] = []
+        shards = (self.shards[random.integers(len(self.shards))] for _ in iter(int, 1))
         raw = filters.shuffle(self.shuffle, initial=self.shuffle // 10, seed=int(random.integers(2**31)))
-        samples = raw(tariterators.group_by_keys(tariterators.tar_file_expander(tariterators.url_opener(urls))))
-        number, bad, batch = worker, [], []
-        for sample in samples:
+        number, batch = worker, []
+        for sample in raw(tariterators.group_by_keys(file for shard in shards for file in self._files(shard, bad))):
             try:
-                batch.append(self._decoded(sample))
+                batch.append(self._decoded(sample, self._first(number) + len(batch)))
             except BadSample as error:
-                bad.append(str(error))
+                self._note(str(error), bad)
             if len(batch) == self.size:
-                yield self._joined(batch, number) | ({"bad": bad} if bad else {})
-                number, bad, batch = number + workers, [], []
+                yield joined(batch) | ({"bad": bad.copy()} if bad else {})
+                number, batch = number + workers, []
+                bad.clear()
 
-    def _decoded(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+    def _files(self, shard: str, bad: list[str]) -> Iterator[dict[str, Any]]:
+        """The members of a shard as webdataset has them, read where they are asked for; then a mark of its end."""
+        members = tuple(f".{member}" for member in self.members)
+        with self.fetch.held(shard) as path:
+            file = FileIO(path)
+        try:
+            with file, tarfile.open(fileobj=file, mode="r:") as tar:
+                if tar.next() is None:
+                    raise tarfile.ReadError("it holds nothing")
+                for info in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # forget what was read, or a large shard fills the memory
+                    if info.isreg() and not info.issparse() and info.size <= MAX_BYTES:
+                        asked = info.name.lower().endswith(members)
+                        yield {"fname": info.name, "data": tar.extractfile(info).read() if asked else b"", "__url__": shard}
+        except (tarfile.TarError, OSError) as error:
+            if not self.leave_out:
+                raise Damaged(
+                    f"{shard} is damaged or no plain tar: {error}. Mend it with `python -m ldm.data.doctor SHARDS --repair OUT`, "
+                    "or go on without what cannot be read: data.damaged=leave_out."
+                ) from error
+            self._note(f"Shard {shard} is damaged: {error}", bad)
+        yield {}
+
+    def _note(self, line: str, bad: list[str]) -> None:
+        bad.append(line)
+        if len(bad) >= ATTEMPTS + self.size:
+            raise ValueError(f"A batch of {self.size} samples cannot be filled, {len(bad)} could not be read; the last: {line}")
+
+    def _decoded(self, sample: Mapping[str, Any], position: int) -> dict[str, Any]:
         where = f"sample {sample['__key__']!r} in {sample['__url__']}"
         if lacking := [member for member in self.fields.values() if member not in sample]:
             raise BadSample(f"Member {lacking[0]!r} of {where} is missing.")
-        return {f: decode(m, sample[m], self.view, where) for f, m in self.fields.items()} | {"key": sample["__key__"]}
+        view = cut(position, self.pixels, self.pixels, self.crop, self.flip, self.seed)
+        values = {f: decode(m, sample[m], view, where) for f, m in self.fields.items()}
+        return values | {"key": sample["__key__"], "position": position} | self._sizes(sample, view)
 
-    def _joined(self, batch: Sequence[Mapping[str, Any]], number: int) -> dict[str, Any]:
-        """`number` counts this rank's micro-batches from `start` on."""
+    def _sizes(self, sample: Mapping[str, Any], view: View) -> dict[str, Any]:
+        """As in Loaded, from the sample's own record and the header of its picture."""
+        try:
+            record = decode("json", sample.get("json", b"{}"), view)
+        except BadSample:
+            record = {}
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        pictures = [sample[member] for member in self.fields.values() if is_image(member)]
+        if not pictures and CROP[0] not in numbers:
+            return {}
+        if pictures and not {"width", "height"} <= numbers.keys():
+            numbers |= dict(zip(("width", "height"), picture_size(io.BytesIO(pictures[0]))))
+        for side in ("width", "height"):
+            numbers.setdefault(f"original_{side}", numbers.get(side, math.nan))
+        sizes = told(lambda name: numbers.get(name, math.nan), view, CROP[0] in numbers)
+        return {"mirrored": view.flip, **dict(zip(SIZES, sizes))}
+
+    def _first(self, number: int) -> int:
+        """The position of the first sample of this rank's `number`-th micro-batch since `start`."""
         step, part = divmod(number, self.accumulate)
-        first = (self.start + step) * self.batch + (self.rank * self.accumulate + part) * self.size
-        joined = {field: [sample[field] for sample in batch] for field in batch[0]}
-        joined["position"] = list(range(first, first + self.size))
-        return {field: v if isinstance(v[0], str | dict) else default_collate(v) for field, v in joined.items()}
+        return (self.start + step) * self.batch + (self.rank * self.accumulate + part) * self.size
+
+
+def joined(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples -> a batch: numbers and arrays as tensors, all else as lists."""
+    columns = {field: [sample[field] for sample in batch] for field in batch[0]}
+    return {field: v if isinstance(v[0], str | dict) else default_collate(v) for field, v in columns.items()}

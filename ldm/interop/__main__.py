@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm.interop.convert import HUB, LAYOUTS, describe, push, read, write
+from ldm.interop.bundle import read_words
+from ldm.interop.convert import HUB, LAYOUTS, check, describe, push, read, read_part, write
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -17,13 +18,19 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=LAYOUTS)
     parser.add_argument("--prediction", choices=KINDS, help="what the network says, where the weights cannot tell")
     parser.add_argument("--autoencoder", help="whose latents the network draws, where SOURCE holds none: as SOURCE")
+    parser.add_argument("--vocabulary", help="folder with BERT's uncased vocab.txt, where SOURCE holds a BERT and no words")
     parser.add_argument("--licence", default="unknown", help="for the model card, such as apache-2.0")
     parser.add_argument("--push", metavar="ORG/NAME", help="then upload TARGET to the Hugging Face hub")
     told = parser.parse_args()
     try:
+        if told.push and told.push.count("/") != 1:
+            raise ValueError(f"--push {told.push}: name a repository as ORG/NAME.")
         bundle, layout = read(told.source, KINDS.get(told.prediction))
         if told.autoencoder:
-            bundle.parts["autoencoder"] = read(told.autoencoder)[0].parts["autoencoder"]
+            bundle.parts["autoencoder"] = read_part(told.autoencoder, KINDS.get(told.prediction))
+        if told.vocabulary:
+            bundle.words = read_words(Path(told.vocabulary))
+        check(bundle, told.source, KINDS.get(told.prediction))
         print(f"{told.source} is in the layout of {layout}:\n{describe(bundle)}")
         write(bundle, told.target, told.to, told.licence, told.source)
         print(f"The model is in {told.target}")

@@ -72,7 +72,8 @@ def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "attention": sorted(set(_numbers(shapes, r"encoder\.down\.(\d+)\.attn\..+"))),
         }
     except (KeyError, ValueError) as error:
-        raise ValueError(f"This is no autoencoder in CompVis' layout: {error} among its tensors.") from error
+        found = f"{error} is missing" if isinstance(error, KeyError) else "levels are missing"
+        raise ValueError(f"This is no autoencoder in CompVis' layout: {found} among its tensors.") from error
     codes = shapes.get("quantize.embedding.weight")
     if codes is None:
         return {"_target_": "ldm.autoencoder.kl.KL", **found}

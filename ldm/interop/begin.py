@@ -52,21 +52,25 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     for name in sorted(own.keys() & weights.keys()):
         here, there = own[name], weights[name]
         if here.shape == there.shape:
-            here.copy_(there)
             taken.append(name)
         elif here.ndim == 4 and here.shape[1] > there.shape[1] and here[:, : there.shape[1]].shape == there.shape:
-            here.zero_()[:, : there.shape[1]].copy_(there)
-            grown.append(f"{name}: {there.shape[1]} of {here.shape[1]} input channels, the others zero")
+            grown.append(name)
         else:
             other.append(f"{name}: {tuple(there.shape)} there, {tuple(here.shape)} here")
     wrong = [line for line in other if not line.startswith("conditioner.")]
     if wrong or not taken:
         few = "; ".join(wrong[:3]) or f"none of its {len(weights)} tensors is one of these {len(own)}"
         raise ValueError(f"model.init={source} is another network: {few}. Choose the backbone it was trained with.")
+    for name in taken:
+        own[name].copy_(weights[name])
+    for name in grown:
+        own[name].zero_()[:, : weights[name].shape[1]].copy_(weights[name])
     new = sorted(own.keys() - weights.keys())
     left = sorted(weights.keys() - own.keys())
     lines = [f"model.init={source}: {len(taken)} tensors taken, {len(grown)} grown, {len(new)} new, {len(left + other)} left"]
-    lines += [f"  grown  {line}" for line in grown] + [f"  new    {name}" for name in _few(new)]
+    for name in grown:
+        lines += [f"  grown  {name}: {weights[name].shape[1]} of {own[name].shape[1]} input channels, the others zero"]
+    lines += [f"  new    {name}" for name in _few(new)]
     lines += [f"  left   {name}" for name in _few(left + other)]
     return "\n".join(lines)
 

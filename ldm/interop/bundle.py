@@ -14,13 +14,18 @@ from ldm.autoencoder.vq import VQ
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
-from ldm.folder import LOCAL, load_tensors, read_json, save_model, save_tensors, write_json
+from ldm.folder import LOCAL, from_parts, load_tensors, save_model, save_tensors, with_parts, write_json, write_text
+from ldm.interop import unet
+from ldm.interop.conditions import IDENTITY
+from ldm.interop.tie import check_whole
+from ldm.interop.weights import check_numbers, read_config
 from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
 BACKBONE = "denoiser.backbone."
 BACKBONES = {"ldm.backbone.unet.UNet": UNet, "ldm.backbone.dit.DiT": DiT}
 AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
+WORDS = "condition.bert.vocabulary"  # the sub-folder of the LDM paper's text model's words
 CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
 BETAS = {"ScaledLinear": (0.00085, 0.012), "DDPM": (1e-4, 0.02)}  # what the schedules begin and end with unless told
@@ -45,17 +50,27 @@ class Bundle:
     """`recipe` builds the model, `weights` are what was trained, `parts` the frozen models by their sub-folder.
 
     Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
-    from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so.
+    from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so. `words` is the vocab.txt of a BERT.
+    `home` is the folder of our layout that it was read from, where its conditions' other files lie.
     """
 
     recipe: dict[str, Any] | None
     weights: dict[str, Tensor] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     grid: str | None = None
+    words: str | None = None
+    home: Path | None = None
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""
         return {n.removeprefix(BACKBONE): x for n, x in self.weights.items() if n.startswith(BACKBONE)}
+
+    def channels(self) -> int:
+        """How many channels the latents that it draws have."""
+        backbone, s = self.backbone(), self.settings()
+        if not self.is_dit:
+            return backbone["out.2.weight"].shape[0]
+        return backbone["last.out.weight"].shape[0] // s["patch"] ** 2 // (2 if s["learn_range"] else 1)
 
     @property
     def is_dit(self) -> bool:
@@ -80,28 +95,50 @@ def read_folder(folder: Path) -> Bundle:
     Raises:
         ValueError: it is not one. FileNotFoundError: a part of it is not there.
     """
-    recipe, weights = read_json(folder / "config.json"), load_tensors(folder / "model.safetensors")
+    recipe = read_config(folder / "config.json")
     if recipe.get("_target_") in AUTOENCODERS:
-        return Bundle(None, {}, {"autoencoder": Part(recipe, weights)})
+        return Bundle(None, {}, {"autoencoder": _whole_autoencoder(recipe, folder)})
     if recipe.get("_target_") != "ldm.build.assemble":
         raise ValueError(f"{folder} holds {recipe.get('_target_')}, neither a latent model nor an autoencoder.")
-    parts = {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
+    weights, parts = load_tensors(folder / "model.safetensors"), {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
     for place, node in towers(recipe["condition"]).items():
         parts[place] = _tower(node, folder)
-    return Bundle(recipe, weights, parts)
+    check_numbers(weights, folder / "model.safetensors")
+    told = recipe["condition"].get("bert", {}).get("vocabulary")
+    words = None if told is None else read_words(_home(told, folder))
+    bundle = Bundle(recipe, weights, parts, words=words, home=folder)
+    _check_network(bundle, folder / "model.safetensors")
+    return bundle
+
+
+def read_words(folder: Path) -> str:
+    """BERT's vocab.txt.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    path = folder / "vocab.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}. BERT's words are in the vocab.txt of google-bert/bert-base-uncased.")
+    return path.read_text(encoding="utf-8")
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
     """The same folder again; its last file says that it is whole."""
+    recipe = bundle.recipe
+    if bundle.home is not None:
+        recipe = with_parts(from_parts(recipe, bundle.home), folder)
+    if bundle.words is not None:
+        write_text(bundle.words, folder / WORDS / "vocab.txt")
     for place, part in bundle.parts.items():
-        home = folder if bundle.recipe is None else folder / place
+        home = folder if recipe is None else folder / place
         if part.tower:
             write_json({"model_cfg": part.config, "preprocess_cfg": {}}, home / CLIP_FILES[0])
             save_tensors(part.weights, home / CLIP_FILES[1])
         else:
             save_model(part.weights, part.config, home)
-    if bundle.recipe is not None:
-        save_model(bundle.weights, bundle.recipe, folder)
+    if recipe is not None:
+        save_model(bundle.weights, recipe, folder)
 
 
 def towers(condition: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -215,10 +252,28 @@ def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
     if node.get("_target_") != "ldm.build.load_autoencoder":
         raise ValueError(f"The autoencoder of {folder} is {node.get('_target_')}, which no other layout knows.")
     home = _home(node["path"], folder)
-    config = read_json(home / "config.json")
+    config = read_config(home / "config.json")
     if config.get("_target_") not in AUTOENCODERS:
         raise ValueError(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
-    return Part(config, load_tensors(home / "model.safetensors"))
+    return _whole_autoencoder(config, home)
+
+
+def _whole_autoencoder(config: Mapping[str, Any], home: Path) -> Part:
+    weights = load_tensors(home / "model.safetensors")
+    check_whole(weights, autoencoder_shapes(config), str(home / "model.safetensors"))
+    check_numbers(weights, home / "model.safetensors")
+    return Part(dict(config), weights)
+
+
+def _check_network(bundle: Bundle, path: Path) -> None:
+    """Raises ValueError where a U-Net's tensors are not those of its config; other backbones are looked at where they go."""
+    if bundle.recipe["backbone"]["_target_"] != "ldm.backbone.unet.UNet":
+        return
+    backbone, settings = bundle.backbone(), bundle.settings()
+    ties = unet.compvis(backbone, settings)
+    found = unet.settings_of({tie.theirs[0]: tuple(tie.split(backbone[name])[0].shape) for name, tie in ties.items()})
+    vector = {"vector": IDENTITY} if "vector.0.weight" not in backbone else {}
+    check_whole(backbone, unet_shapes(found["channels"], found["widths"], **settings, **vector), str(path))
 
 
 def _tower(node: Mapping[str, Any], folder: Path) -> Part:
@@ -226,8 +281,12 @@ def _tower(node: Mapping[str, Any], folder: Path) -> Part:
         config, weights = named_text_tower(node["model"], node.get("pretrained"))
         return Part(config, weights, tower=True)
     home = _home(node["model"].removeprefix(LOCAL), folder)
-    config, weights = read_json(home / CLIP_FILES[0])["model_cfg"], load_tensors(home / CLIP_FILES[1])
-    return Part(config, {name: weights[name] for name in tower_shapes(config)}, tower=True)
+    config, weights = read_config(home / CLIP_FILES[0])["model_cfg"], load_tensors(home / CLIP_FILES[1])
+    shapes = tower_shapes(config)
+    own = {name: x for name, x in weights.items() if name in shapes}  # beside them may lie a picture tower's
+    check_whole(own, shapes, str(home / CLIP_FILES[1]))
+    check_numbers(own, home / CLIP_FILES[1])
+    return Part(config, own, tower=True)
 
 
 def _home(path: str, folder: Path) -> Path:

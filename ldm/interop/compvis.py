@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.folder import save_tensors, write_text
 from ldm.interop import autoencoder as first_stage
-from ldm.interop import unet
+from ldm.interop import bert, unet
 from ldm.interop.bundle import (
     BACKBONE,
     Bundle,
@@ -28,9 +28,9 @@ from ldm.interop.bundle import (
 )
 from ldm.interop.compvis_config import check_told, heads_told, prediction_told, scale_told, schedule_told, told_beside, told_of
 from ldm.interop.compvis_text import TOWERS, read_texts, write_tower
-from ldm.interop.conditions import map_node, number_node
+from ldm.interop.conditions import LABEL, map_node, number_node, with_null, without_null
 from ldm.interop.tie import bring, give, taken
-from ldm.interop.weights import check_finite
+from ldm.interop.weights import check_numbers
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # Left by training, or computed again from settings.
@@ -39,7 +39,7 @@ LEFT += ("model_ema.", f"{VAE}loss.", "loss.", f"{VAE}model_ema.", "scale_factor
 LEFT += ("low_scale_model.", "depth_model.")  # a schedule's tables; another model, which makes depth maps
 # Tables of rows that are trained, by our name and theirs: of classes, and of the upscaler's noise steps.
 TABLES = {
-    "conditioner.embedders.label.table.weight": "cond_stage_model.embedding.weight",
+    LABEL: "cond_stage_model.embedding.weight",
     "conditioner.embedders.upscale.table.weight": f"{UNET}label_emb.weight",
 }
 
@@ -56,7 +56,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
             raise ValueError(f"{path} is no model in CompVis' or Stability's layout: it begins with {sorted(weights)[:3]}.")
         part, used = _read_autoencoder(weights, "", told, 0.18215)
         _check_left(path, weights, used)
-        check_finite(part.weights, path)
+        check_numbers(part.weights, path)
         return Bundle(None, {}, {"autoencoder": part})
     found = unet.settings_of(_below(weights, UNET))
     channels, widths = found.pop("channels"), found.pop("widths")
@@ -66,15 +66,18 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     ties = unet.compvis(shapes, found)
     ours = {BACKBONE + name: x for name, x in bring(ties, _averaged(weights), shapes, UNET).items()}
     ours |= {name: weights[theirs] for name, theirs in TABLES.items() if theirs in weights}
+    ours |= {LABEL: with_null(ours[LABEL])} if LABEL in ours else {}
     large, table = any(name.startswith("conditioner.") for name in weights), weights.get(f"{UNET}label_emb.weight")
     part, used = _read_autoencoder(weights, VAE, told, 0.13025 if large else 0.18215 if table is None else 0.08333)
-    condition, parts, read = _read_conditions(weights, widths, channels, table)
-    _check_left(path, weights, used | read | taken(ties, UNET) | set(TABLES.values()))
+    bert_node, bert_weights, bert_read = _read_bert(weights)
+    ours |= bert_weights
+    condition, parts, read = _read_conditions(weights, widths, channels, table, bert_node)
+    _check_left(path, weights, used | read | bert_read | taken(ties, UNET) | set(TABLES.values()))
     kind = prediction or prediction_told(path, told, _is_second(parts) and not widths["spatial"], table is not None)
     recipe = recipe_of(unet_node(found), condition, kind, schedule_told(path, told, weights))
     bundle = Bundle(recipe, ours, {"autoencoder": part, **parts})
     for place in (bundle.weights, *(p.weights for p in bundle.parts.values())):
-        check_finite(place, path)
+        check_numbers(place, path)
     return bundle
 
 
@@ -100,10 +103,13 @@ def write_file(bundle: Bundle, path: Path) -> None:
     theirs = give(ties, stage, VAE)
     theirs |= give(unet.compvis(bundle.backbone(), settings), bundle.backbone(), UNET)
     theirs |= {name: bundle.weights[ours] for ours, name in TABLES.items() if ours in bundle.weights}
+    theirs |= {TABLES[LABEL]: without_null(bundle.weights[LABEL])} if LABEL in bundle.weights else {}
     texts = towers(bundle.recipe["condition"])
     prefixes = TOWERS[:1] if len(texts) == 1 and "number" not in bundle.recipe["condition"] else TOWERS[1:]
     for (place, node), prefix in zip(texts.items(), prefixes):
         theirs |= write_tower(bundle.parts[place], prefix, list(node.get("layers", [-1])))
+    if "bert" in bundle.recipe["condition"]:
+        theirs |= _write_bert(bundle)
     _check_given(bundle, theirs)
     told = told_of(bundle, scale or 1.0)
     save_tensors(theirs, path)
@@ -111,19 +117,41 @@ def write_file(bundle: Bundle, path: Path) -> None:
 
 
 def _read_conditions(
-    weights: Mapping[str, Tensor], widths: Mapping[str, int], channels: int, table: Tensor | None
+    weights: Mapping[str, Tensor], widths: Mapping[str, int], channels: int, table: Tensor | None, text: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
     """The conditions, their towers by sub-folder, and the names that were used."""
     condition, parts, read = read_texts(weights)
+    condition |= text
     classes = weights.get("cond_stage_model.embedding.weight")
     if classes is not None:
-        label = {"classes": len(classes) - 1, "width": classes.shape[1]}
+        label = {"classes": len(with_null(classes)) - 1, "width": classes.shape[1]}
         condition["label"] = {"_target_": "ldm.condition.label.Label", **label}
     if widths["tokens"] and not condition:
         raise ValueError("The U-Net attends to tokens, and the file holds neither a text tower nor a class table to make them.")
     if widths["vector"] and table is None:
-        condition["number"] = number_node(refiner=len(parts) == 1)
-    return condition | map_node(widths["spatial"], channels, bool(parts), table), parts, read
+        condition["number"] = number_node(len(parts) == 1)
+    return condition | map_node(widths["spatial"], channels, bool(parts) or bool(text), table), parts, read
+
+
+def _read_bert(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
+    """The text model that was trained with the backbone, if any: its condition, its weights, and the names that were used."""
+    if f"{bert.THEIRS}token_emb.weight" not in weights:
+        return {}, {}, set()
+    theirs = _below(weights, bert.THEIRS)
+    settings = bert.settings_of(theirs)
+    shapes = bert.bert_shapes(theirs["token_emb.weight"][0], **settings)
+    ties = bert.compvis(shapes)
+    ours = {bert.OURS + name: x for name, x in bring(ties, weights, shapes, bert.THEIRS).items()}
+    used = taken(ties, bert.THEIRS) | {bert.THEIRS + name for name in bert.HEAD}
+    return {"bert": bert.node(settings)}, ours, used
+
+
+def _write_bert(bundle: Bundle) -> dict[str, Tensor]:
+    settings, weights = bert.taken_apart(bundle)
+    if settings["head_width"] != bert.HEAD_WIDTH:
+        raise ValueError(f"CompVis' BERT has 64-wide heads; found condition.bert.head_width={settings['head_width']}.")
+    head = {bert.THEIRS + name: x for name, x in bert.head(weights["words.weight"]).items()}
+    return give(bert.compvis(weights), weights, bert.THEIRS) | head
 
 
 def _is_second(parts: Mapping[str, Part]) -> bool:
@@ -133,10 +161,10 @@ def _is_second(parts: Mapping[str, Part]) -> bool:
 
 def _check_given(bundle: Bundle, theirs: Mapping[str, Tensor]) -> None:
     """Raises ValueError where conditions are told otherwise than the layout has it, so that something was left behind."""
-    places = {"Text", "Texts", "Number", "Inpaint", "DepthMap", "Upscale", "Label"}
+    places = {"Text", "Texts", "Number", "Inpaint", "DepthMap", "Upscale", "Label", "Bert"}
     strange = [f"condition.{n}" for n, c in bundle.recipe["condition"].items() if c["_target_"].split(".")[-1] not in places]
     strange += [f"condition.{n}.slot=vector" for n, c in bundle.recipe["condition"].items() if c.get("slot") == "vector"]
-    strange += [n for n in bundle.weights if not n.startswith(BACKBONE) and n not in TABLES]
+    strange += [n for n in bundle.weights if not n.startswith((BACKBONE, bert.OURS)) and n not in TABLES]
     if strange:
         raise ValueError(f"CompVis' layout has no place for {', '.join(strange[:3])}. Use --to ldm.")
 

@@ -8,16 +8,27 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldm.interop import unet
+from ldm.interop import bert, unet
 from ldm.interop.bundle import BETAS, Bundle
+from ldm.interop.weights import Config
 
 PREDICTIONS = {"eps": "Noise", "v": "Velocity", "x0": "Data"}
 
 
 def told_beside(path: Path) -> dict[str, Any]:
-    """What FILE's .yaml says of the model; nothing where there is none."""
+    """What FILE's .yaml says of the model; nothing where there is none.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     beside = path.with_suffix(".yaml")
-    return (yaml.safe_load(beside.read_text()) or {}).get("model", {}).get("params", {}) if beside.is_file() else {}
+    if not beside.is_file():
+        return {}
+    try:
+        held = Config(yaml.safe_load(beside.read_text()), beside)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{beside} is not whole YAML ({' '.join(str(error).split())}).") from error
+    return Config(Config(held["model"], beside)["params"], beside)
 
 
 def check_told(path: Path, told: Mapping[str, Any], tokens: int) -> None:
@@ -66,8 +77,10 @@ def prediction_told(path: Path, told: Mapping[str, Any], second: bool, upscales:
     Raises:
         ValueError: Stable Diffusion 2's two kinds look alike.
     """
-    if "parameterization" in told:
-        return PREDICTIONS[told["parameterization"]]
+    if (kind := told.get("parameterization")) is not None:
+        if kind not in PREDICTIONS:
+            raise ValueError(f"{path.with_suffix('.yaml')} has parameterization={kind}; {', '.join(PREDICTIONS)} are known.")
+        return PREDICTIONS[kind]
     if upscales:
         return "Velocity"
     if second:
@@ -102,6 +115,8 @@ def told_of(bundle: Bundle, scale: float) -> dict[str, Any]:
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": _network(bundle.backbone(), s)},
         "first_stage_config": _first_stage(stage.settings(), "codebook" in stage.weights),
     }
+    if "bert" in recipe["condition"]:
+        params["cond_stage_config"] = _bert(bundle)
     return {"model": {"params": params}}
 
 
@@ -124,6 +139,13 @@ def _network(backbone: Mapping[str, Tensor], s: Mapping[str, Any]) -> dict[str, 
         "resblock_updown": s["res_resample"],
         "legacy": False,
     }
+
+
+def _bert(bundle: Bundle) -> dict[str, Any]:
+    settings, weights = bert.taken_apart(bundle)
+    params = {"n_embed": settings["width"], "n_layer": settings["depth"], "max_seq_len": settings["length"]}
+    params["vocab_size"] = len(weights["words.weight"])
+    return {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": params}
 
 
 def _first_stage(ours: Mapping[str, Any], quantised: bool) -> dict[str, Any]:

@@ -2,17 +2,45 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+LABEL = "conditioner.embedders.label.table.weight"
+CLASSES = 1000  # of ImageNet
 IDENTITY = {"_target_": "ldm.nn.layers.identity", "_partial_": True}
 SIZES = {"original_height": "height", "original_width": "width", "crop_top": 0, "crop_left": 0}
 TARGET = {"target_height": "height", "target_width": "width"}
 SCORE = {"aesthetic_score": 6.0}
 
 
-def number_node(refiner: bool) -> dict[str, Any]:
-    """The numbers that XL is told, as published."""
-    return {"_target_": "ldm.condition.number.Number", "fields": {**SIZES, **(SCORE if refiner else TARGET)}}
+def number_node(refiner: bool, width: int = 256) -> dict[str, Any]:
+    """The numbers that XL is told, as published, each as so many waves."""
+    fields = {**SIZES, **(SCORE if refiner else TARGET)}
+    return {"_target_": "ldm.condition.number.Number", "fields": fields, "width": width}
+
+
+def with_null(table: Tensor) -> Tensor:
+    """A published class table, whose last row means no label; one of exactly 1,000 rows has none and gets one, of zeros.
+
+    So many are ImageNet's classes alone, as networks that never saw a class dropped have them (LDM-8 on VQ, 2112.10752).
+    """
+    return torch.cat((table, table.new_zeros(1, table.shape[1]))) if len(table) == CLASSES else table
+
+
+def without_null(table: Tensor) -> Tensor:
+    """The inverse of `with_null`.
+
+    Raises:
+        ValueError: 999 classes and no label, whose 1,000 rows would be read as 1,000 classes.
+    """
+    if len(table) == CLASSES:
+        raise ValueError("A file's table of 1,000 rows is read as 1,000 classes, and this model has 999. Use --to ldm.")
+    return table[:-1] if lacks_null(table) else table
+
+
+def lacks_null(table: Tensor) -> bool:
+    """Whether the row of a class table that means no label was added to it, and never trained."""
+    return len(table) == CLASSES + 1 and not table[-1].any()
 
 
 def map_node(spatial: int, channels: int, text: bool, table: Tensor | None) -> dict[str, Any]:

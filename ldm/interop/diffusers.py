@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ldm.clip import vocabulary
-from ldm.folder import read_json, save_tensors, write_json, write_text
+from ldm.folder import save_tensors, write_json, write_text
 from ldm.interop import autoencoder as first_stage
-from ldm.interop import unet
+from ldm.interop import bert, unet
 from ldm.interop.bundle import (
     BACKBONE,
     Bundle,
@@ -18,6 +18,7 @@ from ldm.interop.bundle import (
     autoencoder_shapes,
     folded,
     published_statistics,
+    read_words,
     recipe_of,
     scale_of,
     text_node,
@@ -31,7 +32,7 @@ from ldm.interop.diffusers_config import LOW_RESOLUTION, pipeline_of, read_sched
 from ldm.interop.diffusers_unet import unet_config, unet_settings
 from ldm.interop.text import PREFIX, open_clip_config, transformers, transformers_config
 from ldm.interop.tie import Shapes, Tie, bring, give, same, taken
-from ldm.interop.weights import check_finite, open_weights
+from ldm.interop.weights import check_numbers, open_weights, read_config
 
 TABLE = "conditioner.embedders.upscale.table.weight"  # of the upscaler's noise steps
 PADDING = {"!": 0, "<|endoftext|>": 49407}
@@ -45,14 +46,14 @@ def read_folder(folder: Path) -> Bundle:
     """
     if not (folder / "model_index.json").is_file():
         return Bundle(None, {}, {"autoencoder": read_autoencoder(folder)})
-    index = read_json(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     stage = "vqvae" if "vqvae" in index else "vae"
     if "unet" not in index or stage not in index:
         raise ValueError(
             f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae or vqvae, and DiT's, "
             "are known."
         )
-    config = read_json(folder / "unet" / "config.json")
+    config = read_config(folder / "unet" / "config.json")
     settings, channels, widths = unet_settings(config)
     shapes = unet_shapes(channels, widths, **settings)
     ties = unet.diffusers(shapes, settings)
@@ -60,16 +61,20 @@ def read_folder(folder: Path) -> Bundle:
         shapes, ties = {**shapes, TABLE: (rows, widths["vector"])}, {**ties, TABLE: same("class_embedding.weight")}
     ours = take_part(folder / "unet", ties, shapes)
     table = ours.pop(TABLE, None)
-    condition, parts = _read_texts(folder, index)
-    if widths["tokens"] and not parts:
-        raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP to make them.")
-    if config.get("addition_embed_type"):
-        condition["number"] = number_node(refiner=len(parts) == 1)
-    condition |= map_node(widths["spatial"], channels, bool(parts), table)
-    schedule, kind, grid = read_schedule(folder / "scheduler")
     weights = {BACKBONE + name: x for name, x in ours.items()} | ({} if table is None else {TABLE: table})
+    condition, parts = _read_texts(folder, index)
+    words = None
+    if "bert" in index:
+        condition["bert"], text, words = _read_bert(folder)
+        weights |= text
+    if widths["tokens"] and not condition:
+        raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP, or bert, to make them.")
+    if config.get("addition_embed_type"):
+        condition["number"] = number_node(len(parts) == 1, config["addition_time_embed_dim"])
+    condition |= map_node(widths["spatial"], channels, bool(condition), table)
+    schedule, kind, grid = read_schedule(folder / "scheduler")
     recipe = recipe_of(unet_node(settings), condition, kind, schedule)
-    return Bundle(recipe, weights, {"autoencoder": read_autoencoder(folder / stage), **parts}, grid)
+    return Bundle(recipe, weights, {"autoencoder": read_autoencoder(folder / stage), **parts}, grid, words)
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
@@ -92,6 +97,8 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
         write_json(LOW_RESOLUTION, folder / "low_res_scheduler" / "scheduler_config.json")
     write_json(unet_config(settings, backbone, condition), folder / "unet" / "config.json")
     save_tensors(network, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    if "bert" in index:
+        _write_bert(bundle, folder)
     slots = [""] if len(texts) == 1 and "text_encoder" in index else ["_2"] if len(texts) == 1 else ["", "_2"]
     for slot, (node, part) in zip(slots, texts):
         _write_text(node, part, folder, slot)
@@ -101,7 +108,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
 
 def read_autoencoder(folder: Path) -> Part:
     """AutoencoderKL's or VQModel's folder."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     ours = vae_settings(config, folder)
     shapes = autoencoder_shapes(ours)
     weights = take_part(folder, first_stage.diffusers(shapes, ours), shapes)
@@ -139,15 +146,52 @@ def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any],
     return {"text": {"_target_": "ldm.condition.text.Texts", "towers": nodes}}, parts
 
 
+def _read_bert(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """LDMBertModel's condition, its weights, and its words."""
+    config = read_config(folder / "bert" / "config.json")
+    settings = bert.diffusers_settings(config)
+    shapes = bert.bert_shapes(config["vocab_size"], **settings)
+    weights = take_part(folder / "bert", bert.diffusers(shapes), shapes, "model", left=bert.HEAD)
+    return bert.node(settings), {bert.OURS + name: x for name, x in weights.items()}, _read_words(folder / "tokenizer")
+
+
+def _read_words(folder: Path) -> str:
+    """The vocab.txt of BertTokenizer's folder, of which late versions write a tokenizer.json alone.
+
+    Raises:
+        ValueError: words that are told apart by their case.
+    """
+    told = folder / "tokenizer_config.json"
+    if told.is_file() and not read_config(told).get("do_lower_case", True):
+        raise ValueError(f"{told} has do_lower_case=false; the words of this family are BERT's uncased ones.")
+    if not (folder / "tokenizer.json").is_file():
+        return read_words(folder)
+    ids = read_config(folder / "tokenizer.json")["model"]["vocab"]
+    return "\n".join(sorted(ids, key=ids.__getitem__)) + "\n"
+
+
+def _write_bert(bundle: Bundle, folder: Path) -> None:
+    settings, weights = bert.taken_apart(bundle)
+    write_json(bert.diffusers_config(settings, len(weights["words.weight"])), folder / "bert" / "config.json")
+    head = bert.head(weights["words.weight"])
+    save_tensors(give(bert.diffusers(weights), weights) | head, folder / "bert" / "model.safetensors")
+    write_text(bundle.words, folder / "tokenizer" / "vocab.txt")
+    told = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": settings["length"]}
+    write_json(told, folder / "tokenizer" / "tokenizer_config.json")
+
+
 def _read_tower(folder: Path) -> Part:
-    config = open_clip_config(read_json(folder / "config.json"))
+    config = open_clip_config(read_config(folder / "config.json"))
     shapes = tower_shapes(config)
     return Part(config, take_part(folder, transformers(shapes), shapes, "model"), tower=True)
 
 
 def _padding(folder: Path) -> int:
-    path = folder / "tokenizer_config.json"
-    word = read_json(path).get("pad_token", "<|endoftext|>") if path.is_file() else "<|endoftext|>"
+    path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    told = read_config(path)
+    if "added_tokens_decoder" not in told and special.is_file():  # Stable Diffusion 2's says there what it pads with
+        told |= read_config(special)
+    word = told.get("pad_token", "<|endoftext|>")
     word = word["content"] if isinstance(word, dict) else word
     if word not in PADDING:
         raise ValueError(f"{path} pads with {word!r}; {', '.join(PADDING)} are known.")
@@ -219,7 +263,7 @@ def take_part(
     over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
     if over:
         raise ValueError(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
-    check_finite(ours, path)
+    check_numbers(ours, path)
     return ours
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.folder import read_json
 from ldm.interop import unet
 from ldm.interop.bundle import BETAS, PREDICTIONS
+from ldm.interop.weights import read_config
 
 VERSION = "0.35.0"
 SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
@@ -62,20 +62,24 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str]:
     Raises:
         ValueError: a schedule that this family does not have.
     """
-    told = read_json(folder / "scheduler_config.json")
-    name = told.get("beta_schedule", "linear")
+    told = read_config(folder / "scheduler_config.json")
+    name = told.get("beta_schedule")
     if name not in SCHEDULES or told.get("trained_betas") is not None:
-        raise ValueError(f"{folder} has beta_schedule={name}; {', '.join(SCHEDULES)} are known.")
+        found = f"{told.get('_class_name')} with beta_schedule={name if told.get('trained_betas') is None else 'trained_betas'}"
+        raise ValueError(f"{folder} has a {found}; {', '.join(SCHEDULES)} are known.")
     kind = told.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise ValueError(f"{folder} has prediction_type={kind}; {', '.join(PREDICTIONS)} are known.")
     schedule = {"_target_": f"ldm.schedule.{SCHEDULES[name]}"}
-    schedule |= {"beta_start": told.get("beta_start", 1e-4), "beta_end": told.get("beta_end", 0.02)}
+    schedule |= {name: told[name] for name in ("beta_start", "beta_end")}
+    if not all(isinstance(schedule[name], int | float) for name in ("beta_start", "beta_end")):
+        raise ValueError(f"{folder} has betas from {told['beta_start']} to {told['beta_end']}; numbers were wanted.")
     if told.get("num_train_timesteps", 1000) != 1000:
         raise ValueError(f"{folder} has {told['num_train_timesteps']} steps; networks of this family are told of 1000.")
     if told.get("rescale_betas_zero_snr"):
         schedule["zero_terminal_snr"] = True
-    return schedule, PREDICTIONS[kind], told.get("timestep_spacing", "leading")
+    grid, offset = told.get("timestep_spacing", "leading"), told.get("steps_offset", 0)
+    return schedule, PREDICTIONS[kind], f"{grid} sampler.grid.offset=0" if (grid, offset) == ("leading", 0) else grid
 
 
 def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +125,7 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
     conditions = frozenset(node["_target_"].split(".")[-1] for node in recipe["condition"].values())
     pipelines = {
         frozenset(): "LDMPipeline",
+        frozenset({"Bert"}): "LDMTextToImagePipeline",
         frozenset({"Text"}): "StableDiffusionPipeline",
         frozenset({"Text", "Inpaint"}): "StableDiffusionInpaintPipeline",
         frozenset({"Text", "DepthMap"}): "StableDiffusionDepth2ImgPipeline",
@@ -128,14 +133,18 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
         frozenset({"Texts", "Number"}): "StableDiffusionXLPipeline" if texts == 2 else "StableDiffusionXLImg2ImgPipeline",
     }
     if conditions not in pipelines:
-        known = "none, text, inpainting, depth, upscaling and XL are known"
+        known = "none, text, BERT, inpainting, depth, upscaling and XL are known"
         raise ValueError(f"diffusers has no pipeline for the conditions {sorted(conditions)}; {known}.")
     name = pipelines[conditions]
     network = "UNet2DConditionModel" if unet.has_transformers(backbone) else "UNet2DModel"
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": VERSION, "unet": ["diffusers", network]}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    stage = {"vqvae": ["diffusers", "VQModel" if quantised else "AutoencoderKL"]}
     if not conditions:
-        return {**index, "vqvae": ["diffusers", "VQModel" if quantised else "AutoencoderKL"]}
+        return index | stage
+    if conditions == {"Bert"}:
+        text = {"bert": ["latent_diffusion", "LDMBertModel"], "tokenizer": ["transformers", "BertTokenizer"]}
+        return index | stage | text
     index["vae"] = ["diffusers", "AutoencoderKL"]
     slots = [""] if "XL" not in name else ["", "_2"][-texts:]
     for slot in slots:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ldm.backbone.dit import grid_waves
-from ldm.folder import read_json, save_tensors, write_json
+from ldm.folder import save_tensors, write_json
 from ldm.interop import dit
 from ldm.interop.bundle import BACKBONE, BETAS, DISCRETE, Bundle, recipe_of
+from ldm.interop.conditions import LABEL, with_null, without_null
 from ldm.interop.diffusers import read_autoencoder, take_part, write_autoencoder
 from ldm.interop.diffusers_config import VERSION, read_schedule, scheduler_config
-from ldm.interop.tie import bring, give, taken
-from ldm.interop.weights import check_finite
+from ldm.interop.tie import bring, check_whole, give, taken
+from ldm.interop.weights import check_numbers, read_config
 
-LABEL = "conditioner.embedders.label.table.weight"
 ROWS = 1001  # of the class table that diffusers' pipeline wants; it knows no label by its last
 
 
@@ -42,8 +42,8 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     left = sorted(n for n in weights.keys() - taken(ties) - {dit.TABLE} if not n.startswith(dit.ROTARY))
     if left:
         raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
-    check_finite(ours, path)
-    return _bundle(settings, ours, weights[dit.TABLE], kind)
+    check_numbers(ours, path)
+    return _bundle(settings, ours, with_null(weights[dit.TABLE]), kind)
 
 
 def write_file(bundle: Bundle, path: Path) -> None:
@@ -58,7 +58,7 @@ def write_file(bundle: Bundle, path: Path) -> None:
         raise ValueError(f"A file does not say how many heads there are; published networks as wide have {wanted}, not this one.")
     kind, backbone = bundle.recipe["prediction"]["_target_"].split(".")[-1], bundle.backbone()
     ties = dit.published(backbone, settings["swiglu"], reverse=kind == "Flow")
-    save_tensors({**give(ties, backbone), dit.TABLE: bundle.weights[LABEL]}, path)
+    save_tensors({**give(ties, backbone), dit.TABLE: without_null(bundle.weights[LABEL])}, path)
 
 
 def read_folder(folder: Path) -> Bundle:
@@ -67,7 +67,7 @@ def read_folder(folder: Path) -> Bundle:
     Raises:
         ValueError: names what is missing, unknown, or not of this family.
     """
-    config = read_json(folder / "transformer" / "config.json")
+    config = read_config(folder / "transformer" / "config.json")
     if (
         config.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel")
         or config.get("num_embeds_ada_norm") is None
@@ -163,7 +163,10 @@ def _settings(bundle: Bundle) -> dict[str, Any]:
             f"Other layouts know DiT with a class alone, whose table is added as it is; this one is told {told}"
             f"{' through an MLP (backbone.vector)' if mixes else ''}."
         )
-    return bundle.settings()
+    settings, backbone = bundle.settings(), bundle.backbone()
+    channels = backbone["embed.weight"].shape[1] if "embed.weight" in backbone else 0
+    check_whole(backbone, dit.dit_shapes(channels, **settings), "The backbone")
+    return settings
 
 
 def _names(bundle: Bundle) -> dict[str, str]:

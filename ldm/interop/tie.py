@@ -30,6 +30,11 @@ def kernel(name: str, dims: int) -> Tie:
     return Tie((name,), lambda x: x.flatten(1), lambda x: (x[(..., *(None,) * dims)],))
 
 
+def projection(name: str, matrix: bool) -> Tie:
+    """A matrix of ours that is a matrix there, or a picture's kernel of size 1; either is read."""
+    return Tie((name,), lambda x: x.flatten(1), lambda x: (x if matrix else x[..., None, None],))
+
+
 def turned(name: str) -> Tie:
     """A matrix that lies transposed there."""
     return Tie((name,), lambda x: x.T, lambda x: (x.T.contiguous(),))
@@ -73,6 +78,19 @@ def renamer(table: Mapping[str, str]) -> Callable[[str], str]:
     pieces = "|".join(re.escape(piece) for piece in sorted(table, key=len, reverse=True))
     pattern = re.compile(rf"(?<![^.])({pieces})(?![^.])")
     return lambda name: pattern.sub(lambda found: table[found[0]], name)
+
+
+def check_whole(weights: Weights, shapes: Shapes, place: str) -> None:
+    """Raises ValueError where tensors are missing, unknown, or of another shape."""
+    wrong = [f"{name} is missing" for name in sorted(shapes.keys() - weights.keys())]
+    wrong += [f"{name} is unknown" for name in sorted(weights.keys() - shapes.keys())]
+    wrong += [
+        f"{name} has the shape {tuple(weights[name].shape)}, not {tuple(shapes[name])}"
+        for name in sorted(shapes.keys() & weights.keys())
+        if tuple(weights[name].shape) != tuple(shapes[name])
+    ]
+    if wrong:
+        raise ValueError(f"{place} does not fit its config: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}.")
 
 
 def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Shapes, prefix: str = "") -> dict[str, Tensor]:

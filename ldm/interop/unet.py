@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ldm.interop.conditions import IDENTITY
-from ldm.interop.tie import Tie, headwise, kernel, renamer, same, tied
+from ldm.interop.tie import Tie, headwise, kernel, projection, renamer, same, tied
 
 TRANSFORMER = {
     "blocks": "transformer_blocks",
@@ -54,9 +54,9 @@ DIFFUSERS_ROOTS |= {"out.0": "conv_norm_out", "out.2": "conv_out", "encoder.0.0"
 def linear(settings: Mapping[str, Any]) -> bool:
     """Whether the published networks of such settings enter and leave a transformer by matrices, or by kernels of size 1.
 
-    Stable Diffusion 2, XL and the upscaler do by matrices; the numbers are the same.
+    Stable Diffusion 2, XL and the upscaler do by matrices, LDM's 32-wide heads stand between kernels; the numbers are the same.
     """
-    return settings.get("head_width") is not None or bool(settings.get("tokens_only"))
+    return settings.get("head_width") not in (None, 32) or bool(settings.get("tokens_only"))
 
 
 def compvis(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Tie]:
@@ -71,7 +71,7 @@ def compvis(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Tie]
         theirs = f"{COMPVIS_ROOTS[root]}.{place}.{COMPVIS(tail)}"
         if tail in ("qkv.weight", "proj_out.weight") and not has_transformers(names):
             return kernel(theirs, 1)
-        return kernel(theirs, 2) if _is_projection(tail) and not linear(settings) else same(theirs)
+        return projection(theirs, linear(settings)) if _is_projection(tail) else same(theirs)
 
     names = list(names)
     return tied(names, tie)
@@ -86,8 +86,7 @@ def diffusers(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Ti
             return same(f"{DIFFUSERS_ROOTS[whole]}.{tail}")
         theirs = _block(root, place, tail, settings["res_blocks"] + 1)
         if not plain or tail.startswith(RESIDUAL) or tail in ("weight", "bias"):
-            matrix = linear(settings) or not _is_projection(tail)
-            return same(theirs + DIFFUSERS(tail)) if matrix else kernel(theirs + tail, 2)
+            return projection(theirs + tail, linear(settings)) if _is_projection(tail) else same(theirs + DIFFUSERS(tail))
         part, leaf = tail.split(".")
         if part == "qkv":
             return headwise(_heads_at(root, place, settings), *(f"{theirs}to_{letter}.{leaf}" for letter in "qkv"))
@@ -170,13 +169,13 @@ def _res_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _heads(width: int, tokens: int, matrices: bool, tokens_only: bool, scale_shift: bool) -> dict[str, Any]:
-    """The published rule: LDM's ImageNet model has one head, its plain attention 32-wide heads (LSUN churches: 8 of them),
-    Stable Diffusion 1 and the upscaler 8 heads, 2 and XL 64-wide heads."""
-    if not tokens and not scale_shift:
-        return {"heads": 8, "head_width": 32}
+    """The published rule: LDM's networks have 32-wide heads, but for LSUN churches (8 heads), ImageNet's (one head) and the
+    large text model (8 heads); Stable Diffusion 1, as wide as that, and the upscaler have 8 heads, 2 and XL 64-wide heads."""
     if matrices and not tokens_only:
         return {"heads": 8, "head_width": 64}
-    return {"heads": 1 if (width, tokens) == (192, 512) else 8, "head_width": None}
+    if matrices or width == 320 or scale_shift:
+        return {"heads": 8, "head_width": None}
+    return {"heads": 1, "head_width": None} if (width, tokens) == (192, 512) else {"heads": 8, "head_width": 32}
 
 
 def _depth(shapes: Mapping[str, tuple[int, ...]], place: str) -> int:

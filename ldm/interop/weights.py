@@ -1,8 +1,11 @@
 """Weights out of strangers' files: never running code, and saying what a file is where it is not what was wanted."""
 
 import pickle
+import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,32 @@ from ldm.folder import load_tensors, read_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LORA = ("lora_", "_lora.", ".lora.", "hada_w1", "lokr_w1")
+
+
+class Config(dict[str, Any]):
+    """The settings in a JSON or YAML file; one that is not there names itself and the file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(self, held: Any, path: Path) -> None:
+        if not isinstance(held, dict):
+            raise ValueError(f"{path} holds a {type(held).__name__}; settings by name were wanted.")
+        super().__init__(held)
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.path} does not say {name!r}.")
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a JSON file.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: it is damaged, or holds something else.
+    """
+    return Config(read_json(path), path)
 
 
 class Inert:
@@ -51,17 +80,19 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def check_finite(weights: dict[str, Tensor], path: Path) -> None:
-    """Raises ValueError where a tensor holds NaN or infinity, as models saved in half precision sometimes do."""
+def check_numbers(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError where a tensor holds NaN or infinity, as models saved in half precision sometimes do, or is quantised."""
     for name, x in weights.items():
+        kind = str(x.dtype).removeprefix("torch.")
+        if x.dtype.itemsize == 1 and x.dtype != torch.bool:
+            raise ValueError(f"{path}: {name} is {kind}, quantised numbers. Take the float32 or float16 file of this model.")
         if x.is_floating_point() and not torch.isfinite(x).all():
-            kind = str(x.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
 
 
 def _joined(path: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names, which lie beside it."""
-    places = read_json(path)["weight_map"]
+    places = read_config(path)["weight_map"]
     weights: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
         weights |= open_weights(path.parent / Path(name).name)
@@ -75,7 +106,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(STUBS):
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {code[1]}" if code else type(error).__name__
         raise ValueError(f"{path} does not load as plain tensors ({reason}). It is damaged, or holds code.") from error
     held = held.get("state_dict", held.get("ema", held.get("model", held))) if isinstance(held, dict) else held
     weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}

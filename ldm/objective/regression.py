@@ -32,7 +32,7 @@ class Regression(nn.Module):
 
     def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Tensor]:
         """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), and its log(sigma / alpha): (B)."""
-        t = self.time(draw.stratified("time"), denoiser.schedule).to(x)
+        t = self.time(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
         noise = self.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond)

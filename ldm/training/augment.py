@@ -39,10 +39,10 @@ class Augment:
         for name, change in changes.items():
             if share := getattr(self, name):
                 chosen = draw.uniform(f"augment/{name}") < share
-                images = torch.where(chosen[:, None, None, None].to(images.device), change(images), images)
+                images = torch.where(chosen[:, None, None, None].to(images.device, non_blocking=True), change(images), images)
         return images
 
     @staticmethod
     def _recoloured(images: Tensor, draw: Draw) -> Tensor:
-        order = draw.uniform("augment/order", (3,)).argsort(1).to(images.device)
+        order = draw.uniform("augment/order", (3,)).argsort(1).to(images.device, non_blocking=True)
         return images.gather(1, order[:, :, None, None].expand_as(images))

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and the search for the newest good one."""
 
-import pickle
+import errno
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ldm.folder import write_whole
-from ldm.training.sharded import read_folder
+from ldm.training.sharded import FOLDER, check_folder, read_folder, write_folder
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -25,9 +25,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self.forgive, self.failed = forgive, 0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Raises OSError where nothing could be written; the checkpoints before it still stand."""
+        """Writes a file, or, where `storage_options` is FOLDER and all ranks call, a folder.
+
+        Raises:
+            OSError: nothing could be written; the checkpoints before it still stand.
+        """
         try:
-            write_whole(Path(path), lambda temporary: _save(checkpoint, temporary))
+            if storage_options == FOLDER:
+                write_folder(checkpoint, Path(path))
+            else:
+                write_whole(Path(path), lambda temporary: _save(checkpoint, temporary))
         except OSError as error:
             self.failed += 1
             if self.failed > self.forgive:
@@ -50,14 +57,30 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         torch.save(checkpoint, path)
     except RuntimeError as error:
-        raise OSError(None, str(error).splitlines()[0]) from error
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(errno.EIO, f"torch.save failed with {free:,.0f} MiB free: {str(error).splitlines()[0]}") from error
+
+
+class AtSteps(pl.callbacks.ModelCheckpoint):
+    """Saves at the end of optimizer steps only: Lightning's own saves again between the first micro-batches after a resume."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """What is resumed is saved already."""
+        super().on_train_start(trainer, module)
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        """Saves when it is time."""
+        if trainer.global_step != self.step:
+            self.step = trainer.global_step
+            super().on_train_batch_end(trainer, *arguments)
 
 
 def checkpoint_callback(folder: str, every: int, keep: int = 2) -> pl.callbacks.ModelCheckpoint:
     """Every `every` optimizer steps and at the end, `folder`/step=N.ckpt; the newest `keep` stay."""
     if keep < 2:
         raise ValueError(f"callback.checkpoint.keep={keep}: keep at least 2, so that a damaged file is not the only one.")
-    return pl.callbacks.ModelCheckpoint(
+    return AtSteps(
         dirpath=folder,
         filename="step-{step:08d}",
         auto_insert_metric_name=False,
@@ -73,14 +96,14 @@ def read_checkpoint(path: Path, device: Any = "cpu", lazily: bool = False) -> di
     """Reads tensors and plain containers; `lazily` leaves the tensors' numbers on the disk until they are used.
 
     Raises:
-        ValueError: the file is damaged, or holds code.
+        ValueError: the file is damaged, cannot be read, or holds code.
     """
     try:
         if path.is_dir():
-            checkpoint = read_folder(path)
+            checkpoint = check_folder(path) if lazily else read_folder(path)
         else:
             checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=lazily)
-    except (RuntimeError, FileNotFoundError, CheckpointException, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # what damaged bytes may raise has no end: KeyError, IndexError, TypeError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no whole checkpoint of this framework ({reason}). Take another with resume=PATH.") from error
     if "state_dict" not in checkpoint or "global_step" not in checkpoint:
@@ -103,9 +126,13 @@ def newest(folder: Path) -> Path | None:
 
 def _check_bits(path: Path) -> None:
     """Reads all of a file and compares the checksums that lie in it; torch.load does not."""
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:
-            raise ValueError(f"{path} has changed since it was written: its checksums are others.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip() is not None
+    except (zipfile.BadZipFile, NotImplementedError, OSError):  # of its list of contents
+        changed = True
+    if changed:
+        raise ValueError(f"{path} has changed since it was written: its checksums are others.")
 
 
 def resume_from(resume: str, folder: Path) -> Path | None:
@@ -117,8 +144,8 @@ def resume_from(resume: str, folder: Path) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        for half in folder.rglob(".*.ckpt.*.part"):  # of a process that was killed while saving
-            half.unlink(missing_ok=True)
+        for half in list(folder.rglob(".*.ckpt.*part")):  # of a process that was killed while saving
+            shutil.rmtree(half, ignore_errors=True) if half.is_dir() else half.unlink(missing_ok=True)
         return newest(folder)
     if not Path(resume).exists():
         raise FileNotFoundError(f"resume={resume}: there is no such file. Use auto, never, or a path to a .ckpt file.")

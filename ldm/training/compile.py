@@ -6,11 +6,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 class Compile(pl.Callback):
-    """Compiles the named parts of a stage, its own choice by default, and lays their weights out channels last.
+    """Compiles the named parts of a stage, its own choice by default.
 
     A list of blocks is compiled block by block, which compiles equal ones once. So is every list within a part where `regional`
     is set: minutes become seconds for deep networks, and what lies between the blocks is not fused. `mode` is torch.compile's:
@@ -33,7 +32,6 @@ class Compile(pl.Callback):
                 part = module.get_submodule(name)
             except AttributeError as error:
                 raise ValueError(f"callback.compile.parts: {type(module).__name__} has no part {name} ({error}).") from error
-            channels_last(part)
             for block in blocks_of(part) if self.regional or isinstance(part, nn.ModuleList) else [part]:
                 block.compile(**self.settings)
 
@@ -46,9 +44,3 @@ def blocks_of(part: nn.Module) -> list[nn.Module]:
     """The members of a list, or of the lists that a network holds; the network itself where it has none."""
     lists = [part] if isinstance(part, nn.ModuleList) else [m for m in part.children() if isinstance(m, nn.ModuleList)]
     return [block for blocks in lists for block in blocks] or [part]
-
-
-def channels_last(part: nn.Module) -> None:
-    """Lays convolutions' weights out channels last, but those shared out over ranks, which lie in rows."""
-    if not any(isinstance(weight, DTensor) for weight in part.parameters()):
-        part.to(memory_format=torch.channels_last)

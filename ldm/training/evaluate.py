@@ -12,6 +12,7 @@ from ldm.evaluation.protocol import code_version, entries, tell
 from ldm.evaluation.run import measure
 from ldm.measure import Metric, weights_sha256
 from ldm.training.ema import averaged
+from ldm.training.sharded import Sharded
 from ldm.types import Guidance, Sampler
 
 
@@ -53,6 +54,11 @@ class Evaluate(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Reads the data, and refuses what could only fail after the first steps."""
+        if isinstance(trainer.strategy, Sharded):
+            raise ValueError(
+                "callback=[...,evaluate] is not for trainer=fsdp, where ranks that draw unlike numbers of pictures would wait "
+                "for each other for ever: leave it out, and measure checkpoints with evaluate.py; or use trainer=ddp."
+            )
         self.data.setup()
         if not self.metric:
             raise ValueError("callback=[evaluate] has nothing to measure; choose metric@callback.evaluate.metric=[clip_score].")

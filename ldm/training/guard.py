@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ldm.training.preempt import Preempted
 from ldm.types import Batch
 
 LAG = 2  # steps after which the host looks at what the device decided, so as not to wait for it
@@ -65,9 +66,16 @@ class Guard(pl.Callback):
         while self.window:
             self._look(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """A run that is told to stop has last steps too."""
+        if isinstance(exception, Preempted | KeyboardInterrupt):
+            self.patience = math.inf  # it ends already
+            self.on_train_end(trainer, module)
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers of tensors."""
-        return {"skipped": self.skipped, "updates": self.updates, "usual": self.usual}
+        """Plain containers of tensors, with what was decided and not yet looked at."""
+        pending = sum(_has_come(spoilt, copied) for _, spoilt, _, copied, _ in self.window)
+        return {"skipped": self.skipped + pending, "updates": self.updates, "usual": self.usual}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` gave."""
@@ -88,9 +96,7 @@ class Guard(pl.Callback):
 
     def _look(self, trainer: pl.Trainer) -> None:
         step, spoilt, norm, copied, batches = self.window.popleft()
-        if copied is not None:
-            copied.synchronize()
-        if not spoilt.numpy()[()]:  # not .item(), which a device would have to answer
+        if not _has_come(spoilt, copied):
             self.row = 0
             return
         self.row, self.skipped, length = self.row + 1, self.skipped + 1, float(norm.numpy()[()])
@@ -142,6 +148,13 @@ def _to_host(spoilt: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Any]:
     there = [torch.empty((), dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in (spoilt, norm)]
     event.record()
     return *there, event
+
+
+def _has_come(spoilt: Tensor, copied: Any) -> bool:
+    """The verdict that `_to_host` sent on its way."""
+    if copied is not None:
+        copied.synchronize()
+    return bool(spoilt.numpy()[()])  # not .item(), which a device would have to answer
 
 
 def _write(file: Path, step: int, norm: float, batches: list[Batch]) -> list[str]:

@@ -40,6 +40,11 @@ class Preempt(pl.callbacks.Checkpoint):
 
     def __init__(self, folder: str, minutes: float | None = None, margin: float = 5.0, restarts: int = 100) -> None:
         self.path, self.restarts = Path(folder) / "preempted.ckpt", restarts
+        if minutes is not None and minutes <= margin:
+            raise ValueError(
+                f"always.preempt.minutes={minutes} is over before training begins: always.preempt.margin={margin} minutes are "
+                "kept for saving. Name a longer time, or a shorter margin."
+            )
         limits = [time.time() + 60 * minutes] if minutes is not None else []
         limits += [float(os.environ["SLURM_JOB_END_TIME"])] if "SLURM_JOB_END_TIME" in os.environ else []
         self.end = min(limits, default=float("inf")) - 60 * margin
@@ -84,8 +89,17 @@ class Preempt(pl.callbacks.Checkpoint):
             self._restore()
 
     def requeue(self, code: int, first: bool) -> None:
-        """Puts the job back into its queue, where there is one; `first` is rank 0."""
-        signum = code - 128
+        """Puts the job back into its queue, where there is one; `first` is rank 0.
+
+        The others wait for it: where one ends, srun and torchrun end all.
+        """
+        try:
+            self._requeue(code - 128, first)
+        finally:
+            if self.group is not None:
+                torch.distributed.barrier(self.group)
+
+    def _requeue(self, signum: int, first: bool) -> None:
         before = self.before.get(signum)
         if callable(before) and before is not signal.default_int_handler:
             before(signum, None)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import HalfPrecision
 
 from ldm.training.checkpoint import newest, resume_from
 from ldm.training.ema import averaged
@@ -19,8 +21,10 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
 
     Raises:
-        ValueError: the checkpoint to resume from is damaged or of another model.
+        ValueError: the checkpoint to resume from is damaged or of another model; or the weights would be kept in few bits.
+        ConnectionError: another rank is gone.
     """
+    _check_precision(trainer)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -36,6 +40,13 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
         how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
         _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
         raise
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise ConnectionError(
+            f"Rank {trainer.global_rank} lost the others at step {trainer.global_step}; what they print says why. What was saved "
+            "stands: the same command goes on."
+        ) from error
     except Preempted as stop:
         _say(trainer, f"\n{stop}")
         next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
@@ -52,6 +63,14 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
             stage.export(folder)
     trainer.strategy.barrier()
     _say(trainer, f"The trained model is in {folder}")
+
+
+def _check_precision(trainer: pl.Trainer) -> None:
+    if isinstance(trainer.precision_plugin, HalfPrecision):
+        raise ValueError(
+            f"trainer.precision={trainer.precision} would keep the weights themselves in 16 bits, too few for small updates to "
+            "count. Use trainer.precision=bf16-mixed, and callback=[...,bfloat16] for bfloat16 between all layers too."
+        )
 
 
 def _say(trainer: pl.Trainer, line: str) -> None:

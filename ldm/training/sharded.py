@@ -4,10 +4,13 @@ A checkpoint is one file, the same as without sharding, so that a run may go on 
 holds, a folder to which every rank writes its part. Either is read on any number of ranks.
 """
 
+import errno
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.optim import Optimizer
 
+FOLDER = "folder"  # what the strategy tells the checkpoint plugin where all ranks write
 PLAIN = "plain.pt"  # what of a sharded checkpoint is no tensor
 
 
@@ -61,7 +66,7 @@ class Sharded(ModelParallelStrategy):
         """Writes a file on rank 0, or a folder on all ranks."""
         path = Path(self.broadcast(filepath))
         if self.folders:
-            write_folder(checkpoint, path)
+            self.checkpoint_io.save_checkpoint(checkpoint, path, FOLDER)
             return
         checkpoint = mapped(checkpoint, lambda _, tensor: whole(tensor, self.is_global_zero))
         if self.is_global_zero:
@@ -123,7 +128,11 @@ def mapped(value: Any, change: Callable[[str, Tensor], Any], place: str = "") ->
 
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint as a folder, each rank its part; it appears whole or not at all."""
+    """Writes a checkpoint as a folder, each rank its part; it appears whole or not at all.
+
+    Raises:
+        OSError: nothing could be written, on all ranks alike; what stood at `path` before still stands.
+    """
     part, tensors = path.with_name(f".{path.name}.part"), {}
 
     def put(place: str, tensor: Tensor) -> Tensor:
@@ -132,13 +141,48 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     plain = mapped(checkpoint, put)
     plain["sharded"] = [place for place, tensor in tensors.items() if isinstance(tensor, DTensor)]
-    dcp.save(tensors, checkpoint_id=part)
-    if torch.distributed.get_rank() == 0:
+    first = torch.distributed.get_rank() == 0
+    try:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        dcp.save(tensors, checkpoint_id=part)
+        reason = [_put_in_place(plain, part, path) if first else None]
+        torch.distributed.broadcast_object_list(reason)
+    except CheckpointException as error:
+        reason = [str(next(iter(error.failures.values()))[0])]
+    if reason[0] is not None:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(errno.EIO, f"{path} could not be written ({reason[0]}); nothing that was saved before is lost")
+
+
+def _put_in_place(plain: dict[str, Any], part: Path, path: Path) -> str | None:
+    """Completes a folder and gives it its name; -> why that could not be."""
+    try:
         torch.save(plain, part / PLAIN)
+        old = path.with_name(f".{path.name}.old.part")
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(part, path)
-    torch.distributed.barrier()
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def check_folder(path: Path) -> dict[str, Any]:
+    """What of a folder is no tensor, its tensors empty; no more than one of them is held at a time, and its checksum compared.
+
+    Raises:
+        ValueError, OSError, pickle.UnpicklingError: the folder is damaged.
+    """
+    for place in dcp.FileSystemReader(path).read_metadata().storage_data.values():
+        with (path / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            with zipfile.ZipFile(BytesIO(file.read(place.length))) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError(f"{place.relative_path} has changed since it was written")
+    return torch.load(path / PLAIN, weights_only=True)
 
 
 def read_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:

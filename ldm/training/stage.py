@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.training.groups import parameter_groups
+from ldm.training.layout import lay_out, lay_state_out
 from ldm.training.sharded import shard
 from ldm.types import Batch, Draw
 
@@ -67,8 +68,12 @@ class Stage(pl.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Shares the weights out over the ranks, where the trainer's strategy wants it."""
-        if self.device_mesh is None or any(isinstance(p, DTensor) for p in self.parameters()):
+        """Lays weights out as the device likes them, or shares them out over the ranks where the trainer's strategy wants it."""
+        if self.device_mesh is None:
+            laid = {*self.compiled, *self.frozen}
+            lay_out((module for name, module in self.named_modules() if name in laid), self.trainer.strategy.root_device)
+            return
+        if any(isinstance(p, DTensor) for p in self.parameters()):
             return
         shard(self.parts(), self.device_mesh["data_parallel"])
         left = [name for name, p in self.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
@@ -102,6 +107,7 @@ class Stage(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer over what is trained, its rate told step by step."""
         optimizer = self.optimizer(parameter_groups(self.named_parameters(), self.groups))
+        optimizer.register_load_state_dict_post_hook(lay_state_out)
         scales = [group.get("scale", 1.0) for group in optimizer.param_groups]
         rates = [lambda step, scale=scale: scale * self.rate(step) for scale in scales]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}}

@@ -29,12 +29,12 @@ PEAKS = {
 
 
 class Throughput(pl.Callback):
-    """Logs, over each `every` optimizer steps, validation and checkpoints left out:
+    """Logs, over each `every` optimizer steps, validation left out:
 
     speed/images_per_second  over all devices
     speed/mfu                model FLOP/s as a share of the peak of all devices (https://arxiv.org/abs/2204.02311, appendix B),
                              in bfloat16; `peak` in FLOP/s says that of a device that is not known here
-    speed/waiting            share of the time that went into waiting for the next batch
+    speed/waiting            share of the time between steps: waiting for the next batch, and saving and drawing where it was due
     speed/memory             GiB, the most that this device had allocated
 
     What recomputing adds (callback `recompute`) is counted as work.
