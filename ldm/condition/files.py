@@ -103,7 +103,8 @@ def numbers(field: str, asked: Sequence[Any], low: float = -math.inf, high: floa
     except (TypeError, ValueError):
         values = [math.nan]
     if not all(low <= value <= high for value in values):
-        raise ValueError(f"ask.{field}={', '.join(map(str, asked))}: wanted numbers from {low:g} to {high:g}.")
+        wanted = "numbers" if high == math.inf else f"numbers from {low:g} to {high:g}"
+        raise ValueError(f"ask.{field}={', '.join(map(str, asked))}: wanted {wanted}.")
     return torch.tensor(values)
 
 
