@@ -60,7 +60,7 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
         if key not in names and not open_ended:
             raise ValueError(f"{place}.{key}: {target} has no such setting.{nearest(key, names)}")
         if key in hints and not _fits(value, hints[key]):
-            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            wanted = str(hints[key]).removeprefix("typing.") if typing.get_args(hints[key]) else hints[key].__name__
             raise ValueError(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
 
 
@@ -97,6 +97,8 @@ def _hints(found: Any) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a plain number, word or switch is of the hinted type; whatever else is hinted fits."""
     origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, h) for h in typing.get_args(hint))
     if hint is float:

@@ -30,6 +30,7 @@ def generate(
     device = next(model.denoiser.parameters()).device
     noise = unit_noise(seeds, latent_shape(model, size)).to(device)
     ask = {field: value.to(device) if isinstance(value, Tensor) else value for field, value in ask.items()}
+    ask = model.conditioner.fill(ask)
     latents = sampler(guidance(model, ask), model.denoiser.schedule, noise, seeds)
     return paste_known(model, ask, model.autoencoder.decode(latents).clamp(-1, 1), paste)
 

@@ -21,7 +21,7 @@ class LatentModel(nn.Module):
     def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
         """ask: the request's fields, B of each -> its condition.
 
-        `only` keeps the conditions it names and drops the others; `()` is the null condition of guidance.
+        `only` keeps the conditions it names and drops the others, or tells them their negative; `()` is the null condition.
         """
         return self.conditioner(ask, only=only)
 

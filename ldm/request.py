@@ -39,18 +39,25 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     how = ", ".join("prompt='...'" if key == "caption" else f"ask.{key}=..." for key in readers) or "no condition at all"
     if asked.keys() - readers.keys():
         raise ValueError(f"This model is asked by {how}; found {sorted(asked)}.")
+    if empty := [field for field, value in asked.items() if not value]:
+        raise ValueError(f"ask.{empty[0]}=[]: nothing is asked for.")
+    for embedder in model.conditioner.embedders.values():
+        if hasattr(embedder, "check"):
+            embedder.check(asked)
     ask = {field: readers[field].read(field, value, size) for field, value in asked.items()}
     for field in readers.keys() - ask.keys():
         usual = readers[field].unasked(field, size) if hasattr(readers[field], "unasked") else None
         ask |= {} if usual is None else {field: readers[field].read(field, usual, size)}
-    count = config.get("count") or max((len(v) for v in ask.values()), default=1)
+    count = max((len(v) for v in ask.values()), default=1) if config.get("count") is None else config["count"]
+    if count < 1:
+        raise ValueError(f"count={count}: wanted 1 or more pictures.")
     ask = model.conditioner.fill({field: _repeated(field, value, count) for field, value in ask.items()})
     if readers.keys() - ask.keys():
         raise ValueError(f"This model is asked by {how}; found {sorted(asked) or 'nothing'}.")
     if config.get("negative") is not None:
         if "caption" not in readers:
             raise ValueError(f"negative={config['negative']!r} is for models that read captions; this one is asked by {how}.")
-        ask["negative.caption"] = [str(config["negative"])] * count
+        ask["negative.caption"] = readers["caption"].read("caption", [config["negative"]], size) * count
     return ask, count
 
 

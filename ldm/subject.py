@@ -87,16 +87,16 @@ class Subject:
 
     def _requests(self) -> Split | Given:
         config, count = self.config, self.config["count"]
+        asked = {**config, "resolution": config["resolution"] or self.data.size, "ask": spread(config["ask"])}
         if config["prompts"] is not None:
-            ask, lines = read_request({**config, "count": None}, self.model)
+            ask, lines = read_request({**asked, "count": None}, self.model)
             if count > lines:
                 raise ValueError(
                     f"fewer captions than pictures: count={count}, and prompts={config['prompts']} has {lines} lines."
                 )
             return Given({name: value[:count] for name, value in ask.items()}, count)
         if config["ask"] or not self.model.conditioner.embedders:
-            size = config["resolution"] or self.data.size
-            return Given(*read_request({**config, "resolution": size, "ask": spread(config["ask"])}, self.model))
+            return Given(*read_request(asked, self.model))
         if config["negative"] is not None:
             raise ValueError("negative=... goes with prompts=FILE; the requests of shards have none.")
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))

@@ -209,7 +209,10 @@ class Told(Protocol):
     conditioner: Any  # whose `embedders` are by name
 
     def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
-        """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition."""
+        """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition.
+
+        What `only` keeps out is told `negative.<field>` instead, where the request has that.
+        """
 
 
 class Guidance(Protocol):
@@ -221,6 +224,7 @@ class Embedder(Protocol):
     """One condition. It may also have, where it wants more than a field as the shards hold it:
 
     derive(batch, draw) -> {field: value}     what the batch lacks and other fields tell; draw is None outside training
+    check(asked)                          refuses what a person writes, {field: N of it}, before it is read
     read(field, asked, size) -> value         what a person writes for a field, N of it, for pictures of size (height, width)
     show(value) -> (B, 3, h, w)               a picture of what it was told, in [-1, 1]
     unasked(field, size) -> list | None       what a person means who does not write it; None: it must be written

@@ -156,6 +156,8 @@ def test_an_unknown_setting_inside_a_file_is_named():
         build({"_target_": "ldm.sampler.ddim.DDIM", "step": 3})
     with pytest.raises(ValueError, match=r"steps='many' is of type str.*wants int"):
         build({"_target_": "ldm.sampler.ddim.DDIM", "steps": "many"})
+    with pytest.raises(ValueError, match=r"slot='token' .*Label wants Literal\['tokens', 'vector'\]"):
+        build({"_target_": "ldm.condition.label.Label", "classes": 3, "width": 4, "slot": "token"})
 
 
 @pytest.mark.parametrize("target", ["os.system", "subprocess.run", "webdataset.gopen", "numpy.load", "torch.load", "ldmx.evil"])

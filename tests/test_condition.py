@@ -22,6 +22,7 @@ from ldm.data.write import write_shards
 from ldm.folder import load_tensors, save_model, save_tensors, with_parts, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
+from ldm.subject import Subject
 from ldm.types import Cond, Draw, Widths
 
 NAMES = ["red apple", "fox", "cat face with tears of joy"]
@@ -192,10 +193,16 @@ def test_missing_statistics_name_the_setting(clip_folder, tmp_path):
         Text(f"local-dir:{tmp_path}", whiten=True)
 
 
-def test_a_layer_that_is_not_there_is_named(text):
-    text.layers = (7,)
-    with pytest.raises(ValueError, match=r"condition\.text\.layers=\[7\].*0 to 2"):
-        text(NAMES, no(3))
+@pytest.mark.parametrize("layers", [[7], [-4], []])
+def test_a_layer_that_is_not_there_is_named(clip_folder, layers):
+    with pytest.raises(ValueError, match=r"condition\.text\.layers=\[.*0 to 2 or -1 to -3"):
+        Text(f"local-dir:{clip_folder}", layers=layers)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5])
+def test_a_rate_is_a_share(rate):
+    with pytest.raises(ValueError, match=rf"condition\.label\.rate={rate}.*0 \(never dropped\) to 1"):
+        Conditioner({"label": Label(10, 8, rate=rate)})
 
 
 def test_dropping_depends_on_position_alone():
@@ -280,6 +287,16 @@ def test_numbers_are_read_from_the_records_and_told_in_the_null():
     assert [conditioner.embedders["number"].unasked(f, (32, 48)) for f in SIZES] == [[32.0], [48.0], [0.0]]
 
 
+def test_captions_of_a_file_are_judged_at_the_size_drawn(text, tmp_path):
+    """Numbers that nobody says are those of the pictures, also where `resolution` is left to the data."""
+    (tmp_path / "prompts.txt").write_text("fox\ncat\n")
+    config = OmegaConf.to_container(compose_config("evaluate", [f"prompts={tmp_path}/prompts.txt", "count=2"]), resolve=True)
+    subject = Subject(config, tmp_path)
+    subject.model = SimpleNamespace(conditioner=Conditioner({"text": text, "number": Number(SIZES, width=6)}))
+    subject.data = SimpleNamespace(size=48)
+    assert subject._requests().ask["original_height"].tolist() == [48.0, 48.0]
+
+
 def test_conditions_join():
     a = Cond(vector=torch.ones(2, 4), tokens=torch.ones(2, 3, 4), spatial=torch.ones(2, 1, 5, 5))
     hidden = torch.zeros(2, 5, dtype=torch.bool)
@@ -301,8 +318,6 @@ def test_what_does_not_fit_is_refused():
 
 class Told:
     """A model whose denoiser multiplies by what it is told, and counts its calls."""
-
-    conditioner = SimpleNamespace(embedders={"text": SimpleNamespace(key="caption")})
 
     def __init__(self):
         self.calls = 0
@@ -331,9 +346,14 @@ def test_guidance_is_linear_in_its_scale(scale, factor):
     torch.testing.assert_close(CFG(scale)(Told(), {"caption": [2.0]})(X, T), factor * X)
 
 
-def test_a_negative_prompt_takes_the_nulls_place():
-    ask = {"caption": [2.0], "negative.caption": [3.0]}
-    torch.testing.assert_close(CFG(3.0)(Told(), ask)(X, T), (3.0 + 3 * (2.0 - 3.0)) * X)
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_negative_request_takes_the_place_of_what_is_not_told(rate):
+    conditioner = Conditioner({"a": Label(4, 8, key="a", rate=rate), "b": Label(4, 8, key="b")})
+    ask, no = {"a": torch.tensor([1]), "b": torch.tensor([2])}, torch.tensor([3])
+    asked = ask | {"negative.a": no}
+    assert torch.equal(conditioner(asked).tokens, conditioner(ask).tokens)
+    assert torch.equal(conditioner(asked, only=("a",)).tokens, conditioner(ask, only=("a",)).tokens)
+    assert torch.equal(conditioner(asked, only=()).tokens, conditioner(ask | {"a": no}, only=("a",)).tokens)
 
 
 # ---- embeddings that come with the shards

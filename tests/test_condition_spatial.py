@@ -138,12 +138,34 @@ def test_masks_are_of_many_shapes_and_sizes():
     assert masks.mean(0).min() > 0.2, "no place is never repainted"
 
 
-@pytest.mark.parametrize("value, said", [(0.0, "empty"), (1.0, "full"), (0.5, "0 .keep. and 1")])
+@pytest.mark.parametrize("value, said", [(0.0, r"masks are 0 everywhere \(data\.fields\.mask\)"), (0.5, "0 .keep. and 1")])
 def test_masks_that_say_nothing_are_refused(value, said):
     with pytest.raises(ValueError, match=said):
         Inpaint(Halves())([pictures(1), torch.full((1, 1, 8, 8), value)], no(1))
     with pytest.raises(ValueError, match="does not fit"):
         Inpaint(Halves())([pictures(1), torch.zeros(1, 1, 4, 8)], no(1))
+
+
+@pytest.mark.parametrize("member", ["mask.png", "map.mask.png"])
+def test_masks_come_with_the_shards(member, tmp_path):
+    """White, or any label but 0, is repainted; a mask of everything is one too (Stable Diffusion drew a quarter so)."""
+    holes = np.zeros((4, 16, 16), np.uint8)
+    holes[0, :, 8:], holes[1, :8], holes[2, 4:8, 4:8], holes[3] = 255, 255, 255, 255
+
+    def png(pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    photo = png(np.zeros((16, 16, 3), np.uint8))
+    write_shards(
+        ({"__key__": f"{i}", "png": photo, member: png(hole)} for i, hole in enumerate(holes)), tmp_path / "shards", per_shard=10
+    )
+    data = Shards([str(tmp_path / "shards")], fields={"image": "png", "mask": member}, size=16, batch=4)
+    data.setup()
+    batch, conditioner = data.on_after_batch_transfer(data.rows("train", range(4))), Conditioner({"inpaint": Inpaint(Halves())})
+    assert torch.equal(conditioner.fill(batch)["mask"][:, 0], torch.from_numpy(holes > 0).float())
+    assert torch.equal(conditioner(batch).spatial[:, 0], torch.from_numpy(holes[:, ::2, ::2] > 0).float())
 
 
 def test_what_is_known_comes_back_to_the_bit_or_through_the_autoencoder():
@@ -270,10 +292,53 @@ def test_boxes_lie_where_the_pictures_do(how, tmp_path):
     assert seen > 10
 
 
-@pytest.mark.parametrize("box", [[8, 0, 0, 1, 1], [1, 0.5, 0, 0.5, 1], [1, 0, 0, 1.2, 1], [1, 0, 0, 1]])
+BAD_BOXES = [[8, 0, 0, 1, 1], [1, 0.6, 0, 0.5, 1], [1, 0, 0, 1.2, 1], [1, 0, 0, 1], [1.5, 0, 0, 1, 1], ["fox", 0, 0, 1, 1], 6]
+
+
+@pytest.mark.parametrize("box", [*BAD_BOXES, [1, 30, 40, 200, 300], [1, 0, 0, float("nan"), 1]])
 def test_boxes_out_of_range_are_named(box):
-    with pytest.raises(ValueError, match=r"Found the box .*class from 0 to 7 .*left < right"):
-        Layout(8, width=16, depth=1, heads=2)([[box]], no(1))
+    """Those of records too, before they are cut: nothing of a box in pixels would be left."""
+    layout, said = Layout(8, width=16, depth=1, heads=2), r"Found the box .*class from 0 to 7 .*left < right"
+    for ask in (
+        lambda: layout([[box]], no(1)),
+        lambda: layout.read("boxes", [box], (8, 8)),
+        lambda: layout.derive({"json": [{"boxes": [box], "width": 640, "height": 480}]}, None),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask()
+
+
+def test_boxes_of_records_may_be_missing_flat_or_outside_by_a_rounding_error():
+    layout = Layout(8, width=16, depth=1, heads=2)
+    told = layout.derive({"json": [{"boxes": [[1, -1e-7, 0.0, 1.0000001, 0.5], [1, 0.5, 0, 0.5, 1]]}, {"boxes": []}]}, None)
+    assert told == {"boxes": [[[1.0, 0.0, 0.0, 1.0, 0.5]], []]}
+    with pytest.raises(ValueError, match=r"Found the box \[1, 0\.5, 0, 0\.5, 1\]"):
+        layout.read("boxes", [[1, 0.5, 0, 0.5, 1]], (8, 8))  # in a request, one without area is a mistake
+    with pytest.raises(ValueError, match=r"reads `boxes` in the json.*found None in one with \['url'\].*Write \[\] where"):
+        layout.derive({"json": [{"boxes": []}, {"url": "x"}]}, None)
+    labels = torch.ones(1, 4, 4, dtype=torch.int64)
+    assert layout.derive({"json": [{"url": "x"}], "map": labels}, None) == {"boxes": [[[1.0, 0.0, 0.0, 1.0, 1.0]]]}
+
+
+def test_boxes_are_asked_for_in_lists_or_files(tmp_path):
+    layout, one, two = Layout(8, width=16, depth=1, heads=2), [1, 0, 0, 0.5, 1], [2, 0.5, 0, 1, 1]
+    (tmp_path / "a.json").write_text(json.dumps([one, two]))
+    (tmp_path / "b.json").write_text(json.dumps([[one], []]))
+    (tmp_path / "broken.json").write_text("[[1, 0")
+    paths = [f"{tmp_path}/{name}.json" for name in ("a", "b")]
+    cases = [
+        ([one, two], [[one, two]]),
+        ([[one], [two]], [[one], [two]]),
+        ([], [[]]),
+        ([[]], [[]]),
+        (paths, [[one, two], [one], []]),
+    ]
+    for asked, rows in cases:
+        assert layout.read("boxes", asked, (8, 8)) == rows
+    with pytest.raises(FileNotFoundError, match=r"ask\.boxes=6: there is no such file; wanted \[\[class, left"):
+        layout.read("boxes", ["6"], (8, 8))
+    with pytest.raises(ValueError, match=r"ask\.boxes=.*broken\.json is no JSON"):
+        layout.read("boxes", [f"{tmp_path}/broken.json"], (8, 8))
 
 
 # ---- pictures and words
@@ -363,8 +428,8 @@ def test_folders_of_maps_names_and_defaults(files):
 
 def test_small_pictures_and_boxes(files):
     model = model_of(low=LowResolution(Halves(), scale=2, noise=0.2), layout=Layout(8, width=8, depth=1, heads=2))
-    box = json.dumps([[1, 0, 0, 1, 1]])
-    ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": box}, "resolution": 8}, model)
+    (files / "boxes.json").write_text("[[1, 0, 0, 1, 1]]")
+    ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": f"{files}/boxes.json"}, "resolution": 8}, model)
     assert count == 1 and ask["low"].shape == (1, 3, 4, 4) and ask["level"].tolist() == [0.0]
     assert model.tell(ask).spatial.shape == (1, 3, 4, 4) and model.conditioner.show(ask)["layout"].shape == (1, 3, 64, 64)
 
@@ -388,6 +453,46 @@ def test_what_cannot_be_read_is_named(files):
             read_request({"ask": ask, "resolution": 8}, model)
     with pytest.raises(ValueError, match=r"negative='blurry' is for models that read captions.*ask\.map"):
         read_request({"ask": {"map": f"{files}/maps/a.png"}, "negative": "blurry", "resolution": 8}, model)
+
+
+def test_a_mask_lies_on_its_picture(files):
+    """Each is cut in its middle: a square mask of a wide picture would be stretched over less of it than was meant."""
+    for name, size in (("square", (10, 10)), ("large", (41, 20)), ("upright", (10, 20))):
+        Image.open(files / "mask.png").resize(size).save(files / f"{name}.png", exif=Image.Exif())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.open(files / "mask.png").rotate(90, expand=True).save(files / "turned.png", exif=exif)
+
+    def ask(*masks):
+        given = {"image": f"{files}/photo.png", "mask": [f"{files}/{m}.png" for m in masks]}
+        return read_request({"ask": given, "resolution": 8}, model_of(inpaint=Inpaint(Halves())))[0]
+
+    assert torch.equal(ask("mask", "turned")["mask"][0], ask("turned")["mask"][0]) and len(ask("large")["mask"]) == 1
+    for masks in (["square"], ["mask", "upright"]):
+        with pytest.raises(ValueError, match=rf"photo\.png is 20x10 and ask\.mask=\S+{masks[-1]}\.png is 10x.*same shape"):
+            ask(*masks)
+
+
+@pytest.mark.parametrize("level", ["much", -0.1, 0.3, "nan", None])
+def test_a_level_that_was_never_trained_is_named(level, files):
+    model = model_of(low=LowResolution(Halves(), scale=2, noise=0.2))
+    with pytest.raises(ValueError, match=rf"ask\.level={level}: wanted numbers from 0 to 0\.2"):
+        read_request({"ask": {"low": f"{files}/small.png", "level": level}, "resolution": 8}, model)
+
+
+@pytest.mark.parametrize("count", [-1, 0])
+def test_as_many_pictures_as_there_are(count, files):
+    with pytest.raises(ValueError, match=rf"count={count}: wanted 1 or more"):
+        read_request({"ask": {"map": f"{files}/maps"}, "count": count, "resolution": 8}, model_of(map=Semantic(Halves(), 3)))
+    with pytest.raises(ValueError, match=r"ask\.map=\[\]: nothing is asked for"):
+        read_request({"ask": {"map": []}, "resolution": 8}, model_of(map=Semantic(Halves(), 3)))
+
+
+def test_a_mask_that_says_nothing_is_named(files):
+    for name, value, said in (("black", 0, "empty.*0 to 0"), ("white", 255, "full.*255 to 255"), ("ones", 1, "empty.*1 to 1")):
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(files / f"{name}.png")
+        with pytest.raises(ValueError, match=rf"ask\.mask=\S+{name}\.png is {said}.*perhaps it is inverted"):
+            read_request({"ask": {"mask": f"{files}/{name}.png"}, "resolution": 8}, model_of(inpaint=Inpaint(Halves())))
 
 
 def test_each_picture_lies_beside_what_it_was_told(tmp_path):

@@ -15,6 +15,7 @@ from ldm.command_line import CONFIGS, compose_config
 from ldm.condition.cached_text import save_null
 from ldm.condition.text import Text
 from ldm.folder import save_model, write_text
+from ldm.generate import generate
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
@@ -283,7 +284,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("name", LAION)
 def test_published_recipes_take_steps_when_shrunken(name, runs):
-    """By backbone.width=32 alone; a text model that is trained, or would be fetched, is made small as well."""
+    """And draw, as previews do. By backbone.width=32 alone; a text model that is trained, or fetched, is made small as well."""
     small = ["condition.bert.width=32", "condition.bert.depth=1"] if name == "laion/text" else []
     if "text_sd1" in (CONFIGS / "experiment" / f"{name}.yaml").read_text():
         small = [f"condition.text_sd1.model=local-dir:{runs}/quickstart/clip", "condition.text_sd1.pretrained=null"]
@@ -298,3 +299,5 @@ def test_published_recipes_take_steps_when_shrunken(name, runs):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
+    drawn = generate(stage.model.eval(), batch, build(config.sampler, steps=1), build(config.guidance), range(2), (16, 16))
+    assert drawn.shape == (2, 3, 16, 16) and drawn.isfinite().all()

@@ -17,7 +17,7 @@ from ldm.build import build
 from ldm.command_line import compose_config
 from ldm.data.emoji import Emoji
 from ldm.evaluation import rows as rows_module
-from ldm.evaluation.pictures import Split, another, chosen, untold
+from ldm.evaluation.pictures import Given, Split, another, chosen, untold
 from ldm.evaluation.real import Archive, Folder
 from ldm.evaluation.rows import see
 from ldm.evaluation.run import measure
@@ -201,6 +201,13 @@ def test_untold_guidance_hears_the_null_condition_alone():
     guidance = untold(lambda model, ask: heard.extend([model.denoiser, model.tell(ask), model.tell(ask, only=("a",))]))
     guidance(Model(), {})
     assert heard[0] == "denoiser" and all(cond.vector.item() == 0 for cond in heard[1:])
+
+
+def test_maps_that_are_asked_for_stand_in_the_protocol_by_their_hash():
+    maps = torch.zeros(2, 64, 64, dtype=torch.int64)
+    asked = [Given({"map": m, "label": torch.arange(2), "caption": ["a", "b"]}, 2).protocol["asked"] for m in (maps, maps + 1)]
+    assert [len(a.pop("map")) for a in asked] == [64, 64] and asked[0] == {"label": [0, 1], "caption": ["a", "b"]}
+    assert Given({"map": maps}, 2).protocol != Given({"map": maps + 1}, 2).protocol
 
 
 def test_evenly_chosen_samples_reach_from_the_first_to_the_last(data):

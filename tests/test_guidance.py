@@ -24,6 +24,7 @@ from ldm.guidance.scales import Scales
 from ldm.model import LatentModel
 from ldm.prediction import Flow
 from ldm.schedule import Cosine, Linear
+from ldm.types import Cond
 
 ASK = {"kind": torch.tensor([1, 2]), "size": torch.tensor([0, 3])}
 
@@ -83,6 +84,23 @@ def test_a_negative_takes_the_place_of_its_own_condition_alone():
     same = Scales({"a": 2.5, "b": 2.5, "c": 2.5})(model, asked)(X, T)
     torch.testing.assert_close(same, CFG(2.5)(model, asked)(X, T), atol=1e-3, rtol=1e-3)
     assert torch.equal(Interval(low=1e9)(model, asked)(X, T), Unguided()(model, ask)(X, T))
+
+
+@torch.no_grad()
+def test_two_conditions_of_one_field_each_hear_the_negative_where_they_are_not_told():
+    """As two text models that read one caption: telling one leaves the negative to the other."""
+    model = model_of({n: Label(4, 8, key="caption", rate=0.1) for n in "ab"})
+    ask, no = {"caption": torch.tensor([1, 2])}, torch.tensor([3, 3])
+
+    def x_hat(a, b):
+        tokens = [model.conditioner.embedders[n].table(c)[:, None] for n, c in (("a", a), ("b", b))]
+        return model.denoiser(X, T, Cond(tokens=torch.cat(tokens, dim=1)))
+
+    asked, yes = ask | {"negative.caption": no}, ask["caption"]
+    x_0, x_1, x_2 = x_hat(no, no), x_hat(yes, no), x_hat(yes, yes)
+    torch.testing.assert_close(Scales({"a": 2.0, "b": 3.0})(model, asked)(X, T), x_0 + 2 * (x_1 - x_0) + 3 * (x_2 - x_1))
+    torch.testing.assert_close(Scales({"b": 3.0})(model, asked)(X, T), x_1 + 3 * (x_2 - x_1))
+    torch.testing.assert_close(CFG(3.0)(model, asked)(X, T), x_0 + 3 * (x_2 - x_0))
 
 
 @pytest.mark.parametrize("name", ["none", "autoguidance"])

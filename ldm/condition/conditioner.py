@@ -14,10 +14,16 @@ class Conditioner(nn.Module):
 
     The null condition is not another code path: it is dropout of everything that is ever dropped. A rate of 0 means
     that a condition is never dropped, not in the null either. `hole`: the fields of an inpainting model's picture and mask.
+
+    Raises:
+        ValueError: a rate that is no share.
     """
 
     def __init__(self, embedders: Mapping[str, Embedder]) -> None:
         super().__init__()
+        for name, embedder in embedders.items():
+            if not 0 <= embedder.rate <= 1:
+                raise ValueError(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
         self.embedders = nn.ModuleDict(embedders)
         self.widths = sum((e.widths for e in self.embedders.values()), Widths())
         self.fields = tuple(dict.fromkeys(field for e in self.embedders.values() for field in self.fields_of(e)))
@@ -26,7 +32,8 @@ class Conditioner(nn.Module):
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
         """Reads each embedder's fields of the batch.
 
-        With `draw`, each is dropped at its own rate, sample by sample; with `only`, those not named are dropped.
+        With `draw`, each is dropped at its own rate, sample by sample; with `only`, those not named are dropped, or told the
+        batch's `negative.<field>` in the place of their field where there is one.
 
         Raises:
             ValueError: the batch lacks a field, or `only` names a condition that the model does not have.
@@ -36,9 +43,11 @@ class Conditioner(nn.Module):
             raise ValueError(f"This model has the conditions {list(self.embedders)}, not {sorted(unknown)}.")
         batch, cond = self.fill(batch, draw), Cond()
         for name, embedder in self.embedders.items():
-            value = _value(name, embedder, batch)
+            negative = {} if only is None or name in only else self._negative(embedder, batch)
+            value = _value(name, embedder, {**batch, **negative})
             count = len(value) if isinstance(embedder.key, str) else len(value[0])
-            cond = cond + embedder(value, self._drop(name, embedder, count, draw, only))
+            drop = self._drop(name, embedder, count, draw, only)
+            cond = cond + embedder(value, torch.zeros_like(drop) if negative else drop)
         return cond
 
     def fill(self, batch: Batch, draw: Draw | None = None) -> dict[str, Any]:
@@ -58,6 +67,9 @@ class Conditioner(nn.Module):
     def fields_of(embedder: Embedder) -> tuple[str, ...]:
         """The batch fields that an embedder reads."""
         return (embedder.key,) if isinstance(embedder.key, str) else tuple(embedder.key)
+
+    def _negative(self, embedder: Embedder, batch: Batch) -> dict[str, Any]:
+        return {field: batch[f"negative.{field}"] for field in self.fields_of(embedder) if f"negative.{field}" in batch}
 
     @staticmethod
     def _drop(name: str, embedder: Embedder, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:

@@ -1,7 +1,7 @@
 """A picture's embedding in a frozen CLIP: variations of a picture."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ class Embedding(nn.Module):
     frozen = ("tower",)
 
     def __init__(
-        self, model: str, pretrained: str | None = None, slot: str = "tokens", key: str = "image", rate: float = 0.1
+        self,
+        model: str,
+        pretrained: str | None = None,
+        slot: Literal["tokens", "vector"] = "tokens",
+        key: str = "image",
+        rate: float = 0.1,
     ) -> None:
         super().__init__()
         self.tower = load_clip(model, pretrained, "condition.embedding").visual

@@ -1,7 +1,9 @@
-"""What a person names on the command line, pictures, masks and label maps, as tensors of the size asked for."""
+"""What a person names on the command line, pictures, masks, label maps and numbers, as tensors of the size asked for."""
 
 import colorsys
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Te
     """Files -> (N, 3, height, width) in [-1, 1], cropped in the middle to the shape of `size`, then scaled."""
     pictures = []
     for path in files(field, asked):
-        image = ImageOps.exif_transpose(_open(field, path)).convert("RGBA")
+        image = _open(field, path).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = ImageOps.fit(Image.alpha_composite(white, image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
         pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
@@ -44,12 +46,33 @@ def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Te
 
 
 def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
-    """Files, white (at least 128) where to repaint -> (N, 1, height, width) of 0 and 1, scaled by nearest."""
+    """Files, white (at least 128) where to repaint -> (N, 1, height, width) of 0 and 1, scaled by nearest.
+
+    Raises:
+        ValueError: a mask that is empty or full.
+    """
     masks = []
     for path in files(field, asked):
-        image = ImageOps.fit(_open(field, path).convert("L"), size[::-1], Image.Resampling.NEAREST)
-        masks.append(torch.from_numpy(np.array(image) >= 128).float()[None])
+        grey = np.array(ImageOps.fit(_open(field, path).convert("L"), size[::-1], Image.Resampling.NEAREST))
+        if (grey >= 128).all() or (grey < 128).all():
+            what = "full: nothing of the picture is known" if grey[0, 0] >= 128 else "empty: nothing is to be repainted"
+            raise ValueError(
+                f"ask.{field}={path} is {what}. White (at least 128) is repainted, black is kept, and it holds {grey.min()} to "
+                f"{grey.max()}; perhaps it is inverted."
+            )
+        masks.append(torch.from_numpy(grey >= 128).float()[None])
     return torch.stack(masks)
+
+
+def check_shapes(asked: Mapping[str, Sequence[Any]], a: str, b: str) -> None:
+    """Raises ValueError where the files of the fields a and b, one by one, are of different shapes."""
+    ours, theirs = ([(path, _open(field, path).size) for path in files(field, asked[field])] for field in (a, b))
+    for _, (one, (w, h)), (other, (w2, h2)) in zip(range(max(len(ours), len(theirs))), cycle(ours), cycle(theirs)):
+        if abs(w * h2 - w2 * h) > max(w, h, w2, h2):  # a pixel, once they are of one height or width
+            raise ValueError(
+                f"ask.{a}={one} is {w}x{h} and ask.{b}={other} is {w2}x{h2}: they are cut in the middle, each for itself, and so "
+                "would not lie on each other. Give both the same shape."
+            )
 
 
 def read_maps(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
@@ -69,6 +92,22 @@ def read_maps(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor
     return torch.stack(maps)
 
 
+def numbers(field: str, asked: Sequence[Any], low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Numbers, perhaps as words -> (N).
+
+    Raises:
+        ValueError: no number, or one that is not from `low` to `high`.
+    """
+    try:
+        values = [float(a) for a in asked]
+    except (TypeError, ValueError):
+        values = [math.nan]
+    if not all(low <= value <= high for value in values):
+        wanted = "numbers" if high == math.inf else f"numbers from {low:g} to {high:g}"
+        raise ValueError(f"ask.{field}={', '.join(map(str, asked))}: wanted {wanted}.")
+    return torch.tensor(values)
+
+
 def painted(labels: Tensor, count: int) -> Tensor:
     """labels: (B, h, w) integers in [0, count) -> (B, 3, h, w) in [-1, 1], white for 0, else hues as far apart as can be."""
     hues = [colorsys.hsv_to_rgb(i / max(count - 1, 1), 0.8, 0.9) for i in range(count - 1)]
@@ -77,8 +116,6 @@ def painted(labels: Tensor, count: int) -> Tensor:
 
 def _open(field: str, path: Path) -> Image.Image:
     try:
-        image = Image.open(path, formats=FORMATS)
-        image.load()
+        return ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"ask.{field}={path} is no whole jpg, png or webp: {error}") from error
-    return image

@@ -1,7 +1,9 @@
 """Boxes and what is in them, as tokens: layout-to-image (https://arxiv.org/abs/2112.10752, section 4.3.2)."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,20 +66,28 @@ class Layout(nn.Module):
         return Cond(tokens=self.transformer(tokens, src_key_padding_mask=~mask), mask=mask)
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
-        """Boxes, where the batch has none, from its records or its maps."""
+        """Boxes, where the batch has none, from its records or its maps.
+
+        Raises:
+            ValueError: a record without boxes, or with others than in the class' docstring.
+        """
         if self.key in batch:
             return {}
-        if "json" in batch and all("boxes" in record for record in batch["json"]):
-            cuts = zip(*(batch[field].tolist() for field in CUT)) if CUT[0] in batch else [()] * len(batch["json"])
-            return {self.key: [in_the_cut(record, *cut) for record, cut in zip(batch["json"], cuts)]}
+        if "json" in batch and ("map" not in batch or any("boxes" in record for record in batch["json"])):
+            records = [{**record, "boxes": self._boxes(record)} for record in batch["json"]]
+            cuts = zip(*(batch[field].tolist() for field in CUT)) if CUT[0] in batch else [()] * len(records)
+            return {self.key: [in_the_cut(record, *cut) for record, cut in zip(records, cuts)]}
         return {self.key: [boxes_of(labels, self.least) for labels in batch["map"].cpu()]} if "map" in batch else {}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
-        """One list of boxes, a list of such lists, or JSON of either -> N lists of boxes."""
-        rows = [json.loads(a) if isinstance(a, str) else a for a in asked]
-        if rows and rows[0] and not isinstance(rows[0][0], Sequence | Mapping):
-            rows = [rows]
-        return rows
+        """One list of boxes, a list of such lists, or JSON files of either -> N lists of boxes.
+
+        Raises:
+            ValueError: something else. FileNotFoundError: no such file.
+        """
+        found = [_from_file(field, a) for a in asked] if asked and isinstance(asked[0], str) else [asked]
+        rows = [row for boxes in found for row in (boxes if _is_of_many(boxes) else [boxes])]
+        return [[self._checked(box) for box in row] for row in rows]
 
     def show(self, value: Sequence[Sequence[Box]], side: int = 64) -> Tensor:
         """value: as in `forward` -> (B, 3, side, side) in [-1, 1], each box in its class' colour, small ones above large ones."""
@@ -88,13 +98,40 @@ class Layout(nn.Module):
                 page[top:bottom, left:right] = int(kind)
         return painted(labels, self.classes)
 
-    def _checked(self, box: Box) -> list[float]:
-        if len(box) != 5 or not 0 <= box[0] < self.classes or not (0 <= box[1] < box[3] <= 1 and 0 <= box[2] < box[4] <= 1):
+    def _boxes(self, record: Mapping[str, Any]) -> list[list[float]]:
+        if not isinstance(record.get("boxes"), list):
             raise ValueError(
-                f"Found the box {list(box)}; wanted [class, left, top, right, bottom] with a class from 0 to {self.classes - 1} "
-                "(condition.layout.classes=...) and edges in [0, 1], left < right, top < bottom."
+                "Condition 'layout' reads `boxes` in the json of each sample, a list of [class, left, top, right, bottom], and "
+                f"found {record.get('boxes')!r} in one with {sorted(record)}. Write [] where there are none."
             )
-        return [float(v) for v in box]
+        return [self._checked(box, flat=True) for box in record["boxes"]]
+
+    def _checked(self, box: Any, flat: bool = False) -> list[float]:
+        """The box, with edges that lie outside by a rounding error brought inside; `flat`: it may have no area."""
+        numbers = isinstance(box, Sequence) and len(box) == 5 and all(isinstance(v, int | float) for v in box)
+        kind, *edges = box if numbers else [-1] * 5
+        left, top, right, bottom = (min(max(edge, 0.0), 1.0) if -1e-3 <= edge <= 1 + 1e-3 else math.nan for edge in edges)
+        ordered = (left < right and top < bottom) or (flat and left <= right and top <= bottom)
+        if not (0 <= kind < self.classes and kind == int(kind) and ordered):
+            raise ValueError(
+                f"Found the box {box}; wanted [class, left, top, right, bottom] with a class from 0 to {self.classes - 1} "
+                "(condition.layout.classes=...) and edges in [0, 1] of the picture, left < right, top < bottom."
+            )
+        return [float(kind), left, top, right, bottom]
+
+
+def _from_file(field: str, path: str) -> list[Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ask.{field}={path}: there is no such file; wanted [[class, left, top, right, bottom], ...].")
+    try:
+        boxes = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"ask.{field}={path} is no JSON: {error}") from error
+    return boxes if isinstance(boxes, list) else [boxes]
+
+
+def _is_of_many(boxes: Sequence[Any]) -> bool:
+    return bool(boxes) and all(isinstance(row, Sequence) and all(isinstance(box, Sequence) for box in row) for row in boxes)
 
 
 def in_the_cut(

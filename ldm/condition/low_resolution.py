@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.condition.degrade import bicubic
-from ldm.condition.files import read_pictures
+from ldm.condition.files import numbers, read_pictures
 from ldm.condition.masks import key_generator
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
@@ -71,7 +71,7 @@ class LowResolution(nn.Module):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of small pictures -> (N, 3, height / scale, width / scale) in [-1, 1]; or levels -> (N)."""
         if field == "level":
-            return torch.tensor([float(a) for a in asked])
+            return numbers(field, asked, 0, self.noise)
         return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
 
     def show(self, value: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.condition.files import numbers
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Batch, Cond, Draw, Widths
 
@@ -41,8 +42,8 @@ class Number(nn.Module):
         return {name: [_number(usual | r, name) for r in batch["json"]] for name in lacking}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
-        """Numbers, or words for them -> (N)."""
-        return torch.tensor([float(a) for a in asked])
+        """Numbers -> (N)."""
+        return numbers(field, asked)
 
     def unasked(self, field: str, size: tuple[int, int]) -> list[float] | None:
         """What a request of a picture of `size`, height and width, means where it does not say the field."""

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, one_hot
 
 from ldm.condition.files import painted, read_maps
 from ldm.types import Autoencoder, Cond, Widths
@@ -41,7 +40,7 @@ class Semantic(nn.Module):
             raise ValueError(
                 f"Maps of {tuple(value.shape[1:])} do not divide by the autoencoder's factor {self.factor} (data.size)."
             )
-        shares = avg_pool2d(one_hot(value, self.classes).permute(0, 3, 1, 2).float(), self.factor)
+        shares = shares_of(value, self.classes, self.factor)
         told = shares if self.table is None else torch.einsum("bkhw,kc->bchw", shares, self.table)
         return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
 
@@ -52,3 +51,11 @@ class Semantic(nn.Module):
     def show(self, value: Tensor) -> Tensor:
         """value: as in `forward` -> (B, 3, f * H, f * W) in [-1, 1], a colour for each label."""
         return painted(value, self.classes)
+
+
+def shares_of(labels: Tensor, classes: int, factor: int) -> Tensor:
+    """labels: (B, f * H, f * W) integers -> (B, classes, H, W), counted cell by cell: no map of one-hot pixels is laid out."""
+    count, height, width = labels.shape
+    cells = labels.reshape(count, height // factor, factor, width // factor, factor).permute(0, 2, 4, 1, 3).flatten(1, 2)
+    counts = torch.zeros(count, classes, *cells.shape[2:], device=labels.device)
+    return counts.scatter_add_(1, cells, counts.new_ones(()).expand(cells.shape)).div_(factor**2)

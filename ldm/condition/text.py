@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from ldm.clip import load_text_tower, read, spoken, warn_of_cut
 from ldm.folder import LOCAL, load_tensors
 from ldm.types import Cond, Widths
-
-EMPTY_PROMPT, ZEROS = DROPPED = ("empty_prompt", "zeros")
 
 
 class Text(nn.Module):
@@ -28,6 +26,9 @@ class Text(nn.Module):
     With `whiten`, the channels of each layer, and of the pooled vector, become uncorrelated with zero mean and unit variance over
     the training captions; the statistics lie beside the tower in `statistics.safetensors` (the `contrast` stage writes them).
     A dropped caption is the `empty_prompt` (Stable Diffusion 1 and 2), or `zeros` in the place of tokens and vector (XL).
+
+    Raises:
+        ValueError: the tower has no such layer.
     """
 
     frozen = ("tower",)
@@ -41,19 +42,22 @@ class Text(nn.Module):
         pooled: bool = False,
         padding: int | None = None,
         whiten: bool = False,
-        dropped: str = EMPTY_PROMPT,
+        dropped: Literal["empty_prompt", "zeros"] = "empty_prompt",
         key: str = "caption",
         rate: float = 0.1,
     ) -> None:
         super().__init__()
         self.key, self.rate, self.layers, self.final_norm, self.pooled = key, rate, tuple(layers), final_norm, pooled
-        self.padding, self.dropped, self.whiten = padding, check_dropped(dropped), whiten
+        self.padding, self.dropped, self.whiten = padding, dropped, whiten
         self.tower = load_text_tower(model, pretrained, "condition.text")
         self.tokenizer = open_clip.get_tokenizer(model, context_length=self.tower.context_length)
-        width = self.tower.token_embedding.embedding_dim
+        width, count = self.tower.token_embedding.embedding_dim, len(self.tower.transformer.resblocks) + 1
+        if not layers or not all(-count <= i < count for i in layers):
+            raise ValueError(
+                f"condition.text.layers={list(layers)}: wanted this tower's hidden states, 0 to {count - 1} or -1 to {-count}."
+            )
         self.widths = Widths(tokens=width * len(self.layers), vector=self.tower.text_projection.shape[1] if pooled else 0)
         if whiten:
-            count = len(self.tower.transformer.resblocks) + 1
             names = [f"layer.{i % count}" for i in self.layers] + (["pooled"] if pooled else [])
             table = statistics(model)
             means, mixes = zip(*(whitening(table[f"{n}.mean"], table[f"{n}.covariance"]) for n in names))
@@ -70,12 +74,14 @@ class Text(nn.Module):
         mask = None if self.padding is not None else spoken(ids)
         with torch.no_grad():
             hidden, vector = read(self.tower, ids)
-        states = [self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in self._chosen(hidden)]
+        states = [
+            self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
+        ]
         tokens = torch.cat(states, dim=2)
         if self.whiten:
             tokens = (tokens - self.token_mean) @ self.token_mix
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
-        if self.dropped == ZEROS:
+        if self.dropped == "zeros":
             told = (~drop).to(tokens, non_blocking=True)[:, None]
             tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
         return Cond(tokens=tokens, mask=mask, vector=vector if self.pooled else None)
@@ -93,14 +99,6 @@ class Text(nn.Module):
         """What, besides its weights, decides what it says."""
         names = ("layers", "final_norm", "pooled", "padding", "whiten", "dropped")
         return {name: getattr(self, name) for name in names} | {"layers": list(self.layers)}
-
-    def _chosen(self, hidden: list[Tensor]) -> list[Tensor]:
-        if not all(-len(hidden) <= i < len(hidden) for i in self.layers):
-            raise ValueError(
-                f"condition.text.layers={list(self.layers)}: this tower has the hidden states 0 to {len(hidden) - 1}, "
-                f"or -1 to {-len(hidden)}."
-            )
-        return [hidden[i] for i in self.layers]
 
 
 class Texts(nn.Module):
@@ -133,17 +131,6 @@ class Texts(nn.Module):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""
         return next(iter(self.towers.values())).read(field, asked, size)
-
-
-def check_dropped(dropped: str) -> str:
-    """The same word, where it is one.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if dropped not in DROPPED:
-        raise ValueError(f"condition.text.dropped={dropped} is none of {', '.join(DROPPED)}.")
-    return dropped
 
 
 def statistics(model: str) -> dict[str, Tensor]:

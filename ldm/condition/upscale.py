@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.condition.files import read_pictures
+from ldm.condition.files import numbers, read_pictures
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
 
@@ -66,7 +66,7 @@ class Upscale(nn.Module):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of small pictures -> (N, 3, height / scale, width / scale) in [-1, 1]; or steps -> (N) integers."""
         if field == "step":
-            return torch.tensor([int(a) for a in asked])
+            return numbers(field, asked, 0, self.table.num_embeddings - 1).long()
         return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
 
     def show(self, value: Sequence[Tensor]) -> Tensor:

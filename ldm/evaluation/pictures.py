@@ -1,5 +1,6 @@
 """Where the pictures that are judged come from: drawn, reconstructed, or real. Each is rounded to 8 bits, as in a file."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -72,12 +73,17 @@ class Given:
 
     def __init__(self, ask: Mapping[str, Any], count: int) -> None:
         self.ask, self.count = ask, count
-        self.protocol = {"asked": {k: v.tolist() if isinstance(v, Tensor) else v for k, v in ask.items()}}
+        self.protocol = {"asked": {k: _told(v) if isinstance(v, Tensor) else v for k, v in ask.items()}}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
         """The fields of these requests."""
         numbers = list(numbers)
         return {k: v[numbers] if isinstance(v, Tensor) else [v[n] for n in numbers] for k, v in self.ask.items()}
+
+
+def _told(value: Tensor) -> Any:
+    """Numbers as they are; of maps and pictures, which are many, their hash."""
+    return value.tolist() if value.ndim < 2 else hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 class Reconstructions:
@@ -160,7 +166,7 @@ def untold(guidance: Guidance) -> Guidance:
             self.model, self.denoiser, self.conditioner = model, model.denoiser, model.conditioner
 
         def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
-            return self.model.tell(ask, only=())
+            return self.model.tell({field: v for field, v in ask.items() if not field.startswith("negative.")}, only=())
 
     def guide(model: Told, ask: Batch) -> Denoise:
         return guidance(Untold(model), ask)

@@ -1,12 +1,11 @@
 """Classifier-free guidance (https://arxiv.org/abs/2207.12598, equation 6 with scale = 1 + w)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldm.types import Batch, Cond, Denoise, Told, like
+from ldm.types import Batch, Denoise, Told, like
 
 
 @dataclass(frozen=True)
@@ -14,9 +13,8 @@ class CFG:
     """scale = 0 ignores the condition, 1 follows it (one call of the network), more than 1 exaggerates it (two, as one batch).
 
     A request's field `negative.<key>` takes the place of `<key>` in the null condition; conditions without one are dropped
-    there. `rescale`, from 0 to 1, brings the
-    estimate's std, over each picture, back to that of the unguided one, against over-exposure at large scales
-    (https://arxiv.org/abs/2305.08891, equations 15 and 16).
+    there. `rescale`, from 0 to 1, brings the estimate's std, over each picture, back to that of the unguided one, against
+    over-exposure at large scales (https://arxiv.org/abs/2305.08891, equations 15 and 16).
     """
 
     scale: float = 2.0
@@ -27,27 +25,13 @@ class CFG:
         cond = model.tell(ask)
         if self.scale == 1:
             return lambda x_t, t: model.denoiser(x_t, t, cond)
-        both = cond.stack(denied(model, ask))
+        both = cond.stack(model.tell(ask, only=()))
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             x_cond, x_null = model.denoiser(torch.cat((x_t, x_t)), t.expand(len(x_t)).repeat(2), both).chunk(2)
             return rescaled(x_null + self.scale * (x_cond - x_null), x_cond, self.rescale)
 
         return denoise
-
-
-def denied(model: Told, ask: Batch, but: Sequence[str] = ()) -> Cond:
-    """The null condition of a request, which is told the conditions named in `but` as they are asked for.
-
-    Of the others, those whose field has a `negative.<key>` are told that instead, and all else is dropped.
-    """
-    negative = {field.removeprefix("negative."): value for field, value in ask.items() if field.startswith("negative.")}
-    told, instead = [], {}
-    for name, embedder in model.conditioner.embedders.items():
-        found = negative.keys() & ({embedder.key} if isinstance(embedder.key, str) else set(embedder.key))
-        if found and name not in but:
-            told, instead = [*told, name], instead | {field: negative[field] for field in found}
-    return model.tell({**ask, **instead}, only=(*but, *told))
 
 
 def refuse_negative(ask: Batch, guidance: str) -> None:

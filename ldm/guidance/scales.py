@@ -7,7 +7,6 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ldm.guidance.cfg import denied
 from ldm.types import Batch, Cond, Denoise, Told
 
 
@@ -16,8 +15,8 @@ class Scales:
     """x_0 + s_1 (x_1 - x_0) + s_2 (x_2 - x_1) + ..., where x_i is told the first i conditions of `scales`.
 
     Conditions that `scales` does not name are always told; those that x_i is not told yet have their negative request in their
-    place where there is one. With one scale for all it is classifier-free guidance, and with
-    1 for all no guidance (one call of the network); otherwise there is one call more than conditions, as one batch.
+    place where there is one. With one scale for all it is classifier-free guidance, and with 1 for all no guidance (one call of
+    the network); otherwise there is one call more than conditions, as one batch.
 
     Raises:
         ValueError: no condition is named.
@@ -35,7 +34,7 @@ class Scales:
             cond = model.tell(ask)
             return lambda x_t, t: model.denoiser(x_t, t, cond)
         named, others = list(self.scales), [n for n in model.conditioner.embedders if n not in self.scales]
-        told = [denied(model, ask, [*others, *named[:i]]) for i in range(len(named) + 1)]
+        told = [model.tell(ask, only=[*others, *named[:i]]) for i in range(len(named) + 1)]
         all_told, count = reduce(Cond.stack, told), len(told)
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:

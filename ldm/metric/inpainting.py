@@ -12,6 +12,7 @@ from ldm.types import Batch
 class Inpainting:
     """Means over pictures of PSNR in dB, peak-to-peak 2: inside the hole, of the drawing and of the known part's mean colour;
     of the known part, which the drawing has through the autoencoder. `inpainting_gain` is the difference inside the hole.
+    Pictures whose mask is empty or full are left out.
     """
 
     of, against = "drawing", None
@@ -39,7 +40,7 @@ class Inpainting:
         """-> `inpainting_psnr`, `inpainting_psnr_of_mean_colour`, `inpainting_gain`, `inpainting_known_psnr`."""
         hole, mean = rows["hole"], rows["mean"]
         told = {"psnr": hole, "psnr_of_mean_colour": mean, "gain": hole - mean, "known_psnr": rows["known"]}
-        return {f"inpainting_{name}": Estimate.mean(values) for name, values in told.items()}
+        return {f"inpainting_{name}": Estimate.mean(values[mean.isfinite() & hole.isfinite()]) for name, values in told.items()}
 
 
 def psnr_where(images: Tensor, real: Tensor, where: Tensor) -> Tensor:
