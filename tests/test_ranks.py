@@ -27,6 +27,7 @@ from ldm.training.guard import Guard
 from ldm.training.preempt import Preempt
 from ldm.training.run import fit
 from ldm.training.sharded import Sharded
+from ldm.training.throughput import Throughput
 
 TWO = {"accelerator": "cpu", "devices": 2}
 
@@ -108,12 +109,13 @@ def on_each_rank(emoji_root, folder):
     train(emoji_root, folder / "folders", 3, checkpoint=path, **folders | {"strategy": Sharded(folders=True)})
     _, path = train(emoji_root, folder / "both", 2, strategy=DDPStrategy(gradient_as_bucket_view=True), **TWO)
     train(emoji_root, folder / "both", 3, checkpoint=path, strategy=Sharded(), **TWO)
-    train(emoji_root, folder / "spoilt", 3, SpoilLoss(1, rank=1), strategy=Sharded(), **TWO)
+    speed = Throughput(peak=1.0)
+    train(emoji_root, folder / "spoilt", 3, SpoilLoss(1, rank=1), speed, strategy=Sharded(), **TWO)
     with pytest.raises(ValueError, match="trainer=fsdp shares out the weights of a diffusion model; what Autoencoding"):
         trainer(folder, 1, strategy=Sharded(), enable_checkpointing=False, **TWO).fit(autoencoder_stage(), small(emoji_root))
     exported(emoji_root, folder / "exported")
     if torch.distributed.get_rank() == 0:
-        torch.save({"reduced": reduced}, folder / "told.pt")
+        torch.save({"reduced": reduced, "flops": speed.flops}, folder / "told.pt")
     callbacks = [OnRank(1, Send(signal.SIGUSR1, 2)), Slow(str(folder / "stopped"))]
     with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)):
         fit(diffusion(), small(emoji_root), trainer(folder, 9, callbacks=callbacks, strategy="ddp", **TWO), folder / "stopped")
@@ -163,8 +165,9 @@ def two(emoji_root, tmp_path_factory):
 def one(emoji_root, tmp_path_factory):
     """One process on the same global batches, and the same where step 1 is spoilt."""
     folder = tmp_path_factory.mktemp("one")
-    plain, spoilt = train(emoji_root, folder / "plain", 3)[1], train(emoji_root, folder / "spoilt", 3, SpoilLoss(1))[1]
-    return {False: held(plain), True: held(spoilt)} | three_stages(emoji_root, folder)
+    speed = Throughput(peak=1.0)
+    plain, spoilt = train(emoji_root, folder / "plain", 3)[1], train(emoji_root, folder / "spoilt", 3, SpoilLoss(1), speed)[1]
+    return {False: held(plain), True: held(spoilt), "flops": speed.flops} | three_stages(emoji_root, folder)
 
 
 @pytest.mark.parametrize("name", ["sharded", "folders", "both", "spoilt"])
@@ -209,6 +212,10 @@ def test_gradients_are_reduced_once_a_step(two):
     backbone = diffusion().model.denoiser.backbone
     parts = 2 + sum(len(blocks) for blocks in backbone.children() if isinstance(blocks, nn.ModuleList))
     assert torch.load(two / "told.pt")["reduced"] == 3 * parts
+
+
+def test_a_sharded_step_is_counted_as_the_whole_one(one, two):
+    assert torch.load(two / "told.pt")["flops"] == one["flops"] > 0
 
 
 def test_a_sharded_model_is_exported_whole(two):

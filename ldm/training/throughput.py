@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,14 +92,21 @@ class Throughput(pl.Callback):
 def flops(stage: Stage, batch: Batch) -> int:
     """FLOPs of training on one picture, forward and backward: 2 for each multiplication of matrices and convolutions.
 
-    Encoding and text are counted where they are not read from the shards. Takes the first sample of `batch`, and leaves no trace.
+    Encoding and text are counted where they are not read from the shards. Takes the first sample of `batch`, and leaves no trace
+    but, where weights are sharded, that gradients are gone: all ranks call it together, before a step.
     """
     one = {field: value[:1] for field, value in batch.items() if isinstance(value, Tensor | list)}
     weights = [p for p in stage.parameters() if p.requires_grad]
     plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # of fused attention not all is counted
     with plain[0], plain[1], FlopCounterMode(display=False) as counter, torch.enable_grad():
         loss = stage.losses(one, Draw(0, one["position"], stage.batch))["loss"]
-        torch.autograd.grad(loss, weights, allow_unused=True)
+        if any(
+            isinstance(weight, DTensor) for weight in weights
+        ):  # gathered only for their layer, they are no leaves of the graph
+            loss.backward()
+            stage.zero_grad()
+        else:
+            torch.autograd.grad(loss, weights, allow_unused=True)
     stage.forget()
     return counter.get_total_flops()
 
