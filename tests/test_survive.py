@@ -187,6 +187,23 @@ def adamw(params, fused=True):
     return torch.optim.AdamW(params, lr=1e-2, fused=fused)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_fused_optimizers_are_clipped_under_autocast(precision, emoji_root, tmp_path):
+    """To the weights of the unfused one; Lightning refuses them."""
+
+    def weights(fused):
+        stage, scaler = diffusion(), torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
+        stage.optimizer = lambda params: torch.optim.SGD(params, lr=1.0, fused=fused)
+        plugin = MixedPrecision(precision, "cpu", scaler)
+        made = trainer(tmp_path / str(fused), 3, plugins=[plugin], gradient_clip_val=0.01, enable_checkpointing=False)
+        made.fit(stage, small(emoji_root))
+        return torch.cat([p.detach().flatten() for p in stage.parameters()])
+
+    start = torch.cat([p.detach().flatten() for p in diffusion().parameters()])
+    torch.testing.assert_close(weights(True), weights(False), atol=1e-5, rtol=1e-5)
+    assert 0.02 < (weights(True) - start).norm() <= 0.03001, "three steps of a gradient of norm 0.01"
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_spoilt_update_is_as_if_it_never_was(fused, emoji_root, tmp_path):
     """Steps 0, 1, skipped 2, 3 leave the weights and moments of the optimizer that saw the other three gradients only."""

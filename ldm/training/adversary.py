@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from ldm.training.guard import skip_where
-from ldm.training.stage import reduce_sum
+from ldm.training.stage import clip, reduce_sum
 from ldm.types import AdversarialLoss
 
 
@@ -76,13 +76,10 @@ class Adversary(nn.Module):
             skip_where(self.optimizer, spoilt | ~gradients.norm().isfinite())
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * self.rate(trainer.global_step)
-        precision = trainer.precision_plugin
-        scaler = getattr(precision, "scaler", None)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        if trainer.gradient_clip_val:
-            how = trainer.gradient_clip_algorithm or "norm"
-            precision.clip_gradients(self.optimizer, trainer.gradient_clip_val, pl.utilities.GradClipAlgorithmType(how))
+        clip(trainer, self.optimizer)
         if scaler is None:
             self.optimizer.step()
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -112,6 +113,17 @@ class Stage(pl.LightningModule):
         rates = [lambda step, scale=scale: scale * self.rate(step) for scale in scales]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips as the trainer says. Lightning refuses that to fused optimizers under autocast, since these unscale fp16's gradients
+        in their own step; torch lets it be done before.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if gradient_clip_val and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+        clip(self.trainer, optimizer)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds: everything but the frozen parts."""
         state = super().state_dict(*args, **kwargs)
@@ -152,3 +164,9 @@ def reduce_sum(value: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(value)
     return value
+
+
+def clip(trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    """Clips gradients, unscaled before, by what the trainer says."""
+    how = pl.utilities.GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
+    Precision.clip_gradients(trainer.precision_plugin, optimizer, trainer.gradient_clip_val or 0.0, how)
