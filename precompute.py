@@ -4,13 +4,18 @@ With condition=[text], settings and all, what the text tower says of the caption
 Under torchrun or srun every process writes shards of its own; started again, it goes on where it stopped.
 """
 
+import json
 import os
+import shlex
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm.command_line import command
+
+OTHERS = ("_target_", "_partial_", "key", "rate")  # settings that are not of what a text says
 
 
 def precompute(config: DictConfig) -> Path:
@@ -41,6 +46,7 @@ def precompute(config: DictConfig) -> Path:
     if rank > 0:
         return Path(config.out)
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
+    use += [] if data.val_set else ["data.val=null"]
     if len(data.sizes) > 1:
         use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")]
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
@@ -49,10 +55,17 @@ def precompute(config: DictConfig) -> Path:
         save_null(text[0], Path(config.out) / "text")
         use += ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
         use += [f"condition.cached_text.stands_for={name}" for name in members if name != "text"]
+        told = next(iter(OmegaConf.to_container(config.condition, resolve=True).values()))
+        use += [_word(name, value) for name, value in told.items() if isinstance(text[0], Text) and name not in OTHERS]
         use += [f"+data.fields.{text[0].key}_{member.split('.')[1]}={member}" for member in embed(text[0], [""])]
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
     print(" ".join(use))
     return Path(config.out)
+
+
+def _word(name: str, value: Any) -> str:
+    """A setting of the text, in Hydra's words, for the tower that prompts are read with."""
+    return shlex.quote(f"++condition.cached_text.load.{name}={json.dumps(value)}")
 
 
 def _process() -> tuple[int, int, int]:

@@ -26,6 +26,7 @@ FREE_TEXT = re.compile(
     r"|ask\.[\w.]+|data\.(?:train|val|root)))=(?P<value>.*)$",
     re.S,
 )
+SPOKEN = ("prompt", "negative", "source", "ask")  # free text that is no path
 LISTS = ("condition", "metric", "callback", "logger")
 VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "always", "plan", "profile", "runs", "folder")
 
@@ -33,7 +34,7 @@ VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "always", "plan
 def quote(arguments: Sequence[str]) -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
 
-    A value that begins with `[` or a quote stays as it is.
+    A value that begins with `[` or a quote stays as it is, and so does `null` in the place of a file or folder.
     """
     quoted = []
     for argument in arguments:
@@ -44,7 +45,8 @@ def quote(arguments: Sequence[str]) -> list[str]:
         key, value = found["key"], found["value"]
         if key.startswith("ask."):
             key = f"++{key}"
-        if value and value[0] not in "['\"":
+        spoken = key.lstrip("+").split(".")[0] in SPOKEN
+        if value and value[0] not in "['\"" and (spoken or value != "null"):
             value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
             value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
         quoted.append(f"{key}={value}")

@@ -43,6 +43,8 @@ def parsed(argument):
 @pytest.mark.parametrize("key", ["prompt", "negative", "out", "data.train", "model"])
 def test_free_text_arrives_as_it_was(key, text):
     override = parsed(f"{key}={text}")
+    if text == "null" and key not in ("prompt", "negative"):
+        pytest.skip("no file is null")
     assert not override.is_sweep_override()
     value = override.value()
     assert str(value).replace(r"\${", "${") == text and not isinstance(value, int | bool) and value is not None
@@ -91,6 +93,12 @@ def test_free_text_survives_composing():
     overrides = [f"ask.n{i}={text}" for i, text in enumerate(TEXTS) if text]
     ask = compose_config("sample", ["model=m", *overrides]).ask
     assert [ask[f"n{i}"] for i, text in enumerate(TEXTS) if text] == [text for text in TEXTS if text]
+
+
+def test_no_file_is_null_and_a_word_is_a_word():
+    said = {"data.val": None, "model.init": None, "mask": None, "prompt": "null", "ask.label": "null", "data.train": "nullable"}
+    for key, value in said.items():
+        assert parsed(f"{key}={value or 'null'}").value() == value
 
 
 def test_lists_and_quotes_stay_as_they_are():

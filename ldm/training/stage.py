@@ -116,8 +116,8 @@ class Stage(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clips as the trainer says. Lightning refuses that to fused optimizers under autocast, since these unscale fp16's gradients
-        in their own step; torch lets it be done before.
+        """Clips as the trainer says. Lightning refuses that to fused optimizers under autocast, since these unscale fp16's
+        gradients in their own step; torch lets it be done before.
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if gradient_clip_val and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
