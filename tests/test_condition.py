@@ -22,6 +22,8 @@ from ldm.data.write import write_shards
 from ldm.folder import load_tensors, save_model, save_tensors, with_parts, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
+from ldm.model import LatentModel
+from ldm.request import read_request
 from ldm.subject import Subject
 from ldm.types import Cond, Draw, Widths
 
@@ -387,6 +389,13 @@ def test_cached_captions_say_what_their_tower_does_and_training_never_reads_it(c
     cond = Conditioner({"text": cache})(batch, draw)
     assert cond.tokens.shape == wanted.tokens.shape and not cache.kept
     assert torch.equal(cache(cache.read("caption", NAMES, (8, 8)), drop).tokens, wanted.tokens) and cache.kept
+
+
+def test_a_model_of_cached_captions_is_asked_by_prompts(clip_folder, tmp_path):
+    text, cache = cached(clip_folder, tmp_path)
+    model = LatentModel(torch.nn.Identity(), Conditioner({"cached_text": cache}), torch.nn.Identity())
+    ask, count = read_request({"prompt": NAMES}, model)
+    assert count == len(NAMES) and torch.equal(model.tell(ask).tokens, text(NAMES, torch.zeros(count, dtype=torch.bool)).tokens)
 
 
 def test_cached_captions_of_another_tower_or_none_are_refused(clip_folder, tmp_path):

@@ -36,11 +36,11 @@ class Cached(nn.Module):
         """
         if not self.kept:
             found = self.load().to(latents.device)
-            self.check(found)
+            self.compare(found)
             self.kept.append(found.requires_grad_(False))
         return self.kept[0].to(latents.device).decode(latents)
 
-    def check(self, found: Autoencoder) -> None:
+    def compare(self, found: Autoencoder) -> None:
         """Compares the autoencoder that was loaded with what this was told of it.
 
         Raises:

@@ -91,7 +91,7 @@ class CachedText(nn.Module):
         """-> the prompts; warns of what the tower's context is too short for."""
         return self._text().read(field, asked, size)
 
-    def check(self, text: Text | Texts) -> None:
+    def compare(self, text: Text | Texts) -> None:
         """Compares a text with what the shards came with.
 
         Raises:
@@ -108,7 +108,7 @@ class CachedText(nn.Module):
         """The text itself, checked, on this module's device."""
         if not self.kept:
             text = self.load().eval().requires_grad_(False).to(self.tokens.device)
-            self.check(text)
+            self.compare(text)
             self.kept.append(text)
         return self.kept[0].to(self.tokens.device)
 

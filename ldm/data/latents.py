@@ -124,8 +124,8 @@ def check_provenance(data: Any, stage: Any) -> None:
 def _made_by(part: nn.Module) -> dict[str, Any]:
     """What a part of the model says of itself; one that is read only when it is needed is read, checked and forgotten again."""
     found = part.load().eval() if hasattr(part, "load") else part
-    if hasattr(part, "check"):
-        part.check(found)
+    if hasattr(part, "compare"):
+        part.compare(found)
     if hasattr(found, "settings"):
         return _about_text(found)
     return {"autoencoder": weights_hash(found) if list(found.parameters()) else None}
