@@ -51,21 +51,26 @@ def precompute(config: DictConfig) -> Path:
         use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")]
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
     use += [f"autoencoder.load.path={config.model}"]
-    if text:
-        save_null(text[0], Path(config.out) / "text")
-        use += ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
-        use += [f"condition.cached_text.stands_for={name}" for name in members if name != "text"]
-        told = next(iter(OmegaConf.to_container(config.condition, resolve=True).values()))
-        use += [_word(name, value) for name, value in told.items() if isinstance(text[0], Text) and name not in OTHERS]
-        use += [f"+data.fields.{text[0].key}_{member.split('.')[1]}={member}" for member in embed(text[0], [""])]
+    for name, member in members.items():
+        save_null(member, Path(config.out) / "text")
+        use += _words(name, member, config)
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
     print(" ".join(use))
     return Path(config.out)
 
 
-def _word(name: str, value: Any) -> str:
-    """A setting of the text, in Hydra's words, for the tower that prompts are read with."""
-    return shlex.quote(f"++condition.cached_text.load.{name}={json.dumps(value)}")
+def _words(name: str, text: Any, config: DictConfig) -> list[str]:
+    """The settings of condition=[cached_text] that stand for the text condition `name`."""
+    from ldm.condition.cached_text import embed
+    from ldm.condition.text import Text
+
+    use = ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
+    use += [] if name == "text" else [f"condition.cached_text.stands_for={name}"]
+    if isinstance(text, Text):
+        settings = OmegaConf.to_container(config.condition[name], resolve=True)
+        settings = {key: json.dumps(value) for key, value in settings.items() if key not in OTHERS}
+        use += [shlex.quote(f"++condition.cached_text.load.{key}={value}") for key, value in settings.items()]
+    return use + [f"+data.fields.{text.key}_{member.split('.')[1]}={member}" for member in embed(text, [""])]
 
 
 def _process() -> tuple[int, int, int]:
