@@ -100,9 +100,7 @@ def flops(stage: Stage, batch: Batch) -> int:
     plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)  # of fused attention not all is counted
     with plain[0], plain[1], FlopCounterMode(display=False) as counter, torch.enable_grad():
         loss = stage.losses(one, Draw(0, one["position"], stage.batch))["loss"]
-        if any(
-            isinstance(weight, DTensor) for weight in weights
-        ):  # gathered only for their layer, they are no leaves of the graph
+        if any(isinstance(weight, DTensor) for weight in weights):  # their copies, gathered for a layer, are the leaves
             loss.backward()
             stage.zero_grad()
         else:
