@@ -64,6 +64,30 @@ def small(emoji_root, batch=8, size=8):
     return Emoji(root=emoji_root, groups=["Activities"], val_fraction=0.2, batch=batch, fields=fields, size=size)
 
 
+def exact(stage, data):
+    """Both in float64: what sums up in another order is then the same to some 1e-13, also behind an adaptive optimizer."""
+    transfer = data.on_after_batch_transfer
+
+    def double(batch, i=0):
+        batch = transfer(batch, i)
+        return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+
+    data.on_after_batch_transfer = double
+    return stage.double(), data
+
+
+def assert_same(found, wanted):
+    """Tensors by name, from `exact` runs: half the digits of float64 agree, counted from each tensor's largest number.
+
+    What was rounded to float32 agrees to two bits, and what is counted, exactly.
+    """
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        share = {torch.float64: 2**-26, torch.float32: 2**-22}.get(value.dtype, 0)
+        apart, largest = ((x.double().abs().max().item() if x.numel() else 0.0) for x in (found[name] - value, value))
+        assert found[name].dtype == value.dtype and apart <= share * largest + 1e-15, f"{name}: {apart} of {largest}"
+
+
 def trainer(folder, steps, **kwargs):
     settings = {
         "accelerator": "cpu",
@@ -392,7 +416,7 @@ def train_all(emoji_root, folder, clip, **kwargs):
     told = {}
     stages = {"diffusion": diffusion(), "contrast": contrast(clip), "autoencoding": autoencoder_stage()}
     for name, stage in stages.items():
-        data = captioned(emoji_root) if name == "contrast" else small(emoji_root)
+        stage, data = exact(stage, captioned(emoji_root) if name == "contrast" else small(emoji_root))
         run = trainer(folder, 3, enable_checkpointing=False, **kwargs)
         run.fit(stage, data)
         if name == "autoencoding":

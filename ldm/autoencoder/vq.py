@@ -101,7 +101,7 @@ class VQ(nn.Module):
         codebook: beta |z - sg(e)|^2, and |sg(z) - e|^2 where the codebook learns by gradient, means over all numbers;
         perplexity, usage: of the codes that these pictures chose.
         """
-        z = self.posterior(images).mean.float()
+        z = self.posterior(images).mean.to(self.sums)
         e, numbers = self.quantise(z)
         loss = self.commitment * (z - e.detach()).square().mean()
         if not self.ema:

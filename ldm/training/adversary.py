@@ -93,7 +93,7 @@ def balance_of(reconstruction: Tensor, generator: Tensor, last_layer: nn.Paramet
     The gradients are those of the global batch, so that any number of ranks finds the same weight.
     """
     losses = (reconstruction, generator)
-    gradients = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses])
+    gradients = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses])
     if torch.distributed.is_initialized():
         gradients = reduce_sum(gradients) / torch.distributed.get_world_size()
     first, second = gradients.flatten(1).norm(dim=1)
