@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,6 +18,13 @@ CLIP = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
+
+
+def free_port():
+    """-> a port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

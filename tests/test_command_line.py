@@ -232,7 +232,7 @@ def test_a_package_of_the_users_own(tmp_path, monkeypatch):
 
 def run(*arguments, **kwargs):
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, **kwargs)
 
 
 def test_a_script_stops_with_one_line():

@@ -5,7 +5,6 @@ import http.server
 import json
 import sys
 import threading
-import time
 import warnings
 
 import pytest
@@ -171,10 +170,9 @@ def test_errors_of_the_network_are_tried_again_and_those_of_the_program_are_not(
 def test_one_of_many_processes_fetches(address, tmp_path):
     fetch, paths = Fetch(tmp_path / "cache"), []
     threads = [threading.Thread(target=lambda: paths.append(fetch(f"{address}/00000.tar"))) for _ in range(4)]
-    begun = time.time()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(paths)) == 1 and time.time() - begun < 10
+    assert len(set(paths)) == 1
     assert Flaky.gets == 3, "the shard, its statistics, and a table that is not there"

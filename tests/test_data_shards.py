@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import free_port
 from PIL import Image
 from test_data import COUNT, fit, picture, samples
 from webdataset import ShardWriter, WebDataset
@@ -320,7 +320,7 @@ batches = iter(DataLoader(range(8), **loading(1, again=True)))
 next(batches)
 raise ValueError("the end")
 """
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=200)
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 1 and "the end" in ended.stderr
 
 
@@ -406,12 +406,12 @@ def test_the_stream_ends_where_nothing_can_be_read(folder, tmp_path):
 
 
 class Tiny(pl.LightningModule):
-    """A line through noisy, sometimes noiseless pixels; writes down all it is shown."""
+    """A line through noisy, sometimes noiseless pixels, in float64; writes down all it is shown."""
 
     def __init__(self, file):
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.file = torch.nn.Linear(12, 1), file
+        self.net, self.file = torch.nn.Linear(12, 1, dtype=torch.float64), file
 
     def training_step(self, batch, _):
         draw = Draw(1, batch["position"], 8)
@@ -419,7 +419,7 @@ class Tiny(pl.LightningModule):
         levels = batch["image"].add(1).mul(127.5).round().flatten(1).tolist()
         for row in zip(batch["position"].tolist(), batch["key"], levels, noise[:, 0].tolist(), drop.tolist()):
             print(json.dumps([self.global_step, *row]), file=self.file, flush=True)
-        return (self.net(batch["image"].flatten(1) + noise * (drop > 0.1)[:, None]) ** 2).mean()
+        return (self.net((batch["image"].flatten(1) + noise * (drop > 0.1)[:, None]).double()) ** 2).mean()
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -485,15 +485,13 @@ def start(shards, out, *numbers):
 
 def run(shards, out, *numbers):
     process = start(shards, out, *numbers)
-    errors = process.communicate(timeout=600)[1]
+    errors = process.communicate(timeout=1800)[1]
     assert process.returncode == 0, errors[-3000:]
 
 
 def train_forked(shards, out, *numbers):
     """The same as `train` in two processes, which need not import all anew."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def rank(number):
         told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
@@ -505,7 +503,7 @@ def train_forked(shards, out, *numbers):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(300)
+        process.join(1800)
     assert [process.exitcode for process in ranks] == [0, 0]
 
 
@@ -535,7 +533,7 @@ def test_resuming_with_another_number_of_processes_is_exact(numbered, tmp_path):
     assert lines == [16, 16, 16, 24], "one process, two with half of each batch, one"
     whole = seen(tmp_path / "whole")
     assert whole == seen(tmp_path / "legs") and [len(step) for step in whole.values()] == [8] * 9
-    torch.testing.assert_close(weights(tmp_path / "legs"), weights(tmp_path / "whole"), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow
@@ -544,7 +542,7 @@ def test_resuming_from_two_processes_to_one_and_back_is_exact(numbered, tmp_path
     for numbers in ((2, 2), (6, 1, 4, 1), (9, 2, 2)):
         run(numbered, tmp_path / "legs", *numbers)
     assert seen(tmp_path / "legs") == seen(tmp_path / "whole")
-    torch.testing.assert_close(weights(tmp_path / "legs"), weights(tmp_path / "whole"), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(weights(tmp_path / "legs"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow

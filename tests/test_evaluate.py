@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from PIL import Image
 
 from evaluate import evaluate, sweep
@@ -82,11 +83,12 @@ def one_thread():
 
 def test_two_processes_draw_the_same_pictures_and_find_the_same_numbers(command, one_thread, tmp_path):
     numbers, pictures, _ = run(*command)
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631", "OMP_NUM_THREADS": "1"}
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    shared["MASTER_PORT"] = str(free_port())
     apart = [c.replace(f"{tmp_path}/out", f"{tmp_path}/two").replace(f"{tmp_path}/cache", f"{tmp_path}/cache2") for c in command]
     start = [sys.executable, "evaluate.py", *apart]
     jobs = [subprocess.Popen(start, cwd=ROOT, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)]
-    said = [job.communicate(timeout=300)[0] for job in jobs]
+    said = [job.communicate(timeout=1800)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0] and b"fd_clip" in said[0] and not said[1]
     told = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert {name: entry["value"] for name, entry in told.items()} == pytest.approx(numbers, rel=1e-6)

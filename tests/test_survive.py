@@ -195,13 +195,13 @@ def test_fused_optimizers_are_clipped_under_autocast(precision, emoji_root, tmp_
         stage, scaler = diffusion(), torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
         stage.optimizer = lambda params: torch.optim.SGD(params, lr=1.0, fused=fused)
         plugin = MixedPrecision(precision, "cpu", scaler)
-        made = trainer(tmp_path / str(fused), 3, plugins=[plugin], gradient_clip_val=0.01, enable_checkpointing=False)
+        made = trainer(tmp_path / str(fused), 1, plugins=[plugin], gradient_clip_val=0.01, enable_checkpointing=False)
         made.fit(stage, small(emoji_root))
         return torch.cat([p.detach().flatten() for p in stage.parameters()])
 
     start = torch.cat([p.detach().flatten() for p in diffusion().parameters()])
-    torch.testing.assert_close(weights(True), weights(False), atol=1e-5, rtol=1e-5)
-    assert 0.02 < (weights(True) - start).norm() <= 0.03001, "three steps of a gradient of norm 0.01"
+    torch.testing.assert_close(weights(True), weights(False))
+    assert (weights(True) - start).norm().item() == pytest.approx(0.01, rel=1e-3), "a step of a gradient of norm 0.01"
 
 
 @pytest.mark.parametrize("fused", [True, False])

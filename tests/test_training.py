@@ -164,11 +164,11 @@ def test_muon_orthogonalises_and_descends():
 
 
 def test_muons_small_weights_move_like_adamws():
-    a, b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    a, b = (nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(2))
     mine, theirs = Muon([a], adam_lr=0.1, weight_decay=0.01), torch.optim.AdamW([b], lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(5):
         for p, optimizer in ((a, mine), (b, theirs)):
-            p.grad = torch.arange(5.0) * math.cos(step)
+            p.grad = torch.arange(5, dtype=torch.float64) * math.cos(step)
             optimizer.step()
     torch.testing.assert_close(a, b)
 
