@@ -15,7 +15,8 @@ ALLOWED = {
     "schedule": set(),
     "prediction": set(),
     "check": set(),
-    "folder": set(),
+    "moved": set(),
+    "folder": {"moved"},
     "report": set(),
     "quickstart_report": {"folder", "report"},
     "clip": {"folder", "nn"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "subject": {"build", "data", "evaluation", "measure", "request"},
     "interop": {"types", "clip", "folder", "backbone", "autoencoder", "condition", "nn", "interop"},
     "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
-    "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "training"},
+    "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "moved", "training"},
     "command_line": {"check"},
 }
 CONFINED = {

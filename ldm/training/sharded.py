@@ -24,6 +24,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.optim import Optimizer
 
+from ldm.folder import present
+
 FOLDER = "folder"  # what the strategy tells the checkpoint plugin where all ranks write
 PLAIN = "plain.pt"  # what of a sharded checkpoint is no tensor
 
@@ -75,7 +77,9 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """A file as it is, a folder as this rank's part of it."""
         path = Path(self.broadcast(checkpoint_path))
-        return read_folder(path, self.device_mesh["data_parallel"]) if path.is_dir() else self.checkpoint_io.load_checkpoint(path)
+        if not path.is_dir():
+            return self.checkpoint_io.load_checkpoint(path)
+        return present(read_folder(path, self.device_mesh["data_parallel"]), path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Shares the weights out."""

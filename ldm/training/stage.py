@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.folder import FORMAT
 from ldm.training.groups import parameter_groups
 from ldm.training.layout import lay_out, lay_state_out
 from ldm.training.sharded import shard
@@ -152,7 +153,8 @@ class Stage(pl.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the model's recipe beside its weights: plain containers only."""
+        """Keeps the model's recipe, and the format's number, beside its weights: plain containers only."""
+        checkpoint["format"] = FORMAT
         checkpoint["recipe"] = dict(self.recipe)
 
     def _is_frozen(self, name: str) -> bool:
