@@ -36,11 +36,12 @@ ALLOWED = {
     "interop": {"types", "clip", "folder", "backbone", "autoencoder", "condition", "nn", "interop"},
     "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "moved", "training"},
-    "command_line": {"check"},
+    "run_id": {"moved"},
+    "command_line": {"check", "run_id"},
 }
 CONFINED = {
-    "hydra": {"build", "command_line"},
-    "omegaconf": {"build", "command_line"},
+    "hydra": {"build", "command_line", "run_id"},
+    "omegaconf": {"build", "command_line", "run_id"},
     "pytorch_lightning": {"training", "data"},
     "webdataset": {"data"},
     "open_clip": {"clip", "condition", "extractor", "loss", "metric", "training"},
