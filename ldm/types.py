@@ -192,6 +192,8 @@ class Objective(Protocol):
 
 
 class Sampler(Protocol):
+    """Ours are a `walk` over the times of a `grid` in `steps`, and have the rest from sampler/walk.py."""
+
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal, seeds: one an image -> x: (B, C, H, W)."""
 
