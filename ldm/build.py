@@ -119,7 +119,7 @@ def build_stage(config: DictConfig) -> Any:
     stage = build(plain["training"], allowed(config))
     stage.recipe = recipe
     frozen = frozen_parts(stage.model) if hasattr(stage, "model") else ()
-    stage.frozen = tuple(f"model.{part}" for part in frozen) or stage.frozen
+    stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)
     if config.model.init is not None:
         from ldm.interop.begin import begin  # which loads open_clip and torchvision
 

@@ -203,7 +203,7 @@ def model_of_half():
 
     denoiser.schedule, denoiser.parameters = Linear(), lambda: iter([torch.zeros(1)])
     conditioner = SimpleNamespace(fill=lambda ask: ask, hole=None)
-    return SimpleNamespace(denoiser=denoiser, conditioner=conditioner, autoencoder=Identity(), tell=lambda ask: None)
+    return SimpleNamespace(denoiser=denoiser, conditioner=conditioner, autoencoder=Identity(), condition=lambda request: None)
 
 
 @pytest.mark.parametrize("config", [*SAMPLERS, None], ids=lambda p: p.stem if p else "own")

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.optim import Optimizer
 
 from ldm.folder import present
+from ldm.training.compile import blocks_of
 
 FOLDER = "folder"  # what the strategy tells the checkpoint plugin where all ranks write
 PLAIN = "plain.pt"  # what of a sharded checkpoint is no tensor
@@ -99,8 +100,8 @@ class Sharded(ModelParallelStrategy):
 def shard(parts: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Shares out the weights of some networks, and of the blocks that they list, each gathered when it is run."""
     for part in parts:
-        for blocks in part.children():
-            for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+        for block in blocks_of(part):
+            if block is not part:
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 

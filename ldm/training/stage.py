@@ -92,7 +92,7 @@ class Stage(pl.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One update of the main optimizer."""
-        losses = self.losses(batch, Draw(self.seed, batch["position"], self.batch))
+        losses = self.losses(batch, Draw(self.seed, batch["position"], self.batch, self.trainer.global_step))
         if self.is_logged():
             self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(batch["position"]))
         return losses["loss"]
@@ -103,7 +103,7 @@ class Stage(pl.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Losses at random numbers that are the same at every validation, whatever the run's seed."""
-        losses = self.losses(batch, Draw(0, batch["position"], self.batch))
+        losses = self.losses(batch, Draw(0, batch["position"], self.batch, self.trainer.global_step))
         self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(batch["position"]), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
