@@ -4,6 +4,7 @@ Trains a CLIP, an autoencoder and a diffusion model on the emoji, draws, measure
 Run again after an interruption, it goes on from the last finished stage.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -14,11 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 # Networks this small gain nothing from a second thread, and lose much by it on a busy machine. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ldm.command_line import compose_config
 from ldm.folder import write_json
+from ldm.run_id import VOLATILE
 
 HOME = Path("runs/quickstart")
 USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
@@ -71,7 +75,9 @@ def main(minutes: float) -> None:
 
 def recipe_name(experiment: str) -> str:
     """The experiment's name and 8 hex digits of its config."""
-    return compose_config("train", [f"experiment={experiment}"]).run_id
+    config = OmegaConf.to_container(compose_config("train", [f"experiment={experiment}", "resume=never"]), resolve=False)
+    recipe = json.dumps({k: v for k, v in config.items() if k not in VOLATILE}, sort_keys=True)
+    return f"{config['name']}-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
 
 
 def set_aside(plan: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def measure(name, size, asked):
     sampler, scheduler = SAMPLERS[name]
     denoiser = Denoiser(net.eval(), ScaledLinear(), Noise(), Timestep(1000))
     model = SimpleNamespace(denoiser=denoiser, conditioner=SimpleNamespace(embedders={}))
-    model.tell = lambda ask, only=None: Cond(tokens=told if only is None else null)
+    model.condition = lambda request, only=None: Cond(tokens=told if only is None else null)
     pipeline = pipeline_of(peer.eval(), scheduler()).to(asked.device)
     if asked.compile:
         compile_backbone(net)

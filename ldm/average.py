@@ -6,7 +6,6 @@ profile, relative to T.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.folder import from_parts, load_tensors, save_model, with_parts
+from ldm.folder import from_parts, read_model, read_weights, save_model, with_parts
 
 Profile = tuple[int, float]  # the last step, and gamma
 LONGEST = 1 / math.sqrt(12)  # the std of the plain mean of all steps, gamma = 0
@@ -65,7 +64,7 @@ def reconstruct(folder: Path, std: float, step: int | None = None) -> tuple[dict
     weights, error = weights_of([profile for _, profile in snapshots], (wanted, exponent(std)))
     average: dict[str, Tensor] = {}
     for weight, (path, _) in zip(weights.tolist(), snapshots):
-        for name, tensor in load_tensors(path).items():
+        for name, tensor in read_weights(path).items():
             average[name] = average.get(name, 0) + weight * tensor.double()
     return {name: tensor.float() for name, tensor in average.items()}, error
 
@@ -86,12 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     try:
         average, error = reconstruct(asked.run / "averages", asked.std, asked.step)
-        weights = load_tensors(asked.run / "model.safetensors")
+        recipe, weights = read_model(asked.run)
         unknown = sorted(average.keys() - weights.keys())
         if unknown:
             raise ValueError(f"The snapshots in {asked.run} are of another model; it does not know {unknown[:3]}.")
-        recipe = from_parts(json.loads((asked.run / "config.json").read_text()), asked.run)
-        save_model(weights | average, with_parts(recipe, asked.out), asked.out)
+        save_model(weights | average, with_parts(from_parts(recipe, asked.run), asked.out), asked.out)
     except (OSError, ValueError) as wrong:
         sys.exit(f"error: {wrong}")
     print(f"The average of std {asked.std:g} is in {asked.out}; its profile is met to {error:.1%}.")

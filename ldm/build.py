@@ -3,7 +3,6 @@
 What a config may build is a positive list of module prefixes; the config `allow=[mine]` adds a user's own package.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -19,8 +18,9 @@ from ldm.check import check_nodes, nearest
 from ldm.command_line import CONFIGS
 from ldm.condition.conditioner import Conditioner
 from ldm.denoiser import Denoiser
-from ldm.folder import as_run, from_parts, load_tensors
+from ldm.folder import LaterFormat, as_run, from_parts, read_model, read_recipe, read_weights
 from ldm.model import LatentModel
+from ldm.moved import moved
 from ldm.nn.empty import weighted, weightless
 from ldm.training.checkpoint import newest, read_checkpoint
 
@@ -45,10 +45,13 @@ UNDER_WAY: ContextVar[Sequence[str]] = ContextVar("under_way", default=())
 def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
     """Builds what `_target_` says, and all below it, after checking every node's target, names and types.
 
+    Names of before a move are read as the present ones (moved.py).
+
     Raises:
         ValueError: a target outside the allowlist, an unknown or missing name, a wrong type.
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    plain = moved(plain)
     check_nodes(plain, allow)
     before = UNDER_WAY.set(allow)
     try:
@@ -108,7 +111,7 @@ def assemble(
 
 def build_stage(config: DictConfig) -> Any:
     """The training stage of a composed train.yaml."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = moved(OmegaConf.to_container(config, resolve=True))
     recipe = plain["training"].pop("recipe")
     for model in (recipe, plain["training"].get("model", {})):
         if "condition" in model:
@@ -116,7 +119,7 @@ def build_stage(config: DictConfig) -> Any:
     stage = build(plain["training"], allowed(config))
     stage.recipe = recipe
     frozen = frozen_parts(stage.model) if hasattr(stage, "model") else ()
-    stage.frozen = tuple(f"model.{part}" for part in frozen) or stage.frozen
+    stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)
     if config.model.init is not None:
         from ldm.interop.begin import begin  # which loads open_clip and torchvision
 
@@ -141,6 +144,8 @@ def _is_own(path: Path) -> bool:
     """Whether a .ckpt is of a training here, and not one of another framework."""
     try:
         return "recipe" in read_checkpoint(path)
+    except LaterFormat:
+        return True
     except (ValueError, FileNotFoundError):
         return False
 
@@ -164,8 +169,8 @@ def load_autoencoder(path: str) -> nn.Module:
             f"python train.py experiment=emoji/autoencoder {as_run(folder)}; or name another with autoencoder.path=FOLDER."
         )
     with weightless():
-        autoencoder = build(json.loads((folder / "config.json").read_text()), narrowed(UNDER_WAY.get()))
-    weights = {name: x.float() if x.is_floating_point() else x for name, x in load_tensors(folder / "model.safetensors").items()}
+        autoencoder = build(read_recipe(folder), narrowed(UNDER_WAY.get()))
+    weights = {name: x.float() if x.is_floating_point() else x for name, x in read_weights(folder / "model.safetensors").items()}
     with weighted():
         autoencoder.load_state_dict(weights, assign=True)
     if hasattr(autoencoder, "count") and not autoencoder.count:
@@ -188,8 +193,8 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     """
     path = Path(path)
     if (path / "model.safetensors").is_file():
-        recipe = from_parts(json.loads((path / "config.json").read_text()), path)
-        weights = load_tensors(path / "model.safetensors")
+        recipe, weights = read_model(path)
+        recipe = from_parts(recipe, path)
     else:
         recipe, weights = _from_checkpoint(path)
     with weightless():

@@ -47,13 +47,8 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
         raise ValueError(
             f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}."
         )
-    parameters = inspect.signature(_locate(target, place)).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if open_ended:
-        parameters = {**_inherited(_locate(target, place)), **parameters}
-        open_ended = not _inherited(_locate(target, place))
-    names = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    hints = _hints(_locate(target, place))
+    names, open_ended = parameters_of(target, place)
+    hints = _hints(found)
     for key, value in node.items():
         if key in SPECIAL:
             continue
@@ -62,6 +57,21 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
         if key in hints and not _fits(value, hints[key]):
             wanted = str(hints[key]).removeprefix("typing.") if typing.get_args(hints[key]) else hints[key].__name__
             raise ValueError(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
+
+
+def parameters_of(target: str, place: str = "") -> tuple[list[str], bool]:
+    """What a dotted path takes by name, and whether it takes whatever it is given besides.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    found = _locate(target, place)
+    parameters = inspect.signature(found).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if open_ended:
+        parameters = {**_inherited(found), **parameters}
+        open_ended = not _inherited(found)
+    return [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], open_ended
 
 
 def _is_below(name: str, prefixes: Sequence[str]) -> bool:

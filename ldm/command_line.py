@@ -1,7 +1,5 @@
 """How the scripts are called: free text is quoted, names and types are checked, then Hydra composes. Light to import."""
 
-import hashlib
-import json
 import os
 import re
 import sys
@@ -12,13 +10,15 @@ from typing import Any
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.check import nearest
+from ldm.run_id import check_sweep, name_run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FREE_TEXT = re.compile(
@@ -28,7 +28,6 @@ FREE_TEXT = re.compile(
 )
 SPOKEN = ("prompt", "negative", "source", "ask")  # free text that is no path
 LISTS = ("condition", "metric", "callback", "logger")
-VOLATILE = ("run_id", "resume", "trainer", "logger", "callback", "always", "plan", "profile", "runs", "folder")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
@@ -53,13 +52,15 @@ def quote(arguments: Sequence[str]) -> list[str]:
     return quoted
 
 
-def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
-    """Composes once and names what is mistyped, with the nearest valid name.
+def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
+    """Composes once and names what is mistyped, with the nearest valid name; -> the settings that are given several values.
 
     Raises:
         ValueError: an unknown choice or setting, a value of another type, a list where one choice is meant.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
+    if multirun:
+        check_sweep(parsed)
     search = [o for o in overrides if o.startswith("hydra.searchpath")]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
@@ -73,6 +74,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     for override in parsed:
         if override not in chosen and not override.key_or_group.startswith("hydra."):
             _check_value(override, config)
+    return [o.key_or_group for o in parsed if o.is_sweep_override()]
 
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -80,20 +82,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     overrides = quote(overrides)
     check_overrides(config_name, overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return name_run(compose(config_name, overrides=list(overrides)))
-
-
-def name_run(config: DictConfig) -> DictConfig:
-    """Gives a training config its run_id where it has none: its name and 8 hex digits of what it is.
-
-    What says where and how long a run trains (trainer, logger, callback, resume) is left out of the digits.
-    """
-    if "run_id" in config and config.run_id is None:
-        told = {k: v for k, v in OmegaConf.to_container(config, resolve=False).items() if k not in VOLATILE}
-        digits = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-        with open_dict(config):
-            config.run_id = f"{config.name}-{digits}"
-    return config
+        return name_run(compose(config_name, overrides=list(overrides)), CONFIGS, overrides)
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -103,20 +92,20 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         def main() -> None:
             sys.argv[1:] = arguments = quote(sys.argv[1:])
             flags = [a for a in arguments if a.startswith("-")]
-            multirun = bool({"-m", "--multirun"} & set(flags))
+            multirun, swept = bool({"-m", "--multirun"} & set(flags)), []
             if not flags or multirun:
                 try:
-                    check_overrides(config_name, [a for a in arguments if not a.startswith("-")], multirun)
+                    swept = check_overrides(config_name, [a for a in arguments if not a.startswith("-")], multirun)
                 except (ValueError, HydraException, OmegaConfBaseException) as error:
                     sys.exit(f"error: {error}")
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_guarded(task, multirun))()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_guarded(task, multirun, swept))()
 
         return main
 
     return decorate
 
 
-def _guarded(task: Callable[[DictConfig], Any], multirun: bool) -> Callable[[DictConfig], Any]:
+def _guarded(task: Callable[[DictConfig], Any], multirun: bool, swept: Sequence[str]) -> Callable[[DictConfig], Any]:
     def run(config: DictConfig) -> Any:
         launched = "SUBMITIT_EXECUTOR" in os.environ
         if multirun and not launched and OmegaConf.select(config, "trainer.devices") not in (None, 1):
@@ -129,7 +118,9 @@ def _guarded(task: Callable[[DictConfig], Any], multirun: bool) -> Callable[[Dic
         if unsaid:
             sys.exit(f"error: {', '.join(f'{key}=...' for key in unsaid)} must be said: there is no default.")
         try:
-            return task(name_run(config))
+            job = HydraConfig.get()
+            several = [*swept, *(job.sweeper.get("params") or ())] if multirun else []
+            return task(name_run(config, CONFIGS, job.overrides.task, several))
         except (ValueError, OSError) as error:
             if multirun:
                 raise

@@ -11,6 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.moved import moved, moved_names
+
+FORMAT = 1  # of config.json and of checkpoints; those without a number are of before there was one, and read as 0
+
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path), flushes it to the disk and renames it to `path`.
@@ -85,9 +89,72 @@ def read_json(path: Path) -> Any:
 
 
 def save_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
-    """Writes config.json, then model.safetensors, whose presence says that the folder is complete."""
-    write_json(dict(config), folder / "config.json")
+    """Writes config.json, then model.safetensors, whose presence says that the folder is complete.
+
+    Raises:
+        ValueError: the config has a setting called `format`, which is the file's own.
+    """
+    if "format" in config:
+        raise ValueError(f"format={config['format']}: config.json has this name for itself; give the setting another one.")
+    write_json({"format": FORMAT, **config}, folder / "config.json")
     save_tensors(weights, folder / "model.safetensors")
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What config.json says how to build a model, by present names; its parts may be named as `./name` (`from_parts`).
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: it is damaged, no recipe, or of a later format.
+    """
+    path = folder / "config.json"
+    recipe = read_json(path)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds a {type(recipe).__name__}; settings by name were wanted.")
+    check_format(recipe.pop("format", 0), path)
+    return moved(recipe)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads the weights of a model of ours, by present names.
+
+    Raises:
+        ValueError: the file is cut off or no safetensors.
+    """
+    return moved_names(load_tensors(path))
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """-> the recipe and the weights of a folder that `save_model` wrote.
+
+    Raises:
+        FileNotFoundError: one of them is not there. ValueError: one is damaged, or of a later format.
+    """
+    return read_recipe(folder), read_weights(folder / "model.safetensors")
+
+
+def present(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A training checkpoint by present names: its recipe, its weights, and what its callbacks keep of them.
+
+    Raises:
+        LaterFormat: it is of one that is not known here.
+    """
+    check_format(checkpoint.get("format", 0), path)
+    tensors = {name: moved_names(checkpoint[name]) for name in ("state_dict", "callbacks") if name in checkpoint}
+    recipe = {"recipe": moved(checkpoint["recipe"])} if "recipe" in checkpoint else {}
+    return {**checkpoint, **tensors, **recipe}
+
+
+class LaterFormat(ValueError):
+    """A file was written by a later version of this framework."""
+
+
+def check_format(number: Any, path: Path) -> None:
+    """Raises LaterFormat if a file is of a format that is not known here."""
+    if type(number) is not int or not 0 <= number <= FORMAT:
+        raise LaterFormat(
+            f"{path} is of format {number!r}, and this version of ldm reads formats up to {FORMAT}. Update ldm, or export the "
+            "model with the version that is installed here."
+        )
 
 
 LOCAL = "local-dir:"

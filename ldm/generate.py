@@ -1,13 +1,17 @@
 """From a request to pictures: condition -> guidance -> sampler -> autoencoder."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.model import LatentModel
-from ldm.types import Batch, Guidance, Sampler
+from ldm.types import Batch, Denoise, Guidance, Sampler
+
+# (step from 1, its time t, x_hat: (B, C, H, W) latents), called after each step; what it raises stops the drawing
+Watch = Callable[[int, float, Tensor], None]
 
 
 @torch.no_grad()
@@ -19,10 +23,12 @@ def generate(
     seeds: Sequence[int],
     size: tuple[int, int],
     paste: str | None = "latents",
+    watch: Watch | None = None,
 ) -> Tensor:
     """ask: the conditions, B of each; seeds: B integers; size: height, width in pixels -> (B, 3, height, width) in [-1, 1].
 
     A picture depends on its own seed and condition, never on the batch it was drawn in. paste: as in `paste_known`.
+    watch: is told each step, with the estimate of the data so far, which the autoencoder decodes.
 
     Raises:
         ValueError: the autoencoder's factor does not divide the size.
@@ -31,8 +37,24 @@ def generate(
     noise = unit_noise(seeds, latent_shape(model, size)).to(device)
     ask = {field: value.to(device) if isinstance(value, Tensor) else value for field, value in ask.items()}
     ask = model.conditioner.fill(ask)
-    latents = sampler(guidance(model, ask), model.denoiser.schedule, noise, seeds)
+    denoise = guidance(model, ask)
+    latents = sampler(denoise if watch is None else watched(denoise, watch), model.denoiser.schedule, noise, seeds)
     return paste_known(model, ask, model.autoencoder.decode(latents).clamp(-1, 1), paste)
+
+
+def watched(denoise: Denoise, watch: Watch) -> Denoise:
+    """The same, telling `watch` once a step: of the first call at each lower time, whatever else a sampler calls it for."""
+    step, lowest = 0, math.inf
+
+    def told(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal step, lowest
+        x_hat = denoise(x_t, t)
+        if (time := float(t.max())) < lowest:
+            step, lowest = step + 1, time
+            watch(step, time, x_hat)
+        return x_hat
+
+    return told
 
 
 def paste_known(model: LatentModel, ask: Batch, images: Tensor, how: str | None) -> Tensor:
@@ -94,16 +116,17 @@ def draw_all(
     size: tuple[int, int],
     batch: int,
     paste: str | None = "latents",
+    watch: Watch | None = None,
 ) -> Tensor:
     """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up and cut to keep one size.
 
-    ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU.
+    ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU. `watch` is told the steps of every batch.
     """
     check_paste(model, paste)
     seeds, images = list(seeds), []
     for start in tqdm(range(0, len(seeds), batch), desc="drawing", disable=len(seeds) <= batch):
         rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]
         part = {name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows] for name, value in ask.items()}
-        drawn = generate(model, part, sampler, guidance, [seeds[i] for i in rows], size, paste)
+        drawn = generate(model, part, sampler, guidance, [seeds[i] for i in rows], size, paste, watch)
         images.append(drawn[: len(seeds) - start].cpu())
     return torch.cat(images)

@@ -18,12 +18,12 @@ class LatentModel(nn.Module):
         self.conditioner = conditioner
         self.denoiser = denoiser
 
-    def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
-        """ask: the request's fields, B of each -> its condition.
+    def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
+        """request: fields, B of each -> its condition.
 
         `only` keeps the conditions it names and drops the others, or tells them their negative; `()` is the null condition.
         """
-        return self.conditioner(ask, only=only)
+        return self.conditioner(request, only=only)
 
     def train(self, mode: bool = True) -> "LatentModel":
         """As in torch, but what is frozen stays in evaluation mode."""

@@ -86,7 +86,7 @@ def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, A
     shown = {k: v[:1] for k, v in ask.items() if not k.startswith("negative.")} | {"caption": [str(source)]}
 
     def denoise(count: int) -> Denoise:
-        told = model.tell({k: v.repeat(count) if isinstance(v, Tensor) else v * count for k, v in shown.items()})
+        told = model.condition({k: v.repeat(count) if isinstance(v, Tensor) else v * count for k, v in shown.items()})
         return lambda x_t, t: model.denoiser(x_t, t, told)
 
     return FromInversion(sampler, picture, denoise, strength)

@@ -15,12 +15,12 @@ Pictures are (B, 3, height, width) in [-1, 1].
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # What the shards hold, by field name; `position` (B,) int64 is the sample's place in the global order of training.
 Batch = Mapping[str, Any]
@@ -113,12 +113,14 @@ class Draw:
     """The randomness of training, as a function of (seed, stream, global sample position).
 
     So a resumed run, or one on another number of ranks or workers, draws the same numbers for the same sample.
-    position: (B,) int64, on the CPU; batch: samples in the global batch, over which stratified numbers are laid.
+    position: (B,) int64, on the CPU; batch: samples in the global batch, over which stratified numbers are laid; step: of
+    training, updates made so far.
     """
 
     seed: int
     position: Tensor
     batch: int
+    step: int = 0
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """-> (B, *shape) unit normal, on the CPU; pinned where there is a GPU, for `.to(device, non_blocking=True)`."""
@@ -171,11 +173,14 @@ class Prediction(Protocol):
 
 
 class Backbone(Protocol):
+    blocks: Iterable[nn.Module]  # in order: what is compiled, recomputed and sharded one by one, and where hidden states are read
+
     def __call__(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C, H, W), noise_level: (B) -> (B, C, H, W)."""
 
 
 class Denoiser(Protocol):
+    backbone: Backbone
     schedule: Schedule
     prediction: Prediction
 
@@ -186,12 +191,9 @@ class Denoiser(Protocol):
         """The network's own output, before `prediction.to_data`: (B, C, H, W)."""
 
 
-class Objective(Protocol):
-    def __call__(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
-        """x: (B, C, H, W) clean latents -> scalars to log, among them `loss`."""
-
-
 class Sampler(Protocol):
+    """Ours are a `walk` over the times of a `grid` in `steps`, and have the rest from sampler/walk.py."""
+
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal, seeds: one an image -> x: (B, C, H, W)."""
 
@@ -202,22 +204,36 @@ class Sampler(Protocol):
         """-> (steps + 1), from the first time down to the last, float64."""
 
 
-class Told(Protocol):
-    """What guidance may ask of a model: its denoiser, its conditions by name, and what they say of a request."""
+class Conditioned(Protocol):
+    """What guidance and objectives may ask of a model: its denoiser, its conditions by name, and what they say of a request."""
 
     denoiser: Denoiser
     conditioner: Any  # whose `embedders` are by name
 
-    def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
-        """ask: the request's fields -> its condition; `only` keeps those named, `()` is the null condition.
+    def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
+        """request: fields, B of each -> its condition; `only` keeps those named, `()` is the null condition.
 
         What `only` keeps out is told `negative.<field>` instead, where the request has that.
         """
 
 
 class Guidance(Protocol):
-    def __call__(self, model: Told, ask: Batch) -> Denoise:
+    def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """Binds a model and a request into a plain denoiser."""
+
+
+class InTraining(Conditioned, Protocol):
+    average: Conditioned  # the same model with the averaged weights; it takes no gradients
+
+
+class Objective(Protocol):
+    """It may also have `frozen`: names of its modules that come from elsewhere. They are not trained, nor in checkpoints."""
+
+    def __call__(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+        """batch: what the shards hold; x: (B, C, H, W) its clean latents; cond: its condition, dropped now and then.
+
+        -> scalars to log, among them `loss`.
+        """
 
 
 class Embedder(Protocol):

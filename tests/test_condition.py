@@ -328,7 +328,7 @@ class Told:
         self.calls += 1
         return x_t * cond.vector[:, :1, None, None]
 
-    def tell(self, ask, only=None):
+    def condition(self, ask, only=None):
         value = 5.0 if only == () else ask["caption"][0]
         return Cond(vector=torch.full((3, 4), value))
 
@@ -395,7 +395,9 @@ def test_a_model_of_cached_captions_is_asked_by_prompts(clip_folder, tmp_path):
     text, cache = cached(clip_folder, tmp_path)
     model = LatentModel(torch.nn.Identity(), Conditioner({"cached_text": cache}), torch.nn.Identity())
     ask, count = read_request({"prompt": NAMES}, model)
-    assert count == len(NAMES) and torch.equal(model.tell(ask).tokens, text(NAMES, torch.zeros(count, dtype=torch.bool)).tokens)
+    assert count == len(NAMES) and torch.equal(
+        model.condition(ask).tokens, text(NAMES, torch.zeros(count, dtype=torch.bool)).tokens
+    )
 
 
 def test_cached_captions_of_another_tower_or_none_are_refused(clip_folder, tmp_path):
@@ -429,5 +431,5 @@ def test_a_model_at_rest_takes_its_null_and_its_tower_along(clip_folder, tmp_pat
     model = build(recipe).eval()
     save_model(model.state_dict(), with_parts(recipe, tmp_path / "rest"), tmp_path / "rest")
     shutil.rmtree(home)
-    told = load_model(tmp_path / "rest").tell({"caption": NAMES})
+    told = load_model(tmp_path / "rest").condition({"caption": NAMES})
     assert torch.equal(told.tokens, text(NAMES, no(3)).tokens)

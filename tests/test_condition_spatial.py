@@ -423,7 +423,7 @@ def test_folders_of_maps_names_and_defaults(files):
     ask, count = read_request({"ask": {"map": f"{files}/maps", "label": "cat"}, "resolution": [4, 8]}, model)
     assert count == 2 and ask["map"].shape == (2, 4, 8) and ask["map"][0].unique().tolist() == [0, 2]
     assert ask["label"].tolist() == [1, 1] and ask["target_height"].tolist() == [4.0, 4.0]
-    model.tell(ask)
+    model.condition(ask)
 
 
 def test_small_pictures_and_boxes(files):
@@ -431,7 +431,7 @@ def test_small_pictures_and_boxes(files):
     (files / "boxes.json").write_text("[[1, 0, 0, 1, 1]]")
     ask, count = read_request({"ask": {"low": f"{files}/small.png", "boxes": f"{files}/boxes.json"}, "resolution": 8}, model)
     assert count == 1 and ask["low"].shape == (1, 3, 4, 4) and ask["level"].tolist() == [0.0]
-    assert model.tell(ask).spatial.shape == (1, 3, 4, 4) and model.conditioner.show(ask)["layout"].shape == (1, 3, 64, 64)
+    assert model.condition(ask).spatial.shape == (1, 3, 4, 4) and model.conditioner.show(ask)["layout"].shape == (1, 3, 64, 64)
 
 
 def test_what_cannot_be_read_is_named(files):

@@ -127,7 +127,7 @@ def test_a_picture_does_not_see_its_batch():
 def test_what_is_asked_of_a_picture(tmp_path):
     """init, mask and source as sample.py reads them, on pixels."""
     told = []
-    model = SimpleNamespace(autoencoder=Identity(), denoiser=torch.nn.Linear(1, 1), tell=told.append)
+    model = SimpleNamespace(autoencoder=Identity(), denoiser=torch.nn.Linear(1, 1), condition=told.append)
     Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "red.png")
     half = Image.new("L", (8, 8))
     half.paste(255, (0, 0, 4, 8))

@@ -196,11 +196,11 @@ def test_untold_guidance_hears_the_null_condition_alone():
     class Model:
         denoiser, conditioner = "denoiser", None
 
-        def tell(self, ask, only=None):
+        def condition(self, ask, only=None):
             return Cond(vector=torch.zeros(1, 1) if only == () else torch.ones(1, 1))
 
     heard = []
-    guidance = untold(lambda model, ask: heard.extend([model.denoiser, model.tell(ask), model.tell(ask, only=("a",))]))
+    guidance = untold(lambda model, ask: heard.extend([model.denoiser, model.condition(ask), model.condition(ask, only=("a",))]))
     guidance(Model(), {})
     assert heard[0] == "denoiser" and all(cond.vector.item() == 0 for cond in heard[1:])
 

@@ -51,7 +51,7 @@ X, T = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torc
 
 @torch.no_grad()
 def test_one_is_unguided_to_the_bit_and_zero_is_the_null(model):
-    cond, null = (model.denoiser(X, T, c) for c in (model.tell(ASK), model.tell(ASK, only=())))
+    cond, null = (model.denoiser(X, T, c) for c in (model.condition(ASK), model.condition(ASK, only=())))
     assert torch.equal(CFG(1.0)(model, ASK)(X, T), cond) and torch.equal(Unguided()(model, ASK)(X, T), cond)
     torch.testing.assert_close(CFG(0.0)(model, ASK)(X, T), null, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(CFG(2.5)(model, ASK)(X, T), null + 2.5 * (cond - null), atol=1e-4, rtol=1e-3)
@@ -78,8 +78,8 @@ def test_a_negative_takes_the_place_of_its_own_condition_alone():
     model = three_conditions()
     ask = {n: torch.tensor([1, 2]) for n in "abc"}
     asked = ask | {"negative.b": torch.tensor([3, 3])}
-    null = model.tell(ask | {"b": torch.tensor([3, 3])}, only=["b"])
-    x_cond, x_null = model.denoiser(X, T, model.tell(ask)), model.denoiser(X, T, null)
+    null = model.condition(ask | {"b": torch.tensor([3, 3])}, only=["b"])
+    x_cond, x_null = model.denoiser(X, T, model.condition(ask)), model.denoiser(X, T, null)
     torch.testing.assert_close(CFG(2.5)(model, asked)(X, T), x_null + 2.5 * (x_cond - x_null), atol=1e-4, rtol=1e-3)
     same = Scales({"a": 2.5, "b": 2.5, "c": 2.5})(model, asked)(X, T)
     torch.testing.assert_close(same, CFG(2.5)(model, asked)(X, T), atol=1e-3, rtol=1e-3)
@@ -151,7 +151,9 @@ NEUTRAL = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_guidance_is_the_identity_to_the_bit_where_neutral_and_calls_once(model, name):
     calls = count_calls(model)
-    assert torch.equal(guidance(name, model, **NEUTRAL.get(name, {}))(model, ASK)(X, T), model.denoiser(X, T, model.tell(ASK)))
+    assert torch.equal(
+        guidance(name, model, **NEUTRAL.get(name, {}))(model, ASK)(X, T), model.denoiser(X, T, model.condition(ASK))
+    )
     assert calls == [2, 2]
 
 
@@ -179,7 +181,7 @@ def test_an_interval_of_everything_is_what_it_holds_and_outside_calls_once(model
 @torch.no_grad()
 def test_rescaling_brings_back_the_std_of_the_unguided(model):
     """Equations 15 and 16 of https://arxiv.org/abs/2305.08891, at 0, 1 and between."""
-    cond = model.denoiser(X, T, model.tell(ASK))
+    cond = model.denoiser(X, T, model.condition(ASK))
     plain, full, half = (CFG(60.0, rescale)(model, ASK)(X, T) for rescale in (0.0, 1.0, 0.5))
     std = [v.flatten(1).std(1) for v in (cond, plain, full)]
     torch.testing.assert_close(std[2], std[0], atol=1e-5, rtol=1e-4)
@@ -190,7 +192,7 @@ def test_rescaling_brings_back_the_std_of_the_unguided(model):
 
 @torch.no_grad()
 def test_autoguidance_moves_away_from_the_weak_model(model):
-    weak, cond = weaker(model), model.tell(ASK)
+    weak, cond = weaker(model), model.condition(ASK)
     x_strong, x_weak = model.denoiser(X, T, cond), weak.denoiser(X, T, cond)
     drawn = guidance("autoguidance", model, scale=2.5)(model, ASK)(X, T)
     torch.testing.assert_close(drawn, x_weak + 2.5 * (x_strong - x_weak))
@@ -205,7 +207,7 @@ def test_a_scale_per_condition():
     """Equation 3 of https://arxiv.org/abs/2211.09800; one scale for all is classifier-free guidance."""
     model = three_conditions()
     ask = {n: torch.tensor([1, 2]) for n in "abc"}
-    x0, x1, x2 = (model.denoiser(X, T, model.tell(ask, only=only)) for only in (["c"], ["a", "c"], None))
+    x0, x1, x2 = (model.denoiser(X, T, model.condition(ask, only=only)) for only in (["c"], ["a", "c"], None))
     drawn = Scales({"a": 1.5, "b": 4.0})(model, ask)(X, T)
     torch.testing.assert_close(drawn, x0 + 1.5 * (x1 - x0) + 4.0 * (x2 - x1), atol=1e-4, rtol=1e-3)
     same = Scales({"a": 3.0, "b": 3.0, "c": 3.0})(model, ask)(X, T)

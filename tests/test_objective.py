@@ -1,5 +1,7 @@
 """What is trained: weights, noises, distances and times against closed forms, for every prediction."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -34,6 +36,11 @@ class Echo(nn.Module):
 
 def denoiser(schedule, prediction):
     return Denoiser(Echo(), schedule, prediction, LogRatio())
+
+
+def model(denoiser):
+    """As much of one as these objectives ask for."""
+    return SimpleNamespace(denoiser=denoiser)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
@@ -99,12 +106,12 @@ def test_uncertainty_begins_plain_and_is_best_at_the_log_of_the_loss():
     net, plain = denoiser(Linear(), Flow()), Regression(Uniform())
     uncertain = Uncertainty(Uniform()).double()
     each, _ = plain.each(net, X, Cond(), DRAW)
-    said = uncertain(net, X, Cond(), DRAW)
+    said = uncertain(model(net), {}, X, Cond(), DRAW)
     torch.testing.assert_close(said["loss"], each.mean())
     torch.testing.assert_close(said["regression"], each.mean())
     u = each.log().requires_grad_()
     uncertain.u = lambda log_ratio: u
-    best = uncertain(net, X, Cond(), DRAW)["loss"]
+    best = uncertain(model(net), {}, X, Cond(), DRAW)["loss"]
     assert best.item() == pytest.approx(1 + each.log().mean().item())
     assert torch.autograd.grad(best, u)[0].abs().max() < 1e-12
 
@@ -115,7 +122,7 @@ def test_uncertainty_learns_the_level_of_the_loss():
 
     def closure():
         optimizer.zero_grad()
-        loss = uncertain(net, X, Cond(), DRAW)["loss"]
+        loss = uncertain(model(net), {}, X, Cond(), DRAW)["loss"]
         loss.backward()
         return loss
 
@@ -128,11 +135,26 @@ def test_uncertainty_learns_the_level_of_the_loss():
 def test_every_objective_is_a_scalar_and_the_same_in_parts(path):
     """Halves of a global batch, each on its own device, have the mean of their losses."""
     torch.manual_seed(0)
-    objective, net = build(OmegaConf.load(path)), denoiser(Linear(), Flow())
-    whole = objective(net, X.float(), Cond(), DRAW)
-    halves = [objective(net, X[r].float(), Cond(), Draw(0, POSITION[r], 64))["loss"] for r in POSITION.split(32)]
+    objective, net = build(OmegaConf.load(path)), model(denoiser(Linear(), Flow()))
+    whole = objective(net, {}, X.float(), Cond(), DRAW)
+    halves = [objective(net, {}, X[r].float(), Cond(), Draw(0, POSITION[r], 64))["loss"] for r in POSITION.split(32)]
     assert all(value.shape == () and value.isfinite() for value in whole.values())
     torch.testing.assert_close(whole["loss"], sum(halves) / 2)
+
+
+BEFORE = {  # of flow and velocity, in float64, as they were when objectives were given the denoiser alone
+    "plain": (lambda: Regression(), 2.2417580427577386, 1.226076358469606),
+    "parts": (lambda: Regression(LogNormal(), MinSNR(), Offset(), Huber()), 0.05004235212072003, 0.05955954000732361),
+    "uncertain": (lambda: Uncertainty(Uniform()).double(), 2.242855604373268, 1.2197556055125274),
+}
+
+
+@pytest.mark.parametrize("make, flow, velocity", BEFORE.values(), ids=BEFORE)
+def test_losses_stay_what_they_were(make, flow, velocity):
+    for prediction, wanted in ((Flow(), flow), (Velocity(), velocity)):
+        draw = Draw(3, torch.arange(64) + 7, 64)
+        loss = make()(model(denoiser(Cosine(), prediction)), {}, X, Cond(), draw)["loss"]
+        assert loss.item() == pytest.approx(wanted, rel=1e-7)  # draws are in float32
 
 
 def test_parts_are_chosen_by_name_and_unknown_ones_refused():

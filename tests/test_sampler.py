@@ -1,11 +1,16 @@
 """What every sampler in configs/sampler promises, beside the order that test_math measures."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm.autoencoder.identity import Identity
 from ldm.build import build
 from ldm.command_line import CONFIGS
+from ldm.generate import draw_all, generate
+from ldm.guidance.none import Unguided
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.ddpm import DDPM
 from ldm.sampler.euler_ancestral import EulerAncestral
@@ -175,3 +180,50 @@ def test_grids_of_steps_refuse_more_than_there_are():
             grid(2000, ScaledLinear())
     with pytest.raises(ValueError, match=r"sampler\.grid\.times.*falling"):
         Listed([0.0, 1.0])
+
+
+# ---- watching
+
+
+class Own:
+    """A user's sampler that owns all it does."""
+
+    def __call__(self, denoise, schedule, noise, seeds):
+        x = noise
+        for t in (1.0, 0.5, 0.5, 0.75, 0.25):
+            x = denoise(x, torch.tensor(t))
+        return x
+
+
+def model_of_half():
+    """Its estimate is half of what it sees; pictures are latents."""
+
+    def denoiser(x_t, t, cond):
+        return x_t / 2
+
+    denoiser.schedule, denoiser.parameters = Linear(), lambda: iter([torch.zeros(1)])
+    conditioner = SimpleNamespace(fill=lambda ask: ask, hole=None)
+    return SimpleNamespace(denoiser=denoiser, conditioner=conditioner, autoencoder=Identity(), condition=lambda request: None)
+
+
+@pytest.mark.parametrize("config", [*SAMPLERS, None], ids=lambda p: p.stem if p else "own")
+def test_each_step_is_told_once_and_changes_nothing(config):
+    draw, model, seen = Own() if config is None else sampler(config, 4), model_of_half(), []
+    asked = (model, {}, draw, Unguided(), [3, 4], (2, 2))
+    drawn = generate(*asked, watch=lambda step, t, x_hat: seen.append((step, t, x_hat)))
+    assert torch.equal(drawn, generate(*asked)) and drawn.shape == (2, 3, 2, 2)
+    steps, times, estimates = zip(*seen)
+    wanted = [1.0, 0.5, 0.25] if config is None else draw.times(Linear())[:-1].tolist()
+    assert steps == tuple(range(1, len(wanted) + 1)) and times == pytest.approx(wanted)
+    assert all(x_hat.shape == (2, 3, 2, 2) for x_hat in estimates)
+    twice = []
+    draw_all(model, {}, draw, Unguided(), [3, 4], (2, 2), 1, watch=lambda step, t, x_hat: twice.append(step))
+    assert twice == [*steps, *steps]
+
+
+def test_what_a_watcher_raises_stops_the_drawing():
+    def stop(step, t, x_hat):
+        raise InterruptedError(f"at step {step}")
+
+    with pytest.raises(InterruptedError, match="at step 1"):
+        generate(model_of_half(), {}, DDIM(4), Unguided(), [0], (2, 2), watch=stop)

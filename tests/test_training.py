@@ -4,6 +4,7 @@ import errno
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -569,10 +570,11 @@ def test_regression_of_silence_is_the_targets_power():
     from ldm.types import Cond
 
     x, position = torch.randn(256, 4, 8, 8), torch.arange(256)
-    denoiser, objective = Denoiser(Silent(), Linear(), Flow(), LogRatio()), Regression(LogitNormal())
-    loss = objective(denoiser, x, Cond(), Draw(0, position, 256))["loss"].item()
+    model = SimpleNamespace(denoiser=Denoiser(Silent(), Linear(), Flow(), LogRatio()))
+    objective = Regression(LogitNormal())
+    loss = objective(model, {}, x, Cond(), Draw(0, position, 256))["loss"].item()
     assert loss == pytest.approx(2, abs=5 * math.sqrt(8 / x.numel()))
-    parts = [objective(denoiser, x[r], Cond(), Draw(0, position[r], 256))["loss"].item() for r in position.split(64)]
+    parts = [objective(model, {}, x[r], Cond(), Draw(0, position[r], 256))["loss"].item() for r in position.split(64)]
     assert sum(parts) / 4 == pytest.approx(loss, rel=1e-5)
 
 

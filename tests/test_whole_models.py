@@ -177,7 +177,7 @@ def test_sit_and_lightningdit_run_time_backwards(settings, tmp_path, monkeypatch
         vector = theirs[dit.TABLE][labels]
         wanted = x + (1 - alpha)[:, None, None, None] * net(x, alpha, Cond(vector=vector))
         torch.testing.assert_close(model.denoiser(x, t, Cond(vector=vector)), wanted, atol=1e-4, rtol=0)
-        told = model.tell({"label": torch.tensor([3, 4])}, only=())
+        told = model.condition({"label": torch.tensor([3, 4])}, only=())
     assert torch.equal(told.vector[0], theirs[dit.TABLE][-1])
     told_to_convert(monkeypatch, tmp_path / "ours", tmp_path / "back.safetensors", "--to", "dit")
     assert same_weights(load_tensors(tmp_path / "back.safetensors"), {n: x for n, x in theirs.items() if "feat_rope" not in n})
@@ -274,7 +274,7 @@ def test_class_to_picture_travels_in_a_single_file(tmp_path):
     with pytest.raises(ValueError, match=r"no pipeline for the conditions \['Label'\]"):
         write(again, tmp_path / "out", "diffusers")
     write(again, tmp_path / "ours", "ldm")
-    assert load_model(tmp_path / "ours").tell({"label": torch.tensor([4])}).tokens.shape == (1, 1, 12)
+    assert load_model(tmp_path / "ours").condition({"label": torch.tensor([4])}).tokens.shape == (1, 1, 12)
 
 
 def test_training_noises_the_small_picture_by_a_step_of_its_own():

@@ -82,6 +82,11 @@ class UNet(nn.Module):
                 self.decoder.append(Stage(*layers, *([make.up(ch)] if i and j == res_blocks else [])))
         self.out = nn.Sequential(nn.GroupNorm(groups, ch), nn.SiLU(), zero(nn.Conv2d(ch, channels, 3, padding=1)))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What lies between the first layer and the last, in order: stages of the encoder, the middle's layers, the decoder's."""
+        return [*self.encoder, *self.middle, *self.decoder]
+
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W)."""
         told = self.level(sinusoid(noise_level, self.width).to(x))

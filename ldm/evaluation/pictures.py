@@ -17,7 +17,7 @@ from ldm.folder import write_whole
 from ldm.generate import check_paste, generate
 from ldm.measure import to_bytes
 from ldm.model import LatentModel
-from ldm.types import Autoencoder, Batch, Cond, Denoise, Guidance, Sampler, Told
+from ldm.types import Autoencoder, Batch, Cond, Conditioned, Denoise, Guidance, Sampler
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -162,13 +162,13 @@ def untold(guidance: Guidance) -> Guidance:
     """Guidance of a model that is told nothing: its null condition in every place."""
 
     class Untold:
-        def __init__(self, model: Told) -> None:
+        def __init__(self, model: Conditioned) -> None:
             self.model, self.denoiser, self.conditioner = model, model.denoiser, model.conditioner
 
-        def tell(self, ask: Batch, only: Sequence[str] | None = None) -> Cond:
-            return self.model.tell({field: v for field, v in ask.items() if not field.startswith("negative.")}, only=())
+        def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
+            return self.model.condition({field: v for field, v in request.items() if not field.startswith("negative.")}, only=())
 
-    def guide(model: Told, ask: Batch) -> Denoise:
+    def guide(model: Conditioned, ask: Batch) -> Denoise:
         return guidance(Untold(model), ask)
 
     return guide

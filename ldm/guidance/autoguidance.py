@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.guidance.cfg import refuse_negative
-from ldm.types import Batch, Denoise, Told
+from ldm.types import Batch, Conditioned, Denoise
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Autoguidance:
         ValueError: the two have different schedules, or the request has a negative.
     """
 
-    weak: Callable[[], Told]
+    weak: Callable[[], Conditioned]
     scale: float = 2.0
 
     @cached_property
@@ -30,10 +30,10 @@ class Autoguidance:
         """The weak model."""
         return self.weak()
 
-    def __call__(self, model: Told, ask: Batch) -> Denoise:
+    def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
         refuse_negative(ask, "autoguidance")
-        cond = model.tell(ask)
+        cond = model.condition(ask)
         if self.scale == 1:
             return lambda x_t, t: model.denoiser(x_t, t, cond)
         weak = self.loaded.to(next(model.denoiser.parameters()).device)
@@ -42,7 +42,7 @@ class Autoguidance:
                 f"The weak model's schedule is {weak.denoiser.schedule} and the model's {model.denoiser.schedule}; "
                 "autoguidance needs two of one schedule (guidance.weak.path)."
             )
-        cond_weak = weak.tell(ask)
+        cond_weak = weak.condition(ask)
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             x_strong, x_weak = model.denoiser(x_t, t, cond), weak.denoiser(x_t, t, cond_weak)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldm.types import Batch, Denoise, Told, like
+from ldm.types import Batch, Conditioned, Denoise, like
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class CFG:
     scale: float = 2.0
     rescale: float = 0.0
 
-    def __call__(self, model: Told, ask: Batch) -> Denoise:
+    def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
-        cond = model.tell(ask)
+        cond = model.condition(ask)
         if self.scale == 1:
             return lambda x_t, t: model.denoiser(x_t, t, cond)
-        both = cond.stack(model.tell(ask, only=()))
+        both = cond.stack(model.condition(ask, only=()))
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             x_cond, x_null = model.denoiser(torch.cat((x_t, x_t)), t.expand(len(x_t)).repeat(2), both).chunk(2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
-from ldm.types import Batch, Denoise, Guidance, Told, like
+from ldm.types import Batch, Conditioned, Denoise, Guidance, like
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Interval:
     high: float = 5.8
     inner: Guidance = field(default_factory=CFG)
 
-    def __call__(self, model: Told, ask: Batch) -> Denoise:
+    def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
         asked = {field: value for field, value in ask.items() if not field.startswith("negative.")}
         guided, plain = self.inner(model, ask), Unguided()(model, asked)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldm.guidance.cfg import refuse_negative
-from ldm.types import Batch, Denoise, Told
+from ldm.types import Batch, Conditioned, Denoise
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Unguided:
         ValueError: the request has a negative.
     """
 
-    def __call__(self, model: Told, ask: Batch) -> Denoise:
+    def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
         refuse_negative(ask, "none")
-        cond = model.tell(ask)
+        cond = model.condition(ask)
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             return model.denoiser(x_t, t, cond)

@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ldm.types import Batch, Cond, Denoise, Told
+from ldm.types import Batch, Cond, Conditioned, Denoise
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Scales:
         if not self.scales:
             raise ValueError("guidance.scales={}: name the model's conditions, as guidance.scales={text: 7.5, map: 1.5}.")
 
-    def __call__(self, model: Told, ask: Batch) -> Denoise:
+    def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
         if all(scale == 1 for scale in self.scales.values()):
-            cond = model.tell(ask)
+            cond = model.condition(ask)
             return lambda x_t, t: model.denoiser(x_t, t, cond)
         named, others = list(self.scales), [n for n in model.conditioner.embedders if n not in self.scales]
-        told = [model.tell(ask, only=[*others, *named[:i]]) for i in range(len(named) + 1)]
+        told = [model.condition(ask, only=[*others, *named[:i]]) for i in range(len(named) + 1)]
         all_told, count = reduce(Cond.stack, told), len(told)
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from ldm.autoencoder.vq import VQ
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
-from ldm.folder import LOCAL, from_parts, load_tensors, save_model, save_tensors, with_parts, write_json, write_text
+from ldm.folder import LOCAL, from_parts, load_tensors, read_model, save_model, save_tensors, with_parts, write_json, write_text
 from ldm.interop import unet
 from ldm.interop.conditions import IDENTITY
 from ldm.interop.tie import check_whole
-from ldm.interop.weights import check_numbers, read_config
+from ldm.interop.weights import Config, check_numbers, read_config
 from ldm.nn.layers import identity, mlp
 from ldm.types import Widths
 
@@ -95,12 +95,13 @@ def read_folder(folder: Path) -> Bundle:
     Raises:
         ValueError: it is not one. FileNotFoundError: a part of it is not there.
     """
-    recipe = read_config(folder / "config.json")
+    recipe, weights = read_model(folder)
+    recipe = Config(recipe, folder / "config.json")
     if recipe.get("_target_") in AUTOENCODERS:
-        return Bundle(None, {}, {"autoencoder": _whole_autoencoder(recipe, folder)})
+        return Bundle(None, {}, {"autoencoder": _whole_autoencoder(recipe, weights, folder)})
     if recipe.get("_target_") != "ldm.build.assemble":
         raise ValueError(f"{folder} holds {recipe.get('_target_')}, neither a latent model nor an autoencoder.")
-    weights, parts = load_tensors(folder / "model.safetensors"), {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
+    parts = {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
     for place, node in towers(recipe["condition"]).items():
         parts[place] = _tower(node, folder)
     check_numbers(weights, folder / "model.safetensors")
@@ -252,14 +253,13 @@ def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
     if node.get("_target_") != "ldm.build.load_autoencoder":
         raise ValueError(f"The autoencoder of {folder} is {node.get('_target_')}, which no other layout knows.")
     home = _home(node["path"], folder)
-    config = read_config(home / "config.json")
+    config, weights = read_model(home)
     if config.get("_target_") not in AUTOENCODERS:
         raise ValueError(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
-    return _whole_autoencoder(config, home)
+    return _whole_autoencoder(config, weights, home)
 
 
-def _whole_autoencoder(config: Mapping[str, Any], home: Path) -> Part:
-    weights = load_tensors(home / "model.safetensors")
+def _whole_autoencoder(config: Mapping[str, Any], weights: dict[str, Tensor], home: Path) -> Part:
     check_whole(weights, autoencoder_shapes(config), str(home / "model.safetensors"))
     check_numbers(weights, home / "model.safetensors")
     return Part(dict(config), weights)

@@ -8,7 +8,7 @@ from ldm.objective.distance import Square
 from ldm.objective.noise import Normal
 from ldm.objective.time import LogitNormal
 from ldm.objective.weight import Plain
-from ldm.types import Cond, Denoiser, Draw, Schedule, like
+from ldm.types import Batch, Cond, Denoiser, Draw, InTraining, Schedule, like
 
 PLAIN, NORMAL, SQUARE, LOGIT_NORMAL = Plain(), Normal(), Square(), LogitNormal()
 
@@ -26,9 +26,9 @@ class Regression(nn.Module):
         super().__init__()
         self.time, self.weight, self.noise, self.distance = time, weight, noise, distance
 
-    def forward(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+    def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> {"loss": ()}."""
-        return {"loss": self.each(denoiser, x, cond, draw)[0].mean()}
+        return {"loss": self.each(model.denoiser, x, cond, draw)[0].mean()}
 
     def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Tensor]:
         """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), and its log(sigma / alpha): (B)."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Cond, Denoiser, Draw, Schedule
+from ldm.types import Batch, Cond, Draw, InTraining, Schedule
 
 
 class Uncertainty(nn.Module):
@@ -34,9 +34,9 @@ class Uncertainty(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+    def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> {"loss": (), "regression": ()}, the latter without the uncertainty."""
-        loss, log_ratio = self.regression.each(denoiser, x, cond, draw)
+        loss, log_ratio = self.regression.each(model.denoiser, x, cond, draw)
         u = self.u(log_ratio)
         return {"loss": (loss / u.exp() + u).mean(), "regression": loss.mean()}
 

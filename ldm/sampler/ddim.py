@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
 from ldm.sampler.noise import Streams
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class DDIM:
+class DDIM(Walk):
     """First order; calls the network once a step.
 
     eta = 0 is deterministic, and inverted by walking its times backwards; eta = 1 is DDPM's ancestral sampling.
@@ -31,11 +32,6 @@ class DDIM:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sampler.eta={self.eta}: it is between 0, no fresh noise, and 1, DDPM's.")
 
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
-
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
         draw = Streams(seeds)
@@ -50,7 +46,3 @@ class DDIM:
             added = self.eta * sigma_s * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0).sqrt()
             x = alpha_s * x_hat + (sigma_s**2 - added**2).sqrt() * noise_hat + added * draw(x)
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
 from ldm.sampler.noise import Streams
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class DDPM:
+class DDPM(Walk):
     """First order, stochastic; calls the network once a step.
 
     The variance of a step is variance_posterior^(1 - v) * variance_forward^v, DDPM's lower bound at v = 0 and its upper bound
@@ -32,11 +33,6 @@ class DDPM:
         if not 0 <= self.v <= 1:
             raise ValueError(f"sampler.v={self.v}: it is between 0, the lower bound of the variance, and 1, the upper bound.")
 
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
-
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""
         draw = Streams(seeds)
@@ -48,7 +44,3 @@ class DDPM:
             if s > 0:
                 x = x + (forward * kept ** (1 - self.v)).sqrt() * draw(x)
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)

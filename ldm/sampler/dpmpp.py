@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class DPMpp:
+class DPMpp(Walk):
     """Second order; calls the network once a step.
 
     The step into t = 0 is first order: log(alpha / sigma) goes far there, and extrapolating over it does harm.
@@ -22,11 +23,6 @@ class DPMpp:
     order: ClassVar[int] = 2
     steps: int = 20
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
-
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
@@ -39,7 +35,3 @@ class DPMpp:
             x = sigma_s / sigma_t * x - alpha_s * torch.expm1(-h) * ahead
             last, h_last = x_hat, h
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)

@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
 from ldm.sampler.noise import Streams
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class DPMppSDE:
+class DPMppSDE(Walk):
     """Second order in the drift, stochastic; calls the network once a step.
 
     The step into t = 0 is first order, as in `dpmpp`.
@@ -23,11 +24,6 @@ class DPMppSDE:
     order: ClassVar[int] = 2
     steps: int = 25
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
-
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""
@@ -42,7 +38,3 @@ class DPMppSDE:
             x = sigma_s / sigma_t * torch.exp(-h) * x + alpha_s * fresh * ahead + sigma_s * fresh.sqrt() * draw(x)
             last, h_last = x_hat, h
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)

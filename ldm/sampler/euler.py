@@ -10,22 +10,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class Euler:
+class Euler(Walk):
     """First order; calls the network once a step."""
 
     order: ClassVar[int] = 1
     steps: int = 50
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
-
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
@@ -35,7 +31,3 @@ class Euler:
             slope = (x - alpha_t * x_hat) / sigma_t
             x = alpha_s * x_hat + sigma_s * slope  # = alpha_s (x / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) slope)
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
 from ldm.sampler.noise import Streams
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class EulerAncestral:
+class EulerAncestral(Walk):
     """First order, stochastic; calls the network once a step.
 
     eta = 1 has DDPM's variance (https://arxiv.org/abs/2006.11239, equation 7), told in sigma / alpha; eta = 0 is Euler's method.
@@ -31,11 +32,6 @@ class EulerAncestral:
         if self.eta < 0:
             raise ValueError(f"sampler.eta={self.eta}: at least 0 is wanted, which adds no fresh noise.")
 
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
-
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""
         draw = Streams(seeds)
@@ -48,7 +44,3 @@ class EulerAncestral:
             slope = (x - alpha_t * x_hat) / sigma_t
             x = alpha_s * (x_hat + down * slope + up * draw(x))
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)

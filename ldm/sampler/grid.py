@@ -135,12 +135,6 @@ class Listed:
 UNIFORM = Uniform()
 
 
-def start(schedule: Schedule, times: Tensor, noise: Tensor) -> Tensor:
-    """noise: (B, C, H, W) unit normal -> x at times[0], of the variance that x_t of whitened latents has."""
-    alpha, sigma = schedule(times[0])
-    return torch.hypot(alpha, sigma) * noise
-
-
 def _check(steps: int, most: float = math.inf) -> None:
     if steps < 1:
         raise ValueError(f"sampler.steps={steps}: at least one step is wanted.")

@@ -11,13 +11,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
 from ldm.sampler.noise import Streams
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class Heun:
+class Heun(Walk):
     """Second order; calls the network twice a step, once in the step into t = 0.
 
     Where low <= sigma / alpha <= high, a step first raises sigma / alpha by churn / steps (at most 41 %) with fresh noise of
@@ -38,11 +39,6 @@ class Heun:
     def __post_init__(self) -> None:
         if self.churn < 0:
             raise ValueError(f"sampler.churn={self.churn}: at least 0 is wanted, which adds no fresh noise.")
-
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
@@ -65,7 +61,3 @@ class Heun:
                 y = x + (alpha_s - alpha_t) * x_hat + (sigma_s - sigma_t) * noise_hat
             x = y
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)

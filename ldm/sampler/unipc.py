@@ -8,12 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ldm.sampler.grid import UNIFORM, start
+from ldm.sampler.grid import UNIFORM
+from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
 @dataclass(frozen=True)
-class UniPC:
+class UniPC(Walk):
     """UniPC-p, of order p + 1; calls the network once a step, for the predictor and for the corrector of the step before.
 
     The first and the last p steps are of lower order.
@@ -35,11 +36,6 @@ class UniPC:
         """Of convergence (theorem 3.1)."""
         return self.p + 1
 
-    def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
-        return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
-
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""
         scales = list(zip(*schedule(times.double().cpu())))
@@ -53,10 +49,6 @@ class UniPC:
             p, x_before = min(self.p, i + 1, len(times) - 1 - i), x
             x = _step(x, begin, end, past[:p])
         return x
-
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), float64."""
-        return self.grid(self.steps, schedule)
 
 
 Scales = tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 
-from ldm.folder import write_whole
+from ldm.folder import LaterFormat, present, write_whole
 from ldm.training.sharded import FOLDER, check_folder, read_folder, write_folder
 
 
@@ -96,7 +96,7 @@ def read_checkpoint(path: Path, device: Any = "cpu", lazily: bool = False) -> di
     """Reads tensors and plain containers; `lazily` leaves the tensors' numbers on the disk until they are used.
 
     Raises:
-        ValueError: the file is damaged, cannot be read, or holds code.
+        ValueError: the file is damaged, cannot be read, holds code, or is of a later format.
     """
     try:
         if path.is_dir():
@@ -108,17 +108,23 @@ def read_checkpoint(path: Path, device: Any = "cpu", lazily: bool = False) -> di
         raise ValueError(f"{path} is no whole checkpoint of this framework ({reason}). Take another with resume=PATH.") from error
     if "state_dict" not in checkpoint or "global_step" not in checkpoint:
         raise ValueError(f"{path} is no training checkpoint: it holds {sorted(checkpoint)[:5]}, not state_dict and global_step.")
-    return checkpoint
+    return present(checkpoint, path)
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest good checkpoint below a folder, or None; a damaged one is named and passed over."""
+    """The newest good checkpoint below a folder, or None; a damaged one is named and passed over.
+
+    Raises:
+        LaterFormat: it was written by a later version, which is no damage.
+    """
     for path in sorted(folder.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             read_checkpoint(path, lazily=True)
             if path.is_file():
                 _check_bits(path)
             return path
+        except LaterFormat:
+            raise
         except ValueError as error:
             rank_zero_warn(f"{error} The one before it is taken instead.")
     return None

@@ -49,6 +49,8 @@ class Compile(pl.Callback):
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:
-    """The members of a list, or of the lists that a network holds; the network itself where it has none."""
+    """A backbone's `blocks`; else the members of a list, or of the lists that a network holds; the network where it has none."""
+    if isinstance(blocks := getattr(part, "blocks", None), list | tuple | nn.ModuleList):
+        return list(blocks)
     lists = [part] if isinstance(part, nn.ModuleList) else [m for m in part.children() if isinstance(m, nn.ModuleList)]
-    return [block for blocks in lists for block in blocks] or [part]
+    return [block for each in lists for block in each] or [part]

@@ -1,5 +1,9 @@
 """Stage 3: trains a denoiser of whitened latents, told by its conditions."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.folder import save_model, with_parts
 from ldm.model import LatentModel
+from ldm.training.ema import average_of
 from ldm.training.levels import LEVELS, curve, level_errors
 from ldm.training.sharded import whole
 from ldm.training.stage import Stage
@@ -23,12 +28,43 @@ class Diffusion(Stage):
 
     def __init__(self, model: LatentModel, objective: Objective, **stage: Any) -> None:
         super().__init__(**stage)
+        check_objective(objective)
         self.model, self.objective = model, objective
         self.weights: dict[str, Tensor] = {}
+        self.average: Callable[[], LatentModel] = lambda: self.model
+        for part in getattr(objective, "frozen", ()):
+            objective.get_submodule(part).eval().requires_grad_(False)
+            self.frozen += (f"objective.{part}",)
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says."""
-        return self.objective(self.model.denoiser, *self.given(batch, draw), draw)
+        """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says.
+
+        Raises:
+            ValueError: it says a loss for a second network, which nothing here steps.
+        """
+        return self.judged(batch, *self.given(batch, draw), draw)
+
+    def judged(self, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+        """x: (B, C, H, W) clean latents of the batch, cond: its condition -> what the objective says."""
+        average = self.average if self.training else lambda: self.model  # which validation puts in the model's place itself
+        losses = self.objective(Trained(self.model, average), batch, x, cond, draw)
+        if "critic" in losses:
+            raise ValueError(
+                f"{type(self.objective).__name__} gives the loss of a second network (critic), and this stage has one optimizer, "
+                "for the denoiser and what is trained with it: add it to `loss`, or train that network in a stage of its own."
+            )
+        return losses
+
+    def on_train_start(self) -> None:
+        """From here on there is an average, made at most once."""
+        self.average = cache(partial(average_of, self.trainer, self, "model"))
+
+    def train(self, mode: bool = True) -> "Diffusion":
+        """As in torch, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for part in self.frozen:
+            self.get_submodule(part).eval()
+        return self
 
     def given(self, batch: Batch, draw: Draw) -> tuple[Tensor, Cond]:
         """batch -> sampled latents: (B, C, H, W), and the condition, dropped now and then in training."""
@@ -45,9 +81,9 @@ class Diffusion(Stage):
 
         So they are the same at every validation, whatever the run's seed, batch size or number of devices.
         """
-        draw = Draw(0, batch["position"], INTERVALS)
+        draw = Draw(0, batch["position"], INTERVALS, self.trainer.global_step)
         x, cond = self.given(batch, draw)
-        losses = self.objective(self.model.denoiser, x, cond, draw)
+        losses = self.judged(batch, x, cond, draw)
         self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(x), sync_dist=True)
         self.level_sums += level_errors(self.model.denoiser, x, cond, draw)
 
@@ -92,3 +128,42 @@ class Diffusion(Stage):
         if not self.weights:
             self.finish(None)
         save_model(self.weights, with_parts(self.recipe, folder), folder)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an objective is given: a model under training and, made when it is asked for, its average."""
+
+    model: LatentModel
+    averaged: Callable[[], LatentModel]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model's."""
+        return self.model.denoiser
+
+    @property
+    def conditioner(self) -> nn.Module:
+        """The model's."""
+        return self.model.conditioner
+
+    @property
+    def average(self) -> LatentModel:
+        """The model with averaged weights; the model itself before training and in validation, where it is that."""
+        return self.averaged()
+
+    def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
+        """As the model's."""
+        return self.model.condition(request, only)
+
+
+def check_objective(objective: Objective) -> None:
+    """Raises ValueError where an objective cannot be called as (model, batch, x, cond, draw)."""
+    call = objective.forward if isinstance(objective, nn.Module) else objective
+    try:
+        signature(call).bind(*[None] * 5)
+    except TypeError as error:
+        raise ValueError(
+            f"objective={type(objective).__name__} takes {signature(call)}; an objective is called with (model, batch, x, cond, "
+            "draw), where model.denoiser is what was once the first argument."
+        ) from error

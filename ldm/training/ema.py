@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm.training.sharded import placed_as
 
@@ -89,6 +91,24 @@ def averaged(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     finally:
         for ema in emas:
             ema.swap_out(module)
+
+
+def average_of(trainer: pl.Trainer, module: pl.LightningModule, part: str) -> nn.Module:
+    """A frozen copy of a part of the module whose weights are those of the running average, and so move with it.
+
+    What is not trained is shared with the part itself, so that the copy takes no memory.
+
+    Raises:
+        ValueError: the trainer keeps no average, or it is shared out over the ranks.
+    """
+    average = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), None)
+    if average is None:
+        raise ValueError("The objective learns from averaged weights, and none are kept: use callback=[checkpoint,bar,ema].")
+    if any(isinstance(weight, DTensor) for weight in average.values()):
+        raise ValueError("The objective learns from averaged weights, which trainer=fsdp shares out: use trainer=ddp.")
+    original = module.get_submodule(part)
+    weights = {id(p): average.get(f"{part}.{name}", p.detach()) for name, p in original.named_parameters()}
+    return deepcopy(original, {key: nn.Parameter(x, requires_grad=False) for key, x in weights.items()}).eval()
 
 
 def trained(module: pl.LightningModule) -> dict[str, Tensor]:

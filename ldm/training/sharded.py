@@ -24,6 +24,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.optim import Optimizer
 
+from ldm.folder import present
+from ldm.training.compile import blocks_of
+
 FOLDER = "folder"  # what the strategy tells the checkpoint plugin where all ranks write
 PLAIN = "plain.pt"  # what of a sharded checkpoint is no tensor
 
@@ -75,7 +78,9 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """A file as it is, a folder as this rank's part of it."""
         path = Path(self.broadcast(checkpoint_path))
-        return read_folder(path, self.device_mesh["data_parallel"]) if path.is_dir() else self.checkpoint_io.load_checkpoint(path)
+        if not path.is_dir():
+            return self.checkpoint_io.load_checkpoint(path)
+        return present(read_folder(path, self.device_mesh["data_parallel"]), path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Shares the weights out."""
@@ -95,8 +100,8 @@ class Sharded(ModelParallelStrategy):
 def shard(parts: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Shares out the weights of some networks, and of the blocks that they list, each gathered when it is run."""
     for part in parts:
-        for blocks in part.children():
-            for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+        for block in blocks_of(part):
+            if block is not part:
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.folder import FORMAT
 from ldm.training.groups import parameter_groups
 from ldm.training.layout import lay_out, lay_state_out
 from ldm.training.sharded import shard
@@ -91,7 +92,7 @@ class Stage(pl.LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One update of the main optimizer."""
-        losses = self.losses(batch, Draw(self.seed, batch["position"], self.batch))
+        losses = self.losses(batch, Draw(self.seed, batch["position"], self.batch, self.trainer.global_step))
         if self.is_logged():
             self.log_dict({f"train/{k}": v.detach() for k, v in losses.items()}, batch_size=len(batch["position"]))
         return losses["loss"]
@@ -102,7 +103,7 @@ class Stage(pl.LightningModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Losses at random numbers that are the same at every validation, whatever the run's seed."""
-        losses = self.losses(batch, Draw(0, batch["position"], self.batch))
+        losses = self.losses(batch, Draw(0, batch["position"], self.batch, self.trainer.global_step))
         self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(batch["position"]), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -152,7 +153,8 @@ class Stage(pl.LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the model's recipe beside its weights: plain containers only."""
+        """Keeps the model's recipe, and the format's number, beside its weights: plain containers only."""
+        checkpoint["format"] = FORMAT
         checkpoint["recipe"] = dict(self.recipe)
 
     def _is_frozen(self, name: str) -> bool:
