@@ -1,6 +1,7 @@
 """Trains one stage:  python train.py experiment=emoji/text  optimizer.lr=3e-4  resume=auto"""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,11 +13,11 @@ def train(config: DictConfig) -> Path:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage
-    from ldm.folder import write_text
     from ldm.nn.empty import weightless
     from ldm.training.logging import close
     from ldm.training.plan import plan
     from ldm.training.profile import Profile
+    from ldm.training.resume import Changes
     from ldm.training.run import fit
 
     folder = Path(config.folder)
@@ -26,7 +27,6 @@ def train(config: DictConfig) -> Path:
             stage = build_stage(OmegaConf.merge(config, {"model": {"init": None}}))
         print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
         return folder
-    write_text(OmegaConf.to_yaml(config), folder / "config.yaml")
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
@@ -34,12 +34,18 @@ def train(config: DictConfig) -> Path:
     profile = [Profile(folder / "profile")] if config.profile else []
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    trainer = build(config.trainer, allowed(config), callbacks=[*callbacks, *always, *profile], logger=loggers)
+    changes = Changes(OmegaConf.to_yaml(config), _plain(config), lambda path: _plain(OmegaConf.load(path)), folder)
+    trainer = build(config.trainer, allowed(config), callbacks=[*callbacks, *always, *profile, changes], logger=loggers)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:
         close(loggers)
     return folder
+
+
+def _plain(config: DictConfig) -> tuple[Any, Any]:
+    """As it is written, and with its interpolations resolved."""
+    return OmegaConf.to_container(config), OmegaConf.to_container(config, resolve=True)
 
 
 if __name__ == "__main__":

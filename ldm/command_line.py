@@ -21,19 +21,28 @@ from ldm.check import nearest
 from ldm.run_id import check_sweep, name_run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+# Settings that are free text: what is said in words, and the last part of the name of each that takes a path or a place.
+SPOKEN = ("prompt", "negative", "source", "ask", "callback.drawings.captions")
+PATHS = (
+    *("model", "init", "path", "weights", "pretrained", "vocabulary"),  # of what was trained
+    *("train", "val", "root", "images", "reference", "mask", "prompts"),  # of what is read
+    *("out", "runs", "run_id", "folder", "cache", "checkpoints", "save_dir", "default_root_dir"),  # of what is written
+    *("resume", "sweep", "compare"),
+)
 FREE_TEXT = re.compile(
-    r"^(?P<key>\+{0,2}(?:prompt|prompts|negative|model|model\.init|images|reference|out|init|mask|source|runs|cache|root|sweep"
-    r"|ask\.[\w.]+|data\.(?:train|val|root)))=(?P<value>.*)$",
+    rf"^(?P<key>\+{{0,2}}(?:(?:prompt|negative|source|callback\.drawings\.captions|ask\.[\w.]+)|(?:[\w.]+\.)?(?:{'|'.join(PATHS)})))"
+    r"=(?P<value>.*)$",
     re.S,
 )
-SPOKEN = ("prompt", "negative", "source", "ask")  # free text that is no path
+QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
 LISTS = ("condition", "metric", "callback", "logger")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
 
-    A value that begins with `[` or a quote stays as it is, and so does `null` in the place of a file or folder.
+    A value that is one whole list, or one whole quoted string, stays what it is, and so does `null` in the place of a file or
+    folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text.
     """
     quoted = []
     for argument in arguments:
@@ -44,12 +53,55 @@ def quote(arguments: Sequence[str]) -> list[str]:
         key, value = found["key"], found["value"]
         if key.startswith("ask."):
             key = f"++{key}"
-        spoken = key.lstrip("+").split(".")[0] in SPOKEN
-        if value and value[0] not in "['\"" and (spoken or value != "null"):
-            value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
-            value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+        name = key.lstrip("+")
+        spoken = name in SPOKEN or name.split(".")[0] in SPOKEN
+        if value and (spoken or value != "null"):
+            value = _listed(value) if value[0] == "[" else value if value[0] in "'\"" and _is_whole(value) else _text(value)
         quoted.append(f"{key}={value}")
     return quoted
+
+
+def _text(value: str) -> str:
+    """A quoted string of Hydra's grammar that means `value`."""
+    value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+
+
+def _is_whole(value: str) -> bool:
+    """Whether a value is one list, or one quoted string, of Hydra's grammar."""
+    try:
+        override = OverridesParser.create().parse_overrides([f"x={value}"])[0]
+        return not override.is_sweep_override() and (isinstance(override.value(), list) or value[:1] in ("'", '"'))
+    except (HydraException, ValueError):
+        return False
+
+
+def _listed(value: str) -> str:
+    """A value that begins with `[`: as it is if Hydra reads a list; a list of texts if its bracket closes at the end; else a text."""
+    parts = None if _is_whole(value) else _elements(value)
+    if parts is None:
+        return value if _is_whole(value) else _text(value)
+    return f"[{','.join(part if _is_whole(part) else _text(part) for part in parts)}]"
+
+
+def _elements(value: str) -> list[str] | None:
+    """What stands between commas in one pair of brackets around the whole value; None where there is no such pair."""
+    parts, brackets, parentheses, i = [""], 1, 0, 1
+    while i < len(value):
+        quoted = QUOTED.match(value, i) if not parts[-1].strip() else None
+        if quoted:
+            parts[-1], i = quoted[0], quoted.end()
+            continue
+        sign, i = value[i], i + 1
+        brackets += (sign == "[") - (sign == "]")
+        parentheses = max(0, parentheses + (sign == "(") - (sign == ")"))
+        if brackets == 0:
+            return [part.strip() for part in parts] if i == len(value) else None
+        if sign == "," and brackets == 1 and not parentheses:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return None
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:

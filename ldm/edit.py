@@ -1,7 +1,7 @@
 """Drawing that begins from a picture: image-to-image, inpainting, inversion. Each is a sampler around a sampler.
 
 Their pictures are latents, (B, C, H, W), or (1, C, H, W) for one that all begin from. `strength`, in [0, 1], is the part of the
-sampler's times that is walked: 0 gives the picture back, 1 keeps next to nothing of it.
+sampler's times that is walked: 0 (or too little for one step) gives the picture back, 1 keeps next to nothing of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,8 @@ class FromPicture:
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
         times = last_part(self.sampler.times(schedule), self.strength)
+        if len(times) == 1:
+            return self.picture.to(noise).expand_as(noise)
         x = noised(self.picture.to(noise), schedule, times[0], noise)
         return self.sampler.walk(denoise, schedule, x, times, seeds)
 
@@ -48,6 +50,8 @@ class FromInversion:
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W), of which only the shape matters -> x: (B, C, H, W)."""
         times = last_part(self.sampler.times(schedule), self.strength)
+        if len(times) == 1:
+            return self.picture.to(noise).expand_as(noise)
         x = schedule(times[-1])[0] * self.picture.to(noise).expand_as(noise)
         x = self.sampler.walk(self.source(len(x)), schedule, x, times.flip(0), seeds)
         if not x.isfinite().all():
@@ -80,6 +84,8 @@ class Inpainting:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
         picture, redrawn = self.picture.to(noise), self.mask.to(noise) > 0
         times = last_part(self.sampler.times(schedule), self.strength)
+        if len(times) == 1:
+            return picture.expand_as(noise)
         x = noised(picture, schedule, times[0], noise)
         draw = Streams([mix(seed, 2) for seed in seeds])
         for i in range(len(times) - 1):

@@ -13,6 +13,27 @@ from ldm.folder import LOCAL, load_tensors
 from ldm.types import Cond, Widths
 
 
+class Cut:
+    """Counts the captions of training, and those that are longer than a tower's context, of which the rest is not read."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.seen = self.cut = self.longest = 0
+
+    def count(self, captions: Sequence[str], ids: Tensor, tokenizer: Any) -> None:
+        """B captions and their ids (B, L), on the processor: those that fill the context are looked at again."""
+        full = [caption for caption, last in zip(captions, ids[:, -1].tolist()) if last and hasattr(tokenizer, "encode")]
+        lengths = [n for n in (len(tokenizer.encode(caption)) for caption in full) if n > self.length - 2]
+        self.seen, self.cut = self.seen + sum(caption != "" for caption in captions), self.cut + len(lengths)
+        self.longest = max([self.longest, *lengths])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cut:,} of the first {self.seen:,} captions are longer than the {self.length - 2} tokens that the text tower "
+            f"reads, the longest {self.longest:,}: what lies behind is cut off."
+        )
+
+
 class Text(nn.Module):
     """A caption -> tokens (B, L, D) of the text tower's layers, and its pooled vector.
 
@@ -51,6 +72,7 @@ class Text(nn.Module):
         self.padding, self.dropped, self.whiten = padding, dropped, whiten
         self.tower = load_text_tower(model, pretrained, "condition.text")
         self.tokenizer = open_clip.get_tokenizer(model, context_length=self.tower.context_length)
+        self.cut = Cut(self.tower.context_length)
         width, count = self.tower.token_embedding.embedding_dim, len(self.tower.transformer.resblocks) + 1
         if not layers or not all(-count <= i < count for i in layers):
             raise ValueError(
@@ -88,7 +110,10 @@ class Text(nn.Module):
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
-        ids = self.tokenizer(list(captions)).to(self.tower.token_embedding.weight.device, non_blocking=True)
+        ids = self.tokenizer(list(captions))
+        if self.training:
+            self.cut.count(captions, ids, self.tokenizer)
+        ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
@@ -110,6 +135,7 @@ class Texts(nn.Module):
     def __init__(self, towers: Mapping[str, Text], key: str = "caption", rate: float = 0.1) -> None:
         super().__init__()
         self.key, self.rate, self.towers = key, rate, nn.ModuleDict(towers)
+        self.cut = next(iter(towers.values())).cut
         self.frozen = tuple(f"towers.{name}.{part}" for name, tower in towers.items() for part in tower.frozen)
         lengths = {name: tower.tower.context_length for name, tower in towers.items()}
         if len(set(lengths.values())) > 1:

@@ -13,6 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from ldm.training.guard import skip_where
+from ldm.training.resume import keep_settings
 from ldm.training.stage import clip, reduce_sum
 from ldm.types import AdversarialLoss
 
@@ -39,6 +40,7 @@ class Adversary(nn.Module):
         self.network, self.loss, self.rate = network.requires_grad_(False), loss, rate
         self.start, self.weight, self.adaptive = start, weight, adaptive
         self.optimizer = optimizer(list(network.parameters()))
+        self.optimizer.register_load_state_dict_pre_hook(keep_settings)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def oppose(self, output: Tensor, reconstruction: Tensor, last_layer: nn.Parameter) -> tuple[Tensor, dict[str, Tensor]]:

@@ -145,7 +145,7 @@ def resume_from(resume: str, folder: Path) -> Path | None:
     """What `resume` means: auto (the newest good checkpoint, or a fresh start), never, or a path.
 
     Raises:
-        FileNotFoundError: a path that is not there.
+        FileNotFoundError: a path that is not there, or a folder without a checkpoint.
     """
     if resume == "never":
         return None
@@ -155,4 +155,9 @@ def resume_from(resume: str, folder: Path) -> Path | None:
         return newest(folder)
     if not Path(resume).exists():
         raise FileNotFoundError(f"resume={resume}: there is no such file. Use auto, never, or a path to a .ckpt file.")
-    return newest(Path(resume)) if Path(resume).is_dir() else Path(resume)
+    found = newest(Path(resume)) if Path(resume).is_dir() else Path(resume)
+    if found is None:
+        raise FileNotFoundError(
+            f"resume={resume}: there is no good checkpoint in this folder. Use auto, never, or a path to a .ckpt."
+        )
+    return found

@@ -18,6 +18,8 @@ from ldm.training.sharded import whole
 from ldm.training.stage import Stage
 from ldm.types import Batch, Cond, Draw, Moments, Objective
 
+CAPTIONS = 1000  # after so many it is said how many the text tower cuts
+EVERY = 100  # batches whose latents are looked at
 INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 64
 
 
@@ -35,6 +37,8 @@ class Diffusion(Stage):
         for part in getattr(objective, "frozen", ()):
             objective.get_submodule(part).eval().requires_grad_(False)
             self.frozen += (f"objective.{part}",)
+        self.encoded = 0  # batches in training
+        self.told_of_cut: set[str] = set()
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says.
@@ -72,6 +76,21 @@ class Diffusion(Stage):
         x = moments.sample(draw.normal("posterior", moments.mean.shape[1:]))
         return x, self.model.conditioner(batch, draw=draw if self.training else None)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Says once how many captions are cut."""
+        self._tell_of_cut(CAPTIONS)
+
+    def on_train_end(self) -> None:
+        """A training of few captions says it now."""
+        self._tell_of_cut(1)
+
+    def _tell_of_cut(self, least: int) -> None:
+        for name, embedder in self.model.conditioner.embedders.items() if self.global_rank == 0 else ():
+            cut = getattr(embedder, "cut", None)
+            if cut is not None and cut.cut and cut.seen >= least and name not in self.told_of_cut:
+                self.told_of_cut.add(name)
+                print(f"condition.{name}: {cut}", flush=True)
+
     def on_validation_epoch_start(self) -> None:
         """Begins the curve of errors."""
         self.level_sums = torch.zeros(2, len(LEVELS), device=self.device)
@@ -97,7 +116,12 @@ class Diffusion(Stage):
         if "moments" in batch:
             mean, std = batch["moments"].float().chunk(2, dim=1)
             return Moments(mean, std)
-        return self.model.autoencoder.encode(batch["image"])
+        moments = self.model.autoencoder.encode(batch["image"])
+        if self.training and not moments.mean.is_meta:
+            if self.encoded % EVERY == 0:  # a look makes the host wait for the device
+                check_finite(moments, batch["image"])
+            self.encoded += 1
+        return moments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint whose conditions are others.
@@ -167,3 +191,18 @@ def check_objective(objective: Objective) -> None:
             f"objective={type(objective).__name__} takes {signature(call)}; an objective is called with (model, batch, x, cond, "
             "draw), where model.denoiser is what was once the first argument."
         ) from error
+
+
+def check_finite(moments: Moments, images: Tensor) -> None:
+    """Refuses latents that are not finite though the pictures, (B, 3, h, w), are: in 16 bits numbers end at 65504.
+
+    Raises:
+        ValueError: names what to change.
+    """
+    good = moments.mean.isfinite().all() & moments.std.isfinite().all()
+    if not good and images.isfinite().all():
+        raise ValueError(
+            "The frozen autoencoder's latents are not finite: its numbers are too large for the precision it is run in. Train with "
+            "trainer.precision=bf16-mixed or 32-true, make latents ahead of time (precompute.py), or take an autoencoder that "
+            "fits into 16 bits: for Stable Diffusion XL's that is madebyollin/sdxl-vae-fp16-fix (autoencoder.path=FOLDER)."
+        )

@@ -82,11 +82,12 @@ class Evaluate(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run goes on from it."""
-        return {"record": self.record}
+        return {"record": self.record, "best": self.best, "mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
-        self.record = state_dict["record"]
+        """What `state_dict` gave, if it is of the same number."""
+        if (state_dict.get("best", self.best), state_dict.get("mode", self.mode)) == (self.best, self.mode):
+            self.record = state_dict["record"]
 
     def _measure(self, module: pl.LightningModule, step: int) -> dict[str, dict[str, Any]]:
         model = getattr(module, "model", None)

@@ -14,6 +14,7 @@ from pytorch_lightning.plugins import HalfPrecision
 from ldm.training.checkpoint import newest, resume_from
 from ldm.training.ema import averaged
 from ldm.training.preempt import Preempt, Preempted
+from ldm.training.resume import Changes
 from ldm.training.stage import Stage
 
 
@@ -21,16 +22,20 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
 
     Raises:
-        ValueError: the checkpoint to resume from is damaged or of another model; or the weights would be kept in few bits.
+        ValueError: the checkpoint to resume from is damaged or of another model; its run's settings are others, and cannot be;
+            the weights would be kept in few bits; or an epoch is counted, which has no end.
         ConnectionError: another rank is gone.
     """
     _check_precision(trainer)
+    _check_length(trainer)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings(
         "ignore", message=".*(LeafSpec|overridden `transfer_batch|eval mode at the start|does not have many workers).*"
     )
     checkpoint = resume_from(resume, folder)
+    for changes in (c for c in trainer.callbacks if isinstance(c, Changes)):
+        changes.compare(checkpoint, trainer.is_global_zero)
     if checkpoint is not None:
         _say(trainer, f"Resuming from {checkpoint}")
     try:
@@ -70,6 +75,27 @@ def _check_precision(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"trainer.precision={trainer.precision} would keep the weights themselves in 16 bits, too few for small updates to "
             "count. Use trainer.precision=bf16-mixed, and callback=[...,bfloat16] for bfloat16 between all layers too."
+        )
+
+
+def _check_length(trainer: pl.Trainer) -> None:
+    """Refuses what counts epochs: the order of training has no end, and what is cut off begins anew with the same samples."""
+    counted = {
+        "limit_train_batches": trainer.limit_train_batches not in (None, 1.0) or isinstance(trainer.limit_train_batches, int),
+        "overfit_batches": bool(trainer.overfit_batches),
+        "fast_dev_run": bool(trainer.fast_dev_run),
+        "max_epochs": trainer.max_epochs not in (None, -1),
+        "min_epochs": bool(trainer.min_epochs),
+        "check_val_every_n_epoch": trainer.check_val_every_n_epoch is not None,
+        "reload_dataloaders_every_n_epochs": bool(trainer.reload_dataloaders_every_n_epochs),
+        "max_steps": trainer.max_steps < 0,
+    }
+    wrong = [f"trainer.{name}={getattr(trainer, name)}" for name, found in counted.items() if found]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: training counts optimizer steps, its samples have an order without end, and an epoch that is cut "
+            "off would take its first samples again, and half a batch where micro-batches are accumulated. Say how long with "
+            "trainer.max_steps=N, how often to validate with trainer.val_check_interval=N, on few samples with data.filters."
         )
 
 

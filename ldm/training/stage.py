@@ -10,11 +10,11 @@ from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.folder import FORMAT
 from ldm.training.groups import parameter_groups
 from ldm.training.layout import lay_out, lay_state_out
+from ldm.training.resume import Rates, keep_settings
 from ldm.training.sharded import shard
 from ldm.types import Batch, Draw
 
@@ -109,10 +109,11 @@ class Stage(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer over what is trained, its rate told step by step."""
         optimizer = self.optimizer(parameter_groups(self.named_parameters(), self.groups))
+        optimizer.register_load_state_dict_pre_hook(keep_settings)
         optimizer.register_load_state_dict_post_hook(lay_state_out)
         scales = [group.get("scale", 1.0) for group in optimizer.param_groups]
         rates = [lambda step, scale=scale: scale * self.rate(step) for scale in scales]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Rates(optimizer, rates), "interval": "step"}}
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
