@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 STEP = 8  # pixels: the small recipes halve a picture three times
+CLIP = 32  # pixels that experiment=emoji/clip looks at; larger pictures are brought down to them
+NO_CLIP = {"training.perceptual": "null"}
 
 
 @dataclass
@@ -96,32 +98,21 @@ def commands(packed: Packed, out: Path, val: bool) -> list[str]:
     """The commands that train on the shards, one stage after the other, as README has them."""
     data = {"data": "shards", "data.train": out / "train" if val else out}
     data |= {"data.val": out / "val"} if val else {}
-    data |= {"data.size": _size(packed.sides)}
     runs = re.sub(r"[^A-Za-z0-9_.-]+", "-", out.resolve().name).strip("-.") or "mine"
-    some_silent = {"+data.filters.caption_length": "[1,null]"} if packed.counts["silent"] else {}
-    stages = {
-        "clip": {"experiment": "emoji/clip", **data, **some_silent},
-        "autoencoder": {"experiment": "emoji/autoencoder", **data, "loss.model": f"local-dir:runs/{runs}/clip"},
-        "diffusion": {
-            "experiment": "emoji/text",
-            **data,
-            **some_silent,
-            "autoencoder.path": f"runs/{runs}/autoencoder",
-            "condition.text.model": f"local-dir:runs/{runs}/clip",
-        },
-    }
+    size = {"data.size": _size(packed.sides)}
+    autoencoder = {"experiment": "emoji/autoencoder", "run_id": f"{runs}/autoencoder", **data, **size}
+    diffusion = {"run_id": f"{runs}/diffusion", **data, **size, "autoencoder.path": f"runs/{runs}/autoencoder"}
     if packed.counts["silent"] == packed.counts["train"] + packed.counts["val"]:  # nothing that a CLIP could learn from
-        del stages["clip"], stages["autoencoder"]["loss.model"]
-        stages["autoencoder"] |= {"training.perceptual_weight": 0, "loss": "null"}
-        stages["diffusion"] = {
-            "experiment": "emoji/unconditional",
-            **data,
-            "autoencoder.path": f"runs/{runs}/autoencoder",
-        }
-    return [
-        shlex.join(["python", "train.py", f"run_id={runs}/{stage}", *(f"{key}={value}" for key, value in words.items())])
-        for stage, words in stages.items()
-    ]
+        stages = [autoencoder | NO_CLIP, {"experiment": "emoji/unconditional", **diffusion}]
+    else:
+        spoken = {"+data.filters.caption_length": "[1,null]"} if packed.counts["silent"] else {}
+        clip = f"local-dir:runs/{runs}/clip"
+        stages = [
+            {"experiment": "emoji/clip", "run_id": f"{runs}/clip", **data, "data.size": CLIP, **spoken},
+            {**autoencoder, "loss.model": clip},
+            {"experiment": "emoji/text", **diffusion, **spoken, "condition.text.model": clip},
+        ]
+    return [shlex.join(["python", "train.py", *(f"{key}={value}" for key, value in words.items())]) for words in stages]
 
 
 def _size(sides: Counter[int]) -> int:

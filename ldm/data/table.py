@@ -11,6 +11,7 @@ import codecs
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_table(path: Path, packed: Packed) -> list[Row]:
     taken: Counter[str] = Counter()
     rows = [_entry(path, where, line, taken) for where, line in lines]
     packed.notes.append(f"{path.name}: the columns of pictures and captions are {', '.join(taken)}") if taken else None
-    files = Counter(str(row.file) for row in rows if row.file)
+    files = Counter(os.path.abspath(row.file) for row in rows if not row.fault)
     if twice := sum(count > 1 for count in files.values()):
         packed.notes.append(f"{path.name}: each row is a sample; pictures that several rows name: {twice:,}")
     return rows
