@@ -181,7 +181,9 @@ def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
     for where, why in report["bad"].items():
         print(f"  BAD {where}: {why}")
     for shard, what in report["folded"].items():
-        print(print("    Write img_0001.jpg for img.0001.jpg, or name the members that are meant with --fields."))
+        print(f"  FOLDED {shard}: {what}; a key ends at the first dot of a name")
+        print("    Write img_0001.jpg for img.0001.jpg, or name the members that are meant with --fields.")
+    shown = [f"{member} {count:,}" for member, count in report["members"].items()]
     print("members: " + ", ".join(shown[:MOST]) + (f" and {len(shown) - MOST:,} more" if len(shown) > MOST else ""))
     for member, count in report["lacking"].items():
         if count:
