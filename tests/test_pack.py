@@ -18,6 +18,7 @@ from ldm.data.filter import numbers
 from ldm.data.gather import find
 from ldm.data.index import Index
 from ldm.data.packed import Packed
+from ldm.data.repair import repair
 from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.data.write import write_shards
@@ -147,7 +148,15 @@ def packed_records(out, **fields):
 
 def test_columns_of_ones_own_stay_beside_ours(home, capsys):
     row = {"file_name": "0.jpg", "caption": "a", "width": 1, "WIDTH": 2, "key": 3, "hash": 4, "caption_length": 5}
-    row |= {"status": "x", "class": 7, "fault": "none", "name": "n", "file": "f", "boxes": [[0, 0.5]], "deep": {"a": [None]}}
+    row |= {"crop_top": 6} | {
+        "status": "x",
+        "class": 7,
+        "fault": "none",
+        "name": "n",
+        "file": "f",
+        "boxes": [[0, 0.5]],
+        "deep": {"a": [None]},
+    }
     write(home / "a.jsonl", json.dumps(row) + "\n" + json.dumps({**row, "file_name": "1.jpg", "score": float("nan")}))
     assert pack.main([str(home / "a.jsonl"), str(home / "out")]) == 0
     assert "width -> source_width, WIDTH -> source_WIDTH, key -> source_key" in capsys.readouterr().out
@@ -247,6 +256,9 @@ def test_metadata_speaks_of_its_folder(tmp_path):
         "pictures that no row of a/metadata.csv names": 1,
         ".txt: the pictures there have their captions from a/metadata.csv": 1,
     }
+    write(home / "metadata.jsonl", '{"file_name": "a/0.jpg", "text": "b"}')
+    with pytest.raises(ValueError, match=r"both name .*a/0\.jpg; keep it in one"):
+        captions(home)
     write(home / "a/metadata.jsonl", "{}")
     with pytest.raises(ValueError, match=r"metadata\.csv and .*metadata\.jsonl both speak"):
         captions(home)
@@ -284,7 +296,7 @@ def test_every_other_file_is_counted(tmp_path):
 
 
 def test_other_formats_are_packed_and_what_is_no_picture_is_named(tmp_path, capsys):
-    home = put(tmp_path / "in", "a.bmp", "b.tif", "c.gif", "d.jfif".replace("jfif", "jpeg"))
+    home = put(tmp_path / "in", "a.bmp", "b.tif", "c.gif", "d.jpeg")
     frames = [Image.new("RGB", (8, 8), (90 * i, 0, 0)) for i in range(3)]
     frames[0].save(home / "e.gif", save_all=True, append_images=frames[1:])
     Image.new("F", (8, 8)).save(home / "f.tif")
@@ -333,10 +345,14 @@ def test_pictures_without_captions_get_commands_that_need_none(home, tmp_path, c
 def test_parquet_beside_json_is_seen(tmp_path):
     tmp_path = tmp_path / "a"
     write_shards(samples(3), tmp_path)
+    (tmp_path / "clean").mkdir()
     rows = [{"key": f"{i:09d}", "aesthetic": value, "new": i} for i, value in enumerate((7.0, None, float("nan")))]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
     table = Index(expand(tmp_path)).table(0)
     assert table.column("aesthetic").tolist() == [7, 1, 2] and table.column("new").tolist() == [0, 1, 2]
+    repair(Index(expand(tmp_path)), {"image": "jpg"}, tmp_path / "clean")
+    clean = Index(expand(tmp_path / "clean")).table(0)
+    assert clean.column("aesthetic").tolist() == [7, 1, 2] and clean.column("new").tolist() == [0, 1, 2]
     pq.write_table(pa.Table.from_pylist([{"key": "other", "new": 1}]), tmp_path / "00000.parquet")
     with pytest.raises(ValueError, match=r"00000\.parquet whose column `key` names none of its samples"):
         Index(expand(tmp_path))

@@ -1,9 +1,9 @@
 """Which samples are trained on, told by what the index knows of them; what each rule drops is counted and said.
 
 A rule names a number and the range it must lie in, ends included: `data.filters={side: [256, null], watermark: [null, 0.5]}`.
-Numbers are the columns of the index (whatever img2dataset kept), in any case, and: `side` and `original_side`, the shorter one
-in pixels; `aspect`, the longer side by the shorter; `caption_length` in characters; and, under the names that LAION's releases
-gave them, `aesthetic`, `watermark`, `unsafe`, `similarity`. Three rules are words:
+Numbers are the columns of the index (whatever img2dataset kept), in any case where but one fits, and: `side` and
+`original_side`, the shorter one in pixels; `aspect`, the longer side by the shorter; `caption_length` in characters; and, under
+the names that LAION's releases gave them, `aesthetic`, `watermark`, `unsafe`, `similarity`. Three rules are words:
 `unique: true` keeps the first of those with the same hash, `complete: true` drops samples that lack a member of data.fields,
 `missing: drop` (or `keep`) says what becomes of a sample whose number is not known; otherwise such shards are refused.
 """

@@ -35,8 +35,13 @@ def find(source: Path, packed: Packed) -> list[Row]:
     pictures = [name for name in names if name.suffix.lower() in ENDINGS]
     tables = _tables(source, names)
     _refuse_splits(source, pictures, tables)
-    rows = [row for table in tables.values() for row in read_table(source / table, packed)]
-    listed = {os.path.abspath(row.file) for row in rows if row.file}
+    rows, listed = [], dict[str, Path]()
+    for table in tables.values():
+        rows += (found := read_table(source / table, packed))
+        files = {os.path.abspath(row.file) for row in found if row.file}
+        if twice := sorted(files & listed.keys()):
+            raise ValueError(f"{source / listed[twice[0]]} and {source / table} both name {twice[0]}; keep it in one of them.")
+        listed |= dict.fromkeys(files, table)
     alone = []
     for name in pictures:
         table = next((tables[folder] for folder in name.parents if folder in tables), None)
@@ -136,7 +141,7 @@ def _beside(pictures: Sequence[Path], names: Sequence[Path]) -> dict[Path, list[
     """-> picture -> its captions and records: cat.txt or cat.jpg.txt of cat.jpg, in the same case where one of them is."""
     exact, folded = defaultdict(list), defaultdict(list)
     for name in names:
-        if name.suffix.lower() in (*WORDS, RECORD) and name.name.lower() not in METADATA:
+        if name.suffix.lower() in (*WORDS, RECORD):
             exact[name.with_suffix("")].append(name)
             folded[str(name.with_suffix("")).lower()].append(name)
     found = {name: [*exact[name.with_suffix("")], *exact[name]] for name in pictures}

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from ldm.data.cut import CROP
 from ldm.data.decode import FORMATS, MAX_PIXELS, MAX_RECORD, to_rgb
 from ldm.data.gather import find
 from ldm.data.packed import Packed, Row, commands, say, say_left_out
@@ -29,7 +30,7 @@ from ldm.data.write import write_shards
 
 READ = (*FORMATS, "BMP", "TIFF", "GIF")  # written as JPEG, so that shards hold what training reads
 NO_COLOURS = ("I", "F")  # modes of numbers whose range is not known
-KEYS = ("caption", "url", "status", "width", "height", "original_width", "original_height", "sha256")  # that pack writes
+KEYS = ("caption", "url", "status", "width", "height", "original_width", "original_height", "sha256", *CROP)  # of a record
 QUALITY = 95
 
 
@@ -54,8 +55,8 @@ def pack(source: Path, out: Path, size: int | None, per_shard: int, val: float, 
     """Writes shards, and into `packed` what it did.
 
     A sample holds jpg (the file's own bytes where it is an upright JPEG and `size` is None), txt (its caption, or its class'
-    name), json (KEYS, and what else its row or record says; columns of these names are renamed), and cls where there are class
-    sub-folders.
+    name), json (the KEYS that pack knows, and what its row or record says; columns of such names are renamed), and cls where there
+    are class sub-folders.
 
     Args:
         size: pixels that the shorter side is brought down to; None keeps it.
