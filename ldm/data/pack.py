@@ -55,8 +55,8 @@ def pack(source: Path, out: Path, size: int | None, per_shard: int, val: float, 
     """Writes shards, and into `packed` what it did.
 
     A sample holds jpg (the file's own bytes where it is an upright JPEG and `size` is None), txt (its caption, or its class'
-    name), json (the KEYS that pack knows, and what its row or record says; columns of such names are renamed), and cls where there
-    are class sub-folders.
+    name), json (the KEYS that pack knows, and what its row or record says; columns of such names are renamed), and cls, the
+    number of its class, where sub-folders are classes.
 
     Args:
         size: pixels that the shorter side is brought down to; None keeps it.
