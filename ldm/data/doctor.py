@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ldm.data.bucket import Size, assign, sizes_of
 from ldm.data.decode import BadSample, View, is_image, is_text
 from ldm.data.filter import apply, check_rules, table_of
+from ldm.data.folded import folded
 from ldm.data.index import Index
 from ldm.data.order import generator
 from ldm.data.repair import LOST, claim, is_known, repair
@@ -37,6 +38,7 @@ from ldm.data.source import expand
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 24  # pictures in samples.png
+MOST = 32  # members that are printed
 # Those there are of fonts that have what captions may need.
 FONTS = [f for f in ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans", "Arial Unicode MS") if f in get_font_names()]
 FIELDS = {"image": "jpg", "caption": "txt"}  # where no shard can be asked
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fields = dict(asked.fields) or _common(index)
         if asked.repair:
             claim(asked.repair, index, fields)
-        report = examine(index, fields, asked.size, asked.filters, sizes, asked.quick, asked.out)
+        several = folded(index, _count_members(index), dict(asked.fields).values())
+        report = examine(index, fields, asked.size, asked.filters, sizes, asked.quick, asked.out, several)
         if asked.repair:
             kept, lost = repair(index, fields, asked.repair)
             print(f"{kept:,} whole samples are in {asked.repair}; {lost:,} lines in {asked.repair / LOST} name the others")
@@ -63,9 +66,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine(
-    index: Index, fields: dict[str, str], size: int, filters: dict, sizes: Sequence[Size], quick: bool, out: Path
+    index: Index,
+    fields: dict[str, str],
+    size: int,
+    filters: dict,
+    sizes: Sequence[Size],
+    quick: bool,
+    out: Path,
+    several: dict[str, str],
 ) -> dict[str, Any]:
-    """Looks at every sample, prints what it finds and writes it into `out`; `quick` decodes none but those shown."""
+    """Looks at every sample, prints what it finds and writes it into `out`.
+
+    Args:
+        quick: decodes none but those shown.
+        several: shards in which samples share a key, and how (folded.py).
+    """
     samples = Samples(index, Selection(index.counts), fields, size)
     would_keep = _would_keep(index, fields, filters, sizes) if index.shards and (filters or len(sizes) > 1) else ""
     bad = {} if quick else _read_all(samples)
@@ -74,10 +89,11 @@ def examine(
         "samples": len(index),
         "damaged": index.damage,
         "bad": bad,
+        "folded": several,
         **_members(index, fields),
         **_duplicates(index),
     }
-    report["healthy"] = not (index.damage or bad or any(report["lacking"].values()))
+    report["healthy"] = not (index.damage or bad or several or any(report["lacking"].values()))
     columns = _columns(index)
     report["numbers"] = {name: _summary(values) for name, values in columns.items() if len(values)}
     report["would_keep"] = would_keep.splitlines()
@@ -164,7 +180,11 @@ def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
         print(f"  DAMAGED {shard} {why}")
     for where, why in report["bad"].items():
         print(f"  BAD {where}: {why}")
-    print("members: " + ", ".join(f"{member} {count:,}" for member, count in report["members"].items()))
+    for shard, what in report["folded"].items():
+        print(f"  FOLDED {shard}: {what}; a key ends at the first dot of a name")
+        print("    Write img_0001.jpg for img.0001.jpg, or name the members that are meant with --fields.")
+    shown = [f"{member} {count:,}" for member, count in report["members"].items()]
+    print("members: " + ", ".join(shown[:MOST]) + (f" and {len(shown) - MOST:,} more" if len(shown) > MOST else ""))
     for member, count in report["lacking"].items():
         if count:
             print(f"  LACKING {member!r}: {count:,} samples")

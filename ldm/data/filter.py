@@ -1,9 +1,9 @@
 """Which samples are trained on, told by what the index knows of them; what each rule drops is counted and said.
 
 A rule names a number and the range it must lie in, ends included: `data.filters={side: [256, null], watermark: [null, 0.5]}`.
-Numbers are the columns of the index (whatever img2dataset kept), in any case, and: `side` and `original_side`, the shorter one
-in pixels; `aspect`, the longer side by the shorter; `caption_length` in characters; and, under the names that LAION's releases
-gave them, `aesthetic`, `watermark`, `unsafe`, `similarity`. Three rules are words:
+Numbers are the columns of the index (whatever img2dataset kept), in any case where but one fits, and: `side` and
+`original_side`, the shorter one in pixels; `aspect`, the longer side by the shorter; `caption_length` in characters; and, under
+the names that LAION's releases gave them, `aesthetic`, `watermark`, `unsafe`, `similarity`. Three rules are words:
 `unique: true` keeps the first of those with the same hash, `complete: true` drops samples that lack a member of data.fields,
 `missing: drop` (or `keep`) says what becomes of a sample whose number is not known; otherwise such shards are refused.
 """
@@ -69,15 +69,23 @@ def table_of(left: int, dropped: Mapping[str, int]) -> str:
 
 
 def numbers(table: Table, name: str) -> np.ndarray | None:
-    """(rows) the numbers that a rule speaks of, NaN where one is not known; None where the shard has none."""
+    """(rows) the numbers that a rule speaks of, NaN where one is not known; None where the shard has none.
+
+    Raises:
+        ValueError: the name fits several columns that differ in case alone.
+    """
     if name in ("side", "original_side", "aspect"):
         first = "original_" if name == "original_side" else ""
         width, height = (table.column(f"{first}{side}") for side in ("width", "height"))
         low, high = np.minimum(width, height), np.maximum(width, height)
         return high / low if name == "aspect" else low
-    columns = {known.lower(): known for known in table.numbers}
-    found = next((columns[word] for word in ALIASES.get(name, (name.lower(),)) if word in columns), None)
-    return None if found is None else table.column(found)
+    for word in ALIASES.get(name, (name,)):
+        spelt = [known for known in table.numbers if known.lower() == word.lower()]
+        if len(spelt) > 1 and word not in spelt:
+            raise ValueError(f"data.filters.{name}: the samples have the columns {', '.join(spelt)}; name one as it is spelt.")
+        if spelt:
+            return table.column(word if word in spelt else spelt[0])
+    return None
 
 
 def apply(index: Index, fields: Mapping[str, str], rules: Mapping[str, Any]) -> tuple[Selection, dict[str, int]]:

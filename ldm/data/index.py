@@ -6,8 +6,9 @@ or statistics file did. A table of all shards (count, digest) is read by every p
 are. So memory does not grow with the number of samples.
 
 Columns: `key`; `<member>:offset` and `<member>:size` in bytes (offset -1 where a sample lacks it); `width`, `height`,
-`original_width`, `original_height` and every other number of the sample's record (json, or 00000.parquet beside 00000.tar),
-NaN where it is not said; `caption_length` in characters; `hash`, 64 bits of the record's sha256, sha512 or md5, else 0.
+`original_width`, `original_height` and every other number of the sample's record (json, and 00000.parquet beside 00000.tar),
+NaN where it is not said, `source_key` for a `key` that is a number, and so on; `caption_length` in characters; `hash`, 64 bits
+of the record's sha256, sha512 or md5, else 0.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ldm.data.recent import Recent
 from ldm.data.record import describe
 from ldm.data.tar import Damaged
 
-VERSION = 2  # of the columns; another one is made anew
+VERSION = 3  # of the columns; another one is made anew
 OPEN_TABLES = 256
 FEW = 16  # shards that are read without more processes
 

@@ -19,6 +19,7 @@ from ldm.data.tar import Damaged, Spans, read_headers
 
 HASHES = ("sha256", "sha512", "md5")
 SIZES = ("width", "height", "original_width", "original_height")
+OWN = ("key", "hash", "caption_length")  # columns of the index that are no number of a record
 HEAD = 2**15  # bytes of a picture that mostly hold its size
 MOST = 64  # numbers that are kept of a record
 
@@ -43,21 +44,32 @@ def describe(path: str | Path) -> pa.Table:
 
 
 def records_of(path: Path, file: int, samples: Spans) -> list[Mapping[str, Any]]:
-    """Each sample's json; where the shard has none, its row in the Parquet file beside it.
+    """Each sample's json, and over it what is known in its row of the Parquet file beside the shard.
 
     Raises:
-        Damaged: that file cannot be read.
+        Damaged: that file cannot be read, or names none of the samples.
     """
-    if any("json" in found for found in samples.values()):
-        return [_parse(file, found) for found in samples.values()]
+    records = [_parse(file, found) for found in samples.values()]
     beside = path.with_suffix(".parquet")
     if not beside.is_file():
-        return [{} for _ in samples]
+        return records
     try:
         rows = {str(row.get("key")): row for row in pq.read_table(beside).to_pylist()}
     except (OSError, pa.ArrowException) as error:
         raise Damaged(f"has a {beside.name} that cannot be read: {error}") from error
-    return [rows.get(key.rpartition("/")[2], {}) for key in samples]
+    found = [rows.get(key.rpartition("/")[2], {}) for key in samples]
+    if samples and not any(found):
+        raise Damaged(f"has a {beside.name} whose column `key` names none of its samples; remove it, or give it their keys")
+    return [record | {k: v for k, v in row.items() if v is not None and v == v} for record, row in zip(records, found)]
+
+
+def apart(name: str, own: Sequence[str], others: Iterable[str] = ()) -> str:
+    """A column's name, another one where it is one of our own, in any case, that is none of `others` either."""
+    while name.lower() in own or ":" in name:
+        name = f"source_{name}".replace(":", "_")
+        while name in others:
+            name = f"source_{name}"
+    return name
 
 
 def _parse(file: int, found: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]:
@@ -74,7 +86,8 @@ def _parse(file: int, found: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]
 def _numbers(file: int, samples: Spans, records: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
     names = list(dict.fromkeys(name for record in records for name, value in record.items() if _is_number(value)))
     names = list(dict.fromkeys((*SIZES, *names)))[:MOST]
-    table = {name: np.array([_number(record.get(name)) for record in records], dtype=np.float64) for name in names}
+    columns = {apart(name, OWN, names): name for name in names}
+    table = {c: np.array([_number(record.get(name)) for record in records], dtype=np.float64) for c, name in columns.items()}
     for row, found in enumerate(samples.values()):
         if math.isnan(table["width"][row]) or math.isnan(table["height"][row]):
             table["width"][row], table["height"][row] = _measure(file, found)

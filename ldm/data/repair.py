@@ -78,8 +78,8 @@ def _readable(path: Path, fields: dict[str, str], lost: dict[str, str]) -> Itera
             if fault := _fault(members, fields):
                 lost[key] = fault
                 continue
-            if "json" not in members and record:
-                members["json"] = json.dumps({k: v for k, v in record.items() if v is not None}, default=str).encode()
+            if record and ("json" not in members or path.with_suffix(".parquet").is_file()):
+                members["json"] = json.dumps(record, default=str).encode()
             name = key.removeprefix("./").replace("..", "_").lstrip("/")
             seen[name] += 1
             yield {"__key__": name if seen[name] == 1 else f"{name}-{seen[name]}", **members}

@@ -73,7 +73,7 @@ def _expand_one(source: str, option: str) -> list[str]:
     if is_remote(source):
         return [shard for pattern in _braces(source) for shard in _expand_remote(pattern, option)]
     if Path(source).is_dir():
-        found = [str(path) for path in Path(source).glob("*.tar")]
+        found = [str(path) for path in Path(source).glob("*.tar") if not path.name.startswith(".")]
         if not found:
             raise FileNotFoundError(_nothing(f"{source}/*.tar", option))
         return found
