@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.decode import FAULTS, FORMATS, MAX_PIXELS, to_rgb
 from ldm.data.write import write_shards
+from ldm.files.picture import ENDINGS, colour_transform, files_in, is_picture, open_picture, orientation, to_srgb, upright
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 TABLES = (".csv", ".tsv", ".jsonl")
 PICTURES = ("file_name", "image", "path", "file", "filename", "image_path", "url")  # columns that name a picture
 CAPTIONS = ("caption", "text", "prompt", "title")
@@ -109,23 +107,12 @@ def find(source: Path, packed: Packed) -> list[dict[str, Any]]:
     for name in ("metadata.jsonl", "metadata.csv"):
         if (source / name).is_file():
             return _table(source / name)
-    names = _files(source)
-    pictures = sorted(name for name in names if name.suffix.lower() in ENDINGS)
+    names = files_in(source)
+    pictures = [name for name in names if is_picture(name)]
     captions = {name.with_suffix(".txt") for name in pictures} & set(names)
     packed.passed_over.update(name.suffix or name.name for name in sorted({*names} - {*pictures} - captions))
     in_classes = len({name.parts[0] for name in pictures}) > 1 and all(len(name.parts) > 1 for name in pictures)
     return [_row(source, name, in_classes and not captions) for name in pictures]
-
-
-def _files(source: Path) -> list[Path]:
-    """All files below a folder but hidden ones, relative to it; a folder that is linked is gone into once, a circle never."""
-    found, linked = [], {os.path.realpath(source)}
-    for folder, folders, names in os.walk(source, followlinks=True):
-        links = {name: os.path.realpath(path) for name in folders if os.path.islink(path := os.path.join(folder, name))}
-        folders[:] = [name for name in folders if not name.startswith(".") and links.get(name) not in linked]
-        linked |= set(links.values())
-        found += [Path(folder, name).relative_to(source) for name in names if not name.startswith(".")]
-    return found
 
 
 def _row(source: Path, name: Path, in_classes: bool) -> dict[str, Any]:
@@ -205,11 +192,8 @@ def _sample(row: Mapping[str, Any], packed: Packed, size: int | None) -> dict[st
     try:
         data = row["file"].read_bytes()
         jpg, numbers = _jpeg(data, size)
-    except UnidentifiedImageError:
-        packed.skipped[row["name"]] = f"no picture; wanted {', '.join(FORMATS)}"
-        return None
-    except FAULTS as error:
-        packed.skipped[row["name"]] = f"{type(error).__name__}: {error}"
+    except (OSError, ValueError) as error:
+        packed.skipped[row["name"]] = str(error)
         return None
     rest = {k: v for k, v in row.items() if k not in ("file", "name", "class") and _is_told(v)}
     record = {**rest, "url": row["name"], "status": "success", **numbers, "sha256": hashlib.sha256(data).hexdigest()}
@@ -234,18 +218,15 @@ def _say(packed: Packed) -> None:
 
 
 def _jpeg(data: bytes, size: int | None) -> tuple[bytes, dict[str, int]]:
-    """-> the picture as an upright RGB JPEG, and its sizes in pixels."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} are more than the {MAX_PIXELS} pixels a picture may have")
-    as_it_is = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-    image = ImageOps.exif_transpose(image)
-    image.load()
+    """-> the picture as an upright RGB JPEG in sRGB, and its sizes in pixels."""
+    image = open_picture(data)
+    as_it_is = image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1 and not colour_transform(image)
+    image = upright(image)
     original = {"original_width": image.width, "original_height": image.height}
     shrink = size / min(image.size) if size else 1.0
     if as_it_is and shrink >= 1:
         return data, {"width": image.width, "height": image.height, **original}
-    image = to_rgb(image)
+    image = to_srgb(image)
     if shrink < 1:
         image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
     file = io.BytesIO()
