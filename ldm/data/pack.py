@@ -193,7 +193,7 @@ def _sample(row: Mapping[str, Any], packed: Packed, size: int | None) -> dict[st
         data = row["file"].read_bytes()
         jpg, numbers = _jpeg(data, size)
     except (OSError, ValueError) as error:
-        packed.skipped[row["name"]] = str(error)
+        packed.skipped[row["name"]] = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
         return None
     rest = {k: v for k, v in row.items() if k not in ("file", "name", "class") and _is_told(v)}
     record = {**rest, "url": row["name"], "status": "success", **numbers, "sha256": hashlib.sha256(data).hexdigest()}

@@ -40,7 +40,7 @@ def read_headers(path: str | Path) -> Spans:
             samples = _read_members(tar)
             _check_end(path, tar.offset)
     except Exception as error:  # whatever a broken header leads tarfile to
-        raise Damaged(f"is damaged or no plain tar: {str(error) or type(error).__name__}") from error
+        raise Damaged(f"is damaged or no plain tar: {_words(str(error)) or type(error).__name__}") from error
     _check_count(Path(path), len(samples))
     return samples
 
@@ -70,6 +70,7 @@ class _Members:
         Raises:
             ValueError: it is there already, or its data do not lie there as they are.
         """
+        info.name, info.linkname = _words(info.name), _words(info.linkname)
         name, match = posixpath.normpath(info.name), _sample(info.name)
         if info.size < 0:
             raise ValueError(f"member {info.name} has a size below 0")
@@ -105,6 +106,11 @@ class _Members:
 def _sample(name: str) -> re.Match[str] | None:
     """Key and member of a path, None where it is of no sample."""
     return None if _HIDDEN.search(name) else _MEMBER.fullmatch(name)
+
+
+def _words(name: str) -> str:
+    """A name as text that can be written down: bytes that are no UTF-8 as \\udc80 and the like."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _read_members(tar: tarfile.TarFile) -> Spans:
