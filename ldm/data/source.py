@@ -73,7 +73,7 @@ def _expand_one(source: str, option: str) -> list[str]:
     if is_remote(source):
         return [shard for pattern in _braces(source) for shard in _expand_remote(pattern, option)]
     if Path(source).is_dir():
-        found = [str(path) for path in Path(source).glob("*.tar")]
+        found = [str(path) for path in Path(source).glob("*.tar") if not path.name.startswith(".")]
         if not found:
             raise FileNotFoundError(_nothing(f"{source}/*.tar", option))
         return found
@@ -90,7 +90,7 @@ def _expand_remote(address: str, option: str) -> list[str]:
     if address.endswith(".tar") and "*" not in address:
         return [address]
     pattern = address if address.endswith(".tar") else f"{address.rstrip('/')}/*.tar"
-    found = list_remote(pattern)
+    found = [shard for shard in list_remote(pattern) if not shard.rpartition("/")[2].startswith(".")]
     if not found:
         raise FileNotFoundError(_nothing(pattern, option))
     return found
