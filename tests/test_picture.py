@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.data import pack
 from ldm.data.decode import View, decode
-from ldm.data.pack import _jpeg
 from ldm.files.lines import read_lines
 from ldm.files.picture import (
     MAX_PIXELS,
@@ -83,9 +84,6 @@ def test_adobe_rgb_becomes_srgb(form, colour):
     assert np.abs(found - wanted).max() <= (3 if form == "JPEG" else 1.5)
     if form != "TIFF":
         assert np.abs(decode(form.lower(), data, View(8, 8))[:, 4, 4].numpy() - found.astype(int)).max() <= 1
-    packed, _ = _jpeg(data, None)
-    assert "icc_profile" not in Image.open(io.BytesIO(packed)).info, "a packed picture is in sRGB and says nothing else"
-    assert np.abs(np.array(to_srgb(open_picture(packed)))[4, 4] - wanted).max() <= 4
 
 
 def test_colours_of_every_mode_follow_its_profile():
@@ -112,9 +110,15 @@ def test_profiles_that_change_nothing_or_cannot_be_read_are_passed_over(icc):
     assert to_srgb(open_picture(data)).getpixel((0, 0)) == (10, 200, 30)
 
 
-def test_jpegs_in_srgb_keep_their_bytes_when_packed():
-    data = saved(flat((10, 200, 30)), "JPEG", icc_profile=PLAIN)
-    assert _jpeg(data, None)[0] is data
+def test_packed_pictures_are_in_srgb_and_those_that_were_keep_their_bytes(tmp_path):
+    for i, icc in enumerate((PLAIN, profile(b"RGB ", SRGB, 1.0))):
+        (tmp_path / f"{i}.jpg").write_bytes(saved(flat((100, 100, 0)), "JPEG", quality=100, icc_profile=icc))
+    assert pack.main([str(tmp_path), str(tmp_path / "out")]) == 0
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        plain, linear = (tar.extractfile(info).read() for info in tar if info.name.endswith("jpg"))
+    assert plain == (tmp_path / "0.jpg").read_bytes()
+    image, bright = Image.open(io.BytesIO(linear)), encoded(np.array(100 / 255))
+    assert "icc_profile" not in image.info and np.abs(np.array(image)[4, 4] - [bright, bright, 0]).max() <= 3
 
 
 def test_cmyk_is_read_with_and_without_adobes_mark():

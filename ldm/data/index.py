@@ -33,7 +33,7 @@ from ldm.data.recent import Recent
 from ldm.data.record import describe
 from ldm.data.tar import Damaged
 
-VERSION = 3  # of the columns; another one is made anew
+VERSION = 2  # of the columns; another one is made anew
 OPEN_TABLES = 256
 FEW = 16  # shards that are read without more processes
 

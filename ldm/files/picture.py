@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of the pictures in a folder
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of the pictures in a folder
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of a file that is named; of several pictures in one the first
 MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacked
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
