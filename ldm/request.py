@@ -14,7 +14,7 @@ from torchvision.utils import make_grid, save_image
 
 from ldm.edit import FromInversion, FromPicture, Inpainting
 from ldm.files.lines import read_lines
-from ldm.files.picture import open_picture, to_srgb, upright
+from ldm.files.picture import open_picture, to_grey, to_srgb
 from ldm.folder import write_text, write_whole
 from ldm.model import LatentModel
 from ldm.types import Denoise, Sampler
@@ -99,7 +99,7 @@ def _read_image(path: str, name: str, mode: str, size: Size) -> Tensor:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name}={path}: there is no such picture.")
     try:
-        image = (to_srgb if mode == "RGB" else upright)(open_picture(Path(path).read_bytes())).convert(mode)
+        image = (to_srgb if mode == "RGB" else to_grey)(open_picture(Path(path).read_bytes()))
     except ValueError as error:
         raise ValueError(f"{name}={path} is no whole picture: {error}") from error
     return to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))[None]

@@ -18,6 +18,7 @@ from ldm.evaluation.real import Folder
 from ldm.files.picture import open_picture, picture_size, to_srgb
 
 FEW, MANY = 240, 10_000
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 TAGS = [0x010E, 0x0112, 0x011A, 0x011B, 0x0128, 0x0132, 0x8769, 0x8825, 0xA005, 0x9286, 0x927C, 0x0201, 0x0202, 0x02BC, 0x501B]
 
 
@@ -61,26 +62,25 @@ def pictures():
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     others = [rgb.transpose(Image.Transpose.ROTATE_180)]
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     alpha = rgb.copy()
     alpha.putalpha(100)
     return {
         "jpg": [
-            saved(rgb, "JPEG", exif=exif(rng), icc_profile=profile),
+            saved(rgb, "JPEG", exif=exif(rng), icc_profile=ICC),
             saved(rgb, "JPEG", progressive=True, comment=b"words"),
             saved(rgb.convert("CMYK"), "JPEG"),
             saved(rgb.convert("L"), "JPEG", restart_marker_rows=1),
             saved(rgb, "MPO", save_all=True, append_images=others),
         ],
         "png": [
-            saved(rgb, "PNG", exif=exif(rng), icc_profile=profile),
+            saved(rgb, "PNG", exif=exif(rng), icc_profile=ICC),
             saved(alpha, "PNG", save_all=True, append_images=[alpha.transpose(Image.Transpose.ROTATE_180)], duration=5),
             saved(rgb.quantize(9), "PNG", transparency=3),
             saved(rgb.convert("L").convert("I;16"), "PNG"),
             saved(rgb.convert("1"), "PNG"),
         ],
         "webp": [
-            saved(rgb, "WEBP", exif=exif(rng), icc_profile=profile),
+            saved(rgb, "WEBP", exif=exif(rng), icc_profile=ICC),
             saved(alpha, "WEBP", lossless=True),
             saved(rgb, "WEBP", save_all=True, append_images=others),
         ],
@@ -122,9 +122,9 @@ def member(rng, whole):
     data = whole[kind][rng.integers(len(whole[kind]))]
     how = rng.integers(4)
     if kind == "jpg" and how < 2:
-        data = saved(Image.open(io.BytesIO(data)), "JPEG", exif=exif(rng))
+        data = saved(Image.open(io.BytesIO(data)), "JPEG", exif=exif(rng), icc_profile=spoilt(ICC, rng))
     elif kind == "webp" and how == 0:
-        data = saved(Image.open(io.BytesIO(data)), "WEBP", exif=exif(rng))
+        data = saved(Image.open(io.BytesIO(data)), "WEBP", exif=exif(rng), icc_profile=spoilt(ICC, rng))
     elif kind == "png" and how < 3:
         chunks = chunks_of(data)
         at = int(rng.integers(len(chunks)))

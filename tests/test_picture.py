@@ -24,6 +24,7 @@ from ldm.files.picture import (
     picture_size,
     pictures_in,
     to_bytes,
+    to_grey,
     to_srgb,
     upright,
 )
@@ -121,6 +122,15 @@ def test_packed_pictures_are_in_srgb_and_those_that_were_keep_their_bytes(tmp_pa
     assert "icc_profile" not in image.info and np.abs(np.array(image)[4, 4] - [bright, bright, 0]).max() <= 3
 
 
+def test_greys_of_16_bits_keep_their_brightness_and_their_transparency():
+    dark, data = 200, saved(flat(200, "I;16"), "PNG", transparency=7)
+    assert to_grey(open_picture(data)).getpixel((0, 0)) == dark >> 8, "of 65,535, no white in a mask"
+    assert to_srgb(open_picture(data)).getpixel((0, 0)) == (0, 0, 0)
+    clear = saved(flat(200, "I;16"), "PNG", transparency=200)
+    assert to_srgb(open_picture(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert to_grey(open_picture(clear)).getpixel((0, 0)) == 0, "transparency apart"
+
+
 def test_cmyk_is_read_with_and_without_adobes_mark():
     data = saved(flat((0, 255, 255, 0), "CMYK"), "JPEG", quality=100)
     mark = data.index(b"Adobe") - 4
@@ -129,9 +139,9 @@ def test_cmyk_is_read_with_and_without_adobes_mark():
 
 
 def test_numbers_of_no_known_range_are_no_colours():
-    for mode in ("I", "F"):
+    for mode, colour in (("I", 7), ("F", 7), ("LAB", (128, 20, 20))):
         with pytest.raises(ValueError, match="no known range"):
-            to_srgb(open_picture(saved(flat(7, mode), "TIFF")))
+            to_srgb(open_picture(saved(flat(colour, mode), "TIFF")))
 
 
 # ---- how it stands

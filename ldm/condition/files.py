@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.files.picture import ENDINGS, from_bytes, left_out, open_picture, pictures_in, to_srgb, to_tensor, upright
+from ldm.files.picture import ENDINGS, from_bytes, left_out, open_picture, pictures_in, to_grey, to_srgb, to_tensor, upright
 
 
 def files(field: str, asked: Sequence[Any]) -> list[Path]:
@@ -52,7 +52,7 @@ def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tenso
     """
     masks = []
     for path in files(field, asked):
-        grey = np.array(ImageOps.fit(_open(field, path).convert("L"), size[::-1], Image.Resampling.NEAREST))
+        grey = np.array(ImageOps.fit(_open(field, path, to_grey), size[::-1], Image.Resampling.NEAREST))
         if (grey >= 128).all() or (grey < 128).all():
             what = "full: nothing of the picture is known" if grey[0, 0] >= 128 else "empty: nothing is to be repainted"
             raise ValueError(

@@ -145,6 +145,16 @@ def to_srgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def to_grey(image: Image.Image) -> Image.Image:
+    """Any picture, upright -> mode L, such as a mask; its transparency and its profile are passed over.
+
+    Raises:
+        ValueError: its pixels cannot be read, or are numbers of no known range.
+    """
+    with _faults():
+        return _base(upright(image))[0].convert("L")
+
+
 def colour_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     """What brings a picture's colours to sRGB; None where they are, or where nothing is known of them."""
     profile = image.info.get("icc_profile")
@@ -175,10 +185,12 @@ def _base_mode(image: Image.Image) -> str:
 
 def _base(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """-> the picture in that mode, and its transparency (mode L)."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"a picture of mode {image.mode}: numbers of no known range, wanted 8 or 16 bits a channel")
+    if image.mode in ("I", "F", "LAB"):
+        raise ValueError(f"a picture of mode {image.mode}: numbers of no known range, wanted grey, RGB or CMYK of 8 or 16 bits")
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), None
+        grey, clear = np.asarray(image), image.info.get("transparency")
+        alpha = None if clear is None else Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
+        return Image.fromarray((grey >> 8).astype(np.uint8)), alpha
     base = _base_mode(image)
     if not image.has_transparency_data:
         return image.convert(base), None
