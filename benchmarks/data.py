@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.transforms import v2
 from webdataset import WebDataset
 
+from ldm.data.decode import View, decode
 from ldm.data.index import Index
 from ldm.data.order import Batches, Steps, Stream
 from ldm.data.record import describe
@@ -26,6 +27,7 @@ from ldm.data.selection import Selection
 from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.data.write import write_shard
+from ldm.files.picture import picture_size
 
 BATCH = 32
 
@@ -39,6 +41,7 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         index(Path(folder) / "index")
+        colours()
         for side, size in (((512, 512), 512), ((512, 512), 256), ((1024, 768), 512)):
             pictures(Path(folder) / f"{side[0]}-{size}", side, size, asked)
         latents(Path(folder) / "latents", {"moments.npy": (8, 64, 64)}, asked)
@@ -87,6 +90,30 @@ def pictures(folder, side, size, asked):
     peer = shape(Image.open(io.BytesIO(files[0]))).int()
     race(f"{side[0]} x {side[1]} JPEG to {size}", ours, theirs, asked.rounds)
     print(f"{'':32s} pixels differ by {(mine - peer).abs().float().mean():.4f} on average, {(mine - peer).abs().max()} at most")
+
+
+def colours(side=1024, size=256, rounds=15):
+    """What reading a size costs, and a colour profile: none, sRGB's own, and one of other primaries."""
+    plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    foreign = plain.replace(b"rXYZ", b"xXYZ").replace(b"gXYZ", b"rXYZ").replace(b"xXYZ", b"gXYZ")  # red and green changed
+    image = Image.open(io.BytesIO(photograph((side, side), 0)))
+    for form, member in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")):
+        files = []
+        for profile in (None, plain, foreign):
+            files.append(io.BytesIO())
+            image.save(files[-1], form, **({"icc_profile": profile} if profile else {}))
+        seconds = [[] for _ in range(4)]
+        for _ in range(rounds + 1):
+            for times, file in zip(seconds, [*files, files[0]]):
+                start = time.process_time()
+                picture_size(file.getvalue()) if times is seconds[3] else decode(member, file.getvalue(), View(size, size))
+                times.append(time.process_time() - start)
+        none, own, other, header = (1e3 * statistics.median(times[1:]) for times in seconds)
+        print(
+            f"{f'{side} x {side} {form} to {size}':32s} {none:.1f} ms without a colour profile, {own:.1f} with sRGB's, "
+            f"{other:.1f} with another; its size alone {header:.2f} ms",
+            flush=True,
+        )
 
 
 def latents(folder, shapes, asked):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.files.picture import to_bytes
 from ldm.types import Batch
 
 # What was seen of N pictures, one row each: (N, ...) by name.
@@ -79,11 +80,6 @@ class Showing(Protocol):
 
     def show(self, pictures: Callable[[Sequence[int]], Tensor], real: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """Makers of judged and real pictures by number, (B, 3, h, w) in [-1, 1] -> pictures in two rows, (2 B, 3, h, w)."""
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """(B, 3, h, w) in [-1, 1] -> uint8, rounded: the picture as a file holds it."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def transformed(images: Tensor, transform: Callable[[Image.Image], Tensor]) -> Tensor:

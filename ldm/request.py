@@ -13,6 +13,8 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid, save_image
 
 from ldm.edit import FromInversion, FromPicture, Inpainting
+from ldm.files.lines import read_lines
+from ldm.files.picture import open_picture, to_grey, to_srgb
 from ldm.folder import write_text, write_whole
 from ldm.model import LatentModel
 from ldm.types import Denoise, Sampler
@@ -96,7 +98,10 @@ def _read_image(path: str, name: str, mode: str, size: Size) -> Tensor:
     """A file, cut in its middle to `size` -> (1, 3 or 1, height, width) in [0, 1]."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{name}={path}: there is no such picture.")
-    image = ImageOps.exif_transpose(Image.open(path)).convert(mode)
+    try:
+        image = (to_srgb if mode == "RGB" else to_grey)(open_picture(Path(path).read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{name}={path} is no whole picture: {error}") from error
     return to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))[None]
 
 
@@ -141,8 +146,4 @@ def _prompts(config: Mapping[str, Any]) -> list[str]:
     if config.get("prompts") is None:
         prompt = config.get("prompt")
         return [] if prompt is None else [str(p) for p in prompt] if isinstance(prompt, list) else [str(prompt)]
-    path = Path(config["prompts"])
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts={path}: there is no such file; it should hold one prompt a line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line]
+    return [line for line in read_lines(config["prompts"]) if line]

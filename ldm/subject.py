@@ -15,7 +15,7 @@ from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version
-from ldm.evaluation.real import Archive, Folder, read_lines
+from ldm.evaluation.real import Archive, Folder, read_captions
 from ldm.evaluation.rows import fingerprint
 from ldm.measure import weights_sha256
 from ldm.request import read_request
@@ -74,7 +74,7 @@ class Subject:
     def _drawings(self) -> Drawings | Folder:
         config = self.config
         if config["images"] is not None:
-            captions = None if config["prompts"] is None else read_lines(config["prompts"])
+            captions = None if config["prompts"] is None else read_captions(config["prompts"])
             return Folder(config["images"], config["resolution"], self.device, captions, config["corrupt"])
         if config["model"] is None:
             raise ValueError("model=RUN_OR_FOLDER must be said, or images=FOLDER of pictures that were drawn already.")

@@ -24,7 +24,7 @@ from ldm.data.shards import Shards
 from ldm.data.write import write_shards
 from ldm.generate import paste_known
 from ldm.model import LatentModel
-from ldm.request import read_request, write_pictures
+from ldm.request import _read_image, read_request, write_pictures
 from ldm.types import Draw, Moments, Widths
 
 
@@ -412,6 +412,21 @@ def test_pictures_and_masks_are_read_cropped_and_scaled(files):
     assert torch.equal(ask["mask"][0, 0], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
     shown = model.conditioner.show(ask)["inpaint"]
     assert shown.shape == (2, 3, 8, 8) and not shown[..., 4:].any()
+
+
+def test_a_picture_to_begin_from_is_upright_in_srgb_and_whole(files):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGBA", (16, 8), (255, 0, 0, 0))
+    picture.paste((0, 0, 255, 255), (0, 0, 16, 4))
+    picture.save(files / "turned.png", exif=exif)
+    read = _read_image(str(files / "turned.png"), "init", "RGB", (16, 8))[0]
+    assert read[:, :, 6:].mean((1, 2)).tolist() == [0, 0, 1] and read[:, :, :2].min() == 1, "transparent parts are white"
+    (files / "cut.png").write_bytes((files / "turned.png").read_bytes()[:99])
+    for name in ("cut.png", "boxes"):
+        (files / "boxes").write_text("[]")
+        with pytest.raises(ValueError, match=r"init=\S+ is no whole picture"):
+            _read_image(str(files / name), "init", "RGB", (8, 8))
 
 
 def test_folders_of_maps_names_and_defaults(files):

@@ -20,7 +20,7 @@ from PIL import Image
 from webdataset import WebDataset
 
 from ldm.data import emoji
-from ldm.data.decode import MAX_PIXELS, BadSample, View, decode
+from ldm.data.decode import BadSample, View, decode
 from ldm.data.emoji import CLASSES, PALETTE, Emoji
 from ldm.data.index import Index
 from ldm.data.order import Batches, Mixture, Once, Steps, Stream
@@ -30,6 +30,7 @@ from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.data.stream import Streamed
 from ldm.data.write import write_shard, write_shards
+from ldm.files.picture import MAX_PIXELS
 
 COUNT = 10
 GOLDEN = [(2, 0), (1, 1), (2, 1), (2, 2), (1, 0), (2, 3), (0, 2), (0, 1), (0, 0), (1, 0), (0, 2), (0, 1)]

@@ -91,7 +91,7 @@ def test_what_cannot_be_packed_is_said(tmp_path, capsys):
     draw(tmp_path / "in" / "good.jpg")
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no picture")
     assert pack.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 1
-    assert "left out: bad.jpg: no picture; wanted JPEG, PNG, WEBP" in capsys.readouterr().err
+    assert "left out: bad.jpg: no picture in JPEG, PNG, WEBP" in capsys.readouterr().err
     assert len(Index(expand(tmp_path / "out"))) == 1
     (tmp_path / "empty").mkdir()
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")

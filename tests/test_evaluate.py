@@ -265,6 +265,21 @@ def test_captions_belong_to_pictures_line_by_line(home, folders):
         judge(home, folders, f"prompts={folders}/prompts.txt", "metric=[clip_score]")
 
 
+def test_pictures_of_a_folder_stand_in_natural_order_and_what_is_left_out_is_said(tmp_path, capsys):
+    for i, ending in enumerate(("png", "bmp", "tif", "jpg") * 3):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"{i}.{ending}")
+    (tmp_path / "._0.png").write_bytes(b"of macOS")
+    for name in ("film.gif", "words.txt", "more.txt"):
+        (tmp_path / name).touch()
+    for size in (None, 8):
+        fields = Folder(str(tmp_path), size, "cpu", captions=[str(i) for i in range(12)]).fields(range(12))
+        assert (fields["image"][:, 0, 4, 4].add(1).mul(127.5) - 20 * torch.arange(12)).abs().max() < 3 and not fields[
+            "corrupt"
+        ].any()
+        assert fields["caption"] == [str(i) for i in range(12)]
+    assert "3 files are left out" in (said := capsys.readouterr().out) and "2 .txt, 1 .gif" in said
+
+
 def test_corrupt_pictures_are_counted_and_refused_beyond_a_limit(home, folders):
     whole, _, _ = judge(home, folders)
     (folders / "real" / "999.png").write_bytes((folders / "real" / "000.png").read_bytes()[:200])

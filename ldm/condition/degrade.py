@@ -2,12 +2,13 @@
 
 import io
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import gaussian_blur
+
+from ldm.files.picture import from_bytes, to_bytes, to_tensor
 
 
 def bicubic(image: Tensor, scale: int, generator: torch.Generator) -> Tensor:
@@ -49,8 +50,8 @@ def _shrink(image: Tensor, scale: int, mode: str) -> Tensor:
 
 def _jpeg(image: Tensor, quality: int) -> Tensor:
     decoded = []
-    for picture in image.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+    for picture in to_bytes(image).permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=quality)
-        decoded.append(torch.from_numpy(np.array(Image.open(file, formats=("JPEG",)))))
-    return torch.stack(decoded).permute(0, 3, 1, 2).to(image).div(127.5).sub(1)
+        decoded.append(to_tensor(Image.open(file, formats=("JPEG",))))
+    return from_bytes(torch.stack(decoded)).to(image)

@@ -2,34 +2,35 @@
 
 import colorsys
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+from ldm.files.picture import ENDINGS, from_bytes, left_out, open_picture, pictures_in, to_grey, to_srgb, to_tensor, upright
 
 
 def files(field: str, asked: Sequence[Any]) -> list[Path]:
-    """Paths of files, or of folders, whose pictures are taken in the order of their names -> the pictures' paths.
+    """Paths of files, or of folders, whose pictures are taken in natural order -> the pictures' paths.
 
     Raises:
         FileNotFoundError: one is not there, or a folder holds no pictures.
     """
     found: list[Path] = []
     for path in map(Path, map(str, asked)):
-        inside = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-            if path.is_dir()
-            else [path]
-        )
+        inside, others = pictures_in(path) if path.is_dir() else ([path], {})
         if not inside or not inside[0].is_file():
-            raise FileNotFoundError(f"ask.{field}={path}: there is no such picture, or folder with pictures (jpg, png, webp).")
+            raise FileNotFoundError(
+                f"ask.{field}={path}: there is no such picture, or folder with pictures ({', '.join(ENDINGS)})."
+            )
+        if others:
+            warn(left_out(f"ask.{field}={path}", others), stacklevel=2)
         found += inside
     return found
 
@@ -38,11 +39,9 @@ def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Te
     """Files -> (N, 3, height, width) in [-1, 1], cropped in the middle to the shape of `size`, then scaled."""
     pictures = []
     for path in files(field, asked):
-        image = _open(field, path).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = ImageOps.fit(Image.alpha_composite(white, image).convert("RGB"), size[::-1], Image.Resampling.BICUBIC)
-        pictures.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    return torch.stack(pictures).float().div(127.5).sub(1)
+        image = _open(field, path, to_srgb)
+        pictures.append(to_tensor(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)))
+    return from_bytes(torch.stack(pictures))
 
 
 def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
@@ -53,7 +52,7 @@ def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tenso
     """
     masks = []
     for path in files(field, asked):
-        grey = np.array(ImageOps.fit(_open(field, path).convert("L"), size[::-1], Image.Resampling.NEAREST))
+        grey = np.array(ImageOps.fit(_open(field, path, to_grey), size[::-1], Image.Resampling.NEAREST))
         if (grey >= 128).all() or (grey < 128).all():
             what = "full: nothing of the picture is known" if grey[0, 0] >= 128 else "empty: nothing is to be repainted"
             raise ValueError(
@@ -114,8 +113,8 @@ def painted(labels: Tensor, count: int) -> Tensor:
     return torch.tensor([(1.0, 1.0, 1.0), *hues])[labels.cpu()].permute(0, 3, 1, 2).mul(2).sub(1)
 
 
-def _open(field: str, path: Path) -> Image.Image:
+def _open(field: str, path: Path, read: Callable[[Image.Image], Image.Image] = upright) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"ask.{field}={path} is no whole jpg, png or webp: {error}") from error
+        return read(open_picture(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"ask.{field}={path} is no whole picture: {error}") from error

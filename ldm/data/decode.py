@@ -13,27 +13,26 @@ from __future__ import annotations
 import io
 import json
 import re
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from simplejpeg import decode_jpeg
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacked
+from ldm.files.picture import colour_transform, open_picture, orientation, to_srgb, upright
+
 MAX_BYTES = 2**28  # a member that is larger is refused before it is read
 MAX_RECORD = 2**20  # a json or a text that is larger is refused
 FORMATS = ("JPEG", "PNG", "WEBP")
-FAULTS = (OSError, ValueError, SyntaxError, EOFError, IndexError, RecursionError, struct.error, Image.DecompressionBombError)
-SRGB_MODES = ("RGB", "L")  # of a JPEG that simplejpeg reads, to the very pixels of Pillow's
-ORIENTATION = 0x0112  # of EXIF
+JPEGS, SRGB_MODES = ("JPEG", "MPO"), ("RGB", "L")  # that simplejpeg reads, to the very pixels of Pillow's
+BOM = b"\xef\xbb\xbf"
 
 
 class BadSample(ValueError):
@@ -81,7 +80,7 @@ def decode(member: str, data: bytes, view: View, where: object = "a sample", out
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than the {MAX_BYTES} bytes that a member may have")
         return read(data, view, out)
-    except FAULTS as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"Cannot read member {member!r} of {where} ({len(data)} bytes): {error!r}") from error
 
 
@@ -117,51 +116,34 @@ def is_text(member: str) -> bool:
     return decoder(member) is _text
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, what is transparent over white."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def picture_size(file: io.BytesIO) -> tuple[int, int]:
-    """-> width and height as it is looked at, from the header alone.
+def decode_picture(data: bytes, view: View, out: np.ndarray | None = None, formats: Sequence[str] = FORMATS) -> Tensor:
+    """-> uint8 (3, height, width), channels last, upright, in sRGB.
 
     Raises:
-        ValueError: no picture.
+        ValueError: no picture of these formats that can be read.
     """
-    try:
-        image = Image.open(file, formats=FORMATS)
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
-    except FAULTS as error:
-        raise ValueError(f"no picture: {error!r}") from error
-    return (image.height, image.width) if turned else image.size
-
-
-def _image(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
-    """-> uint8 (3, height, width), channels last."""
-    image = _open(data)
+    image = open_picture(data, formats)
     as_it_is = image.size == (view.width, view.height) and not view.flip
     return _fit(_pixels(image, data, out if as_it_is else None), view, InterpolationMode.BICUBIC)
 
 
+def _image(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
+    return decode_picture(data, view, out)
+
+
 def _pixels(image: Image.Image, data: bytes, out: np.ndarray | None) -> np.ndarray:
     """-> uint8 (H, W, 3), in `out` where it has this shape and the picture is a plain JPEG."""
-    upright = image.getexif().get(ORIENTATION, 1) == 1
-    if image.format == "JPEG" and image.mode in SRGB_MODES and upright:
+    plain = image.format in JPEGS and image.mode in SRGB_MODES
+    if plain and orientation(image) == 1 and colour_transform(image) is None:
         try:
             return decode_jpeg(data, buffer=np.empty((image.height, image.width, 3), np.uint8) if out is None else out)
         except ValueError:
             pass  # Pillow says whether what it stumbles over matters
-    return np.array(to_rgb(ImageOps.exif_transpose(image)))
+    return np.array(to_srgb(image))
 
 
 def _label_map(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
-    image = _open(data)
+    image = upright(open_picture(data, FORMATS))
     labels = np.array(image).astype(np.int64)
     if labels.ndim != 2:
         raise ValueError(f"a label map has one channel of labels, this one has mode {image.mode}")
@@ -171,7 +153,7 @@ def _label_map(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
 def _text(data: bytes, view: View, out: np.ndarray | None) -> str:
     if len(data) > MAX_RECORD:
         raise ValueError(f"more than the {MAX_RECORD} bytes that a text may have")
-    return data.decode("utf-8").strip()
+    return data.removeprefix(BOM).decode("utf-8").strip()
 
 
 def _record(data: bytes, view: View, out: np.ndarray | None) -> dict:
@@ -184,24 +166,20 @@ def _record(data: bytes, view: View, out: np.ndarray | None) -> dict:
 
 
 def _class(data: bytes, view: View, out: np.ndarray | None) -> int:
-    return int(data)
+    number = int(data.removeprefix(BOM))
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("a class is a number of at most 64 bits")
+    return number
 
 
 def _array(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
-    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"wanted numbers, found an array of {array.dtype}")
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
-
-
-def _open(data: bytes) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:  # its words hold an address, no two of them are alike
-        raise ValueError(f"no picture in {', '.join(FORMATS)}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} are more than the {MAX_PIXELS} pixels a picture may have")
-    return image
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        if array.dtype.kind in "fiub":
+            return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    except Exception as error:  # whatever a broken header leads NumPy to: its parser, its types, memory that is not there
+        raise ValueError(f"no array in NumPy's format: {type(error).__name__}: {error}") from error
+    raise ValueError(f"wanted numbers, found an array of {array.dtype}")
 
 
 def _fit(pixels: np.ndarray, view: View, how: InterpolationMode) -> Tensor:

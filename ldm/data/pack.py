@@ -17,19 +17,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.cut import CROP
-from ldm.data.decode import FORMATS, MAX_PIXELS, MAX_RECORD, to_rgb
+from ldm.data.decode import MAX_RECORD
 from ldm.data.gather import find
 from ldm.data.packed import Packed, Row, commands, say, say_left_out
 from ldm.data.record import OWN, apart
 from ldm.data.table import ENDINGS, TABLES
 from ldm.data.write import write_shards
+from ldm.files.picture import colour_transform, open_picture, orientation, to_srgb, upright
 
-READ = (*FORMATS, "BMP", "TIFF", "GIF")  # written as JPEG, so that shards hold what training reads
-NO_COLOURS = ("I", "F")  # modes of numbers whose range is not known
 KEYS = ("caption", "url", "status", "width", "height", "original_width", "original_height", "sha256", *CROP)  # of a record
 QUALITY = 95
 
@@ -115,10 +114,8 @@ def _sample(row: Row, packed: Packed, size: int | None) -> dict[str, Any] | None
         for member, text in (("caption", row.caption), ("record", json.dumps(record))):
             if len(text.encode()) > MAX_RECORD:
                 raise ValueError(f"its {member} has more than {MAX_RECORD} bytes")
-    except UnidentifiedImageError:
-        packed.skipped.append((row.name, f"no picture; wanted {', '.join(READ)}"))
     except Exception as error:  # whatever a decoder stumbles over in a file
-        packed.skipped.append((row.name, str(error) if row.fault else f"{type(error).__name__}: {error}"))
+        packed.skipped.append((row.name, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"))
     else:
         packed.sides[min(numbers["width"], numbers["height"])] += 1
         sample = {"jpg": jpg, "txt": row.caption, "json": record}
@@ -148,22 +145,17 @@ def _columns(row: Row, packed: Packed) -> dict[str, Any]:
 
 
 def _jpeg(data: bytes, size: int | None, packed: Packed) -> tuple[bytes, dict[str, int]]:
-    """-> the picture as an upright RGB JPEG, and its sizes in pixels."""
-    image = Image.open(io.BytesIO(data), formats=READ)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} are more than the {MAX_PIXELS} pixels a picture may have")
-    if image.mode in NO_COLOURS:
-        raise ValueError(f"its pixels are numbers of mode {image.mode}, not colours; save it with 8 bits a channel")
+    """-> the picture as an upright RGB JPEG in sRGB, and its sizes in pixels."""
+    image = open_picture(data)
     several = image.format != "MPO" and getattr(image, "n_frames", 1) > 1  # of a camera's MPO the first is the picture
-    as_it_is = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-    image = ImageOps.exif_transpose(image)
-    image.load()
+    as_it_is = image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1 and not colour_transform(image)
+    image = upright(image)
     packed.counts["frames"] += several
     original = {"original_width": image.width, "original_height": image.height}
     shrink = size / min(image.size) if size else 1.0
     if as_it_is and shrink >= 1:
         return data, {"width": image.width, "height": image.height, **original}
-    image = to_rgb(image)
+    image = to_srgb(image)
     if shrink < 1:
         image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
     file = io.BytesIO()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -14,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ldm.data.decode import MAX_RECORD, is_image, picture_size
+from ldm.data.decode import FORMATS, MAX_RECORD, is_image
 from ldm.data.tar import Damaged, Spans, read_headers
+from ldm.files.picture import picture_size
 
 HASHES = ("sha256", "sha512", "md5")
 SIZES = ("width", "height", "original_width", "original_height")
@@ -55,7 +55,7 @@ def records_of(path: Path, file: int, samples: Spans) -> list[Mapping[str, Any]]
         return records
     try:
         rows = {str(row.get("key")): row for row in pq.read_table(beside).to_pylist()}
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise Damaged(f"has a {beside.name} that cannot be read: {error}") from error
     found = [rows.get(key.rpartition("/")[2], {}) for key in samples]
     if samples and not any(found):
@@ -102,7 +102,7 @@ def _measure(file: int, found: Mapping[str, tuple[int, int]]) -> tuple[float, fl
         if is_image(member):
             for length in (min(HEAD, size), size):
                 try:
-                    return picture_size(io.BytesIO(os.pread(file, length, offset)))
+                    return picture_size(os.pread(file, length, offset), FORMATS)
                 except ValueError:
                     continue
     return math.nan, math.nan
@@ -110,13 +110,13 @@ def _measure(file: int, found: Mapping[str, tuple[int, int]]) -> tuple[float, fl
 
 def _caption_lengths(file: int, samples: Spans) -> Iterable[int]:
     spans = [found.get("txt") for found in samples.values()]
-    return [-1 if span is None else len(os.pread(file, span[1], span[0]).decode("utf-8", "replace").strip()) for span in spans]
+    return [-1 if s is None else len(os.pread(file, s[1], s[0]).decode("utf-8-sig", "replace").strip()) for s in spans]
 
 
 def _hash(record: Mapping[str, Any]) -> int:
     for name in HASHES:
         try:
-            return int(str(record[name])[:16], 16)
+            return int(str(record[name])[:16], 16) % 2**64
         except (KeyError, ValueError):
             continue
     return 0

@@ -25,6 +25,7 @@ from ldm.data.index import Index
 from ldm.data.order import Place, generator
 from ldm.data.recent import Recent
 from ldm.data.selection import Selection
+from ldm.files.picture import from_bytes
 
 OPEN_FILES = 128  # shards a process holds open
 ATTEMPTS = 100  # substitutes that are tried for one bad sample
@@ -267,7 +268,7 @@ def numpy_type(dtype: torch.dtype) -> np.dtype:
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 (B, 3, H, W) in [-1, 1], channels last."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+    return from_bytes(images.contiguous(memory_format=torch.channels_last))
 
 
 def as_is(batch: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _expand_remote(address: str, option: str) -> list[str]:
     if address.endswith(".tar") and "*" not in address:
         return [address]
     pattern = address if address.endswith(".tar") else f"{address.rstrip('/')}/*.tar"
-    found = list_remote(pattern)
+    found = [shard for shard in list_remote(pattern) if not shard.rpartition("/")[2].startswith(".")]
     if not found:
         raise FileNotFoundError(_nothing(pattern, option))
     return found

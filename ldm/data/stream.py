@@ -7,7 +7,6 @@ goes on with other draws, while crops, noise and dropout, which follow `position
 
 from __future__ import annotations
 
-import io
 import math
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,13 +18,14 @@ from webdataset import filters, tariterators
 
 from ldm.data.ahead import ahead
 from ldm.data.cut import CROP, SIZES, cut, told
-from ldm.data.decode import MAX_BYTES, BadSample, View, decode, is_image, picture_size
+from ldm.data.decode import FORMATS, MAX_BYTES, BadSample, View, decode, is_image
 from ldm.data.latents import check_provenance
 from ldm.data.order import generator
 from ldm.data.samples import ATTEMPTS, loading
 from ldm.data.shards import Shards
 from ldm.data.source import expand
 from ldm.data.tar import Damaged
+from ldm.files.picture import picture_size
 from ldm.types import Batch
 
 DRAWS = 2**32 + 4  # a stream of random numbers
@@ -115,8 +115,10 @@ class Drawn(IterableDataset):
                     raise tarfile.ReadError("it holds nothing")
                 for info in tar:
                     tar.members = []  # type: ignore[attr-defined]  # forget what was read, or a large shard fills the memory
-                    if info.isreg() and not info.issparse() and info.size <= MAX_BYTES:
-                        asked = info.name.lower().endswith(members)
+                    asked = info.name.lower().endswith(members)
+                    if asked and (info.islnk() or info.issym() or info.issparse()):
+                        raise tarfile.ReadError(f"{info.name} is a link or sparse, which data=shards reads or names")
+                    if info.isreg() and info.size <= MAX_BYTES:
                         yield {"fname": info.name, "data": tar.extractfile(info).read() if asked else b"", "__url__": shard}
         except (tarfile.TarError, OSError) as error:
             if not self.leave_out:
@@ -151,7 +153,7 @@ class Drawn(IterableDataset):
         if not pictures and CROP[0] not in numbers:
             return {}
         if pictures and not {"width", "height"} <= numbers.keys():
-            numbers |= dict(zip(("width", "height"), picture_size(io.BytesIO(pictures[0]))))
+            numbers |= dict(zip(("width", "height"), picture_size(pictures[0], FORMATS)))
         for side in ("width", "height"):
             numbers.setdefault(f"original_{side}", numbers.get(side, math.nan))
         sizes = told(lambda name: numbers.get(name, math.nan), view, CROP[0] in numbers)

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.data.packed import Packed, Row
+from ldm.files import picture
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 PICTURES = ("file_name", "image", "path", "file", "filename", "image_path", "url")  # columns that name a picture
 CAPTIONS = ("caption", "text", "prompt", "title")
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ENDINGS = (*picture.ENDINGS, ".gif")
 DELIMITERS = ",;\t|"
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.evaluation.rows import Source, fingerprint
+from ldm.files.picture import from_bytes, open_picture, to_bytes, to_tensor
 from ldm.folder import write_whole
 from ldm.generate import check_paste, generate
-from ldm.measure import to_bytes
 from ldm.model import LatentModel
 from ldm.types import Autoencoder, Batch, Cond, Conditioned, Denoise, Guidance, Sampler
 
@@ -24,7 +24,7 @@ PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 def on_grid(images: Tensor) -> Tensor:
     """(B, 3, h, w) in [-1, 1] -> the same, rounded to 8 bits."""
-    return to_bytes(images).float().div(127.5).sub(1)
+    return from_bytes(to_bytes(images))
 
 
 def chosen(data: Any, count: int, split: str = "train") -> list[int]:
@@ -216,5 +216,5 @@ class Kept:
 
 def read_pictures(files: Sequence[Path]) -> Tensor:
     """PNG files of one size -> (N, 3, h, w) in [-1, 1]."""
-    pixels = [torch.from_numpy(np.array(Image.open(file, formats=("PNG",)).convert("RGB"))) for file in files]
-    return torch.stack(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1) if pixels else torch.empty(0, 3, 0, 0)
+    pixels = [to_tensor(open_picture(file.read_bytes(), ("PNG",)).convert("RGB")) for file in files]
+    return from_bytes(torch.stack(pixels)) if pixels else torch.empty(0, 3, 0, 0)

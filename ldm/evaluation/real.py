@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.data.decode import FAULTS, View, decode, to_rgb
+from ldm.data.decode import View, decode_picture
+from ldm.evaluation.ranks import rank
+from ldm.files.lines import read_lines
+from ldm.files.picture import ENDINGS, FORMATS, from_bytes, left_out, open_picture, picture_size, pictures_in, to_srgb, to_tensor
 from ldm.measure import Rows
 from ldm.types import Batch
 
-ORIENTATION = 274  # the EXIF tag; 5 to 8 lie on their side
 THREADS = 8  # that decode a folder's pictures
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Folder:
-    """All pictures below a folder, by name; their captions, one for each, where there are some.
+    """All pictures below a folder, in natural order; their captions, one for each, where there are some.
 
     size: pixels; the shorter side is brought to it and the middle kept. None: as they are, all of one size.
     limit: the share of unreadable pictures that is counted and passed over.
@@ -40,15 +40,17 @@ class Folder:
         option: str = "images",
     ) -> None:
         self.path, self.size, self.device, self.limit, self.option = Path(path), size, device, limit, option
-        self.files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in ENDINGS)
+        self.files, others = pictures_in(self.path)
         if not self.files:
             raise FileNotFoundError(f"{option}={path}: there are no pictures ({', '.join(ENDINGS)}) in it.")
+        if others and rank() == 0:
+            print(left_out(f"{option}={path}", others))
         self.count, self.captions = len(self.files), captions
         if captions is not None and len(captions) != self.count:
             few = "fewer captions than pictures" if len(captions) < self.count else "more captions than pictures"
             raise ValueError(
                 f"{few}: prompts has {len(captions)} lines, and {option}={path} {self.count} pictures; line i belongs to "
-                "the i-th picture by name."
+                "the i-th picture by name, 2.png before 10.png."
             )
         names = "\n".join(f"{f.relative_to(self.path).as_posix()} {f.stat().st_size}" for f in self.files)
         self.protocol = {"files": hashlib.sha256(names.encode()).hexdigest(), "count": self.count, "size": size}
@@ -60,7 +62,7 @@ class Folder:
         shape = self._as_they_are if self.size is None else (self.size, self.size)
         blank = torch.full((3, *shape), 128, dtype=torch.uint8)
         images = torch.stack([blank if image is None else image for image in read]).to(self.device)
-        fields = {"image": images.float().div(127.5).sub(1), "corrupt": torch.tensor([image is None for image in read])}
+        fields = {"image": from_bytes(images), "corrupt": torch.tensor([image is None for image in read])}
         return fields if self.captions is None else {**fields, "caption": [self.captions[n] for n in numbers]}
 
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
@@ -72,9 +74,8 @@ class Folder:
         """The one height and width of all pictures whose size can be read."""
         sizes = set()
         for file in self.files:
-            with suppress(*FAULTS), Image.open(file) as image:
-                lying = image.getexif().get(ORIENTATION, 1) >= 5
-                sizes.add(image.size if lying else image.size[::-1])
+            with suppress(OSError, ValueError):
+                sizes.add(picture_size(file.read_bytes())[::-1])
         if len(sizes) > 1:
             several = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
             raise ValueError(f"{self.option}={self.path} holds mixed sizes ({several}); resolution=256 brings them to one.")
@@ -91,11 +92,11 @@ class Folder:
 
     def _read(self, file: Path) -> Tensor | None:
         try:
-            if self.size is not None:
-                return decode(file.suffix[1:].lower(), file.read_bytes(), View(self.size, self.size), where=str(file))
-            with Image.open(file) as image:
-                return torch.from_numpy(np.array(to_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
-        except FAULTS:
+            data = file.read_bytes()
+            if self.size is None:
+                return to_tensor(to_srgb(open_picture(data)))
+            return decode_picture(data, View(self.size, self.size), formats=FORMATS)
+        except (OSError, ValueError):
             return None
 
 
@@ -133,7 +134,7 @@ class Archive:
                 "metrics see the pictures themselves: name a folder, shards, or an .npz with arr_0."
             )
         images = torch.from_numpy(self.array[list(numbers)]).permute(0, 3, 1, 2)
-        return {"image": images.to(self.device).float().div(127.5).sub(1)}
+        return {"image": from_bytes(images.to(self.device))}
 
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """The pictures themselves."""
@@ -156,15 +157,13 @@ class Known:
         return self.moments if name == "moments" else make(self.rows())
 
 
-def read_lines(path: str) -> list[str]:
+def read_captions(path: str) -> list[str]:
     """A file of captions, one a line.
 
     Raises:
         FileNotFoundError: no such file. ValueError: an empty line, which would shift all after it.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"prompts={path}: there is no such file; it should hold one prompt a line.")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(path)
     if "" in lines:
         raise ValueError(f"prompts={path}: line {lines.index('') + 1} is empty; every picture has its line.")
     return lines

@@ -14,7 +14,8 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 from torchvision.models.inception import Inception3, InceptionA, InceptionC, InceptionE
 
 from ldm.extractor.weights import frozen, read_weights
-from ldm.measure import Rows, to_bytes
+from ldm.files.picture import to_bytes
+from ldm.measure import Rows
 
 PUBLISHED = "fid"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"

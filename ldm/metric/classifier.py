@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, pad
 from tqdm import tqdm
 
-from ldm.measure import Estimate, Reference, Rows, to_bytes
+from ldm.files.picture import from_bytes, to_bytes
+from ldm.measure import Estimate, Reference, Rows
 from ldm.types import Batch
 
 SHIFT = 4  # pixels by which training pictures move, at most
@@ -79,17 +80,12 @@ class Classifier:
             rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, self.steps)
             for _ in tqdm(range(self.steps), desc="training the classifier", unit="step"):
                 chosen = torch.randint(len(label), (self.batch,))
-                loss = cross_entropy(net(changed(scaled(pixels[chosen]))), label[chosen], label_smoothing=0.1)
+                loss = cross_entropy(net(changed(from_bytes(pixels[chosen]))), label[chosen], label_smoothing=0.1)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 rate.step()
         return net.state_dict()
-
-
-def scaled(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return pixels.float().div(127.5).sub(1)
 
 
 def changed(images: Tensor) -> Tensor:
@@ -104,4 +100,4 @@ def changed(images: Tensor) -> Tensor:
 @torch.no_grad()
 def answer(net: nn.Module, pixels: Tensor) -> Tensor:
     """uint8 (N, 3, h, w) -> the likeliest classes, (N)."""
-    return torch.cat([net(scaled(part)).argmax(1) for part in pixels.split(256)])
+    return torch.cat([net(from_bytes(part)).argmax(1) for part in pixels.split(256)])

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ldm.files.picture import from_bytes
 from ldm.folder import write_json
 from ldm.training.preview import Preview
 
@@ -70,4 +71,4 @@ def histograms(channels: Tensor) -> Tensor:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = torch.from_numpy(np.array(canvas.buffer_rgba()))[..., :3]
-    return pixels.permute(2, 0, 1)[None].float().div(127.5).sub(1)
+    return from_bytes(pixels.permute(2, 0, 1)[None])

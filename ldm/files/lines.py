@@ -1,0 +1,24 @@
+"""Text files of one thing a line, such as captions."""
+
+from pathlib import Path
+
+
+def read_lines(path: str | Path, option: str = "prompts") -> list[str]:
+    """A file's lines without spaces around them; the end of the last one begins no other.
+
+    A line ends at a newline and nowhere else: text from the web holds U+2028 and the like inside a caption. The byte order mark
+    that some editors put at a file's beginning belongs to no line.
+
+    Args:
+        option: the setting to name in errors.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is not UTF-8.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{option}={path}: there is no such file; it should hold one prompt a line.")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}={path} is no text in UTF-8 ({error}); save it as UTF-8.") from error
+    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
