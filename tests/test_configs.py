@@ -20,8 +20,9 @@ from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
 HELPERS = set(
-    "__init__ adversary ahead bad bucket colours conditioner content cut decode degrade distance doctor fetch files filter grid index "
-    "masks noise order pack pairs recent record repair samples selection settings source tar time weight weights write".split()
+    "__init__ adversary ahead bad bucket colours conditioner content cut decode degrade distance doctor fetch files filter grid "
+    "index masks noise order pack pairs recent record repair samples selection settings source tar time weight weights "
+    "write".split()
 )  # of a room: no members
 EXPERIMENTS = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for p in (CONFIGS / "experiment").rglob("*.yaml"))
 

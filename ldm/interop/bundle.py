@@ -259,10 +259,11 @@ def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
 
 
 def _whole_autoencoder(config: Mapping[str, Any], home: Path) -> Part:
+    config = {name: value for name, value in config.items() if name != "usual"}  # what it was trained on
     weights = load_tensors(home / "model.safetensors")
     check_whole(weights, autoencoder_shapes(config), str(home / "model.safetensors"))
     check_numbers(weights, home / "model.safetensors")
-    return Part(dict(config), weights)
+    return Part(config, weights)
 
 
 def _check_network(bundle: Bundle, path: Path) -> None:
