@@ -13,7 +13,8 @@ def sample(config: DictConfig) -> Any:
     import torch
 
     from ldm.autoencoder.tiled import Tiled
-    from ldm.build import allowed, build, load_model
+    from ldm.build import allowed, build, load_model, recipe_of
+    from ldm.data.usual import size_of
     from ldm.generate import compile_backbone, draw_all
     from ldm.request import read_edit, read_request, write_pictures
 
@@ -23,13 +24,16 @@ def sample(config: DictConfig) -> Any:
         compile_backbone(model.denoiser.backbone)
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
-    ask, count = read_request(OmegaConf.to_container(config, resolve=True), model)
-    size = (config.resolution, config.resolution) if isinstance(config.resolution, int) else tuple(config.resolution)
+    plain = OmegaConf.to_container(config, resolve=True)
+    size, lines = size_of(plain["resolution"], recipe_of(config.model).get("usual", {}))
+    print(*lines, sep="\n", end="\n" if lines else "")
+    plain["resolution"] = list(size)
+    ask, count = read_request(plain, model)
     seeds = range(config.seed, config.seed + count)
     sampler, guidance = (build(node, allowed(config)) for node in (config.sampler, config.guidance))
     sampler = read_edit(config, model, ask, sampler, size)
     images = draw_all(model, ask, sampler, guidance, seeds, size, config.batch, config.paste)
-    told = {**OmegaConf.to_container(config, resolve=True), "seeds": list(seeds), "asked": ask}
+    told = {**plain, "seeds": list(seeds), "asked": ask}
     write_pictures(images, Path(config.out), told, model.conditioner.show(ask))
     print(f"{count} pictures are in {config.out}")
     return images

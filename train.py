@@ -13,6 +13,7 @@ def train(config: DictConfig) -> Path:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage
+    from ldm.data.usual import usual_of
     from ldm.nn.empty import weightless
     from ldm.training.logging import close
     from ldm.training.plan import plan
@@ -30,6 +31,7 @@ def train(config: DictConfig) -> Path:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
+    stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True))}
     callbacks, always, loggers = (list(build_members(config, group).values()) for group in ("callback", "always", "logger"))
     profile = [Profile(folder / "profile")] if config.profile else []
     for logger in loggers:

@@ -18,7 +18,7 @@ from ldm.check import check_nodes, nearest
 from ldm.command_line import CONFIGS
 from ldm.condition.conditioner import Conditioner
 from ldm.denoiser import Denoiser
-from ldm.folder import LaterFormat, as_run, from_parts, read_model, read_recipe, read_weights
+from ldm.folder import LaterFormat, as_run, from_parts, read_model, read_recipe, read_weights, without_usual
 from ldm.model import LatentModel
 from ldm.moved import moved
 from ldm.nn.empty import weighted, weightless
@@ -169,7 +169,7 @@ def load_autoencoder(path: str) -> nn.Module:
             f"python train.py experiment=emoji/autoencoder {as_run(folder)}; or name another with autoencoder.path=FOLDER."
         )
     with weightless():
-        autoencoder = build(read_recipe(folder), narrowed(UNDER_WAY.get()))
+        autoencoder = build(without_usual(read_recipe(folder))[0], narrowed(UNDER_WAY.get()))
     weights = {name: x.float() if x.is_floating_point() else x for name, x in read_weights(folder / "model.safetensors").items()}
     with weighted():
         autoencoder.load_state_dict(weights, assign=True)
@@ -198,7 +198,7 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     else:
         recipe, weights = _from_checkpoint(path)
     with weightless():
-        model = build(recipe, narrowed(allow))
+        model = build(without_usual(recipe)[0], narrowed(allow))
     if not isinstance(model, LatentModel):
         raise ValueError(
             f"{path} holds a {type(model).__name__}, not a latent diffusion model; use its diffusion run (model=...)."
@@ -213,14 +213,30 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     return model.eval()
 
 
-def _from_checkpoint(path: Path, part: str = "model") -> tuple[dict, dict]:
-    """The recipe and the weights of a stage's `part`, averaged where the checkpoint has averages."""
+def recipe_of(path: str | Path) -> dict[str, Any]:
+    """What a model at rest, or a run's newest checkpoint, says of itself, as it is kept.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        return read_recipe(path)
+    return dict(read_checkpoint(_newest(path), lazily=True)["recipe"])
+
+
+def _newest(path: Path) -> Path:
     found = newest(path) if path.is_dir() else path
     if found is None or not found.is_file():
         raise FileNotFoundError(
             f"There is no model in {path}: neither model.safetensors nor a good *.ckpt. Name a run with model=FOLDER."
         )
-    checkpoint, prefix = read_checkpoint(found), f"{part}."
+    return found
+
+
+def _from_checkpoint(path: Path, part: str = "model") -> tuple[dict, dict]:
+    """The recipe and the weights of a stage's `part`, averaged where the checkpoint has averages."""
+    checkpoint, prefix = read_checkpoint(_newest(path)), f"{part}."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     for name, state in checkpoint.get("callbacks", {}).items():
         if name.startswith("EMA"):

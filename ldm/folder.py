@@ -157,6 +157,11 @@ def check_format(number: Any, path: Path) -> None:
         )
 
 
+def without_usual(recipe: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recipe as it is kept -> what builds the model, and what it was trained on (data/usual.py), where it says so."""
+    return {name: node for name, node in recipe.items() if name != "usual"}, dict(recipe.get("usual") or {})
+
+
 LOCAL = "local-dir:"
 
 
@@ -182,7 +187,8 @@ PART = (
 def with_parts(config: Any, folder: Path, name: str = "") -> Any:
     """Copies the model folders that a config names into sub-folders of `folder`; -> the config naming those, as `./name`."""
     if isinstance(config, Mapping):
-        return {k: with_parts(v, folder, name if k in ("path", "model") else f"{name}.{k}".strip(".")) for k, v in config.items()}
+        parts = {k: name if k in ("path", "model") else f"{name}.{k}".strip(".") for k in config if k != "usual"}
+        return {k: with_parts(v, folder, parts[k]) if k in parts else v for k, v in config.items()}
     if not isinstance(config, str) or not any((Path(config.removeprefix(LOCAL)) / part).is_file() for part in PART):
         return config
     source, target = Path(config.removeprefix(LOCAL)), folder / name
@@ -196,7 +202,7 @@ def with_parts(config: Any, folder: Path, name: str = "") -> Any:
 def from_parts(config: Any, folder: Path) -> Any:
     """The config with every `./name` made a path below `folder`: the inverse of `with_parts`."""
     if isinstance(config, Mapping):
-        return {k: from_parts(v, folder) for k, v in config.items()}
+        return {k: v if k == "usual" else from_parts(v, folder) for k, v in config.items()}
     if isinstance(config, str) and config.removeprefix(LOCAL).startswith("./"):
         return (LOCAL if config.startswith(LOCAL) else "") + str(folder / config.removeprefix(LOCAL)[2:])
     return config

@@ -1,8 +1,7 @@
 """What is evaluated and against what: a plain config -> sources of pictures, made when a metric asks for them."""
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,17 @@ from typing import Any
 import torch
 import yaml
 
-from ldm.build import allowed, build, load_autoencoder, load_model
+from ldm.build import allowed, build, load_autoencoder, load_model, recipe_of
 from ldm.data.shards import Shards
 from ldm.data.source import expand
+from ldm.data.usual import far, resolved
+from ldm.evaluation.content import named_content
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version
+from ldm.evaluation.ranks import rank
 from ldm.evaluation.real import Archive, Folder, read_captions
 from ldm.evaluation.rows import fingerprint
+from ldm.folder import without_usual
 from ldm.measure import weights_sha256
 from ldm.request import read_request
 
@@ -42,11 +45,38 @@ class Subject:
         return load_model(self.config["model"], self.allow).to(self.device)
 
     @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """What the model says of itself; nothing where there is none."""
+        return {} if self.config["model"] is None else recipe_of(self.config["model"])
+
+    @cached_property
+    def node(self) -> dict[str, Any]:
+        """The config of the data: the model's own where no others are said."""
+        return resolved(self.config["data"], self.recipe.get("usual", {}))
+
+    @cached_property
     def data(self) -> Any:
-        """The data module, its shards written and read."""
-        data = build(self.config["data"], self.allow)
-        data.prepare_data()
-        data.setup()
+        """The data module, its shards written and read.
+
+        Raises:
+            FileNotFoundError: the data are not there.
+        """
+        chosen, own = self.config["data"] == self.node, self.recipe.get("usual", {}).get("data")
+        where = self.node.get("train", "the emoji")
+        if not chosen:
+            why = "as the model was trained on them" if own else "since the model does not say what it was trained on"
+            self._say(f"Data: {where} at {self.node.get('size')} px, {why} (data=..., data.train=...).")
+        try:  # a model, perhaps a stranger's, chooses among data alone
+            data = build(self.node, self.allow if chosen else ("ldm.data", *self.config["allow"]))
+            data.prepare_data()
+            data.setup()
+        except FileNotFoundError as error:
+            if chosen or own is None:
+                raise
+            raise FileNotFoundError(
+                f"{self.config['model']} was trained on {where}, which cannot be read here: {error} Name where they are now, or "
+                "other pictures: data.train=PATH data.val=PATH."
+            ) from error
         return data
 
     @property
@@ -68,8 +98,19 @@ class Subject:
         return list(fields.get("caption", ()))
 
     @cached_property
-    def _weights(self) -> str:
-        return weights_sha256(self.model)
+    def _made(self) -> dict[str, str]:
+        """The model's weights, and what else makes it what it is: its recipe, and the files that it reads when it draws."""
+        recipe, path = without_usual(self.recipe)[0], self.config["model"]
+        return {"model": weights_sha256(self.model), "recipe": fingerprint(recipe, named_content(recipe, Path(path)))}
+
+    @cached_property
+    def _size(self) -> int | Sequence[int]:
+        """Pixels drawn: one number, or height and width."""
+        return self.config["resolution"] or self.node.get("size") or self.data.size
+
+    def _say(self, line: str) -> None:
+        if line and rank() == 0:
+            print(line, flush=True)
 
     def _drawings(self) -> Drawings | Folder:
         config = self.config
@@ -78,16 +119,18 @@ class Subject:
             return Folder(config["images"], config["resolution"], self.device, captions, config["corrupt"])
         if config["model"] is None:
             raise ValueError("model=RUN_OR_FOLDER must be said, or images=FOLDER of pictures that were drawn already.")
-        size = config["resolution"] or self.data.size
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = (self._size, self._size) if isinstance(self._size, int) else tuple(self._size)
+        self._say(far(size, self.recipe.get("usual", {})))
         told = {name: config[name] for name in ("sampler", "guidance", "batch")}
+        if guides := named_content([config["sampler"], config["guidance"]]):
+            told["guides"] = guides
         sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]), config["paste"])
-        return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, "model": self._weights})
+        return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, **self._made})
 
     def _requests(self) -> Split | Given:
         config, count = self.config, self.config["count"]
-        asked = {**config, "resolution": config["resolution"] or self.data.size, "ask": spread(config["ask"])}
+        asked = {**config, "resolution": self._size, "ask": spread(config["ask"])}
         if config["prompts"] is not None:
             ask, lines = read_request({**asked, "count": None}, self.model)
             if count > lines:
@@ -106,8 +149,8 @@ class Subject:
             raise ValueError(
                 "Reconstruction is measured with a model: model=RUN_OR_FOLDER; or choose metric=[...] of drawings alone."
             )
-        recipe = Path(self.config["model"]) / "config.json"
-        alone = recipe.is_file() and json.loads(recipe.read_text()).get("_target_", "").startswith("ldm.autoencoder.")
+        alone = self.recipe.get("_target_", "").startswith("ldm.autoencoder.")
+        self._say(far((self.data.size,) * 2, self.recipe.get("usual", {})))
         autoencoder = load_autoencoder(self.config["model"]).to(self.device) if alone else self.model.autoencoder
         return Reconstructions(autoencoder, self._split("val"), weights_sha256(autoencoder))
 
@@ -118,7 +161,7 @@ class Subject:
         config, name = self.config, self.config["reference"]
         if name in ("train", "val"):
             return self._split(name)
-        size = config["resolution"] or (self.data.size if config["images"] is None else None)
+        size = self._size if config["images"] is None else config["resolution"]
         if name.endswith(".npz"):
             return Archive(name, self.device)
         if Path(name).is_dir() and not any(Path(name).glob("*.tar")):
@@ -127,7 +170,8 @@ class Subject:
             raise ValueError(
                 f"reference={name} are shards, whose pictures are brought to one size: say resolution=256, or the like."
             )
-        return Split(Shards(expand(name, "reference"), fields={"image": "jpg"}, size=size), "train", self.device)
+        fields = {"image": self.node.get("fields", {}).get("image") or "jpg"}
+        return Split(Shards(expand(name, "reference"), fields=fields, size=size), "train", self.device)
 
     def _kept(self, kind: str, source: Any) -> Any:
         if isinstance(source, Folder):

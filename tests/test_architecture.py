@@ -33,7 +33,7 @@ ALLOWED = {
     "model": {"types", "denoiser", "condition"},
     "generate": {"types", "model"},
     "request": {"types", "folder", "model", "edit"},
-    "subject": {"build", "data", "evaluation", "measure", "request"},
+    "subject": {"build", "data", "evaluation", "folder", "measure", "request"},
     "interop": {"types", "clip", "folder", "backbone", "autoencoder", "condition", "nn", "interop"},
     "training": {"types", "average", "measure", "evaluation", "clip", "folder", "model", "generate", "training"},
     "build": {"interop", "nn", "check", "command_line", "condition", "denoiser", "folder", "model", "moved", "training"},

@@ -20,7 +20,7 @@ from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
 HELPERS = set(
-    "__init__ adversary ahead bad bucket colours conditioner cut decode degrade distance doctor fetch files "
+    "__init__ adversary ahead bad bucket colours conditioner content cut decode degrade distance doctor fetch files "
     "filter grid index masks noise order pack pairs recent record repair samples selection settings source tar "
     "time walk weight weights write".split()
 )  # of a room: no members

@@ -114,14 +114,15 @@ class Fetch:
             yield str(path)
 
     def stamp(self, address: str) -> str:
-        """A word that changes when the shard does: its size, and its tag or time. What the cache had of another state goes.
+        """A word that changes when the shard does: its size, its times (that of its inode too, which nobody sets), or its tag.
+        What the cache had of another state goes.
 
         Raises:
             OSError: the shard is not there.
         """
         if not is_remote(address):
             stat = os.stat(address)
-            return f"{stat.st_size} {stat.st_mtime_ns}"
+            return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         stamp, folder = patiently(address, lambda: _stamp(_info(address)), self.wait), self._folder(address)
         if folder.is_dir() and _told(folder) != stamp:
             with FileLock(f"{folder}.lock"):

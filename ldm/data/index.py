@@ -13,7 +13,6 @@ of the record's sha256, sha512 or md5, else 0.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -29,12 +28,13 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from ldm.data.content import digest_of, shard_content
 from ldm.data.fetch import CACHE, Fetch, is_remote
 from ldm.data.recent import Recent
 from ldm.data.record import describe
 from ldm.data.tar import Damaged
 
-VERSION = 3  # of the columns; another one is made anew
+VERSION = 4  # of the columns and the digest; another one is made anew
 OPEN_TABLES = 256
 FEW = 16  # shards that are read without more processes
 
@@ -61,7 +61,7 @@ class Index:
         folders = _index_folders(shards[0], cache)
         self.folder = _writable(folders)
         stamps = _stamps(shards, self.fetch)
-        self.state = _digest([*map(_absolute, shards), *stamps])  # changes whenever anything that was read does
+        self.state = digest_of([*map(_absolute, shards), *stamps])  # changes whenever anything that was read does
         name = f"all-{self.state[:16]}.arrow"
         summary = next((folder / name for folder in folders if (folder / name).is_file()), self.folder / name)
         if not summary.is_file():
@@ -90,20 +90,23 @@ class Index:
         return self.table(0).members if self.shards else []
 
     def fingerprint(self) -> str:
-        """-> sha256, in hex, over the shards' names and sizes and the samples' keys: another data set has another."""
-        return _digest(self.digests)
+        """-> sha256, in hex, over the shards' names and what is in them (content.py): another data set has another."""
+        return digest_of(self.digests)
 
     def _open(self, shard: int) -> Table:
         return Table(_read(self._files[shard]))
 
 
 class Table:
-    """The columns of one shard, mapped into memory."""
+    """The columns of one shard, mapped into memory.
+
+    spans: member -> offsets and sizes in bytes, (rows) each; offset -1 where a sample lacks it.
+    """
 
     def __init__(self, table: pa.Table) -> None:
         self._keys = table["key"]
         self._columns = {name: table[name].to_numpy() for name in table.column_names if name != "key"}
-        self._spans = {m: (self._columns[f"{m}:offset"], self._columns[f"{m}:size"]) for m in self.members}
+        self.spans = {m: (self._columns[f"{m}:offset"], self._columns[f"{m}:size"]) for m in self.members}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -138,9 +141,9 @@ class Table:
 
     def span(self, row: int, member: str) -> tuple[int, int]:
         """-> offset and size in bytes; offset -1 where the sample lacks the member."""
-        if member not in self._spans:
+        if member not in self.spans:
             return -1, 0
-        offsets, sizes = self._spans[member]
+        offsets, sizes = self.spans[member]
         return offsets.item(row), sizes.item(row)
 
     def number(self, row: int, name: str) -> float:
@@ -174,12 +177,11 @@ def _describe_one(work: tuple[str, str, str | Path, Fetch]) -> dict:
     shard, stamp, cache, fetch = work
     file = _writable(_index_folders(shard, cache)) / _index_name(shard)
     with fetch.held(shard) as path:
-        size = os.stat(path).st_size
         try:
             table, damage = describe(path), ""
         except Damaged as error:
             table, damage = pa.table({"key": pa.array([], pa.string())}), str(error)
-    digest = _digest([Path(shard).name, str(size), *table["key"].to_pylist()])
+        digest = digest_of([Path(shard).name, shard_content(path, Table(table).keys, Table(table).spans)])
     about = {"stamp": stamp, "count": len(table), "digest": digest, "damage": damage}
     _write(table.replace_schema_metadata({"ldm": json.dumps(about)}), file)
     return about | {"file": os.path.abspath(file)}
@@ -221,7 +223,7 @@ def _index_folders(shard: str, cache: str | Path) -> list[Path]:
     """Beside the shard, where it is local, and below the cache."""
     folder = shard.rpartition("/")[0] or "."
     known = folder if is_remote(shard) else str(Path(folder).resolve())
-    cached = Path(cache).expanduser() / "index" / _digest([known])[:16]
+    cached = Path(cache).expanduser() / "index" / digest_of([known])[:16]
     return [cached] if is_remote(shard) else [Path(folder) / ".index", cached]
 
 
@@ -257,10 +259,6 @@ def _write(table: pa.Table, path: Path) -> None:
 def _read(path: Path) -> pa.Table:
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
-
-
-def _digest(words: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(words).encode(errors="surrogateescape")).hexdigest()
 
 
 def _refusal(damage: dict[str, str], count: int) -> str:

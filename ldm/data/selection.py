@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,12 @@ class Selection:
         if self.rows is None:
             return np.arange(self.counts[shard])
         return self.rows[self.starts[shard] : self.starts[shard + 1]].astype(np.int64)
+
+    def content(self) -> str:
+        """-> sha256, in hex, over which samples these are."""
+        digest = hashlib.sha256(np.asarray(self.counts, dtype=np.int64))
+        digest.update(b"all" if self.rows is None else np.ascontiguousarray(self.rows))
+        return digest.hexdigest()
 
     def locate(self, i: int) -> tuple[int, int]:
         """The i-th sample -> its shard and row."""

@@ -9,7 +9,6 @@ in the global order of training. With pictures come `original_height`, `original
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 from ldm.data.ahead import ahead
 from ldm.data.bad import BadSamples
 from ldm.data.bucket import Report, Size, sizes_of
+from ldm.data.content import digest_of
 from ldm.data.decode import is_image
 from ldm.data.fetch import CACHE, Fetch
 from ldm.data.filter import select
@@ -228,15 +228,16 @@ class Shards(pl.LightningDataModule):
             "step": step,
             "seed": self.seed,
             "batch": self.batch,
-            "fingerprint": self.fingerprint(),
+            "data": self.content,
         }
 
-    def fingerprint(self) -> str:
-        """-> sha256, in hex, over the data and their order: where one differs, so do the samples that training sees."""
+    @cached_property
+    def content(self) -> str:
+        """sha256, in hex, over the data and their order: where one differs, so do the samples that training sees."""
         first = [[p.position, p.shard, p.row] for p in self.steps(0)[:256]]  # a NumPy that permutes otherwise shows here
-        rules = [self.filters, self.sizes, self.weights, self.window, self.lanes, self.crop, self.flip, first]
-        words = json.dumps([self.train_set.index.fingerprint(), *rules], default=list)
-        return hashlib.sha256(words.encode()).hexdigest()
+        rules = [self.filters, self.fields, self.sizes, self.weights, self.window, self.lanes, self.crop, self.flip, first]
+        chosen = [part.content() for part in self._buckets["train"]]  # numbers beside the shards may decide
+        return digest_of([self.train_set.index.fingerprint(), *chosen, json.dumps(rules, default=list, sort_keys=True)])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint stopped.
@@ -244,22 +245,21 @@ class Shards(pl.LightningDataModule):
         Raises:
             ValueError: it was trained with another seed, batch or data set, and `on_mismatch` is "refuse".
         """
-        mine = {"seed": self.seed, "batch": self.batch, "fingerprint": self.fingerprint()}
-        changes = ", ".join(
-            f"{name} {state_dict[name]} there, {own} here" for name, own in mine.items() if state_dict[name] != own
-        )
+        mine = {"seed": self.seed, "batch": self.batch, "data": self.content}
+        if "data" not in state_dict:  # of a version that knew data by their names and sizes
+            rank_zero_warn("The checkpoint does not say what its data held, so that this run's were not compared with them.")
+        there = {name: state_dict.get(name, own) for name, own in mine.items()}
+        changes = ", ".join(f"{n} {there[n]!s:.12} there, {own!s:.12} here" for n, own in mine.items() if there[n] != own)
         self.consumed = state_dict["consumed"]
         if changes:
             if self.on_mismatch == "refuse":
                 raise ValueError(
-                    f"The checkpoint's order of samples is not this run's: {changes}. Give the run what the checkpoint had "
-                    "(data.seed, data.batch, data.train, data.filters and so on), or begin its epoch anew: "
-                    "data.on_mismatch=restart_epoch."
+                    f"The checkpoint's samples are not this run's, or come in another order: {changes}. Give the run what the "
+                    "checkpoint had (data.seed, data.batch, data.train with the same pictures and captions, data.filters and so "
+                    "on), or begin its epoch anew with these: data.on_mismatch=restart_epoch."
                 )
             self.consumed = self.steps.first_step(state_dict["epoch"]) * self.batch
-            rank_zero_warn(
-                f"The checkpoint's order of samples is not this run's: {changes}. Beginning epoch {state_dict['epoch']} anew."
-            )
+            rank_zero_warn(f"Samples are not the checkpoint's: {changes}. Beginning epoch {state_dict['epoch']} anew.")
         self._begin(self.consumed // self.batch, state_dict["step"])
 
     def _unsaid(self) -> bool:

@@ -51,8 +51,8 @@ class Split:
         self.data, self.split, self.device = data, split, device
         self.numbers = range(len(samples)) if numbers is None else list(numbers)
         self.count = len(self.numbers)
-        self.protocol = {"shards": samples.index.fingerprint(), "split": split, "size": data.size}
-        self.protocol |= {"filters": dict(data.filters)} if data.filters else {}
+        self.protocol = {"shards": samples.index.fingerprint(), "split": split, "size": data.size, "fields": dict(data.fields)}
+        self.protocol |= {"filters": dict(data.filters), "kept": samples.selection.content()} if data.filters else {}
         self.protocol |= {} if numbers is None else {"chosen": fingerprint(self.numbers)}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
@@ -64,7 +64,10 @@ class Split:
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """The real pictures."""
         if "image" not in fields:
-            raise ValueError(f"Real pictures are asked for, and data.fields has no image, only {sorted(self.data.fields)}.")
+            raise ValueError(
+                f"Real pictures are asked for, and data.fields has no image, only {sorted(self.data.fields)}. Name pictures: "
+                "data.fields.image=jpg, or, for a model of latents, data=shards data.train=PATH data.val=PATH data.size=..."
+            )
         return fields["image"]
 
 
@@ -73,7 +76,7 @@ class Given:
 
     def __init__(self, ask: Mapping[str, Any], count: int) -> None:
         self.ask, self.count = ask, count
-        self.protocol = {"asked": {k: _told(v) if isinstance(v, Tensor) else v for k, v in ask.items()}}
+        self.protocol = {"asked": {k: _told(v) if isinstance(v, Tensor) else v for k, v in ask.items()}, "count": count}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
         """The fields of these requests."""

@@ -36,7 +36,7 @@ def entries(
             **metric.protocol,
             "of": metric.of,
             "count": pictures.count,
-            **{k: v for k, v in pictures.protocol.items() if k not in ("model", "pictures")},
+            **{k: v for k, v in pictures.protocol.items() if k not in ("model", "recipe", "pictures")},
             "reference": None if reference is None else dict(reference.protocol),
             **settings,
         }

@@ -1,6 +1,5 @@
 """Pictures that lie in files: folders, ADM's .npz batches, and statistics that others made of them."""
 
-import hashlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.content import file_content, files_content
 from ldm.data.decode import View, decode_picture
-from ldm.evaluation.ranks import rank
+from ldm.evaluation.ranks import rank, told
+from ldm.evaluation.rows import fingerprint
 from ldm.files.lines import read_lines
 from ldm.files.picture import ENDINGS, FORMATS, from_bytes, left_out, open_picture, picture_size, pictures_in, to_srgb, to_tensor
 from ldm.measure import Rows
@@ -52,8 +53,9 @@ class Folder:
                 f"{few}: prompts has {len(captions)} lines, and {option}={path} {self.count} pictures; line i belongs to "
                 "the i-th picture by name, 2.png before 10.png."
             )
-        names = "\n".join(f"{f.relative_to(self.path).as_posix()} {f.stat().st_size}" for f in self.files)
-        self.protocol = {"files": hashlib.sha256(names.encode()).hexdigest(), "count": self.count, "size": size}
+        content = told(files_content(self.files, self.path) if rank() == 0 else None)
+        self.protocol = {"files": content, "count": self.count, "size": size}
+        self.protocol |= {} if captions is None else {"captions": fingerprint(list(captions))}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
         """image: (B, 3, h, w) in [-1, 1]; corrupt: (B) bool, where the picture is grey; caption, where there are captions."""
@@ -121,10 +123,8 @@ class Archive:
             raise ValueError(
                 f"{option}={path}: arr_0 is {self.array.dtype} of shape {self.array.shape}; wanted uint8 (N, height, width, 3)."
             )
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self.count = 0 if self.array is None else len(self.array)
-        self.protocol = {"file": Path(path).name, "sha256": sha256, "count": self.count}
+        self.protocol = {"file": Path(path).name, "sha256": file_content(path), "count": self.count}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
         """image: (B, 3, h, w) in [-1, 1]."""

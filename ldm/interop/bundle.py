@@ -14,7 +14,18 @@ from ldm.autoencoder.vq import VQ
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.clip import blank_text_tower, named_text_tower
-from ldm.folder import LOCAL, from_parts, load_tensors, read_model, save_model, save_tensors, with_parts, write_json, write_text
+from ldm.folder import (
+    LOCAL,
+    from_parts,
+    load_tensors,
+    read_model,
+    save_model,
+    save_tensors,
+    with_parts,
+    without_usual,
+    write_json,
+    write_text,
+)
 from ldm.interop import unet
 from ldm.interop.conditions import IDENTITY
 from ldm.interop.tie import check_whole
@@ -260,9 +271,10 @@ def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
 
 
 def _whole_autoencoder(config: Mapping[str, Any], weights: dict[str, Tensor], home: Path) -> Part:
+    config = without_usual(config)[0]
     check_whole(weights, autoencoder_shapes(config), str(home / "model.safetensors"))
     check_numbers(weights, home / "model.safetensors")
-    return Part(dict(config), weights)
+    return Part(config, weights)
 
 
 def _check_network(bundle: Bundle, path: Path) -> None:

@@ -1,0 +1,32 @@
+"""What lies in the files that a config names: a model's path, its parts, a weaker model that guides it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.data.content import file_content, files_content
+from ldm.folder import LOCAL, PART
+
+CHECKPOINTS = "*.ckpt"
+
+
+def named_content(config: Any, home: Path = Path()) -> list[str]:
+    """A plain config -> sha256, in hex, of every file and model's folder that it names, in its order.
+
+    home: the folder that `./name` begins at. Of a folder the files of a model at rest count, or else its checkpoints.
+    """
+    if isinstance(config, Mapping):
+        return [found for value in config.values() for found in named_content(value, home)]
+    if isinstance(config, list):
+        return [found for value in config for found in named_content(value, home)]
+    if not isinstance(config, str) or not config or len(config) > 1000:
+        return []
+    name = config.removeprefix(LOCAL)
+    path = home / name if name.startswith("./") else Path(name)
+    if path.is_file():
+        return [file_content(path)]
+    if not path.is_dir():
+        return []
+    files = sorted(file for file in path.rglob("*") if file.name in PART) or sorted(path.rglob(CHECKPOINTS))
+    files = [file for file in files if file.is_file()]
+    return [files_content(files, path)] if files else []
