@@ -151,5 +151,7 @@ def resume_from(resume: str, folder: Path) -> Path | None:
         raise FileNotFoundError(f"resume={resume}: there is no such file. Use auto, never, or a path to a .ckpt file.")
     found = newest(Path(resume)) if Path(resume).is_dir() else Path(resume)
     if found is None:
-        raise FileNotFoundError(f"resume={resume}: there is no good checkpoint in this folder. Use auto, never, or a path to a .ckpt.")
+        raise FileNotFoundError(
+            f"resume={resume}: there is no good checkpoint in this folder. Use auto, never, or a path to a .ckpt."
+        )
     return found

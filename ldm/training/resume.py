@@ -94,7 +94,9 @@ class Changes(pl.Callback):
         """Says what was given to a run that had nothing left to train."""
         lines = [line(change) for change in self.changes if fate(change[0]) not in (FREE, UNUSED)]
         if lines and trainer.is_global_zero:
-            print(f"Nothing is left to train up to trainer.max_steps={trainer.max_steps}; not used: {'; '.join(lines)}", flush=True)
+            print(
+                f"Nothing is left to train up to trainer.max_steps={trainer.max_steps}; not used: {'; '.join(lines)}", flush=True
+            )
 
 
 def fate(name: str) -> str:
