@@ -77,7 +77,7 @@ def _is_whole(value: str) -> bool:
 
 
 def _listed(value: str) -> str:
-    """A value that begins with `[`: as it is if Hydra reads a list; a list of texts if its bracket closes at the end; else a text."""
+    """A value that begins with `[`: a list if Hydra reads one, or its bracket closes at the end; else a text."""
     parts = None if _is_whole(value) else _elements(value)
     if parts is None:
         return value if _is_whole(value) else _text(value)

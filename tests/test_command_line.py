@@ -1,6 +1,7 @@
 """Free text, mistyped names and the identity of a run."""
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from ldm.build import NARROW, build
-from ldm.command_line import CONFIGS, check_overrides, compose_config, quote
+from ldm.command_line import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, quote
 
 ROOT = CONFIGS.parent
 TEXTS = [
@@ -79,7 +80,7 @@ def test_any_text_at_all_arrives():
     ]
     choose = random.Random(0)
     texts = ["".join(choose.choices(signs, k=choose.randint(1, 8))) for _ in range(200)] + ["\\${a}", "x\\\n", "\\\\'"]
-    texts = [text for text in texts if text[0] not in "['\""]
+    texts = [text for text in texts if not _is_whole(text) and _listed(text)[0] != "["]
     wrong = {}
     for start in range(0, len(texts), 50):
         part = texts[start : start + 50]
@@ -109,6 +110,71 @@ def test_lists_and_quotes_stay_as_they_are():
         "seed=3",
     ]
     assert parsed("prompt=[red apple,fox]").value() == ["red apple", "fox"]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("[cat|dog] on a (red:1.2) mat", None),
+        ("[masterpiece], girl", None),
+        ("[cat], [dog]", None),
+        ("[unclosed", None),
+        ('"Hello" on a wall', None),
+        ("'a', 'b'", None),
+        ("'it's'", None),
+        ("(a cat:1.3), b", None),
+        ("[lion's mane, café]", ["lion's mane", "café"]),
+        ("[a (red:1.2, big) cat, 'x, y', [z]]", ["a (red:1.2, big) cat", "x, y", ["z"]]),
+    ],
+)
+def test_brackets_and_quotes_are_lists_and_strings_only_when_whole(text, value):
+    assert parsed(f"prompt={text}").value() == (text if value is None else value)
+
+
+PLACES = {"path", "weights", "pretrained", "vocabulary", "train", "val", "root", "folder", "cache", "checkpoints", "save_dir"}
+PLACES |= {"model", "default_root_dir", "out", "images", "reference", "mask", "init", "prompts", "runs", "run_id", "resume"}
+NUMBERS = {"data.weights"}  # shares of data sets
+
+
+def test_every_key_of_the_configs_that_takes_a_path_is_free_text():
+    """Those that hold a path now, and those of a name that takes one somewhere."""
+    met = set()
+    for file in CONFIGS.rglob("*.yaml"):
+        nodes = [(file.parent.name if file.parent != CONFIGS else "", OmegaConf.to_container(OmegaConf.load(file)))]
+        while nodes:
+            place, node = nodes.pop()
+            for key, value in node.items():
+                name = f"{place}.{key}".strip(".")
+                if isinstance(value, dict):
+                    nodes += [(name, value)] if key not in ("hydra", "defaults") else []
+                elif isinstance(value, str) and re.search(r"\$\{(runs|folder|out)\}|^~/|^local-dir:|^runs/", value):
+                    met.add(name)
+                    assert FREE_TEXT.match(f"{name}=x"), name
+                elif key in PLACES and name not in NUMBERS and not isinstance(value, dict):
+                    assert FREE_TEXT.match(f"{name}=x"), name
+    assert {"condition.text.model", "logger.csv.save_dir", "data.cache"} <= met
+
+
+@pytest.mark.parametrize("place", ["/a/epoch=3-step=10, (best)", "/a [b]/c", "[x]/{y}", "/it's/$HOME/é"])
+def test_a_path_is_a_path_wherever_it_stands(place):
+    keys = [
+        "resume",
+        "runs",
+        "run_id",
+        "folder",
+        "model.init",
+        "data.root",
+        "autoencoder.path",
+        "condition.text.model",
+        "loss.model",
+    ]
+    keys += ["callback.checkpoint.folder", "logger.csv.save_dir", "trainer.default_root_dir"]
+    config = compose_config("train", ["experiment=emoji/text", *(f"{key}={place}" for key in keys)])
+    assert {OmegaConf.select(config, key) for key in keys} == {place}
+    config = compose_config(
+        "evaluate", ["metric=[frechet]", f"metric.frechet.weights={place}", f"compare=[{place.replace(',', '')},b]"]
+    )
+    assert config.metric.frechet.weights == place and list(config.compare) == [place.replace(",", ""), "b"]
 
 
 def test_ask_adds_what_it_names():

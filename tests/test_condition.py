@@ -1,5 +1,6 @@
 """What a model is told: joining, dropping, and the text tower against open_clip's own encoder."""
 
+import re
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -433,3 +434,16 @@ def test_a_model_at_rest_takes_its_null_and_its_tower_along(clip_folder, tmp_pat
     shutil.rmtree(home)
     told = load_model(tmp_path / "rest").condition({"caption": NAMES})
     assert torch.equal(told.tokens, text(NAMES, no(3)).tokens)
+
+
+def test_captions_that_are_cut_in_training_are_counted(text):
+    """12 tokens, of which the ends take 2: ten words fit, eleven do not; what is dropped, or read to draw, counts not."""
+    ten, eleven, many = ("a " * n for n in (10, 11, 25))
+    drop = torch.tensor([False, False, False, True])
+    before = (text.cut.seen, text.cut.cut)
+    text.eval()([ten, eleven, many, many], drop)
+    assert (text.cut.seen, text.cut.cut) == before
+    text.train()([ten, eleven, many, many], drop)
+    text.eval()
+    assert (text.cut.seen - before[0], text.cut.cut - before[1], text.cut.longest) == (3, 2, 25)
+    assert re.search(r"2 of the first 3 captions are longer than the 10 tokens .* the longest 25", str(text.cut))

@@ -168,7 +168,7 @@ def test_a_moved_model_is_the_same_model(tmp_path):
         (tmp_path / name / "model.safetensors").write_text("1" if name == "c" else "0")
     configs = [({"autoencoder": {"path": str(tmp_path / name)}},) * 2 for name in "abc"]
     refuse(list(differences(configs[0], configs[1])), tmp_path)
-    with pytest.raises(ValueError, match="autoencoder.path"):
+    with pytest.raises(ValueError, match=r"autoencoder\.path"):
         refuse(list(differences(configs[0], configs[2])), tmp_path)
 
 

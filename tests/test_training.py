@@ -17,7 +17,7 @@ from ldm.autoencoder.kl import KL, kl_divergence
 from ldm.backbone.unet import UNet
 from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
-from ldm.condition.text import Text
+from ldm.condition.text import Cut, Text
 from ldm.denoiser import Denoiser, LogRatio
 from ldm.folder import load_tensors, save_tensors, write_text
 from ldm.loss.features import Features
@@ -38,7 +38,7 @@ from ldm.training.muon import Muon, orthogonal
 from ldm.training.rate import Constant, Cosine, InverseSqrt
 from ldm.training.rate import Linear as Straight
 from ldm.training.run import fit
-from ldm.types import Draw
+from ldm.types import Draw, Moments
 
 
 def adam(params):
@@ -584,3 +584,36 @@ def test_each_job_of_a_multirun_has_a_wandb_run_of_its_own(tmp_path):
         logger.log_hyperparams({"seed": 1})
         assert logger.experiment.id == name.replace("/", "-")
         close([logger])
+
+
+class Overflowing(Identity):
+    """An autoencoder whose numbers are too large for 16 bits."""
+
+    def encode(self, images):
+        moments = super().encode(images)
+        return Moments(moments.mean * 1e30, moments.std)
+
+
+def test_latents_that_overflow_in_16_bits_are_refused(emoji_root, tmp_path):
+    stage = diffusion()
+    stage.model.autoencoder = Overflowing()
+    image = torch.rand(2, 3, 8, 8) + 0.5
+    assert stage.moments({"image": image}).mean.isfinite().all(), "float32 holds them"
+    stage = diffusion()
+    stage.model.autoencoder = Overflowing()
+    with pytest.raises(ValueError, match=r"not finite.*bf16-mixed.*madebyollin/sdxl-vae-fp16-fix"):
+        stage.moments({"image": (image * 1e9).clone()})
+
+
+def test_cut_captions_are_said_once(capsys):
+    stage = diffusion()
+    cut = Cut(12)
+    cut.seen, cut.cut, cut.longest = 999, 3, 40
+    stage.model.conditioner.embedders["label"].cut = cut
+    stage.on_train_batch_end()
+    assert not capsys.readouterr().out
+    cut.seen = 1010
+    for _ in range(2):
+        stage.on_train_batch_end()
+    stage.on_train_end()
+    assert capsys.readouterr().out.count("condition.label: 3 of the first 1,010 captions") == 1

@@ -202,7 +202,7 @@ def check_finite(moments: Moments, images: Tensor) -> None:
     good = moments.mean.isfinite().all() & moments.std.isfinite().all()
     if not good and images.isfinite().all():
         raise ValueError(
-            "The frozen autoencoder's latents are not finite: its numbers are too large for the precision it is run in. Train with "
+            "The frozen autoencoder's latents are not finite: its numbers are too large for the precision it runs in. Train with "
             "trainer.precision=bf16-mixed or 32-true, make latents ahead of time (precompute.py), or take an autoencoder that "
             "fits into 16 bits: for Stable Diffusion XL's that is madebyollin/sdxl-vae-fp16-fix (autoencoder.path=FOLDER)."
         )

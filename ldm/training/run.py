@@ -58,6 +58,11 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
         sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         return
+    _finish(stage, data, trainer, folder)
+
+
+def _finish(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path) -> None:
+    """Keeps the last checkpoint, measures what the model needs and exports it."""
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
     if not last.exists():
         trainer.save_checkpoint(last, weights_only=False)
@@ -93,8 +98,8 @@ def _check_length(trainer: pl.Trainer) -> None:
     wrong = [f"trainer.{name}={getattr(trainer, name)}" for name, found in counted.items() if found]
     if wrong:
         raise ValueError(
-            f"{', '.join(wrong)}: training counts optimizer steps, its samples have an order without end, and an epoch that is cut "
-            "off would take its first samples again, and half a batch where micro-batches are accumulated. Say how long with "
+            f"{', '.join(wrong)}: training counts optimizer steps, its samples have an order without end, and an epoch cut short "
+            "would take its first samples again, and half a batch where micro-batches are accumulated. Say how long with "
             "trainer.max_steps=N, how often to validate with trainer.val_check_interval=N, on few samples with data.filters."
         )
 
