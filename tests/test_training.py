@@ -139,6 +139,32 @@ def test_muon_orthogonalises_and_descends():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 144), (2, 32, 32)])
+def test_muons_rounds_are_five_steps_of_newton_and_schulz(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    x = matrix / matrix.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    torch.testing.assert_close(orthogonal(matrix), x, rtol=0, atol=1e-6)  # 1e-7 beside the norm
+    torch.testing.assert_close(orthogonal(matrix.float()), x.float(), rtol=0, atol=1e-4)
+
+
+def test_muon_moves_weights_of_one_shape_as_each_alone(monkeypatch):
+    shapes = [(16, 16, 3, 3), (32, 16), (16, 16, 3, 3), (16, 16, 3, 3), (5,)]
+    starts = [torch.randn(shape) for shape in shapes]
+    together, alone = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    monkeypatch.setattr("ldm.training.muon.TOGETHER", 2 * 16 * 16 * 9)  # two of the three, then the third
+    optimizers = [Muon(together, weight_decay=0.1), *(Muon([p], weight_decay=0.1) for p in alone)]
+    for _ in range(3):
+        for a, b in zip(together, alone):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_muons_small_weights_move_like_adamws():
     a, b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
     mine, theirs = Muon([a], adam_lr=0.1, weight_decay=0.01), torch.optim.AdamW([b], lr=0.1, betas=(0.9, 0.99), weight_decay=0.01)
