@@ -28,7 +28,7 @@ from ldm.schedule import Linear
 from ldm.training.augment import Augment
 from ldm.training.autoencoding import Autoencoding
 from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
-from ldm.training.contrast import Contrast
+from ldm.training.contrast import Contrast, encode_text
 from ldm.training.diffusion import Diffusion
 from ldm.training.ema import EMA
 from ldm.training.groups import parameter_groups
@@ -137,6 +137,19 @@ def test_muon_orthogonalises_and_descends():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_captions_are_encoded_up_to_their_end_as_open_clip_encodes_them_whole():
+    vision = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 8, "head_width": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 2}
+    net = open_clip.CLIP(8, vision, text, output_dict=False)
+    ids = open_clip.SimpleTokenizer(context_length=16)(["red apple", "fox", "a clock on a tree"])
+    met = []
+    net.transformer.register_forward_pre_hook(lambda module, arguments: met.append(arguments[0].shape[1]))
+    torch.testing.assert_close(encode_text(net, ids, torch.device("cpu")), net.encode_text(ids, True))
+    net.text_pool_type = "last"
+    torch.testing.assert_close(encode_text(net, ids, torch.device("cpu")), net.encode_text(ids, True))
+    assert met == [8, 16, 16, 16]
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 144), (2, 32, 32)])
