@@ -6,7 +6,6 @@ Run again after an interruption, it goes on from the last finished stage.
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,9 +16,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-# Networks this small gain nothing from a second thread, and lose much by it on a busy machine. Read when torch is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 from ldm.command_line import compose_config
 from ldm.folder import write_json
 from ldm.run_id import VOLATILE
@@ -27,7 +23,8 @@ from ldm.run_id import VOLATILE
 HOME = Path("runs/quickstart")
 USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
 EXPERIMENTS = {"clip": "emoji/clip", "autoencoder": "emoji/autoencoder", "diffusion": "emoji/text"}
-STEPS = {"clip": 150, "autoencoder": 1000, "diffusion": 1800}
+STEPS = {"clip": 150, "autoencoder": 1000, "diffusion": 900}
+THREADS = "callback@always=[preempt,guard,threads]"
 PROMPTS = [
     "blue apple",
     "green fox",
@@ -43,6 +40,9 @@ Timer = Callable[[str, Callable[[], Any]], Any]
 
 def main(minutes: float) -> None:
     """Every stage in its turn; the three trainings' lengths grow with `minutes`."""
+    import torch
+
+    torch.set_num_threads(1)  # networks this small lose much by a second thread on a busy machine; training finds out
     steps = {stage: round(count * minutes / USUAL) for stage, count in STEPS.items()}
     set_aside({"minutes": minutes, "steps": steps, "recipes": [recipe_name(e) for e in EXPERIMENTS.values()]})
     seconds: dict[str, float] = {}
@@ -107,21 +107,30 @@ def prepare() -> None:
 
 
 def train_one(stage: str, steps: int, overrides: list[str]) -> None:
-    """One stage into runs/quickstart/<stage>, validated and shown ten times on the way."""
+    """One stage into runs/quickstart/<stage>, validated, saved and shown four times on the way."""
     from train import train
 
-    often = max(steps // 10, 1)
+    often = max(steps // 4, 1)
     lengths = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={often}", f"callback.checkpoint.every={often}"]
     preview = {"autoencoder": "callback.reconstructions.every", "diffusion": "callback.drawings.every"}
     lengths += [f"{preview[stage]}={often}"] if stage in preview else []
-    arguments = [f"experiment={EXPERIMENTS[stage]}", f"run_id=quickstart/{stage}", *overrides, *lengths]
+    arguments = [f"experiment={EXPERIMENTS[stage]}", f"run_id=quickstart/{stage}", *overrides, *lengths, THREADS]
     print("python train.py", *arguments, flush=True)
     train(compose_config("train", arguments))
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def product_speed() -> float:
+    """GFLOP/s of one core in products of float32 matrices, the best of a few: what the seconds are to be read beside."""
+    import torch
+
+    threads, seconds, matrix = torch.get_num_threads(), [], torch.rand(1024, 1024)
+    torch.set_num_threads(1)
+    for _ in range(6):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return round(2 * 1024**3 / min(seconds) / 1e9, 1)
 
 
 def precompute_all() -> None:
@@ -170,6 +179,8 @@ def surroundings() -> dict[str, Any]:
     import torch
     from safetensors import safe_open
 
+    from ldm.training.threads import cores
+
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
     )
@@ -180,7 +191,7 @@ def surroundings() -> dict[str, Any]:
         with safe_open(HOME / stage / f"{name}.safetensors", "pt") as weights:
             parameters[stage] = sum(torch.Size(weights.get_slice(key).get_shape()).numel() for key in weights.keys())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = {"cpu": cpu, "cores": cores(), "gpu": gpu, "torch": torch.__version__}
+    hardware = {"cpu": cpu, "cores": cores(), "gflops_per_core": product_speed(), "gpu": gpu, "torch": torch.__version__}
     return {"hardware": hardware, "parameters": parameters, "commit": commit}
 
 

@@ -366,3 +366,16 @@ def test_augmented_pictures_are_turned_and_recoloured_originals():
     assert torch.equal(part, changed[5:9]) and torch.equal(Augment()(images, draw), images)
     with pytest.raises(ValueError, match=r"4x6 pixels cannot be turned; set training\.augment\.turn=0"):
         augment(torch.zeros(1, 3, 4, 6), Draw(0, torch.arange(1), 1))
+
+
+def test_the_perceptual_distance_is_of_a_share_of_the_pictures_in_training():
+    class Distance(nn.Module):
+        def forward(self, images, targets):
+            return (images - targets).abs().mean()
+
+    stage = Autoencoding(KL(**SIZE), Distance(), 1.0, 0.0, optimizer=sgd, rate=Constant(), seed=0, batch=8, perceptual_share=0.3)
+    output, images = torch.zeros(8, 3, 8, 8), torch.arange(8.0)[:, None, None, None].expand(8, 3, 8, 8)
+    assert stage.train().reconstruction(output, images)[1]["perceptual"] == 1.0, "of pictures 0, 1 and 2"
+    assert stage.eval().reconstruction(output, images)[1]["perceptual"] == 3.5, "of all"
+    with pytest.raises(ValueError, match=r"perceptual_share=0\.0: wanted more than 0"):
+        Autoencoding(KL(**SIZE), None, 0.0, 0.0, optimizer=sgd, rate=Constant(), seed=0, batch=8, perceptual_share=0.0)

@@ -161,3 +161,14 @@ def test_what_dit_cannot_do_is_said():
         DiT(4, Widths(), width=30, heads=4)
     with pytest.raises(ValueError, match=r"latents are 4x4; this backbone's positions are for 8x8"):
         small_dit()(torch.randn(1, 4, 4, 4), torch.rand(1), Cond(vector=torch.randn(1, 32)))
+
+
+def test_the_unet_does_not_hear_masked_tokens():
+    net = UNet(2, Widths(tokens=5), width=8, mult=(1,), res_blocks=1, depth=(1,), heads=2, groups=4).eval()
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.2)
+    x, level, tokens = torch.randn(2, 2, 4, 4), torch.rand(2), torch.randn(2, 6, 5)
+    mask = torch.tensor([[True, True, False, False, False, False], [True, True, True, False, False, False]])
+    whole = net(x, level, Cond(tokens=tokens, mask=mask))
+    torch.testing.assert_close(whole, net(x, level, Cond(tokens=tokens[:, :3], mask=mask[:, :3])))
+    torch.testing.assert_close(whole[:1], net(x[:1], level[:1], Cond(tokens=tokens[:1, :2])), rtol=1e-4, atol=1e-5)

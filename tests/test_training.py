@@ -29,7 +29,7 @@ from ldm.schedule import Linear
 from ldm.training.augment import Augment
 from ldm.training.autoencoding import Autoencoding
 from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
-from ldm.training.contrast import Contrast
+from ldm.training.contrast import Contrast, encode_text
 from ldm.training.diffusion import Diffusion
 from ldm.training.ema import EMA
 from ldm.training.groups import parameter_groups
@@ -162,6 +162,45 @@ def test_muon_orthogonalises_and_descends():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_captions_are_encoded_up_to_their_end_as_open_clip_encodes_them_whole():
+    vision = {"image_size": 8, "patch_size": 8, "layers": 1, "width": 8, "head_width": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 2}
+    net = open_clip.CLIP(8, vision, text, output_dict=False)
+    ids = open_clip.SimpleTokenizer(context_length=16)(["red apple", "fox", "a clock on a tree"])
+    met = []
+    net.transformer.register_forward_pre_hook(lambda module, arguments: met.append(arguments[0].shape[1]))
+    torch.testing.assert_close(encode_text(net, ids, torch.device("cpu")), net.encode_text(ids, True))
+    net.text_pool_type = "last"
+    torch.testing.assert_close(encode_text(net, ids, torch.device("cpu")), net.encode_text(ids, True))
+    assert met == [8, 16, 16, 16]
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 144), (2, 32, 32)])
+def test_muons_rounds_are_five_steps_of_newton_and_schulz(shape):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    x = matrix / matrix.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    torch.testing.assert_close(orthogonal(matrix), x, rtol=0, atol=1e-6)  # 1e-7 beside the norm
+    torch.testing.assert_close(orthogonal(matrix.float()), x.float(), rtol=0, atol=1e-4)
+
+
+def test_muon_moves_weights_of_one_shape_as_each_alone(monkeypatch):
+    shapes = [(16, 16, 3, 3), (32, 16), (16, 16, 3, 3), (16, 16, 3, 3), (5,)]
+    starts = [torch.randn(shape) for shape in shapes]
+    together, alone = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    monkeypatch.setattr("ldm.training.muon.TOGETHER", 2 * 16 * 16 * 9)  # two of the three, then the third
+    optimizers = [Muon(together, weight_decay=0.1), *(Muon([p], weight_decay=0.1) for p in alone)]
+    for _ in range(3):
+        for a, b in zip(together, alone):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_muons_small_weights_move_like_adamws():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention, silu
 
 from ldm.nn.convolution import Convolution
-from ldm.nn.layers import mlp, zero
+from ldm.nn.layers import mlp, visible, zero
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
 
@@ -91,8 +91,7 @@ class UNet(nn.Module):
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W)."""
         told = self.level(sinusoid(noise_level, self.width).to(x))
         told = silu(told if self.vector is None else told + self.vector(cond.vector.to(x)))
-        tokens = None if cond.tokens is None else cond.tokens.to(x)
-        mask = None if cond.mask is None else cond.mask[:, None, None]
+        tokens, mask = (None, None) if cond.tokens is None else visible(cond.tokens.to(x), cond.mask)
         h, skips = x, []
         for stage in self.encoder:
             h = stage(h, told, tokens, mask)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ldm.data.packed import Packed, Row
 from ldm.data.table import CAPTIONS, ENDINGS, TABLES, named, parse, read_table, read_text, text_of
+from ldm.files.picture import natural
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # a table of the pictures in its folder, and below
 WORDS, RECORD = (".txt", ".caption"), ".json"  # what may lie beside a picture
@@ -31,7 +32,7 @@ def find(source: Path, packed: Packed) -> list[Row]:
         rows = read_table(source, packed)
         _count_unnamed(rows, source, packed)
         return rows
-    names = sorted(_files(source, packed))
+    names = sorted(_files(source, packed), key=natural)
     pictures = [name for name in names if name.suffix.lower() in ENDINGS]
     tables = _tables(source, names)
     _refuse_splits(source, pictures, tables)

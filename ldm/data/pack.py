@@ -114,8 +114,8 @@ def _sample(row: Row, packed: Packed, size: int | None) -> dict[str, Any] | None
         for member, text in (("caption", row.caption), ("record", json.dumps(record))):
             if len(text.encode()) > MAX_RECORD:
                 raise ValueError(f"its {member} has more than {MAX_RECORD} bytes")
-    except Exception as error:  # whatever a decoder stumbles over in a file
-        packed.skipped.append((row.name, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"))
+    except (OSError, ValueError) as error:
+        packed.skipped.append((row.name, f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)))
     else:
         packed.sides[min(numbers["width"], numbers["height"])] += 1
         sample = {"jpg": jpg, "txt": row.caption, "json": record}
@@ -147,10 +147,9 @@ def _columns(row: Row, packed: Packed) -> dict[str, Any]:
 def _jpeg(data: bytes, size: int | None, packed: Packed) -> tuple[bytes, dict[str, int]]:
     """-> the picture as an upright RGB JPEG in sRGB, and its sizes in pixels."""
     image = open_picture(data)
-    several = image.format != "MPO" and getattr(image, "n_frames", 1) > 1  # of a camera's MPO the first is the picture
+    several = _is_several(image)
     as_it_is = image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1 and not colour_transform(image)
     image = upright(image)
-    packed.counts["frames"] += several
     original = {"original_width": image.width, "original_height": image.height}
     shrink = size / min(image.size) if size else 1.0
     if as_it_is and shrink >= 1:
@@ -158,9 +157,18 @@ def _jpeg(data: bytes, size: int | None, packed: Packed) -> tuple[bytes, dict[st
     image = to_srgb(image)
     if shrink < 1:
         image = image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
+    packed.counts["frames"] += several
     file = io.BytesIO()
     image.save(file, "JPEG", quality=QUALITY)
     return file.getvalue(), {"width": image.width, "height": image.height, **original}
+
+
+def _is_several(image: Image.Image) -> bool:
+    """Whether a picture has frames or pages; of a camera's MPO the first is the picture."""
+    try:
+        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    except Exception:  # whatever stands in the place of the next frame: the first does not depend on it
+        return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.data.packed import Packed, Row
-from ldm.files import picture
+from ldm.files.picture import ENDINGS as STILL
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 PICTURES = ("file_name", "image", "path", "file", "filename", "image_path", "url")  # columns that name a picture
 CAPTIONS = ("caption", "text", "prompt", "title")
-ENDINGS = (*picture.ENDINGS, ".gif")
+ENDINGS = (*STILL, ".gif")  # which is packed, and said where it has several frames
 DELIMITERS = ",;\t|"
 
 

@@ -1,6 +1,7 @@
 """Layers that several backbones share."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def mlp(inward: int, outward: int) -> nn.Sequential:
@@ -24,3 +25,16 @@ def zero(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def visible(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """tokens: (B, L, D), mask: (B, L) -> those that any sample may see, (B, L', D), and the mask for attention (B, 1, 1, L').
+
+    On a GPU L' is L: to ask it how many would be to wait for it.
+    """
+    if mask is None:
+        return tokens, None
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        length = int(mask.any(dim=0).numpy().nonzero()[0].max(initial=0)) + 1
+        tokens, mask = tokens[:, :length], mask[:, :length]
+    return tokens, mask[:, None, None]

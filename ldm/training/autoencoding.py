@@ -1,5 +1,6 @@
 """Stage 2: trains an autoencoder, then measures the statistics that whiten its latents."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ class Autoencoding(Stage):
     `perceptual`: (images, targets) -> distance, or None. Each weight multiplies a mean, over pixels or over latent numbers,
     where the KL is in nats; L1 has weight 1. So the paper's `kl_weight`, which multiplies a sum beside a sum over pixels, is
     channels / (3 f^2) of its value here. `log_variance`, where given, is the first value of a learned number s, and the
-    reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on.
+    reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on. In
+    training the perceptual distance is the mean over the first `perceptual_share` of a batch's pictures: it takes as long as
+    a small autoencoder.
     """
 
     compiled = ("autoencoder.encoder", "autoencoder.decoder.middle", "autoencoder.decoder.levels")
@@ -38,6 +41,7 @@ class Autoencoding(Stage):
         adversary: Adversary | None = None,
         log_variance: float | None = None,
         augment: Callable[[Tensor, Draw], Tensor] | None = None,
+        perceptual_share: float = 1.0,
         **stage: Any,
     ) -> None:
         super().__init__(frozen=("perceptual",), **stage)
@@ -45,7 +49,12 @@ class Autoencoding(Stage):
         self.perceptual_weight, self.l2_weight = perceptual_weight, l2_weight
         self.latent_weights = {"kl": kl_weight, "codebook": codebook_weight}
         self.log_variance = None if log_variance is None else nn.Parameter(torch.tensor(float(log_variance)))
-        self.augment = augment
+        self.augment, self.perceptual_share = augment, perceptual_share
+        if not 0 < perceptual_share <= 1:
+            raise ValueError(
+                f"training.perceptual_share={perceptual_share}: wanted more than 0, and at most 1; the distance is left out "
+                "by training.perceptual_weight=0 loss=null."
+            )
         self.measured: dict[str, Any] = {}
         self.resumed: dict[str, Any] | None = None
 
@@ -69,7 +78,8 @@ class Autoencoding(Stage):
         terms = {"l1": (output - images).abs().mean(), "l2": (output - images).square().mean()}
         loss = terms["l1"] + self.l2_weight * terms["l2"]
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(output, images)
+            count = math.ceil(len(images) * self.perceptual_share) if self.training else len(images)
+            terms["perceptual"] = self.perceptual(output[:count], images[:count])
             loss = loss + self.perceptual_weight * terms["perceptual"]
         if self.log_variance is not None:
             terms["log_variance"] = self.log_variance

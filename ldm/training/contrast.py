@@ -7,7 +7,8 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from ldm.clip import read, spoken
 from ldm.folder import save_tensors, write_text
@@ -32,8 +33,8 @@ class Contrast(Stage):
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w), caption -> loss, and top-1 retrieval of captions by pictures within the batch."""
-        ids = self.tokenizer(list(batch["caption"])).to(self.device)
-        image, text = self.clip.encode_image(batch["image"], True), self.clip.encode_text(ids, True)
+        ids = self.tokenizer(list(batch["caption"]))
+        image, text = self.clip.encode_image(batch["image"], True), encode_text(self.clip, ids, self.device)
         world = self.trainer.world_size if self.training else 1
         loss = open_clip.ClipLoss(gather_with_grad=True, rank=self.global_rank, world_size=world)
         hit = (image @ text.T).argmax(1) == torch.arange(len(image), device=self.device)
@@ -68,3 +69,17 @@ class Contrast(Stage):
         config = {"model_cfg": self.recipe["clip"], "preprocess_cfg": preprocess}
         write_text(json.dumps(config, indent=2), folder / "open_clip_config.json")
         save_tensors(self.clip.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def encode_text(clip: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
+    """ids: (B, L), on the CPU -> (B, E) of unit length, what open_clip's encode_text says.
+
+    Where no token looks ahead, what lies behind the longest caption's end, at a multiple of 4, is left out.
+    """
+    if clip.attn_mask is None or clip.text_pool_type != "argmax" or not isinstance(clip.text_projection, Tensor):
+        return clip.encode_text(ids.to(device), True)
+    length = min(-(-int(spoken(ids).sum(1).max()) // 4) * 4, ids.shape[1])
+    ids = ids[:, :length].to(device)
+    x = clip.token_embedding(ids) + clip.positional_embedding[:length]
+    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
+    return normalize(x[torch.arange(len(ids), device=device), ids.argmax(dim=1)] @ clip.text_projection, dim=-1)

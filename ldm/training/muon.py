@@ -1,11 +1,13 @@
 """Muon: momentum whose matrices are made orthogonal, for the hidden layers; AdamW for all the rest."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+TOGETHER = 2**22  # numbers, beyond which a product keeps a device busy by itself
 
 
 class Muon(Optimizer):
@@ -55,35 +57,61 @@ class Muon(Optimizer):
         return loss
 
     def _muon(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        alike: dict[Any, list[nn.Parameter]] = {}
         for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            ahead = p.grad.lerp(state["momentum"], group["momentum"])
-            matrix = orthogonal(ahead.reshape(len(p), -1))
-            scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            p.add_(matrix.reshape(p.shape), alpha=-group["lr"] * scale)
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
+        for same in alike.values():
+            most = max(TOGETHER // same[0].numel(), 1)
+            for first in range(0, len(same), most):
+                self._turn(same[first : first + most], group)
+
+    def _turn(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Moves weights of one shape, (M, ...) each: their products of matrices are made together."""
+        grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        ahead = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])).flatten(2)
+        scale = max(1.0, ahead.shape[1] / ahead.shape[2]) ** 0.5
+        moves = [move.reshape(p.shape) for move, p in zip(orthogonal(ahead), params)]
+        torch._foreach_add_(params, moves, alpha=-group["lr"] * scale)
 
     def _adam(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        (beta1, beta2), eps = group["betas"], group["eps"]
-        for p in params:
-            state = self.state[p]
+        (beta1, beta2), eps, states = group["betas"], group["eps"], [self.state[p] for p in params]
+        for p, state in zip(params, states):
             if not state:
                 state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
             state["step"] += 1
-            state["mean"].lerp_(p.grad, 1 - beta1)
-            state["square"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            bias1, bias2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
-            p.addcdiv_(state["mean"], (state["square"] / bias2).sqrt_().add_(eps), value=-group["lr"] / bias1)
+        if not params:
+            return
+        grads, means, squares = [p.grad for p in params], [s["mean"] for s in states], [s["square"] for s in states]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+        lengths = torch._foreach_div(squares, [1 - beta2 ** s["step"] for s in states])
+        torch._foreach_sqrt_(lengths)
+        torch._foreach_add_(lengths, eps)
+        torch._foreach_addcdiv_(params, means, lengths, [-group["lr"] / (1 - beta1 ** s["step"]) for s in states])
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """(M, N) -> (M, N) with all singular values near 1 and the same singular vectors (Newton-Schulz, quintic)."""
+def orthogonal(matrix: Tensor, rounds: Sequence[int] = (2, 3)) -> Tensor:
+    """(..., M, N) -> (..., M, N), all singular values near 1 and the same singular vectors (Newton-Schulz, quintic).
+
+    Five steps, X <- (a + F) X with F = b S + c S^2 and S = X X^T. Within a round only S and the product of the steps' factors,
+    `scale` + `rest`, are carried on, which are small where X is wide; S of X anew in each round keeps the rounding small.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.T if len(matrix) > matrix.shape[1] else x
-    for _ in range(steps):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+    x = matrix / (torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for steps in rounds:
+        square = x @ x.mT
+        scale, rest = 1.0, torch.zeros_like(square)
+        for step in range(steps):
+            factor = b * square + c * square @ square
+            scale, rest = a * scale, a * rest + scale * factor + (factor @ rest if step else 0.0)
+            if step + 1 < steps:
+                square = a * square + factor @ square
+                square = a * square + square @ factor
+        x = scale * x + rest @ x
+    return x.mT if tall else x

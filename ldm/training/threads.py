@@ -1,0 +1,72 @@
+"""As many CPU threads as make steps quickest, found on the steps themselves."""
+
+import os
+import time
+from statistics import median
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+TRIES = 4  # steps with each number of threads; the first, in which libraries lay out anew what they keep, does not count
+
+
+class Threads(pl.Callback):
+    """On a CPU, times real steps with half as many threads, with as many and with twice as many, and goes on with the quickest.
+
+    It begins with one, tries again after a change, and every `every` optimizer steps, since other jobs come and go: two threads
+    on two cores take longer than one where another job has one of them. `most` is null for all cores that this process may
+    use. The numbers of a run differ by rounding only. Training leaves the process with the number found last.
+    """
+
+    def __init__(self, every: int = 100, most: int | None = None) -> None:
+        self.every, self.most = every, most or cores()
+        self.seconds: dict[int, list[float]] = {}
+        self.plan: list[int] = []  # numbers of threads, one for each step to come
+        self.best, self.rest, self.begin = 1, 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Begins with one thread, and to try."""
+        if module.device.type == "cpu" and self.most > 1:
+            self._try()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        """Sets the number of threads whose turn it is."""
+        if self.plan:
+            torch.set_num_threads(self.plan[0])
+            self.begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        """Notes how long a step took that was a try, and chooses after the last."""
+        if self.plan:
+            self.seconds.setdefault(self.plan.pop(0), []).append(time.perf_counter() - self.begin)
+            if not self.plan:
+                self._choose()
+        elif self.rest:
+            self.rest -= 1
+            if not self.rest:
+                self._try()
+
+    def _try(self) -> None:
+        counts = sorted({max(self.best // 2, 1), self.best, min(2 * self.best, self.most)})
+        self.seconds, self.plan = {}, [count for count in counts for _ in range(TRIES)]
+
+    def _choose(self) -> None:
+        before = self.best
+        self.best = quickest(self.seconds)
+        torch.set_num_threads(self.best)
+        self.rest = self.every
+        if self.best not in (before, 1, self.most):
+            self._try()
+
+
+def quickest(seconds: dict[int, list[float]]) -> int:
+    """Seconds of some steps by number of threads -> that number whose median, without the first step, is the least."""
+    return min(seconds, key=lambda count: median(seconds[count][1:]))
+
+
+def cores() -> int:
+    """CPU cores that this process may use, and no more than OMP_NUM_THREADS where it is set."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return min(here, int(said)) if said.isdigit() and int(said) else here
