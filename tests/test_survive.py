@@ -132,11 +132,15 @@ def test_lightnings_handlers_are_not_there(emoji_root, tmp_path, handlers):
     assert MixedPrecision("16-mixed", "cpu").scaler is not None, "what Guard and Adversary leave to it, they know it by"
 
 
+LENGTH = {"max_steps": 9, "max_epochs": -1, "min_epochs": None, "limit_train_batches": 1.0, "overfit_batches": 0.0}
+LENGTH |= {"fast_dev_run": False, "check_val_every_n_epoch": None, "reload_dataloaders_every_n_epochs": 0}
+
+
 def test_a_rank_that_is_left_alone_says_so_in_a_line(tmp_path):
     def alone(*_, **__):
         raise RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1")
 
-    left = SimpleNamespace(fit=alone, global_rank=1, global_step=7, precision_plugin=None)
+    left = SimpleNamespace(**LENGTH, fit=alone, global_rank=1, global_step=7, precision_plugin=None, callbacks=[])
     with pytest.raises(ConnectionError, match="Rank 1 lost the others at step 7"):
         fit(None, None, left, tmp_path)
 

@@ -190,9 +190,10 @@ def keep_settings(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, A
     names, known = ({name for group in groups for name in group} for groups in (theirs, own))
     if sizes != wanted or (names - known and known - names):
         raise ValueError(
-            f"The checkpoint's optimizer is another than this run's {type(optimizer).__name__}: its groups are of {sizes} "
-            f"weights with {', '.join(sorted(names - {'params'}))}; here they are of {wanted} with "
-            f"{', '.join(sorted(known - {'params'}))}. Go on with the optimizer and groups it was trained with (config.yaml in its run), or begin another run: run_id=NAME."
+            f"The checkpoint's optimizer is another than this run's {type(optimizer).__name__}: its groups have {sizes} "
+            f"weights with {', '.join(sorted(names - {'params'}))}; here they have {wanted} with "
+            f"{', '.join(sorted(known - {'params'}))}. "
+            "Go on with the optimizer and groups it was trained with (config.yaml in its run), or begin another run: run_id=NAME."
         )
     kept = [{**{k: v for k, v in mine.items() if k != "params"}, "params": group["params"]} for mine, group in zip(own, theirs)]
     return {**state, "param_groups": kept}
