@@ -92,11 +92,11 @@ def save_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], folder:
     """Writes config.json, then model.safetensors, whose presence says that the folder is complete.
 
     Raises:
-        ValueError: the config has a setting called `format`, which is the file's own.
+        ValueError: the config has a setting called `format`, which is the file's own, and not its number.
     """
-    if "format" in config:
+    if config.get("format", FORMAT) not in range(FORMAT + 1):
         raise ValueError(f"format={config['format']}: config.json has this name for itself; give the setting another one.")
-    write_json({"format": FORMAT, **config}, folder / "config.json")
+    write_json({"format": FORMAT, **{k: v for k, v in config.items() if k != "format"}}, folder / "config.json")
     save_tensors(weights, folder / "model.safetensors")
 
 

@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 # Modules, or things in them, as dotted paths; of those that a `_target_` begins with, the longest counts: {old: new}.
 MOVED: dict[str, str] = {}
 # Parameters, by the present path of what takes them: {path: {old: new}}.
@@ -42,10 +40,10 @@ def moved_path(path: str) -> str:
 
 
 def moved_names(state: Any) -> Any:
-    """A state dict, or plain containers of such, by present names: those of all tensors."""
+    """A state dict, or containers of such by name, by present names: of all that is no container itself."""
     if not isinstance(state, Mapping):
         return state
-    return {_moved_name(key) if isinstance(value, Tensor) else key: moved_names(value) for key, value in state.items()}
+    return {key if isinstance(value, Mapping) else _moved_name(key): moved_names(value) for key, value in state.items()}
 
 
 def _moved_name(name: str) -> str:

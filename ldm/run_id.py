@@ -1,7 +1,7 @@
 """Which run a training command belongs to: the same command finds its run again, whatever defaults the framework has by then.
 
-A run's id is the experiment's name and 8 hex digits of what the command and the experiment's files say. `config.identity`, and
-so config.yaml in the run's folder, keeps the digits.
+A run's id, unless the command says one, is the experiment's name and 8 hex digits of what the command and the experiment's
+files say. `config.identity`, and so config.yaml in the run's folder, keeps the digits.
 """
 
 import hashlib
@@ -28,25 +28,29 @@ ABSENT = object()
 
 
 def name_run(config: DictConfig, configs: Path, overrides: Sequence[str] = (), swept: Sequence[str] = ()) -> DictConfig:
-    """Gives a training config its run_id where it has none, and what has been a default when that run began.
+    """Gives a training config its run_id where it has none, and the defaults of when that run began.
 
     Args:
-        config: the composed config; without `run_id` it stays as it is.
+        config: the composed config; what is no training, and so has no `resume`, stays as it is.
         configs: the folder of the framework's configs.
         overrides: what the command says.
         swept: the settings that a multirun gives several values: they count whatever they say, so that its jobs never meet.
     """
-    if "run_id" not in config or config.run_id is not None:
+    if "resume" not in config:
         return config
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    digits = identity(parsed, configs, swept)
+    before = None
     with open_dict(config):
-        config.identity = digits
-        config.run_id = f"{config.name}-{digits}"
-        if config.resume != "never":
-            if not Path(config.folder).is_dir() and not any(_root(key) in VOLATILE for key in swept):
-                config.run_id = _begun_before(config, parsed) or config.run_id
-            _keep_defaults(config)
+        config.identity = identity(parsed, configs, swept)
+        if config.run_id is None:
+            config.run_id = f"{config.name}-{config.identity}"
+            if config.resume != "never" and not Path(config.folder).is_dir() and not any(_root(k) in VOLATILE for k in swept):
+                before = _begun_before(config, parsed)
+                config.run_id = before or config.run_id
+        path = Path(config.folder) / "config.yaml"
+        if config.resume != "never" and path.is_file():
+            if before or OmegaConf.load(path).get("identity") == config.identity:
+                _keep_defaults(config, path)
     return config
 
 
@@ -92,11 +96,8 @@ def differences(saved: Any, present: Any, path: tuple[str, ...] = ()) -> Iterato
         yield from differences(saved.get(key, ABSENT), present.get(key, ABSENT), (*path, str(key)))
 
 
-def _keep_defaults(config: DictConfig) -> None:
-    """Takes the settings of a run that goes on, where its command says the same and the defaults have changed; and says so."""
-    path = Path(config.folder) / "config.yaml"
-    if not path.is_file() or path.parent != Path(config.runs) / config.run_id:
-        return
+def _keep_defaults(config: DictConfig, path: Path) -> None:
+    """Takes the settings of a run that goes on by the same command, where defaults have changed since; and says so."""
     lines = []
     for place, saved, present in _differing(path, config):
         name = ".".join(place)

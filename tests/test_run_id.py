@@ -33,6 +33,11 @@ def begin(config):
     return Path(config.folder) / "config.yaml"
 
 
+def test_only_trainings_have_an_identity(tmp_path):
+    for name in ("sample", "evaluate", "precompute"):
+        assert "identity" not in compose_config(name, ["model=m", f"runs={tmp_path}"] if name != "sample" else ["model=m"])
+
+
 def test_digits_are_of_what_is_said():
     assert digits("seed=1", "optimizer.lr=1e-3") == digits("optimizer.lr=0.001", "seed=1")
     said = [
@@ -95,8 +100,9 @@ def test_experiments_of_the_users_own_count(tmp_path):
     assert config.run_id == f"mine-{config.identity}" and digits(*search) != config.identity
 
 
-def test_a_changed_default_keeps_the_runs_value(tmp_path, capsys):
-    command = ["experiment=emoji/class", "optimizer.lr=0.5", f"runs={tmp_path}"]
+@pytest.mark.parametrize("named", [[], ["run_id=mine"]], ids=["digits", "named"])
+def test_a_changed_default_keeps_the_runs_value(named, tmp_path, capsys):
+    command = ["experiment=emoji/class", "optimizer.lr=0.5", f"runs={tmp_path}", *named]
     config = compose_config("train", command)
     path = begin(config)
     saved = OmegaConf.load(path)
@@ -117,6 +123,8 @@ def test_a_changed_default_keeps_the_runs_value(tmp_path, capsys):
         assert f"  {line}\n" in said
     assert "max_steps" not in said
     assert compose_config("train", [*command, "resume=never"]).seed == 0
+    if named:
+        assert compose_config("train", [*command, "optimizer.lr=0.25"]).seed == 0, "another command says what it says"
 
 
 def test_a_moved_class_is_no_changed_default(tmp_path, capsys, monkeypatch):
