@@ -1,7 +1,7 @@
 """A latent model taken apart, in our names: what every foreign layout is read into and written from."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,15 @@ PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
 
 @dataclass
 class Part:
-    """A frozen model: how it is built and its weights. `tower` says that it is a CLIP's text tower, else an autoencoder."""
+    """A frozen model: how it is built and its weights. `tower` says that it is a CLIP's text tower, else an autoencoder.
+
+    `scale` is an autoencoder's published scale factor that its source does not say, and that was assumed.
+    """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     tower: bool = False
+    scale: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """How the autoencoder is built, the defaults filled in."""
@@ -51,6 +55,7 @@ class Bundle:
 
     Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
     from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so. `words` is the vocab.txt of a BERT.
+    `assumed` is what its source does not say and its family has, in words, and `scale` the scale factor of the family's latents.
     `home` is the folder of our layout that it was read from, where its conditions' other files lie.
     """
 
@@ -60,6 +65,8 @@ class Bundle:
     grid: str | None = None
     words: str | None = None
     home: Path | None = None
+    assumed: list[str] = field(default_factory=list)
+    scale: float | None = None
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""
@@ -182,10 +189,21 @@ def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(x.shape) for name, x in blank_text_tower(config).state_dict().items() if name != "logit_scale"}
 
 
-def published_statistics(channels: int, scale: float, shift: float = 0.0) -> dict[str, Tensor]:
-    """A published scale factor as statistics: z = shift + x / scale. How many pictures they come from nobody says: -1."""
-    mean, std = torch.full((channels,), shift), torch.full((channels,), 1 / scale)
-    return {"mean": mean, "std": std, "count": torch.tensor(-1)}
+def published_statistics(
+    channels: int, scale: float, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0
+) -> dict[str, Tensor]:
+    """A published scale factor, and means and deviations by channel, as statistics: z = mean + x std / scale.
+
+    How many pictures they come from nobody says: -1.
+
+    Raises:
+        ValueError: they are not one for each channel.
+    """
+    by_channel = [torch.tensor(x, dtype=torch.float64) for x in (mean, std)]
+    if any(x.shape not in ((), (channels,)) for x in by_channel):
+        raise ValueError(f"latents_mean={mean}, latents_std={std}: one for each of {channels} channels was wanted.")
+    mean, std = (x.expand(channels) for x in by_channel)
+    return {"mean": mean.float().clone(), "std": (std / scale).float(), "count": torch.tensor(-1)}
 
 
 def recipe_of(
@@ -195,7 +213,17 @@ def recipe_of(
     schedule: Mapping[str, Any],
     level: Mapping[str, Any] = DISCRETE,
 ) -> dict[str, Any]:
-    """The recipe of a model of the family, whose autoencoder lies in a sub-folder."""
+    """The recipe of a model of the family, whose autoencoder lies in a sub-folder.
+
+    Raises:
+        ValueError: it says noise where the schedule leaves no signal, so that no picture could be read from what it says.
+    """
+    if prediction == "Noise" and schedule.get("zero_terminal_snr"):
+        raise ValueError(
+            "It says noise (epsilon) on a schedule with zero terminal SNR (rescale_betas_zero_snr, ztsnr): no signal is left in the "
+            "last step, and nothing can be drawn from noise alone (2305.08891). Its marks are wrong: models of that schedule "
+            "say velocity (v_prediction, --prediction velocity), and others are not of that schedule."
+        )
     return {
         "_target_": "ldm.build.assemble",
         "autoencoder": {"_target_": "ldm.build.load_autoencoder", "path": "./autoencoder"},
@@ -214,8 +242,8 @@ def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_node(place: str, **settings: Any) -> dict[str, Any]:
-    """The config of a text condition whose tower lies in the sub-folder `place`."""
-    return {"_target_": "ldm.condition.text.Text", "model": f"{LOCAL}./{place}", **settings}
+    """The config of a published text condition whose tower lies in the sub-folder `place`."""
+    return {"_target_": "ldm.condition.text.Text", "model": f"{LOCAL}./{place}", "tokenizer": "clip", **settings}
 
 
 def scale_of(part: Part) -> float | None:
