@@ -6,8 +6,23 @@ from family import their_tokenizer
 
 from ldm.clip import PublishedTokenizer
 
-PROMPTS = ["", "a red apple", "Tom &amp; Jerry", "x <|endoftext|> y", " <|ENDOFTEXT|> <|startoftext|>", "Hello! World!!", "ΣΑΣ İ ﬁ"]
-PROMPTS += ["  a\n\tb ", "it's 42's we'LL", "naïve cafe\u0301 \u4f60\u597d \U0001f600", "!" * 40, "a <Toy> and<toy>,<toy>s", "\u00ad\u200b a"]
+PROMPTS = [
+    "",
+    "a red apple",
+    "Tom &amp; Jerry",
+    "x <|endoftext|> y",
+    " <|ENDOFTEXT|> <|startoftext|>",
+    "Hello! World!!",
+    "ΣΑΣ İ ﬁ",
+]
+PROMPTS += [
+    "  a\n\tb ",
+    "it's 42's we'LL",
+    "naïve cafe\u0301 \u4f60\u597d \U0001f600",
+    "!" * 40,
+    "a <Toy> and<toy>,<toy>s",
+    "\u00ad\u200b a",
+]
 
 
 @pytest.mark.parametrize("pad", ["!", "<|endoftext|>"])

@@ -66,7 +66,9 @@ def diffusers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     check_keys(config, "LDMBertModel", "The bert")
     if config["encoder_ffn_dim"] != 4 * config["d_model"]:
-        raise ValueError(f"The bert has encoder_ffn_dim={config['encoder_ffn_dim']}; 4 d_model, {4 * config['d_model']}, is known.")
+        raise ValueError(
+            f"The bert has encoder_ffn_dim={config['encoder_ffn_dim']}; 4 d_model, {4 * config['d_model']}, is known."
+        )
     words = {"width": "d_model", "depth": "encoder_layers", "heads": "encoder_attention_heads", "head_width": "head_dim"}
     return {ours: config[theirs] for ours, theirs in {**words, "length": "max_position_embeddings"}.items()}
 

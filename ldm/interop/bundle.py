@@ -1,7 +1,7 @@
 """A latent model taken apart, in our names: what every foreign layout is read into and written from."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,23 +189,6 @@ def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(x.shape) for name, x in blank_text_tower(config).state_dict().items() if name != "logit_scale"}
 
 
-def published_statistics(
-    channels: int, scale: float, mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0
-) -> dict[str, Tensor]:
-    """A published scale factor, and means and deviations by channel, as statistics: z = mean + x std / scale.
-
-    How many pictures they come from nobody says: -1.
-
-    Raises:
-        ValueError: they are not one for each channel.
-    """
-    by_channel = [torch.tensor(x, dtype=torch.float64) for x in (mean, std)]
-    if any(x.shape not in ((), (channels,)) for x in by_channel):
-        raise ValueError(f"latents_mean={mean}, latents_std={std}: one for each of {channels} channels was wanted.")
-    mean, std = (x.expand(channels) for x in by_channel)
-    return {"mean": mean.float().clone(), "std": (std / scale).float(), "count": torch.tensor(-1)}
-
-
 def recipe_of(
     backbone: Mapping[str, Any],
     condition: Mapping[str, Any],
@@ -220,8 +203,8 @@ def recipe_of(
     """
     if prediction == "Noise" and schedule.get("zero_terminal_snr"):
         raise ValueError(
-            "It says noise (epsilon) on a schedule with zero terminal SNR (rescale_betas_zero_snr, ztsnr): no signal is left in the "
-            "last step, and nothing can be drawn from noise alone (2305.08891). Its marks are wrong: models of that schedule "
+            "It says noise (epsilon) on a schedule with zero terminal SNR (rescale_betas_zero_snr, ztsnr): no signal is left in "
+            "the last step, and nothing can be drawn from noise alone (2305.08891). Its marks are wrong: models of that schedule "
             "say velocity (v_prediction, --prediction velocity), and others are not of that schedule."
         )
     return {
@@ -244,36 +227,6 @@ def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
 def text_node(place: str, **settings: Any) -> dict[str, Any]:
     """The config of a published text condition whose tower lies in the sub-folder `place`."""
     return {"_target_": "ldm.condition.text.Text", "model": f"{LOCAL}./{place}", "tokenizer": "clip", **settings}
-
-
-def scale_of(part: Part) -> float | None:
-    """The published scale factor that an autoencoder's statistics are, or None: they are measured, per channel."""
-    mean, std = part.weights["mean"], part.weights["std"]
-    if bool(mean.any()) or bool((std != std[0]).any()):
-        return None
-    scale = 1 / float(std[0])
-    short = float(f"{scale:.6g}")
-    return short if torch.tensor(1 / short) == std[0] else scale
-
-
-def folded(part: Part) -> dict[str, Tensor]:
-    """A KL autoencoder's weights with its statistics inside, so that its own latents are white and the scale factor is 1.
-
-    The two 1x1 convolutions around the latents take them up, exactly but for rounding.
-
-    Raises:
-        ValueError: it is a VQ, where other scales by channel would choose other codes.
-    """
-    if "codebook" in part.weights:
-        raise ValueError("A VQ autoencoder's statistics differ by channel; other layouts know one scale factor for all channels.")
-    w = dict(part.weights)
-    mean, std = w["mean"], w["std"]
-    scale, move = torch.cat((1 / std, torch.ones_like(std))), torch.cat((mean / std, 2 * std.log()))
-    w["quant_conv.weight"] = w["quant_conv.weight"] * scale[:, None, None, None]
-    w["quant_conv.bias"] = w["quant_conv.bias"] * scale - move
-    w["post_quant_conv.bias"] = w["post_quant_conv.bias"] + w["post_quant_conv.weight"][:, :, 0, 0] @ mean
-    w["post_quant_conv.weight"] = w["post_quant_conv.weight"] * std[:, None, None]
-    return w
 
 
 def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:

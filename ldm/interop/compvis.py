@@ -18,10 +18,7 @@ from ldm.interop.bundle import (
     Bundle,
     Part,
     autoencoder_shapes,
-    folded,
-    published_statistics,
     recipe_of,
-    scale_of,
     towers,
     unet_node,
     unet_shapes,
@@ -39,6 +36,7 @@ from ldm.interop.compvis_config import (
 )
 from ldm.interop.compvis_text import TOWERS, named_as_today, read_texts, write_tower
 from ldm.interop.conditions import LABEL, map_node, number_node, with_null, without_null
+from ldm.interop.statistics import folded, published_statistics, scale_of
 from ldm.interop.tie import bring, give, taken
 from ldm.interop.weights import check_numbers
 
@@ -68,7 +66,11 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
         part, used = _read_autoencoder(weights, "", told, 0.18215)
         _check_left(path, weights, used)
         check_numbers(part.weights, path)
-        said = [] if part.scale is None else [f"scale: {part.scale} (Stable Diffusion 1's and 2's is 0.18215, XL's 0.13025, a VQ's 1)"]
+        said = (
+            []
+            if part.scale is None
+            else [f"scale: {part.scale} (Stable Diffusion 1's and 2's is 0.18215, XL's 0.13025, a VQ's 1)"]
+        )
         return Bundle(None, {}, {"autoencoder": part}, assumed=said)
     found = unet.settings_of(_below(weights, UNET))
     channels, widths = found.pop("channels"), found.pop("widths")
@@ -89,15 +91,11 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     ours |= bert_weights
     condition, parts, read = _read_conditions(weights, widths, channels, table, bert_node, layer_told(told))
     _check_left(path, weights, used | read | bert_read | taken(ties, UNET) | set(TABLES.values()))
-    marked = "Velocity" if SAYS_VELOCITY in weights else None
-    if marked and prediction not in (None, marked):
-        raise ValueError(f"{path} is marked to say velocity ({SAYS_VELOCITY}); leave --prediction {prediction.lower()} out.")
-    kind = marked or prediction
-    kind = kind or prediction_told(path, told, _is_second(parts) and not widths["spatial"], table is not None)
+    kind, said = _prediction(path, told, weights, prediction, _is_second(parts) and not widths["spatial"], table is not None)
     schedule = schedule_told(path, told, weights) | ({"zero_terminal_snr": True} if ZERO_SNR in weights else {})
     recipe = recipe_of(unet_node(found), condition, kind, schedule)
-    said = assumed(recipe, told, weights, None if stage and stage["autoencoder"].scale is None else scale, marked or prediction)
-    bundle = Bundle(recipe, ours, {**stage, **parts}, assumed=said, scale=scale)
+    missing = assumed(recipe, told, weights, None if stage and stage["autoencoder"].scale is None else scale, said)
+    bundle = Bundle(recipe, ours, {**stage, **parts}, assumed=missing, scale=scale)
     for place in (bundle.weights, *(p.weights for p in bundle.parts.values())):
         check_numbers(place, path)
     return bundle
@@ -136,6 +134,17 @@ def write_file(bundle: Bundle, path: Path) -> None:
     told = told_of(bundle, scale or 1.0)
     save_tensors(theirs, path)
     write_text(yaml.safe_dump(told, sort_keys=False), path.with_suffix(".yaml"))
+
+
+def _prediction(
+    path: Path, told: Mapping[str, Any], weights: Mapping[str, Tensor], prediction: str | None, second: bool, upscales: bool
+) -> tuple[str, bool]:
+    """What the network says, and whether a mark or the caller said it."""
+    marked = "Velocity" if SAYS_VELOCITY in weights else None
+    if marked and prediction not in (None, marked):
+        raise ValueError(f"{path} is marked to say velocity ({SAYS_VELOCITY}); leave --prediction {prediction.lower()} out.")
+    said = marked or prediction
+    return said or prediction_told(path, told, second, upscales), bool(said)
 
 
 def _read_conditions(

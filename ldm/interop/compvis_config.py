@@ -61,7 +61,7 @@ def layer_told(told: Mapping[str, Any]) -> int | None:
 
 
 def assumed(
-    recipe: Mapping[str, Any], told: Mapping[str, Any], weights: Mapping[str, Tensor], scale: float | None, said: str | None
+    recipe: Mapping[str, Any], told: Mapping[str, Any], weights: Mapping[str, Tensor], scale: float | None, said: bool
 ) -> list[str]:
     """What nothing in a file, nor beside it, says, and was taken from its family."""
     backbone = recipe["backbone"]

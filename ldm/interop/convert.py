@@ -8,6 +8,7 @@ from ldm.interop import bundle as ours
 from ldm.interop.bundle import Bundle, Part
 from ldm.interop.card import card
 from ldm.interop.conditions import LABEL, lacks_null
+from ldm.interop.statistics import published_statistics
 from ldm.interop.weights import open_weights, read_config
 
 HUB = "hf://"
@@ -49,8 +50,10 @@ def add_autoencoder(bundle: Bundle, source: str, prediction: str | None = None) 
     part = read_part(source, prediction)
     if part.scale is not None:
         scale = bundle.scale or part.scale
-        part.weights |= ours.published_statistics(part.settings()["channels"], scale)
-        bundle.assumed.append(f"scale: {scale}, of {'this family' if bundle.scale else 'Stable Diffusion 1'}; {source} does not say it")
+        part.weights |= published_statistics(part.settings()["channels"], scale)
+        bundle.assumed.append(
+            f"scale: {scale}, of {'this family' if bundle.scale else 'Stable Diffusion 1'}; {source} does not say it"
+        )
     bundle.parts["autoencoder"] = part
 
 

@@ -1,6 +1,5 @@
 """Folders as diffusers' pipelines write and read them: model_index.json and a sub-folder for each part."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,8 @@ from ldm.interop.bundle import (
     Bundle,
     Part,
     autoencoder_shapes,
-    folded,
-    published_statistics,
     read_words,
     recipe_of,
-    scale_of,
     text_node,
     tower_shapes,
     towers,
@@ -29,18 +25,19 @@ from ldm.interop.bundle import (
 )
 from ldm.interop.conditions import map_node, number_node
 from ldm.interop.diffusers_config import LOW_RESOLUTION, pipeline_of, scheduler_config, vae_config, vae_settings
+from ldm.interop.diffusers_files import take_part
 from ldm.interop.diffusers_unet import unet_config, unet_settings
 from ldm.interop.schedulers import read_schedule
-from ldm.interop.text import PREFIX, open_clip_config, transformers, transformers_config
-from ldm.interop.tie import Shapes, Tie, bring, give, same, taken
+from ldm.interop.statistics import folded, published_statistics, scale_of
+from ldm.interop.text import open_clip_config, transformers, transformers_config
+from ldm.interop.tie import give, same
 from ldm.interop.tokens import PADDING, read_tokenizer, write_tokenizer
-from ldm.interop.weights import check_numbers, open_weights, read_config
+from ldm.interop.weights import read_config
 
 TABLE = "conditioner.embedders.upscale.table.weight"  # of the upscaler's noise steps
 # The parts of a pipeline: those that are read, and those that judge or make maps, and change no picture.
 READ = {"unet", "vae", "vqvae", "scheduler", "bert", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"}
 BESIDE = {"safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker", "low_res_scheduler"}
-VARIANTS = ("", "fp32", "fp16", "bf16")  # of the files of a part, the first that is there; then any other, such as non_ema
 
 
 def read_folder(folder: Path) -> Bundle:
@@ -233,7 +230,9 @@ def _read_tower(folder: Path) -> Part:
     told = read_config(folder / "config.json")
     config = open_clip_config(told)
     if told.get("eos_token_id") == 2 and told["vocab_size"] > FIRST_LEARNED and config["text_cfg"].get("proj_type") != "none":
-        raise ValueError(f"{folder} pools the largest id (eos_token_id=2), a learned one; eos_token_id=49407 is known beside those.")
+        raise ValueError(
+            f"{folder} pools the largest id (eos_token_id=2), a learned one; eos_token_id=49407 is known beside those."
+        )
     shapes = tower_shapes(config)
     return Part(config, take_part(folder, transformers(shapes), shapes, "model"), tower=True)
 
@@ -279,43 +278,3 @@ def _write_text(node: Mapping[str, Any], part: Part, folder: Path, slot: str) ->
     save_tensors(give(transformers(part.weights), part.weights), encoder / "model.safetensors")
     length = part.config["text_cfg"]["context_length"]
     write_tokenizer(tokenizer, node["padding"], node.get("learned", ()), length)
-
-
-def take_part(
-    folder: Path, ties: Mapping[str, Tie], shapes: Shapes, stem: str = "diffusion_pytorch_model", left: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """The tensors of one part, whole or split over files, by our names; nothing but `left` may be missing or left."""
-    path = _file(folder, stem)
-    weights = _current(open_weights(path))
-    try:
-        ours = bring(ties, weights, shapes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
-    if over:
-        raise ValueError(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
-    check_numbers(ours, path)
-    return ours
-
-
-def _file(folder: Path, stem: str) -> Path:
-    """The weights of a part, of the best variant, or the index of their pieces."""
-    pattern = re.compile(rf"(?:{stem}|pytorch_model)(?:\.([\w]+))?\.(safetensors|bin)(?:\.index(?:\.([\w]+))?\.json)?")
-    found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if name := pattern.fullmatch(path.name):
-            kind = name[1] or name[3] or ""
-            found.append((VARIANTS.index(kind) if kind in VARIANTS else len(VARIANTS), name[2] != "safetensors", path))
-    return min(found)[2] if found else folder / f"{stem}.safetensors"
-
-
-def _current(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Today's names for older ones: attention of early autoencoders, and text encoders saved without their prefix."""
-    renamed = {}
-    for name, x in weights.items():
-        if ".attentions." in name and not name.endswith(("group_norm.weight", "group_norm.bias")):
-            name = first_stage.DEPRECATED(name)
-            x = x.flatten(1) if x.ndim == 4 and ".to_" in name else x
-        bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
-        renamed[PREFIX + name if bare else name] = x
-    return renamed

@@ -32,9 +32,14 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     attends = [block == "AttnDownEncoderBlock2D" for block in down]
     kinds = [[f"{'Attn' if a else ''}{name}" for a in attends] for name in ("DownEncoderBlock2D", "UpDecoderBlock2D")]
     if list(down) != kinds[0] or list(up) != kinds[1][::-1] or any(ch % width for ch in blocks):
-        raise ValueError(f"{folder} has blocks {down}, {up} on {blocks} channels; those of the family, mirrored, are known.")
+        raise ValueError(
+            f"{folder} has down_block_types={down}, up_block_types={up} and block_out_channels={blocks}; down blocks, with or "
+            "without attention, their mirror, and multiples of the first are known."
+        )
     if config.get("vq_embed_dim") not in (None, channels):
-        raise ValueError(f"{folder} has vq_embed_dim={config['vq_embed_dim']}; as many as latent_channels, {channels}, are known.")
+        raise ValueError(
+            f"{folder} has vq_embed_dim={config['vq_embed_dim']}; as many as latent_channels, {channels}, are known."
+        )
     ours = {"channels": channels, "width": width, "mult": [ch // width for ch in blocks]}
     ours |= {"res_blocks": config["layers_per_block"], "groups": config.get("norm_num_groups", 32)}
     ours["attention"] = [i for i, attend in enumerate(attends) if attend]

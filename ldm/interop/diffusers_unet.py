@@ -159,7 +159,10 @@ def _levels(config: Mapping[str, Any], attending: str) -> tuple[int, list[int], 
     attends = [kind == f"{attending}DownBlock2D" for kind in down]
     mirrored = [f"{attending}UpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
     if down != [f"{attending}DownBlock2D" if a else "DownBlock2D" for a in attends] or up != mirrored:
-        raise ValueError(f"The unet has blocks {down} and {up}; {attending}DownBlock2D, DownBlock2D and their mirror are known.")
+        raise ValueError(
+            f"The unet has down_block_types={down} and up_block_types={up}; {attending}DownBlock2D, DownBlock2D and their mirror "
+            "are known."
+        )
     if len(blocks) != len(down) or any(ch % width for ch in blocks):
         raise ValueError(f"The unet has block_out_channels={blocks} for {len(down)} levels; multiples of the first are known.")
     return width, [ch // width for ch in blocks], attends
@@ -172,7 +175,9 @@ def _heads(config: Mapping[str, Any], blocks: Sequence[int], attends: Sequence[b
     heard = {(n, ch // n) for n, ch, a in zip(each, blocks, [*attends[:-1], True]) if a}  # the middle has the last level's
     counts, widths = {n for n, _ in heard}, {width for _, width in heard}
     if len(counts) > 1 and len(widths) > 1:
-        raise ValueError(f"The unet has {name}={each} on {list(blocks)} channels; one number of heads, or heads of one width, are known.")
+        raise ValueError(
+            f"The unet has {name}={each} on {list(blocks)} channels; one number of heads, or heads of one width, are known."
+        )
     if isinstance(config.get(name, 8), int) or len(widths) > 1:
         return {"heads": counts.pop(), "head_width": None}
     return {"heads": 8, "head_width": widths.pop()}

@@ -15,8 +15,9 @@ from ldm.folder import save_tensors, write_json
 from ldm.interop import dit
 from ldm.interop.bundle import BACKBONE, BETAS, DISCRETE, Bundle, recipe_of
 from ldm.interop.conditions import LABEL, with_null, without_null
-from ldm.interop.diffusers import read_autoencoder, take_part, write_autoencoder
+from ldm.interop.diffusers import read_autoencoder, write_autoencoder
 from ldm.interop.diffusers_config import VERSION, scheduler_config
+from ldm.interop.diffusers_files import take_part
 from ldm.interop.keys import check_keys
 from ldm.interop.schedulers import read_schedule
 from ldm.interop.tie import bring, check_whole, give, taken

@@ -90,7 +90,9 @@ attention_dropout dropout activation_dropout initializer_factor initializer_rang
 architectures
 """
 BERT = {"activation_function": ("gelu",), "scale_embedding": (False,)}
-BERT_USED = "num_hidden_layers vocab_size max_position_embeddings encoder_layers encoder_ffn_dim encoder_attention_heads head_dim d_model"
+BERT_USED = (
+    "num_hidden_layers vocab_size max_position_embeddings encoder_layers encoder_ffn_dim encoder_attention_heads head_dim d_model"
+)
 
 CLASSES = {
     "AutoencoderKL": Keys(

@@ -110,7 +110,9 @@ def _schedule(said: Mapping[str, Any], kind: str, folder: Path) -> tuple[dict[st
     if not all(isinstance(beta, int | float) for beta in betas.values()):
         raise ValueError(f"{folder} has betas from {betas['beta_start']} to {betas['beta_end']}; numbers were wanted.")
     if said.get("num_train_timesteps", 1000) != 1000:
-        raise ValueError(f"{folder} has {said['num_train_timesteps']} steps; networks of this family are told of 1000.")
+        raise ValueError(
+            f"{folder} has num_train_timesteps={said['num_train_timesteps']}; networks of this family are told of 1000."
+        )
     zero = {"zero_terminal_snr": True} if said.get("rescale_betas_zero_snr") else {}
     return {"_target_": f"ldm.schedule.{SCHEDULES[name]}", **betas, **zero}, PREDICTIONS[prediction]
 

@@ -33,7 +33,7 @@ def read_tokenizer(folder: Path, rows: int, length: int) -> dict[str, Any]:
             raise ValueError(f"{path} has {name}={value!r}; {only!r} is known.")
     word = _word(told.get("pad_token", END))
     if word not in PADDING:
-        raise ValueError(f"{path} pads with {word!r}; {', '.join(PADDING)} are known.")
+        raise ValueError(f"{path} has pad_token={word!r}; {', '.join(PADDING)} are known.")
     if (most := told.get("model_max_length", length)) != length and most < 1e6:
         raise ValueError(f"{path} has model_max_length={most}; the text encoder reads {length} tokens.")
     _check_vocabulary(folder)
@@ -72,7 +72,9 @@ def _learned(folder: Path, told: Mapping[str, Any]) -> list[str]:
     ids = vocabulary()[0]
     learned = sorted(i for i, word in added.items() if ids.get(word["content"]) != i)
     if learned != list(range(FIRST_LEARNED, FIRST_LEARNED + len(learned))):
-        raise ValueError(f"{folder} has added tokens of the ids {learned[:5]}; ids from {FIRST_LEARNED} on, one by one, are known.")
+        raise ValueError(
+            f"{folder} has added tokens of the ids {learned[:5]}; ids from {FIRST_LEARNED} on, one by one, are known."
+        )
     for word in (added[i] for i in learned):
         if strange := [name for name in PLAIN if word.get(name)] + ([] if word.get("normalized", True) else ["normalized=false"]):
             raise ValueError(f"{folder}: the added token {word['content']!r} has {', '.join(strange)}; plain ones are known.")
