@@ -185,7 +185,8 @@ def test_what_a_file_does_not_say_is_printed(files, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["", str(files / "sd1.safetensors"), str(tmp_path / "out"), "--to", "ldm"])
     main()
     said = capsys.readouterr().out
-    for word in ("scale: 0.18215", "heads: 32 wide", "hidden layer: -1", "prediction: noise", "schedule: ScaledLinear, betas 0.00085", "steps: leading"):
+    words = ("scale: 0.18215", "heads: 32 wide", "hidden layer: -1", "prediction: noise", "schedule: ScaledLinear, betas 0.00085")
+    for word in (*words, "steps: leading"):
         assert f"assumed      {word.split(': ')[0]}" in said and word in said, word
 
 
