@@ -163,7 +163,7 @@ def _levels(config: Mapping[str, Any], attending: str) -> tuple[int, list[int], 
             f"The unet has down_block_types={down} and up_block_types={up}; {attending}DownBlock2D, DownBlock2D and their mirror "
             "are known."
         )
-    if len(blocks) != len(down) or any(ch % width for ch in blocks):
+    if any(ch % width for ch in blocks) or len(blocks) != len(down):
         raise ValueError(f"The unet has block_out_channels={blocks} for {len(down)} levels; multiples of the first are known.")
     return width, [ch // width for ch in blocks], attends
 

@@ -40,7 +40,8 @@ DRAWING: dict[str, tuple[Any, ...]] = {
 }
 # Numbers of those that are off.
 SILENT = "dynamic_thresholding_ratio clip_sample_range sample_max_value flow_shift time_shift_type".split()
-REFUSED = {"trained_betas": None, "use_flow_sigmas": False}  # another schedule than the betas'
+# Another schedule than the betas'.
+REFUSED = {"trained_betas": (None, "beta_schedule=trained_betas"), "use_flow_sigmas": (False, "use_flow_sigmas=true")}
 EVERY = {*MODEL[:6], "timestep_spacing", "steps_offset"}
 SIGMAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
 CLIPPED = {"clip_sample", "clip_sample_range"}
@@ -81,9 +82,9 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str, list[str]]:
     told = read_config(folder / "scheduler_config.json")
     kind = told.get("_class_name", "scheduler without a class")
     if kind not in TAKES and not {"beta_schedule", "beta_start", "beta_end"} <= told.keys():
-        raise ValueError(f"{folder} has a {kind} that says no betas; {', '.join(TAKES)} are known.")
+        raise ValueError(f"{folder} has a {kind} with beta_schedule=None; {', '.join(TAKES)} are known.")
     said = {name: value for name, value in told.items() if name in TAKES.get(kind, _known())}
-    wrong = [f"{name}={said[name]}" for name, only in REFUSED.items() if said.get(name, only) != only]
+    wrong = [text for name, (only, text) in REFUSED.items() if said.get(name, only) != only]
     wrong += [f"{n}={v}" for n, v in told.items() if kind in TAKES and n[0] != "_" and n not in _known() and v not in OFF]
     if wrong:
         raise ValueError(f"{folder} has a {kind} with {', '.join(wrong)}, which no model of this family has.")

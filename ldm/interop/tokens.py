@@ -21,34 +21,41 @@ def read_tokenizer(folder: Path, rows: int, length: int) -> dict[str, Any]:
     Raises:
         ValueError: another vocabulary than CLIP's, or a way of cutting that is not CLIPTokenizer's.
     """
-    path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    told = read_config(path)
-    if "added_tokens_decoder" not in told and special.is_file():  # Stable Diffusion 2's says there what it pads with
-        told |= read_config(special)
+    path, told = folder / "tokenizer_config.json", _told(folder)
     kind = told.get("tokenizer_class", "CLIPTokenizer")
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise ValueError(f"{path} is of a {kind}; CLIPTokenizer is known.")
     for name, only in ONLY.items():
         if (value := _word(told.get(name, only))) != only:
             raise ValueError(f"{path} has {name}={value!r}; {only!r} is known.")
-    word = _word(told.get("pad_token", END))
-    if word not in PADDING:
-        raise ValueError(f"{path} has pad_token={word!r}; {', '.join(PADDING)} are known.")
+    pad = padding(folder)
     if (most := told.get("model_max_length", length)) != length and most < 1e6:
         raise ValueError(f"{path} has model_max_length={most}; the text encoder reads {length} tokens.")
     _check_vocabulary(folder)
     learned = _learned(folder, told)
     if rows < FIRST_LEARNED + len(learned):
         raise ValueError(f"{path} has {len(learned)} learned tokens; the text encoder's table has {rows} rows, too few for them.")
-    return {"padding": PADDING[word], **({"learned": learned} if learned else {})}
+    return {"padding": pad, **({"learned": learned} if learned else {})}
 
 
-def write_tokenizer(folder: Path, padding: int, learned: Sequence[str], length: int) -> None:
+def padding(folder: Path) -> int:
+    """The id of the token that a tokenizer pads with.
+
+    Raises:
+        ValueError: it is neither of the published ones.
+    """
+    word = _word(_told(folder).get("pad_token", END))
+    if word not in PADDING:
+        raise ValueError(f"{folder / 'tokenizer_config.json'} has pad_token={word!r}; {', '.join(PADDING)} are known.")
+    return PADDING[word]
+
+
+def write_tokenizer(folder: Path, pads: int, learned: Sequence[str], length: int) -> None:
     """The folder of a CLIPTokenizer."""
     ids, merges = vocabulary()
     write_text(json.dumps(ids, ensure_ascii=False), folder / "vocab.json")
     write_text("#version: 0.2\n" + "\n".join(merges) + "\n", folder / "merges.txt")
-    pad = next(word for word, number in PADDING.items() if number == padding)
+    pad = next(word for word, number in PADDING.items() if number == pads)
     told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
     told |= {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
     write_json({k: v for k, v in told.items() if k.endswith("_token")}, folder / "special_tokens_map.json")
@@ -60,6 +67,13 @@ def write_tokenizer(folder: Path, padding: int, learned: Sequence[str], length: 
         told["added_tokens_decoder"] = added
         write_json({word: FIRST_LEARNED + i for i, word in enumerate(learned)}, folder / "added_tokens.json")
     write_json(told, folder / "tokenizer_config.json")
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    told, special = read_config(folder / "tokenizer_config.json"), folder / "special_tokens_map.json"
+    if "added_tokens_decoder" not in told and special.is_file():  # Stable Diffusion 2's says there what it pads with
+        told |= read_config(special)
+    return told
 
 
 def _learned(folder: Path, told: Mapping[str, Any]) -> list[str]:
