@@ -215,7 +215,10 @@ def _numbers(folder: Path, config: Mapping[str, Any], parts: Mapping[str, Part],
     Raises:
         ValueError: so many are none of theirs.
     """
-    width, pooled = config["addition_time_embed_dim"], list(parts.values())[-1].config["embed_dim"] if parts else 0
+    width, last = config["addition_time_embed_dim"], list(parts.values())[-1].config if parts else {}
+    if last.get("text_cfg", {}).get("proj_type") == "none":  # which are another model's; the widths of the tokens say so
+        return number_node(len(parts) == 1, width)
+    pooled = last.get("embed_dim", 0)
     count, rest = divmod(config["projection_class_embeddings_input_dim"] - pooled, width)
     if rest or count != (5 if scored or len(parts) == 1 else 6):
         raise ValueError(
