@@ -2,13 +2,15 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -78,6 +80,7 @@ def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any]
     return open_clip.get_model_config(model), {n: x for n, x in tower.state_dict().items() if n != "logit_scale"}
 
 
+@lru_cache
 def vocabulary() -> tuple[dict[str, int], list[str]]:
     """CLIP's byte-pair encoding, which ships with open_clip, as OpenAI wrote it: ids by token, and the merges in their order."""
     words = open_clip.tokenizer.SimpleTokenizer()
@@ -85,6 +88,57 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
     return {names.get(word, word): number for word, number in words.encoder.items()}, [
         " ".join(pair) for pair in sorted(words.bpe_ranks, key=words.bpe_ranks.get)
     ]
+
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+FIRST_LEARNED = 49408  # the id behind those of CLIP's vocabulary
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class PublishedTokenizer:
+    """CLIP's byte pairs, cut as transformers' CLIPTokenizer cuts, with which the published Stable Diffusions were trained.
+
+    It differs from open_clip's in three ways: HTML entities stay as they are written, the begin, end and padding tokens are
+    tokens when a prompt spells them, and `learned` words (textual inversion) are one token each, from id 49408 on; of one
+    learned as several rows (`word`, `word_1`, ...) the first stands for all, as in diffusers.
+
+    Args:
+        length: tokens of a caption, the begin and the end among them.
+        padding: the id behind the end, of a token that has no other meaning when it is spelt in a prompt.
+        learned: the learned words, in the order of their rows.
+    """
+
+    def __init__(self, length: int, padding: int, learned: Sequence[str] = ()) -> None:
+        ids, merges = vocabulary()
+        pairs = [tuple(pair.split(" ")) for pair in merges]
+        self.pieces = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>", unk_token=END, continuing_subword_prefix=""))
+        self.pieces.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        split = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
+        self.pieces.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        self.pieces.decoder = decoders.ByteLevel()
+        pad = next(word for word, number in ids.items() if number == padding)
+        self.pieces.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (BEGIN, END, pad)])
+        self.pieces.add_tokens([AddedToken(word, normalized=True) for word in learned])
+        self.begin, self.end, self.padding, self.length, self.learned = ids[BEGIN], ids[END], padding, length, tuple(learned)
+
+    def encode(self, caption: str) -> list[int]:
+        """The ids of a caption, without begin and end."""
+        for word in self.learned:
+            if f"{word}_1" in self.learned and word in caption:
+                rows = [word, *(w for i in range(1, len(self.learned)) if (w := f"{word}_{i}") in self.learned)]
+                caption = caption.replace(word, " ".join(rows))
+        return self.pieces.encode(caption).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words of some ids."""
+        return self.pieces.decode(list(ids), skip_special_tokens=False).replace("</w>", " ").strip()
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """B captions -> (B, length) ids: begin, caption, end, padding."""
+        rows = [[self.begin, *self.encode(caption)[: self.length - 2], self.end] for caption in captions]
+        return torch.tensor([row + [self.padding] * (self.length - len(row)) for row in rows])
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
@@ -103,13 +157,17 @@ def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
     return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
 
 
-def read(tower: nn.Module, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-    """ids: (B, L) token ids -> hidden states, (B, L, D) each, from before the transformer to its end; pooled: (B, E)."""
+def read(tower: nn.Module, ids: Tensor, end: int | None = None) -> tuple[list[Tensor], Tensor]:
+    """ids: (B, L) token ids -> hidden states, (B, L, D) each, from before the transformer to its end; pooled: (B, E).
+
+    `end` is the id that ends a text, the largest one there is with None.
+    """
     hidden = [tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]]
     for block in tower.transformer.resblocks:
         hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
-    end = tower.ln_final(hidden[-1])[torch.arange(len(ids)), ids.argmax(dim=1)]
-    return hidden, end if tower.text_projection is None else end @ tower.text_projection
+    place = ids.argmax(dim=1) if end is None else (ids == end).int().argmax(dim=1)
+    pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), place]
+    return hidden, pooled if tower.text_projection is None else pooled @ tower.text_projection
 
 
 def spoken(ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.clip import load_text_tower, read, spoken, warn_of_cut
+from ldm.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
 from ldm.folder import LOCAL, load_tensors
 from ldm.types import Cond, Widths
 
@@ -48,8 +48,11 @@ class Text(nn.Module):
     the training captions; the statistics lie beside the tower in `statistics.safetensors` (the `contrast` stage writes them).
     A dropped caption is the `empty_prompt` (Stable Diffusion 1 and 2), or `zeros` in the place of tokens and vector (XL).
 
+    `tokenizer` cuts captions into tokens: `open_clip`, or `clip`, as published models were trained (`PublishedTokenizer`),
+    which needs a `padding` and knows `learned` words, whose rows follow the tower's 49,408 (textual inversion).
+
     Raises:
-        ValueError: the tower has no such layer.
+        ValueError: the tower has no such layer, or fewer rows than words.
     """
 
     frozen = ("tower",)
@@ -66,12 +69,15 @@ class Text(nn.Module):
         dropped: Literal["empty_prompt", "zeros"] = "empty_prompt",
         key: str = "caption",
         rate: float = 0.1,
+        tokenizer: Literal["open_clip", "clip"] = "open_clip",
+        learned: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.key, self.rate, self.layers, self.final_norm, self.pooled = key, rate, tuple(layers), final_norm, pooled
         self.padding, self.dropped, self.whiten = padding, dropped, whiten
         self.tower = load_text_tower(model, pretrained, "condition.text")
-        self.tokenizer = open_clip.get_tokenizer(model, context_length=self.tower.context_length)
+        self.published, self.learned = tokenizer == "clip", tuple(learned)
+        self.tokenizer = self._tokenizer(model)
         self.cut = Cut(self.tower.context_length)
         width, count = self.tower.token_embedding.embedding_dim, len(self.tower.transformer.resblocks) + 1
         if not layers or not all(-count <= i < count for i in layers):
@@ -95,7 +101,7 @@ class Text(nn.Module):
         ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())])
         mask = None if self.padding is not None else spoken(ids)
         with torch.no_grad():
-            hidden, vector = read(self.tower, ids)
+            hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None)
         states = [
             self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
         ]
@@ -114,7 +120,7 @@ class Text(nn.Module):
         if self.training:
             self.cut.count(captions, ids, self.tokenizer)
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
-        return ids if not self.padding else ids.masked_fill(~spoken(ids), self.padding)
+        return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the tower's context is too short for."""
@@ -123,7 +129,23 @@ class Text(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What, besides its weights, decides what it says."""
         names = ("layers", "final_norm", "pooled", "padding", "whiten", "dropped")
-        return {name: getattr(self, name) for name in names} | {"layers": list(self.layers)}
+        cut = {"tokenizer": "clip", "learned": list(self.learned)} if self.published else {}
+        return {name: getattr(self, name) for name in names} | {"layers": list(self.layers)} | cut
+
+    def _tokenizer(self, model: str) -> Any:
+        length, rows = self.tower.context_length, self.tower.token_embedding.num_embeddings
+        if not self.published:
+            if self.learned:
+                raise ValueError(f"condition.text.learned={list(self.learned)} wants condition.text.tokenizer=clip.")
+            return open_clip.get_tokenizer(model, context_length=length)
+        if self.padding is None:
+            raise ValueError("condition.text.tokenizer=clip wants condition.text.padding, 0 or 49407, as published models pad.")
+        if rows < FIRST_LEARNED + len(self.learned):
+            raise ValueError(
+                f"condition.text.learned has {len(self.learned)} words, and the tower's table {rows} rows; "
+                f"{FIRST_LEARNED} + {len(self.learned)} were wanted."
+            )
+        return PublishedTokenizer(length, self.padding, self.learned)
 
 
 class Texts(nn.Module):

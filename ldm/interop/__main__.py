@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ldm.interop.bundle import read_words
-from ldm.interop.convert import HUB, LAYOUTS, check, describe, push, read, read_part, write
+from ldm.interop.convert import HUB, LAYOUTS, add_autoencoder, check, describe, push, read, write
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -27,7 +27,7 @@ def main() -> None:
             raise ValueError(f"--push {told.push}: name a repository as ORG/NAME.")
         bundle, layout = read(told.source, KINDS.get(told.prediction))
         if told.autoencoder:
-            bundle.parts["autoencoder"] = read_part(told.autoencoder, KINDS.get(told.prediction))
+            add_autoencoder(bundle, told.autoencoder, KINDS.get(told.prediction))
         if told.vocabulary:
             bundle.words = read_words(Path(told.vocabulary))
         check(bundle, told.source, KINDS.get(told.prediction))

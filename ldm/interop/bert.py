@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.condition.bert import Bert, Block
 from ldm.interop.bundle import WORDS, Bundle, filled, shapes_of
+from ldm.interop.keys import check_keys
 from ldm.interop.tie import Shapes, Tie, same, stacked, tied
 
 OURS = "conditioner.embedders.bert."
@@ -63,9 +64,11 @@ def diffusers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting that the published one does not have.
     """
-    found = (config["activation_function"], config["encoder_ffn_dim"], config.get("scale_embedding", False))
-    if found != ("gelu", 4 * config["d_model"], False):
-        raise ValueError(f"The bert has (activation, width within, scaled words) = {found}; gelu, 4 d_model, False are known.")
+    check_keys(config, "LDMBertModel", "The bert")
+    if config["encoder_ffn_dim"] != 4 * config["d_model"]:
+        raise ValueError(
+            f"The bert has encoder_ffn_dim={config['encoder_ffn_dim']}; 4 d_model, {4 * config['d_model']}, is known."
+        )
     words = {"width": "d_model", "depth": "encoder_layers", "heads": "encoder_attention_heads", "head_width": "head_dim"}
     return {ours: config[theirs] for ours, theirs in {**words, "length": "max_position_embeddings"}.items()}
 

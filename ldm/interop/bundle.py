@@ -45,11 +45,15 @@ PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
 
 @dataclass
 class Part:
-    """A frozen model: how it is built and its weights. `tower` says that it is a CLIP's text tower, else an autoencoder."""
+    """A frozen model: how it is built and its weights. `tower` says that it is a CLIP's text tower, else an autoencoder.
+
+    `scale` is an autoencoder's published scale factor that its source does not say, and that was assumed.
+    """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     tower: bool = False
+    scale: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """How the autoencoder is built, the defaults filled in."""
@@ -62,6 +66,7 @@ class Bundle:
 
     Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
     from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so. `words` is the vocab.txt of a BERT.
+    `assumed` is what its source does not say and its family has, in words, and `scale` the scale factor of the family's latents.
     `home` is the folder of our layout that it was read from, where its conditions' other files lie.
     """
 
@@ -71,6 +76,8 @@ class Bundle:
     grid: str | None = None
     words: str | None = None
     home: Path | None = None
+    assumed: list[str] = field(default_factory=list)
+    scale: float | None = None
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""
@@ -194,12 +201,6 @@ def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {name: tuple(x.shape) for name, x in blank_text_tower(config).state_dict().items() if name != "logit_scale"}
 
 
-def published_statistics(channels: int, scale: float, shift: float = 0.0) -> dict[str, Tensor]:
-    """A published scale factor as statistics: z = shift + x / scale. How many pictures they come from nobody says: -1."""
-    mean, std = torch.full((channels,), shift), torch.full((channels,), 1 / scale)
-    return {"mean": mean, "std": std, "count": torch.tensor(-1)}
-
-
 def recipe_of(
     backbone: Mapping[str, Any],
     condition: Mapping[str, Any],
@@ -207,7 +208,17 @@ def recipe_of(
     schedule: Mapping[str, Any],
     level: Mapping[str, Any] = DISCRETE,
 ) -> dict[str, Any]:
-    """The recipe of a model of the family, whose autoencoder lies in a sub-folder."""
+    """The recipe of a model of the family, whose autoencoder lies in a sub-folder.
+
+    Raises:
+        ValueError: it says noise where the schedule leaves no signal, so that no picture could be read from what it says.
+    """
+    if prediction == "Noise" and schedule.get("zero_terminal_snr"):
+        raise ValueError(
+            "It says noise (epsilon) on a schedule with zero terminal SNR (rescale_betas_zero_snr, ztsnr): no signal is left in "
+            "the last step, and nothing can be drawn from noise alone (2305.08891). Its marks are wrong: models of that schedule "
+            "say velocity (v_prediction, --prediction velocity), and others are not of that schedule."
+        )
     return {
         "_target_": "ldm.build.assemble",
         "autoencoder": {"_target_": "ldm.build.load_autoencoder", "path": "./autoencoder"},
@@ -226,38 +237,8 @@ def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_node(place: str, **settings: Any) -> dict[str, Any]:
-    """The config of a text condition whose tower lies in the sub-folder `place`."""
-    return {"_target_": "ldm.condition.text.Text", "model": f"{LOCAL}./{place}", **settings}
-
-
-def scale_of(part: Part) -> float | None:
-    """The published scale factor that an autoencoder's statistics are, or None: they are measured, per channel."""
-    mean, std = part.weights["mean"], part.weights["std"]
-    if bool(mean.any()) or bool((std != std[0]).any()):
-        return None
-    scale = 1 / float(std[0])
-    short = float(f"{scale:.6g}")
-    return short if torch.tensor(1 / short) == std[0] else scale
-
-
-def folded(part: Part) -> dict[str, Tensor]:
-    """A KL autoencoder's weights with its statistics inside, so that its own latents are white and the scale factor is 1.
-
-    The two 1x1 convolutions around the latents take them up, exactly but for rounding.
-
-    Raises:
-        ValueError: it is a VQ, where other scales by channel would choose other codes.
-    """
-    if "codebook" in part.weights:
-        raise ValueError("A VQ autoencoder's statistics differ by channel; other layouts know one scale factor for all channels.")
-    w = dict(part.weights)
-    mean, std = w["mean"], w["std"]
-    scale, move = torch.cat((1 / std, torch.ones_like(std))), torch.cat((mean / std, 2 * std.log()))
-    w["quant_conv.weight"] = w["quant_conv.weight"] * scale[:, None, None, None]
-    w["quant_conv.bias"] = w["quant_conv.bias"] * scale - move
-    w["post_quant_conv.bias"] = w["post_quant_conv.bias"] + w["post_quant_conv.weight"][:, :, 0, 0] @ mean
-    w["post_quant_conv.weight"] = w["post_quant_conv.weight"] * std[:, None, None]
-    return w
+    """The config of a published text condition whose tower lies in the sub-folder `place`."""
+    return {"_target_": "ldm.condition.text.Text", "model": f"{LOCAL}./{place}", "tokenizer": "clip", **settings}
 
 
 def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:

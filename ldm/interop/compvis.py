@@ -18,17 +18,25 @@ from ldm.interop.bundle import (
     Bundle,
     Part,
     autoencoder_shapes,
-    folded,
-    published_statistics,
     recipe_of,
-    scale_of,
     towers,
     unet_node,
     unet_shapes,
 )
-from ldm.interop.compvis_config import check_told, heads_told, prediction_told, scale_told, schedule_told, told_beside, told_of
-from ldm.interop.compvis_text import TOWERS, read_texts, write_tower
+from ldm.interop.compvis_config import (
+    assumed,
+    check_told,
+    heads_told,
+    layer_told,
+    prediction_told,
+    scale_told,
+    schedule_told,
+    told_beside,
+    told_of,
+)
+from ldm.interop.compvis_text import TOWERS, named_as_today, read_texts, write_tower
 from ldm.interop.conditions import LABEL, map_node, number_node, with_null, without_null
+from ldm.interop.statistics import folded, published_statistics, scale_of
 from ldm.interop.tie import bring, give, taken
 from ldm.interop.weights import check_numbers
 
@@ -37,6 +45,7 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 LEFT = ("betas", "alphas_cumprod", "sqrt_", "log_one_minus", "posterior_", "logvar", "lvlb_weights", "denoiser.sigmas")
 LEFT += ("model_ema.", f"{VAE}loss.", "loss.", f"{VAE}model_ema.", "scale_factor", "cond_stage_model.logit_scale")
 LEFT += ("low_scale_model.", "depth_model.")  # a schedule's tables; another model, which makes depth maps
+SAYS_VELOCITY, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors by which XL's successors are marked
 # Tables of rows that are trained, by our name and theirs: of classes, and of the upscaler's noise steps.
 TABLES = {
     LABEL: "cond_stage_model.embedding.weight",
@@ -50,14 +59,19 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     Raises:
         ValueError: names what is missing, unknown, or undecided.
     """
-    told = told_beside(path)
+    told, weights = told_beside(path), named_as_today(weights)
     if not any(name.startswith(UNET) for name in weights):
         if "encoder.conv_in.weight" not in weights:
             raise ValueError(f"{path} is no model in CompVis' or Stability's layout: it begins with {sorted(weights)[:3]}.")
         part, used = _read_autoencoder(weights, "", told, 0.18215)
         _check_left(path, weights, used)
         check_numbers(part.weights, path)
-        return Bundle(None, {}, {"autoencoder": part})
+        said = (
+            []
+            if part.scale is None
+            else [f"scale: {part.scale} (Stable Diffusion 1's and 2's is 0.18215, XL's 0.13025, a VQ's 1)"]
+        )
+        return Bundle(None, {}, {"autoencoder": part}, assumed=said)
     found = unet.settings_of(_below(weights, UNET))
     channels, widths = found.pop("channels"), found.pop("widths")
     check_told(path, told, widths["tokens"])
@@ -68,14 +82,20 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     ours |= {name: weights[theirs] for name, theirs in TABLES.items() if theirs in weights}
     ours |= {LABEL: with_null(ours[LABEL])} if LABEL in ours else {}
     large, table = any(name.startswith("conditioner.") for name in weights), weights.get(f"{UNET}label_emb.weight")
-    part, used = _read_autoencoder(weights, VAE, told, 0.13025 if large else 0.18215 if table is None else 0.08333)
+    scale = scale_told(told, weights) or (0.13025 if large else 0.18215 if table is None else 0.08333)
+    stage, used = {}, {SAYS_VELOCITY, ZERO_SNR}
+    if any(name.startswith(VAE) and not name.startswith(LEFT) for name in weights):
+        stage["autoencoder"], read = _read_autoencoder(weights, VAE, told, scale)
+        used |= read
     bert_node, bert_weights, bert_read = _read_bert(weights)
     ours |= bert_weights
-    condition, parts, read = _read_conditions(weights, widths, channels, table, bert_node)
+    condition, parts, read = _read_conditions(weights, widths, channels, table, bert_node, layer_told(told))
     _check_left(path, weights, used | read | bert_read | taken(ties, UNET) | set(TABLES.values()))
-    kind = prediction or prediction_told(path, told, _is_second(parts) and not widths["spatial"], table is not None)
-    recipe = recipe_of(unet_node(found), condition, kind, schedule_told(path, told, weights))
-    bundle = Bundle(recipe, ours, {"autoencoder": part, **parts})
+    kind, said = _prediction(path, told, weights, prediction, _is_second(parts) and not widths["spatial"], table is not None)
+    schedule = schedule_told(path, told, weights) | ({"zero_terminal_snr": True} if ZERO_SNR in weights else {})
+    recipe = recipe_of(unet_node(found), condition, kind, schedule)
+    missing = assumed(recipe, told, weights, None if stage and stage["autoencoder"].scale is None else scale, said)
+    bundle = Bundle(recipe, ours, {**stage, **parts}, assumed=missing, scale=scale)
     for place in (bundle.weights, *(p.weights for p in bundle.parts.values())):
         check_numbers(place, path)
     return bundle
@@ -116,11 +136,27 @@ def write_file(bundle: Bundle, path: Path) -> None:
     write_text(yaml.safe_dump(told, sort_keys=False), path.with_suffix(".yaml"))
 
 
+def _prediction(
+    path: Path, told: Mapping[str, Any], weights: Mapping[str, Tensor], prediction: str | None, second: bool, upscales: bool
+) -> tuple[str, bool]:
+    """What the network says, and whether a mark or the caller said it."""
+    marked = "Velocity" if SAYS_VELOCITY in weights else None
+    if marked and prediction not in (None, marked):
+        raise ValueError(f"{path} is marked to say velocity ({SAYS_VELOCITY}); leave --prediction {prediction.lower()} out.")
+    said = marked or prediction
+    return said or prediction_told(path, told, second, upscales), bool(said)
+
+
 def _read_conditions(
-    weights: Mapping[str, Tensor], widths: Mapping[str, int], channels: int, table: Tensor | None, text: dict[str, Any]
+    weights: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    channels: int,
+    table: Tensor | None,
+    text: dict[str, Any],
+    layer: int | None,
 ) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
     """The conditions, their towers by sub-folder, and the names that were used."""
-    condition, parts, read = read_texts(weights)
+    condition, parts, read = read_texts(weights, layer)
     condition |= text
     classes = weights.get("cond_stage_model.embedding.weight")
     if classes is not None:
@@ -175,10 +211,12 @@ def _read_autoencoder(weights: Mapping[str, Tensor], prefix: str, told: Mapping[
     ties = first_stage.compvis(shapes, config)
     ours = bring(ties, weights, shapes, prefix)
     quantised = config["_target_"].endswith("VQ")  # published with a scale factor of 1
-    own = published_statistics(config["channels"], scale_told(told, weights, 1.0 if quantised else scale))
+    said = scale_told(told, weights)
+    scale = said or (1.0 if quantised else scale)
+    own = published_statistics(config["channels"], scale)
     if quantised:
         own |= {"hits": ours["codebook"].new_zeros(shapes["hits"]), "sums": ours["codebook"].new_zeros(shapes["sums"])}
-    return Part(config, ours | own), taken(ties, prefix)
+    return Part(config, ours | own, scale=None if said else scale), taken(ties, prefix)
 
 
 def _averaged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from ldm.interop import bert, unet
-from ldm.interop.bundle import BETAS, Bundle
+from ldm.interop.bundle import BETAS, Bundle, towers
 from ldm.interop.weights import Config
 
 PREDICTIONS = {"eps": "Noise", "v": "Velocity", "x0": "Data"}
@@ -47,11 +47,35 @@ def heads_told(told: Mapping[str, Any]) -> dict[str, Any]:
     return {"heads": heads if heads != -1 else 8, "head_width": width if width != -1 else None}
 
 
-def scale_told(told: Mapping[str, Any], weights: Mapping[str, Tensor], usual: float) -> float:
-    """The scale factor of the latents: the yaml's, else the one that was measured in training, else what is usual."""
+def scale_told(told: Mapping[str, Any], weights: Mapping[str, Tensor]) -> float | None:
+    """The scale factor of the latents: the one that was measured in training, else the yaml's, or None."""
     if "scale_factor" in weights:  # of `scale_by_std`; the yaml's was its start
         return float(weights["scale_factor"])
-    return float(told.get("scale_factor", usual))
+    return float(told["scale_factor"]) if "scale_factor" in told else None
+
+
+def layer_told(told: Mapping[str, Any]) -> int | None:
+    """Which hidden state of open_clip's text tower is read, where the yaml says so: the last, or the last but one."""
+    layer = told.get("cond_stage_config", {}).get("params", {}).get("layer")
+    return {"last": -1, "penultimate": -2}.get(layer)
+
+
+def assumed(
+    recipe: Mapping[str, Any], told: Mapping[str, Any], weights: Mapping[str, Tensor], scale: float | None, said: bool
+) -> list[str]:
+    """What nothing in a file, nor beside it, says, and was taken from its family."""
+    backbone = recipe["backbone"]
+    heads = f"{backbone['heads']} heads" if backbone["head_width"] is None else f"{backbone['head_width']} wide"
+    lines = [] if scale is None else [f"scale: {scale}"]
+    lines += [] if heads_told(told) or not any(backbone["depth"]) else [f"heads: {heads}"]
+    for name, node in towers(recipe["condition"]).items():
+        if layer_told(told) is None:
+            lines.append(f"hidden layer: {node['layers'][0]} of {name}, heads there 64 wide, tokens cut as CLIPTokenizer's")
+    kind = recipe["prediction"]["_target_"].split(".")[-1].lower()
+    lines += [] if said or "parameterization" in told else [f"prediction: {kind}"]
+    start, end = recipe["schedule"]["beta_start"], recipe["schedule"]["beta_end"]
+    lines += [] if "linear_start" in told or "betas" in weights else [f"schedule: ScaledLinear, betas {start} to {end}"]
+    return [*lines, "steps: leading, as the published samplers have it (sampler/grid=leading)"]
 
 
 def schedule_told(path: Path, told: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,14 +12,28 @@ from ldm.interop.tie import bring, give, same, taken
 TOWERS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
 
 
-def read_texts(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
-    """The conditions, their towers by sub-folder, and the names that were used."""
+FULL = {768: 12, 1024: 24, 1280: 32}  # the blocks of the published towers, by width
+
+
+def named_as_today(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors; those of transformers' text towers with the prefix that older, and the latest, versions leave out."""
+    bare = tuple(f"{prefix}transformer.{part}." for prefix in TOWERS for part in ("embeddings", "encoder", "final_layer_norm"))
+    return {n.replace("transformer.", f"transformer.{PREFIX}", 1) if n.startswith(bare) else n: x for n, x in weights.items()}
+
+
+def read_texts(weights: Mapping[str, Tensor], layer: int | None = None) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
+    """The conditions, their towers by sub-folder, and the names that were used.
+
+    `layer` is the hidden state of Stable Diffusion 2's tower that is read, where something says so.
+    """
     found = [(prefix, _read_tower(weights, prefix)) for prefix in TOWERS if any(n.startswith(prefix) for n in weights)]
     found = [(prefix, part, used) for prefix, (part, used) in found if part is not None]
     read = set().union(*(used for _, _, used in found)) if found else set()
     if [prefix for prefix, _, _ in found] == [TOWERS[0]]:
         part = found[0][1]
-        first = {"layers": [-1], "padding": 49407} if part.config["quick_gelu"] else {"layers": [-2], "padding": 0}
+        first = {"layers": [-1], "padding": 49407}
+        if not part.config["quick_gelu"]:
+            first = {"layers": _last_but_one(part) if layer is None or _trimmed(part) else [layer], "padding": 0}
         node = text_node("condition.text", final_norm=True, **first)
         return {"text": node}, {"condition.text": part}, read
     nodes, parts = {}, {}
@@ -27,10 +41,21 @@ def read_texts(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str,
         name = "large" if part.config["quick_gelu"] else "giant"
         place = f"condition.text.towers.{name}"
         giant = {"pooled": True, "padding": 0} if name == "giant" else {"padding": 49407}
-        nodes[name] = text_node(place, layers=[-2], final_norm=False, dropped="zeros", **giant)
+        nodes[name] = text_node(place, layers=_last_but_one(part), final_norm=False, dropped="zeros", **giant)
         parts[place] = part
     text = {"_target_": "ldm.condition.text.Texts", "towers": nodes}
     return ({"text": text} if nodes else {}), parts, read
+
+
+def _trimmed(part: Part) -> bool:
+    """Whether a published tower lacks its last block, which nobody reads, as diffusers' own script writes it."""
+    text = part.config["text_cfg"]
+    return text["layers"] == FULL.get(text["width"], 0) - 1
+
+
+def _last_but_one(part: Part) -> list[int]:
+    """The hidden state before the whole tower's last block."""
+    return [-1] if _trimmed(part) else [-2]
 
 
 def _read_tower(weights: Mapping[str, Tensor], prefix: str) -> tuple[Part | None, set[str]]:

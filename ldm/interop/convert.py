@@ -8,6 +8,7 @@ from ldm.interop import bundle as ours
 from ldm.interop.bundle import Bundle, Part
 from ldm.interop.card import card
 from ldm.interop.conditions import LABEL, lacks_null
+from ldm.interop.statistics import published_statistics
 from ldm.interop.weights import open_weights, read_config
 
 HUB = "hf://"
@@ -42,6 +43,18 @@ def read_part(source: str, prediction: str | None = None) -> Part:
     if "autoencoder" not in parts:
         raise ValueError(f"{source} holds no autoencoder. Name one, or a whole model, by --autoencoder FOLDER_OR_FILE.")
     return parts["autoencoder"]
+
+
+def add_autoencoder(bundle: Bundle, source: str, prediction: str | None = None) -> None:
+    """Gives a network the autoencoder in a source; where that says no scale factor, it is the one of the network's family."""
+    part = read_part(source, prediction)
+    if part.scale is not None:
+        scale = bundle.scale or part.scale
+        part.weights |= published_statistics(part.settings()["channels"], scale)
+        bundle.assumed.append(
+            f"scale: {scale}, of {'this family' if bundle.scale else 'Stable Diffusion 1'}; {source} does not say it"
+        )
+    bundle.parts["autoencoder"] = part
 
 
 def check(bundle: Bundle, source: str, prediction: str | None) -> None:
@@ -135,8 +148,8 @@ def _wanted(files: list[str]) -> list[str]:
     weights = [f for f in whole if f.endswith((".safetensors", ".bin"))]
     settings = [f for f in whole if f.endswith((".json", ".txt", ".yaml"))]
 
-    def rank(f: str) -> tuple[bool, bool]:
-        return ("fp16" in f or "non_ema" in f, f.endswith(".bin"))
+    def rank(f: str) -> tuple[int, bool]:
+        return (next((i for kind, i in (("non_ema", 3), ("bf16", 2), ("fp16", 1)) if kind in f), 0), f.endswith(".bin"))
 
     best = {folder: min(rank(f) for f in weights if Path(f).parent == folder) for folder in {Path(f).parent for f in weights}}
     return settings + [f for f in weights if rank(f) == best[Path(f).parent]]
@@ -174,6 +187,7 @@ def describe(bundle: Bundle) -> str:
         betas = [f"{bundle.recipe['schedule'][end]:g}" for end in ("beta_start", "beta_end") if end in bundle.recipe["schedule"]]
         lines.append(f"says         {kinds[1]} on {kinds[0]}{f', betas {betas[0]} to {betas[1]}' if len(betas) == 2 else ''}")
         lines += [f"{name:12s} {told}" for name, told in _trained(bundle).items()]
+    lines += [f"assumed      {said}" for said in bundle.assumed]
     if bundle.grid is not None:
         lines.append(f"steps        {bundle.grid}: draw with sampler/grid={bundle.grid}")
     for place, part in bundle.parts.items():

@@ -1,13 +1,12 @@
 """Folders as diffusers' pipelines write and read them: model_index.json and a sub-folder for each part."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm.clip import vocabulary
+from ldm.clip import FIRST_LEARNED
 from ldm.folder import save_tensors, write_json, write_text
 from ldm.interop import autoencoder as first_stage
 from ldm.interop import bert, unet
@@ -16,11 +15,8 @@ from ldm.interop.bundle import (
     Bundle,
     Part,
     autoencoder_shapes,
-    folded,
-    published_statistics,
     read_words,
     recipe_of,
-    scale_of,
     text_node,
     tower_shapes,
     towers,
@@ -28,14 +24,20 @@ from ldm.interop.bundle import (
     unet_shapes,
 )
 from ldm.interop.conditions import map_node, number_node
-from ldm.interop.diffusers_config import LOW_RESOLUTION, pipeline_of, read_schedule, scheduler_config, vae_config, vae_settings
+from ldm.interop.diffusers_config import LOW_RESOLUTION, pipeline_of, scheduler_config, vae_config, vae_settings
+from ldm.interop.diffusers_files import take_part
 from ldm.interop.diffusers_unet import unet_config, unet_settings
-from ldm.interop.text import PREFIX, open_clip_config, transformers, transformers_config
-from ldm.interop.tie import Shapes, Tie, bring, give, same, taken
-from ldm.interop.weights import check_numbers, open_weights, read_config
+from ldm.interop.schedulers import read_schedule
+from ldm.interop.statistics import folded, published_statistics, scale_of
+from ldm.interop.text import open_clip_config, transformers, transformers_config
+from ldm.interop.tie import give, same
+from ldm.interop.tokens import PADDING, read_tokenizer, write_tokenizer
+from ldm.interop.weights import read_config
 
 TABLE = "conditioner.embedders.upscale.table.weight"  # of the upscaler's noise steps
-PADDING = {"!": 0, "<|endoftext|>": 49407}
+# The parts of a pipeline: those that are read, and those that judge or make maps, and change no picture.
+READ = {"unet", "vae", "vqvae", "scheduler", "bert", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"}
+BESIDE = {"safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker", "low_res_scheduler"}
 
 
 def read_folder(folder: Path) -> Bundle:
@@ -53,6 +55,7 @@ def read_folder(folder: Path) -> Bundle:
             f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae or vqvae, and DiT's, "
             "are known."
         )
+    _check_parts(folder, index)
     config = read_config(folder / "unet" / "config.json")
     settings, channels, widths = unet_settings(config)
     shapes = unet_shapes(channels, widths, **settings)
@@ -70,11 +73,13 @@ def read_folder(folder: Path) -> Bundle:
     if widths["tokens"] and not condition:
         raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP, or bert, to make them.")
     if config.get("addition_embed_type"):
-        condition["number"] = number_node(len(parts) == 1, config["addition_time_embed_dim"])
+        condition["number"] = _numbers(folder, config, parts, bool(index.get("requires_aesthetics_score")))
     condition |= map_node(widths["spatial"], channels, bool(condition), table)
-    schedule, kind, grid = read_schedule(folder / "scheduler")
+    schedule, kind, grid, assumed = read_schedule(folder / "scheduler")
     recipe = recipe_of(unet_node(settings), condition, kind, schedule)
-    return Bundle(recipe, weights, {"autoencoder": read_autoencoder(folder / stage), **parts}, grid, words)
+    part = read_autoencoder(folder / stage, whitened="XL" in index["_class_name"])
+    assumed += [] if part.scale is None else [f"scale: {part.scale}, which AutoencoderKL and VQModel mean where it is not said"]
+    return Bundle(recipe, weights, {"autoencoder": part, **parts}, grid, words, assumed=assumed)
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
@@ -106,17 +111,28 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
     write_json(index, folder / "model_index.json")
 
 
-def read_autoencoder(folder: Path) -> Part:
-    """AutoencoderKL's or VQModel's folder."""
+def read_autoencoder(folder: Path, whitened: bool = True) -> Part:
+    """AutoencoderKL's or VQModel's folder. `whitened` says that its pipeline reads the means and deviations by channel.
+
+    Raises:
+        ValueError: names what is missing, unknown, or read by nobody.
+    """
     config = read_config(folder / "config.json")
     ours = vae_settings(config, folder)
     shapes = autoencoder_shapes(ours)
     weights = take_part(folder, first_stage.diffusers(shapes, ours), shapes)
-    scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
-    own = published_statistics(ours["channels"], scale, shift)
+    scale = config.get("scaling_factor", 0.18215)
+    by_channel = {name: config.get(name) for name in ("latents_mean", "latents_std") if config.get(name) is not None}
+    if len(by_channel) == 1 or (by_channel and (not whitened or config.get("shift_factor"))):
+        raise ValueError(
+            f"{folder} says {by_channel}: both are known, without shift_factor, in a pipeline of Stable Diffusion XL; other "
+            "pipelines of diffusers draw without them. Take them out of its config.json, if it was trained so."
+        )
+    mean, std = by_channel.get("latents_mean", config.get("shift_factor") or 0.0), by_channel.get("latents_std", 1.0)
+    own = published_statistics(ours["channels"], scale, mean, std)
     if "codebook" in weights:
         own |= {name: weights["codebook"].new_zeros(shapes[name]) for name in ("hits", "sums")}
-    return Part(ours, weights | own)
+    return Part(ours, weights | own, scale=None if "scaling_factor" in config else scale)
 
 
 def write_autoencoder(part: Part, folder: Path, alone: bool = False) -> None:
@@ -136,9 +152,10 @@ def _read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any],
     for slot in slots:
         place = f"condition.text.towers.{names[slot]}" if large else "condition.text"
         parts[place] = _read_tower(folder / f"text_encoder{slot}")
-        told = {"padding": _padding(folder / f"tokenizer{slot}")}
+        text = parts[place].config["text_cfg"]
+        told = read_tokenizer(folder / f"tokenizer{slot}", text["vocab_size"], text["context_length"])
         if large:
-            dropped = "zeros" if index.get("force_zeros_for_empty_prompt") else "empty_prompt"
+            dropped = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "empty_prompt"
             told |= {"layers": [-2], "final_norm": False, "dropped": dropped, "pooled": slot == "_2"}
         nodes[names[slot]] = text_node(place, **({"layers": [-1], "final_norm": True} | told))
     if not large:
@@ -180,22 +197,47 @@ def _write_bert(bundle: Bundle, folder: Path) -> None:
     write_json(told, folder / "tokenizer" / "tokenizer_config.json")
 
 
+def _check_parts(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raises ValueError where a pipeline has a part that nothing here reads, such as a ControlNet."""
+    there = {name for name, value in index.items() if isinstance(value, list) and value[:1] not in ([], [None])}
+    if strange := sorted(there - READ - BESIDE):
+        raise ValueError(f"{folder} is a {index.get('_class_name')} with {', '.join(strange)}, which no model here has.")
+    low = folder / "low_res_scheduler" / "scheduler_config.json"
+    if low.is_file():
+        said, names = read_config(low), ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        if wrong := [f"{name}={said[name]}" for name in names if said.get(name, LOW_RESOLUTION[name]) != LOW_RESOLUTION[name]]:
+            raise ValueError(f"{low} has {', '.join(wrong)}; the x4 upscaler's table, {LOW_RESOLUTION}, is known.")
+
+
+def _numbers(folder: Path, config: Mapping[str, Any], parts: Mapping[str, Part], scored: bool) -> dict[str, Any]:
+    """The numbers that XL's network, or its refiner's, is told beside the text.
+
+    Raises:
+        ValueError: so many are none of theirs.
+    """
+    width, last = config["addition_time_embed_dim"], list(parts.values())[-1].config if parts else {}
+    if last.get("text_cfg", {}).get("proj_type") == "none":  # which are another model's; the widths of the tokens say so
+        return number_node(len(parts) == 1, width)
+    pooled = last.get("embed_dim", 0)
+    count, rest = divmod(config["projection_class_embeddings_input_dim"] - pooled, width)
+    if rest or count != (5 if scored or len(parts) == 1 else 6):
+        raise ValueError(
+            f"{folder}: its unet is told {count} numbers of {width} beside a text of {pooled} "
+            f"(projection_class_embeddings_input_dim={config['projection_class_embeddings_input_dim']}); XL's is told 6, and its "
+            "refiner's 5 (requires_aesthetics_score)."
+        )
+    return number_node(count == 5, width)
+
+
 def _read_tower(folder: Path) -> Part:
-    config = open_clip_config(read_config(folder / "config.json"))
+    told = read_config(folder / "config.json")
+    config = open_clip_config(told)
+    if told.get("eos_token_id") == 2 and told["vocab_size"] > FIRST_LEARNED and config["text_cfg"].get("proj_type") != "none":
+        raise ValueError(
+            f"{folder} pools the largest id (eos_token_id=2), a learned one; eos_token_id=49407 is known beside those."
+        )
     shapes = tower_shapes(config)
     return Part(config, take_part(folder, transformers(shapes), shapes, "model"), tower=True)
-
-
-def _padding(folder: Path) -> int:
-    path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    told = read_config(path)
-    if "added_tokens_decoder" not in told and special.is_file():  # Stable Diffusion 2's says there what it pads with
-        told |= read_config(special)
-    word = told.get("pad_token", "<|endoftext|>")
-    word = word["content"] if isinstance(word, dict) else word
-    if word not in PADDING:
-        raise ValueError(f"{path} pads with {word!r}; {', '.join(PADDING)} are known.")
-    return PADDING[word]
 
 
 def _texts(bundle: Bundle) -> list[tuple[dict[str, Any], Part]]:
@@ -237,43 +279,5 @@ def _write_text(node: Mapping[str, Any], part: Part, folder: Path, slot: str) ->
     encoder, tokenizer = folder / f"text_encoder{slot}", folder / f"tokenizer{slot}"
     write_json(transformers_config(part.config), encoder / "config.json")
     save_tensors(give(transformers(part.weights), part.weights), encoder / "model.safetensors")
-    ids, merges = vocabulary()
-    write_text(json.dumps(ids, ensure_ascii=False), tokenizer / "vocab.json")
-    write_text("#version: 0.2\n" + "\n".join(merges) + "\n", tokenizer / "merges.txt")
-    end = "<|endoftext|>"
-    pad = next(word for word, number in PADDING.items() if number == node["padding"])
-    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": part.config["text_cfg"]["context_length"]}
-    told |= {"bos_token": "<|startoftext|>", "eos_token": end, "unk_token": end, "pad_token": pad}
-    write_json(told, tokenizer / "tokenizer_config.json")
-    write_json({k: v for k, v in told.items() if k.endswith("_token")}, tokenizer / "special_tokens_map.json")
-
-
-def take_part(
-    folder: Path, ties: Mapping[str, Tie], shapes: Shapes, stem: str = "diffusion_pytorch_model", left: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
-    """The tensors of one part, whole or split over files, by our names; nothing but `left` may be missing or left."""
-    kinds = ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin", "bin.index.json")
-    files = [folder / f"{s}.{kind}" for s in (stem, "pytorch_model") for kind in kinds]
-    path = next((f for f in files if f.is_file()), files[0])
-    weights = _current(open_weights(path))
-    try:
-        ours = bring(ties, weights, shapes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
-    if over:
-        raise ValueError(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
-    check_numbers(ours, path)
-    return ours
-
-
-def _current(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Today's names for older ones: attention of early autoencoders, and text encoders saved without their prefix."""
-    renamed = {}
-    for name, x in weights.items():
-        if ".attentions." in name and not name.endswith(("group_norm.weight", "group_norm.bias")):
-            name = first_stage.DEPRECATED(name)
-            x = x.flatten(1) if x.ndim == 4 and ".to_" in name else x
-        bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
-        renamed[PREFIX + name if bare else name] = x
-    return renamed
+    length = part.config["text_cfg"]["context_length"]
+    write_tokenizer(tokenizer, node["padding"], node.get("learned", ()), length)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ldm.interop import unet
 from ldm.interop.bundle import BETAS, PREDICTIONS
-from ldm.interop.weights import read_config
+from ldm.interop.keys import check_keys
+from ldm.interop.schedulers import SCHEDULES
 
 VERSION = "0.35.0"
-SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
 # The upscaler's pipeline adds noise to the small picture by DDPM's table.
 LOW_RESOLUTION = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION, "num_train_timesteps": 1000}
 LOW_RESOLUTION |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
@@ -26,10 +26,23 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "VQModel"):
         raise ValueError(f"{folder} holds a {kind}; AutoencoderKL and VQModel are known.")
+    check_keys(config, kind, str(folder))
     width, *_ = blocks = config["block_out_channels"]
-    ours = {"channels": config["latent_channels"], "width": width, "mult": [ch // width for ch in blocks]}
+    down, up, channels = config["down_block_types"], config["up_block_types"], config["latent_channels"]
+    attends = [block == "AttnDownEncoderBlock2D" for block in down]
+    kinds = [[f"{'Attn' if a else ''}{name}" for a in attends] for name in ("DownEncoderBlock2D", "UpDecoderBlock2D")]
+    if list(down) != kinds[0] or list(up) != kinds[1][::-1] or any(ch % width for ch in blocks):
+        raise ValueError(
+            f"{folder} has down_block_types={down}, up_block_types={up} and block_out_channels={blocks}; down blocks, with or "
+            "without attention, their mirror, and multiples of the first are known."
+        )
+    if config.get("vq_embed_dim") not in (None, channels):
+        raise ValueError(
+            f"{folder} has vq_embed_dim={config['vq_embed_dim']}; as many as latent_channels, {channels}, are known."
+        )
+    ours = {"channels": channels, "width": width, "mult": [ch // width for ch in blocks]}
     ours |= {"res_blocks": config["layers_per_block"], "groups": config.get("norm_num_groups", 32)}
-    ours["attention"] = [i for i, block in enumerate(config["down_block_types"]) if block.startswith("Attn")]
+    ours["attention"] = [i for i, attend in enumerate(attends) if attend]
     if kind == "AutoencoderKL":
         return {"_target_": "ldm.autoencoder.kl.KL", **ours}
     return {"_target_": "ldm.autoencoder.vq.VQ", **ours, "codes": config["num_vq_embeddings"]}
@@ -54,32 +67,6 @@ def vae_config(ours: Mapping[str, Any], scale: float, quantised: bool) -> dict[s
         "sample_size": 256,
         **({"num_vq_embeddings": ours["codes"], "vq_embed_dim": ours["channels"]} if quantised else {}),
     }
-
-
-def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str]:
-    """A scheduler's folder -> the config of the noise schedule, what the network says, and how steps are spaced.
-
-    Raises:
-        ValueError: a schedule that this family does not have.
-    """
-    told = read_config(folder / "scheduler_config.json")
-    name = told.get("beta_schedule")
-    if name not in SCHEDULES or told.get("trained_betas") is not None:
-        found = f"{told.get('_class_name')} with beta_schedule={name if told.get('trained_betas') is None else 'trained_betas'}"
-        raise ValueError(f"{folder} has a {found}; {', '.join(SCHEDULES)} are known.")
-    kind = told.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
-        raise ValueError(f"{folder} has prediction_type={kind}; {', '.join(PREDICTIONS)} are known.")
-    schedule = {"_target_": f"ldm.schedule.{SCHEDULES[name]}"}
-    schedule |= {name: told[name] for name in ("beta_start", "beta_end")}
-    if not all(isinstance(schedule[name], int | float) for name in ("beta_start", "beta_end")):
-        raise ValueError(f"{folder} has betas from {told['beta_start']} to {told['beta_end']}; numbers were wanted.")
-    if told.get("num_train_timesteps", 1000) != 1000:
-        raise ValueError(f"{folder} has {told['num_train_timesteps']} steps; networks of this family are told of 1000.")
-    if told.get("rescale_betas_zero_snr"):
-        schedule["zero_terminal_snr"] = True
-    grid, offset = told.get("timestep_spacing", "leading"), told.get("steps_offset", 0)
-    return schedule, PREDICTIONS[kind], f"{grid} sampler.grid.offset=0" if (grid, offset) == ("leading", 0) else grid
 
 
 def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +117,7 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
         frozenset({"Text", "Inpaint"}): "StableDiffusionInpaintPipeline",
         frozenset({"Text", "DepthMap"}): "StableDiffusionDepth2ImgPipeline",
         frozenset({"Text", "Upscale"}): "StableDiffusionUpscalePipeline",
+        frozenset({"Texts", "Number", "Inpaint"}): "StableDiffusionXLInpaintPipeline",
         frozenset({"Texts", "Number"}): "StableDiffusionXLPipeline" if texts == 2 else "StableDiffusionXLImg2ImgPipeline",
     }
     if conditions not in pipelines:

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ldm.interop import unet
 from ldm.interop.conditions import IDENTITY
+from ldm.interop.keys import check_keys
 
 VERSION = "0.35.0"
+KINDS = ("conv", "resnet")  # how UNet2DModel resizes
 
 
 def unet_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[str, int]]:
@@ -17,35 +19,32 @@ def unet_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[
     Raises:
         ValueError: a setting that no network of this family has.
     """
-    if config.get("_class_name") == "UNet2DModel":
+    kind = config.get("_class_name")
+    if kind not in ("UNet2DModel", "UNet2DConditionModel"):
+        raise ValueError(f"The unet is a {kind}; UNet2DConditionModel and UNet2DModel are known.")
+    check_keys(config, kind, "The unet")
+    if kind == "UNet2DModel":
         return _plain_settings(config)
-    strange = {k: config.get(k) for k in ("encoder_hid_dim", "time_cond_proj_dim", "class_embed_type")}
-    strange = {k: v for k, v in strange.items() if v is not None}
-    if config.get("_class_name") != "UNet2DConditionModel" or strange or config.get("dual_cross_attention"):
-        raise ValueError(f"The unet is a {config.get('_class_name')} with {strange}; no whole model of this family has that.")
-    width, *_ = blocks = config["block_out_channels"]
-    levels = len(blocks)
-    per_level = config.get("transformer_layers_per_block", 1)
-    per_level = [per_level] * levels if isinstance(per_level, int) else per_level
-    attends = [kind.startswith("CrossAttn") for kind in config["down_block_types"]]
-    count = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # heads, whatever it is called
-    heads = {"heads": count, "head_width": None} if isinstance(count, int) else {"heads": 8, "head_width": blocks[0] // count[0]}
+    width, mult, attends = _levels(config, "CrossAttn")
+    levels = len(mult)
+    per_level = _each(config, "transformer_layers_per_block", levels, 1)
     settings = {
         "width": width,
-        "mult": [ch // width for ch in blocks],
-        "res_blocks": config["layers_per_block"],
+        "mult": mult,
+        "res_blocks": _one(config, "layers_per_block", levels, 2),
         "depth": [depth if cross else 0 for depth, cross in zip(per_level, attends)],
-        "middle_depth": per_level[-1] if config.get("mid_block_type", "UNetMidBlock2DCrossAttn") else 0,
-        **heads,
+        "middle_depth": per_level[-1],
+        **_heads(config, [width * m for m in mult], attends),
         "groups": config.get("norm_num_groups", 32),
-        "tokens_only": _tokens_only(config.get("only_cross_attention", False), levels),
+        "tokens_only": [i for i, alone in enumerate(_each(config, "only_cross_attention", levels, False)) if alone],
     }
     channels, vector = config["out_channels"], 0
     if config.get("addition_embed_type") == "text_time":
         vector = config["projection_class_embeddings_input_dim"]
     if config.get("num_class_embeds") is not None:
         vector, settings["vector"] = 4 * width, IDENTITY
-    widths = {"vector": vector, "tokens": config["cross_attention_dim"], "spatial": config["in_channels"] - channels}
+    tokens = _one(config, "cross_attention_dim", levels, 1280)
+    widths = {"vector": vector, "tokens": tokens, "spatial": config["in_channels"] - channels}
     return settings, channels, widths
 
 
@@ -92,22 +91,25 @@ def unet_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor], con
 
 
 def _plain_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[str, int]]:
-    waves = (config.get("time_embedding_type", "positional"), config.get("freq_shift", 0), config.get("flip_sin_to_cos", True))
-    if waves != ("positional", 0, True) or config.get("class_embed_type") or config.get("num_class_embeds"):
-        raise ValueError(f"The unet tells time by {waves}, or a class; the unconditional models of this family do neither.")
-    width, *_ = blocks = config["block_out_channels"]
-    depth = [int(kind.startswith("Attn")) for kind in config["down_block_types"]]
-    heads = config.get("attention_head_dim", 8)
+    width, mult, attends = _levels(config, "Attn")
+    heads, groups = config.get("attention_head_dim", 8), config.get("norm_num_groups", 32)
+    shift, resize = config.get("resnet_time_scale_shift", "default"), config.get("downsample_type", "conv")
+    wrong = {"attn_norm_num_groups": config.get("attn_norm_num_groups") not in (None, groups)}
+    wrong |= {"resnet_time_scale_shift": shift not in ("default", "scale_shift"), "downsample_type": resize not in KINDS}
+    wrong |= {"upsample_type": config.get("upsample_type", "conv") != resize}
+    if any(wrong.values()):
+        name = next(name for name in wrong if wrong[name])
+        raise ValueError(f"The unet has {name}={config[name]}, which does not go with the others of this family.")
     settings = {
         "width": width,
-        "mult": [ch // width for ch in blocks],
-        "res_blocks": config["layers_per_block"],
-        "depth": depth,
+        "mult": mult,
+        "res_blocks": _one(config, "layers_per_block", len(mult), 2),
+        "depth": [int(attend) for attend in attends],
         "middle_depth": int(config.get("add_attention", True)),
         **({"heads": 1, "head_width": None} if heads is None else {"heads": 8, "head_width": heads}),
-        "groups": config.get("norm_num_groups", 32),
-        "scale_shift": config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        "res_resample": config.get("downsample_type", "conv") == "resnet",
+        "groups": groups,
+        "scale_shift": shift == "scale_shift",
+        "res_resample": resize == "resnet",
     }
     channels = config["out_channels"]
     return settings, channels, {"vector": 0, "tokens": 0, "spatial": config["in_channels"] - channels}
@@ -146,6 +148,56 @@ def _plain_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor]) -
     }
 
 
-def _tokens_only(only: bool | Sequence[bool], levels: int) -> list[int]:
-    each = [only] * levels if isinstance(only, bool) else only
-    return [i for i, alone in enumerate(each) if alone]
+def _levels(config: Mapping[str, Any], attending: str) -> tuple[int, list[int], list[bool]]:
+    """The width, its multiples by level, and which levels attend.
+
+    Raises:
+        ValueError: blocks of another kind, or widths that are no multiples.
+    """
+    width, *_ = blocks = config["block_out_channels"]
+    down, up = list(config["down_block_types"]), list(config["up_block_types"])
+    attends = [kind == f"{attending}DownBlock2D" for kind in down]
+    mirrored = [f"{attending}UpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
+    if down != [f"{attending}DownBlock2D" if a else "DownBlock2D" for a in attends] or up != mirrored:
+        raise ValueError(
+            f"The unet has down_block_types={down} and up_block_types={up}; {attending}DownBlock2D, DownBlock2D and their mirror "
+            "are known."
+        )
+    if any(ch % width for ch in blocks) or len(blocks) != len(down):
+        raise ValueError(f"The unet has block_out_channels={blocks} for {len(down)} levels; multiples of the first are known.")
+    return width, [ch // width for ch in blocks], attends
+
+
+def _heads(config: Mapping[str, Any], blocks: Sequence[int], attends: Sequence[bool]) -> dict[str, Any]:
+    """How many heads there are, or how wide: `attention_head_dim` is their number, whatever it is called."""
+    name = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+    each = _each(config, name, len(blocks), 8)
+    heard = {(n, ch // n) for n, ch, a in zip(each, blocks, [*attends[:-1], True]) if a}  # the middle has the last level's
+    counts, widths = {n for n, _ in heard}, {width for _, width in heard}
+    if len(counts) > 1 and len(widths) > 1:
+        raise ValueError(
+            f"The unet has {name}={each} on {list(blocks)} channels; one number of heads, or heads of one width, are known."
+        )
+    if isinstance(config.get(name, 8), int) or len(widths) > 1:
+        return {"heads": counts.pop(), "head_width": None}
+    return {"heads": 8, "head_width": widths.pop()}
+
+
+def _each(config: Mapping[str, Any], name: str, levels: int, usual: Any) -> list[Any]:
+    """A setting by level, which is told once or for each.
+
+    Raises:
+        ValueError: for another number of levels, or by block of a level.
+    """
+    value = config.get(name, usual)
+    each = [value] * levels if isinstance(value, int) else list(value)
+    if len(each) != levels or not all(isinstance(x, int) for x in each):
+        raise ValueError(f"The unet has {name}={value}; a value for each of its {levels} levels was wanted, or one for all.")
+    return each
+
+
+def _one(config: Mapping[str, Any], name: str, levels: int, usual: int) -> int:
+    """A setting that is the same at all levels, or refused by name."""
+    if len(set(each := _each(config, name, levels, usual))) > 1:
+        raise ValueError(f"The unet has {name}={each}; the same at all levels is known.")
+    return each[0]

@@ -15,8 +15,11 @@ from ldm.folder import save_tensors, write_json
 from ldm.interop import dit
 from ldm.interop.bundle import BACKBONE, BETAS, DISCRETE, Bundle, recipe_of
 from ldm.interop.conditions import LABEL, with_null, without_null
-from ldm.interop.diffusers import read_autoencoder, take_part, write_autoencoder
-from ldm.interop.diffusers_config import VERSION, read_schedule, scheduler_config
+from ldm.interop.diffusers import read_autoencoder, write_autoencoder
+from ldm.interop.diffusers_config import VERSION, scheduler_config
+from ldm.interop.diffusers_files import take_part
+from ldm.interop.keys import check_keys
+from ldm.interop.schedulers import read_schedule
 from ldm.interop.tie import bring, check_whole, give, taken
 from ldm.interop.weights import check_numbers, read_config
 
@@ -43,7 +46,12 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     if left:
         raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
     check_numbers(ours, path)
-    return _bundle(settings, ours, with_null(weights[dit.TABLE]), kind)
+    bundle = _bundle(settings, ours, with_null(weights[dit.TABLE]), kind)
+    bundle.scale = 0.18215
+    bundle.assumed = [f"heads: {settings['heads']}, as published networks {settings['width']} wide have"]
+    bundle.assumed += [] if kind == "Flow" else ["schedule: DDPM's, betas 0.0001 to 0.02"]
+    bundle.assumed += [] if prediction else ["prediction: flow, as LightningDiT's"]
+    return bundle
 
 
 def write_file(bundle: Bundle, path: Path) -> None:
@@ -75,23 +83,27 @@ def read_folder(folder: Path) -> Bundle:
         raise ValueError(
             f"{folder}/transformer is a {config.get('_class_name')}; of transformers the DiT of 2212.09748 is known."
         )
+    check_keys(config, config["_class_name"], f"{folder}/transformer")
     depth, channels = config["num_layers"], config["in_channels"]
+    outward = config.get("out_channels") or channels
+    if outward not in (channels, 2 * channels):
+        raise ValueError(f"{folder}/transformer has out_channels={outward}; {channels}, or as many again for ranges, are known.")
     settings = {
         "size": config["sample_size"],
         "patch": config["patch_size"],
         "width": config["num_attention_heads"] * config["attention_head_dim"],
         "depth": depth,
         "heads": config["num_attention_heads"],
-        "learn_range": config.get("out_channels") == 2 * channels,
+        "learn_range": outward == 2 * channels,
     }
     shapes = dit.dit_shapes(channels, **settings)
     rows = {"table": (config["num_embeds_ada_norm"] + 1, settings["width"])}
     ties = {**dit.diffusers(shapes, depth), **dit.diffusers_table(depth)}
     ours = take_part(folder / "transformer", ties, {**shapes, **rows}, left=("pos_embed.pos_embed",))
     ours["position"] = grid_waves(settings["size"] // settings["patch"], settings["width"])
-    table, (schedule, prediction, grid) = ours.pop("table"), read_schedule(folder / "scheduler")
+    table, (schedule, prediction, grid, assumed) = ours.pop("table"), read_schedule(folder / "scheduler")
     bundle = _bundle(settings, ours, table, prediction, schedule)
-    bundle.grid = grid
+    bundle.grid, bundle.assumed = grid, assumed
     bundle.parts["autoencoder"] = read_autoencoder(folder / "vae")
     return bundle
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.interop.keys import check_keys
 from ldm.interop.tie import Tie, renamer, same, stacked, tied, turned
 
 LAYER = renamer(
@@ -45,11 +46,10 @@ def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' config of a CLIPTextModel -> open_clip's model_cfg of such a text tower.
 
     Raises:
-        ValueError: an activation that open_clip does not have.
+        ValueError: a setting that open_clip does not have.
     """
+    check_keys(config, "CLIPTextModel", "The text encoder")
     act = config["hidden_act"]
-    if act not in ("gelu", "quick_gelu"):
-        raise ValueError(f"The text encoder's hidden_act is {act}; gelu and quick_gelu are known.")
     projects = config.get("architectures") == ["CLIPTextModelWithProjection"]
     text = {
         "context_length": config["max_position_embeddings"],

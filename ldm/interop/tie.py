@@ -1,7 +1,7 @@
 """What a tensor of ours is called elsewhere, and how its numbers lie there; the one table serves both ways."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,10 +105,17 @@ def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Shapes, prefix: str
     ours = {}
     for name, tie in ties.items():
         ours[name] = tie.join(*(weights[prefix + theirs] for theirs in tie.theirs))
+        if _ends_in_ones(ours[name].shape, shapes[name]):
+            ours[name] = ours[name].reshape(shapes[name])
         if tuple(ours[name].shape) != tuple(shapes[name]):
             found = [tuple(weights[prefix + theirs].shape) for theirs in tie.theirs]
             raise ValueError(f"{prefix}{tie.theirs[0]} has the shape {found[0]}; {tuple(shapes[name])} was wanted for {name}.")
     return ours
+
+
+def _ends_in_ones(found: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether a tensor, such as an old autoencoder's bias of (C, 1, 1), has places of size 1 too many."""
+    return tuple(found[: len(wanted)]) == tuple(wanted) and all(n == 1 for n in found[len(wanted) :])
 
 
 def give(ties: Mapping[str, Tie], ours: Weights, prefix: str = "") -> dict[str, Tensor]:

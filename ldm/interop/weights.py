@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,9 @@ class Inert:
 # plain container stays refused.
 STUBS = [(Inert, f"pytorch_lightning.callbacks.{place}ModelCheckpoint") for place in ("model_checkpoint.", "")]
 STUBS += [(Inert, "argparse.Namespace")]
+# Numbers that training noted beside the weights, such as a loss: data, and no code.
+STUBS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+STUBS += [np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
@@ -66,7 +70,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    if path.name.endswith(".index.json"):
+    if path.suffix == ".json" and ".index." in path.name:
         weights = _joined(path)
     elif path.suffix == ".safetensors":
         weights = load_tensors(path)

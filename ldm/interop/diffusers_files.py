@@ -1,0 +1,54 @@
+"""The weights of one part in a folder of diffusers: whole, split over files, or a variant."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.interop import autoencoder as first_stage
+from ldm.interop.text import PREFIX
+from ldm.interop.tie import Shapes, Tie, bring, taken
+from ldm.interop.weights import check_numbers, open_weights
+
+VARIANTS = ("", "fp32", "fp16", "bf16")  # of the files of a part, the first that is there; then any other, such as non_ema
+
+
+def take_part(
+    folder: Path, ties: Mapping[str, Tie], shapes: Shapes, stem: str = "diffusion_pytorch_model", left: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors of one part, whole or split over files, by our names; nothing but `left` may be missing or left."""
+    path = _file(folder, stem)
+    weights = _current(open_weights(path))
+    try:
+        ours = bring(ties, weights, shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
+    if over:
+        raise ValueError(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
+    check_numbers(ours, path)
+    return ours
+
+
+def _file(folder: Path, stem: str) -> Path:
+    """The weights of a part, of the best variant, or the index of their pieces."""
+    pattern = re.compile(rf"(?:{stem}|pytorch_model)(?:\.([\w]+))?\.(safetensors|bin)(?:\.index(?:\.([\w]+))?\.json)?")
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if name := pattern.fullmatch(path.name):
+            kind = name[1] or name[3] or ""
+            found.append((VARIANTS.index(kind) if kind in VARIANTS else len(VARIANTS), name[2] != "safetensors", path))
+    return min(found)[2] if found else folder / f"{stem}.safetensors"
+
+
+def _current(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Today's names for older ones: attention of early autoencoders, and text encoders saved without their prefix."""
+    renamed = {}
+    for name, x in weights.items():
+        if ".attentions." in name and not name.endswith(("group_norm.weight", "group_norm.bias")):
+            name = first_stage.DEPRECATED(name)
+            x = x.flatten(1) if x.ndim == 4 and ".to_" in name else x
+        bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
+        renamed[PREFIX + name if bare else name] = x
+    return renamed

@@ -1,0 +1,122 @@
+"""diffusers' schedulers: the noise schedule that a model was trained on, what it says, and how it is usually drawn from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.interop.bundle import BETAS, PREDICTIONS
+from ldm.interop.keys import OFF
+from ldm.interop.weights import read_config
+
+SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
+MODEL = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr".split()
+GRID = "timestep_spacing steps_offset use_karras_sigmas".split()
+# Settings of drawing, with the value under which a sampler here draws the same; the sampler that draws otherwise is named.
+DRAWING: dict[str, tuple[Any, ...]] = {
+    "clip_sample": (False,),
+    "set_alpha_to_one": (True,),
+    "thresholding": (False,),
+    "interpolation_type": ("linear",),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero",),
+    "lambda_min_clipped": (float("-inf"),),
+    "variance_type": (None, "fixed_small"),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2", "logrho"),
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
+    "skip_prk_steps": (True,),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+}
+# Numbers of those that are off.
+SILENT = "dynamic_thresholding_ratio clip_sample_range sample_max_value flow_shift time_shift_type".split()
+# Another schedule than the betas'.
+REFUSED = {"trained_betas": (None, "beta_schedule=trained_betas"), "use_flow_sigmas": (False, "use_flow_sigmas=true")}
+EVERY = {*MODEL[:6], "timestep_spacing", "steps_offset"}
+SIGMAS = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"}
+CLIPPED = {"clip_sample", "clip_sample_range"}
+THRESHOLD = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
+FLOW = {"use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type"}
+MULTI = EVERY | SIGMAS | THRESHOLD | FLOW | {"solver_order", "solver_type", "lower_order_final"}
+MULTI_PP = {"algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type"}
+# What each class takes; a key that it does not take is another's, and has no effect on it.
+TAKES = {
+    "DDIMScheduler": EVERY | CLIPPED | THRESHOLD | {"set_alpha_to_one", "rescale_betas_zero_snr"},
+    "DDPMScheduler": EVERY | CLIPPED | THRESHOLD | {"variance_type", "rescale_betas_zero_snr"},
+    "PNDMScheduler": EVERY | {"skip_prk_steps", "set_alpha_to_one"},
+    "EulerDiscreteScheduler": EVERY
+    | SIGMAS
+    | {"interpolation_type", "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr", "final_sigmas_type"},
+    "EulerAncestralDiscreteScheduler": EVERY | {"rescale_betas_zero_snr"},
+    "LMSDiscreteScheduler": EVERY | SIGMAS,
+    "HeunDiscreteScheduler": EVERY | SIGMAS | CLIPPED,
+    "KDPM2DiscreteScheduler": EVERY | SIGMAS,
+    "KDPM2AncestralDiscreteScheduler": EVERY | SIGMAS,
+    "DPMSolverMultistepScheduler": MULTI | MULTI_PP | {"euler_at_final", "use_lu_lambdas", "rescale_betas_zero_snr"},
+    "DPMSolverSinglestepScheduler": (MULTI | MULTI_PP) - {"timestep_spacing", "steps_offset"},
+    "DEISMultistepScheduler": MULTI | {"algorithm_type"},
+    "UniPCMultistepScheduler": MULTI
+    | {"predict_x0", "disable_corrector", "solver_p", "final_sigmas_type", "rescale_betas_zero_snr"}
+    | {"sigma_min", "sigma_max", "shift_terminal"},
+}
+LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # what is meant by no spacing; the others mean linspace
+EARLY_BETAS = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")  # from 0.00085 to 0.012
+
+
+def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str, list[str]]:
+    """A scheduler's folder -> the config of the noise schedule, what the network says, how steps are spaced, and remarks.
+
+    Raises:
+        ValueError: a schedule that this family does not have.
+    """
+    told = read_config(folder / "scheduler_config.json")
+    kind = told.get("_class_name", "scheduler without a class")
+    if kind not in TAKES and not {"beta_schedule", "beta_start", "beta_end"} <= told.keys():
+        raise ValueError(f"{folder} has a {kind} with beta_schedule=None; {', '.join(TAKES)} are known.")
+    said = {name: value for name, value in told.items() if name in TAKES.get(kind, _known())}
+    wrong = [text for name, (only, text) in REFUSED.items() if said.get(name, only) != only]
+    wrong += [f"{n}={v}" for n, v in told.items() if kind in TAKES and n[0] != "_" and n not in _known() and v not in OFF]
+    if wrong:
+        raise ValueError(f"{folder} has a {kind} with {', '.join(wrong)}, which no model of this family has.")
+    schedule, prediction = _schedule(said, kind, folder)
+    spacing, remarks = said.get("timestep_spacing"), []
+    if spacing is None:
+        spacing = "leading" if kind in LEADING else "linspace"
+        remarks.append(f"steps: {kind} means {spacing} where timestep_spacing is not said")
+    grid = f"{spacing} sampler.grid.offset=0" if (spacing, said.get("steps_offset", 0)) == ("leading", 0) else spacing
+    grid = "karras" if said.get("use_karras_sigmas") else grid
+    other = [f"{name}={said[name]}" for name, same in DRAWING.items() if name in said and said[name] not in same]
+    remarks += [f"{kind}: {', '.join(other)} is of its own way of drawing, not of the model's"] if other else []
+    return schedule, prediction, grid, remarks
+
+
+def _schedule(said: Mapping[str, Any], kind: str, folder: Path) -> tuple[dict[str, Any], str]:
+    name, prediction = said.get("beta_schedule", "linear"), said.get("prediction_type", "epsilon")
+    if name not in SCHEDULES:
+        raise ValueError(f"{folder} has a {kind} with beta_schedule={name}; {', '.join(SCHEDULES)} are known.")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{folder} has prediction_type={prediction}; {', '.join(PREDICTIONS)} are known.")
+    start, end = BETAS["ScaledLinear" if kind in EARLY_BETAS else "DDPM"]
+    betas = {"beta_start": said.get("beta_start", start), "beta_end": said.get("beta_end", end)}
+    if not all(isinstance(beta, int | float) for beta in betas.values()):
+        raise ValueError(f"{folder} has betas from {betas['beta_start']} to {betas['beta_end']}; numbers were wanted.")
+    if said.get("num_train_timesteps", 1000) != 1000:
+        raise ValueError(
+            f"{folder} has num_train_timesteps={said['num_train_timesteps']}; networks of this family are told of 1000."
+        )
+    zero = {"zero_terminal_snr": True} if said.get("rescale_betas_zero_snr") else {}
+    return {"_target_": f"ldm.schedule.{SCHEDULES[name]}", **betas, **zero}, PREDICTIONS[prediction]
+
+
+def _known() -> set[str]:
+    return {*MODEL, *GRID, *DRAWING, *SILENT, *REFUSED}
