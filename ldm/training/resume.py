@@ -18,7 +18,7 @@ HOLDS, FREE, UNUSED = "holds", "free", "unused"
 STATE = "the optimizer's state in the checkpoint is of no use to it"
 MODEL = "the weights in the checkpoint learned with it"
 FATES = (
-    ("run_id name runs folder resume plan profile allow model sampler* guidance* logger* callback.bar* callback.drawings*", FREE),
+    ("run_id identity name runs folder resume plan profile allow model sampler* guidance* logger* callback.bar* callback.drawings*", FREE),
     ("callback.reconstructions* callback.latents* callback.levels* callback.throughput* *.folder", FREE),
     ("model.init", UNUSED),
     ("optimizer._target_ optimizer.amsgrad optimizer.centered optimizer.least optimizer.initial_accumulator_value", STATE),
