@@ -15,12 +15,12 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ldm.build import build, load_autoencoder
-from ldm.clip import load_clip, see
-from ldm.command_line import compose_config
+from ldm.command.train import train
+from ldm.compose import compose_config
 from ldm.loss.features import Features
 from ldm.metric.frechet import frechet, moments
-from ldm.training.autoencoding import fidelity
-from train import train
+from ldm.tower.clip import load_clip, see
+from ldm.training.stage.autoencoding import fidelity
 
 HOME = Path("runs/autoencoders")
 STEPS = 800

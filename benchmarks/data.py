@@ -19,14 +19,14 @@ from PIL import Image, ImageCms
 from torchvision.transforms import v2
 from webdataset import WebDataset
 
-from ldm.data.decode import View, decode
-from ldm.data.index import Index
-from ldm.data.order import Batches, Steps, Stream
-from ldm.data.record import describe
-from ldm.data.selection import Selection
+from ldm.data.order.order import Batches, Steps, Stream
+from ldm.data.shard.decode import View, decode
+from ldm.data.shard.index import Index
+from ldm.data.shard.record import describe
+from ldm.data.shard.selection import Selection
+from ldm.data.shard.source import expand
+from ldm.data.shard.write import write_shard
 from ldm.data.shards import Shards
-from ldm.data.source import expand
-from ldm.data.write import write_shard
 from ldm.files.picture import picture_size
 
 BATCH = 32

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from ldm.build import build, build_stage
-from ldm.command_line import compose_config
+from ldm.command.precompute import precompute
+from ldm.compose import compose_config
 from ldm.types import Draw
-from precompute import precompute
 
 TEXT = ["condition.text.layers=[0,-1]", "condition.text.pooled=true", "condition.text.whiten=false"]
 CACHED = ["condition=[cached_text]"]

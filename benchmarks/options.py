@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from ldm.training.layout import lay_out
+from ldm.training.parallel.layout import lay_out
 
 
 def options(purpose, names, rounds):

@@ -18,7 +18,7 @@ from benchmarks.page import put
 from benchmarks.peers import CASES, pair
 from benchmarks.race import HEAD, race
 from ldm.denoiser import Denoiser, Timestep
-from ldm.generate import compile_backbone, unit_noise
+from ldm.drawing.generate import compile_backbone, unit_noise
 from ldm.guidance.cfg import CFG
 from ldm.prediction import Noise
 from ldm.sampler.ddim import DDIM

@@ -18,7 +18,7 @@ from benchmarks.options import options, prepare, setting
 from benchmarks.page import put
 from benchmarks.peers import CASES, pair
 from benchmarks.race import HEAD, race
-from ldm.training.bfloat16 import keep_bfloat16
+from ldm.training.callback.bfloat16 import keep_bfloat16
 
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2}
 

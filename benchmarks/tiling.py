@@ -9,7 +9,7 @@ import torch
 
 from ldm.autoencoder.tiled import Tiled
 from ldm.build import build, load_autoencoder
-from ldm.command_line import compose_config
+from ldm.compose import compose_config
 
 SIDE = 512  # pixels
 

@@ -15,14 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ldm.check import check_nodes, nearest
-from ldm.command_line import CONFIGS
-from ldm.condition.conditioner import Conditioner
+from ldm.compose import CONFIGS
+from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser
-from ldm.folder import LaterFormat, as_run, from_parts, read_model, read_recipe, read_weights, without_usual
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import LaterFormat, as_run, from_parts, read_model, read_recipe, read_weights, without_usual
+from ldm.files.moved import moved
 from ldm.model import LatentModel
-from ldm.moved import moved
 from ldm.nn.empty import weighted, weightless
-from ldm.training.checkpoint import newest, read_checkpoint
+from ldm.training.callback.checkpoint import newest, read_checkpoint
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
@@ -48,7 +49,7 @@ def build(config: Any, allow: Sequence[str] = ALLOWED, **arguments: Any) -> Any:
     Names of before a move are read as the present ones (moved.py).
 
     Raises:
-        ValueError: a target outside the allowlist, an unknown or missing name, a wrong type.
+        Refusal: a target outside the allowlist, an unknown or missing name, a wrong type.
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     plain = moved(plain)
@@ -75,12 +76,12 @@ def chosen(nodes: Mapping[str, Any], group: str) -> dict[str, Any]:
     """The members that a list chose. Settings of one that was not chosen are an experiment's, for when it is.
 
     Raises:
-        ValueError: settings of a member that there is not.
+        Refusal: settings of a member that there is not.
     """
     known = {str(name) for path in (CONFIGS / group).glob("*.yaml") for name in OmegaConf.load(path)}
     for name in nodes:
         if "_target_" not in (nodes[name] or {}) and name not in known:
-            raise ValueError(f"{group}.{name} has settings but there is no such member.{nearest(name, sorted(known))}")
+            raise Refusal(f"{group}.{name} has settings but there is no such member.{nearest(name, sorted(known))}")
     return {name: node for name, node in nodes.items() if "_target_" in (node or {})}
 
 
@@ -160,11 +161,11 @@ def load_autoencoder(path: str) -> nn.Module:
     """A trained autoencoder from its folder.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: its latents' statistics were never measured.
+        NotFound: nothing is there. Refusal: its latents' statistics were never measured.
     """
     folder = Path(path)
     if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(
+        raise NotFound(
             f"There is no autoencoder in {path} (model.safetensors is missing). Train one first: "
             f"python train.py experiment=emoji/autoencoder {as_run(folder)}; or name another with autoencoder.path=FOLDER."
         )
@@ -174,7 +175,7 @@ def load_autoencoder(path: str) -> nn.Module:
     with weighted():
         autoencoder.load_state_dict(weights, assign=True)
     if hasattr(autoencoder, "count") and not autoencoder.count:
-        raise ValueError(
+        raise Refusal(
             f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "
             "the end of its training: run its `python train.py ...` command again to finish it, or, for weights from elsewhere, "
             f"measure them alone: python train.py training=autoencoding training.perceptual=null model.init={path} "
@@ -189,7 +190,7 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     `allow` names packages of the user's own that it may be built from.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: its weights do not fit its config.
+        NotFound: nothing is there. Refusal: its weights do not fit its config.
     """
     path = Path(path)
     if (path / "model.safetensors").is_file():
@@ -200,14 +201,12 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     with weightless():
         model = build(without_usual(recipe)[0], narrowed(allow))
     if not isinstance(model, LatentModel):
-        raise ValueError(
-            f"{path} holds a {type(model).__name__}, not a latent diffusion model; use its diffusion run (model=...)."
-        )
+        raise Refusal(f"{path} holds a {type(model).__name__}, not a latent diffusion model; use its diffusion run (model=...).")
     own, frozen = model.state_dict(), frozen_parts(model)
     missing = [k for k in own.keys() - weights.keys() if not any(k.startswith(f"{part}.") for part in frozen)]
     unknown = sorted(weights.keys() - own.keys())
     if missing or unknown:
-        raise ValueError(f"The weights in {path} do not fit its config: missing {sorted(missing)[:3]}, unknown {unknown[:3]}.")
+        raise Refusal(f"The weights in {path} do not fit its config: missing {sorted(missing)[:3]}, unknown {unknown[:3]}.")
     whole = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
     model.load_state_dict(whole, strict=False, assign=True)
     return model.eval()
@@ -217,7 +216,7 @@ def recipe_of(path: str | Path) -> dict[str, Any]:
     """What a model at rest, or a run's newest checkpoint, says of itself, as it is kept.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        NotFound: nothing is there.
     """
     path = Path(path)
     if (path / "model.safetensors").is_file():
@@ -228,9 +227,7 @@ def recipe_of(path: str | Path) -> dict[str, Any]:
 def _newest(path: Path) -> Path:
     found = newest(path) if path.is_dir() else path
     if found is None or not found.is_file():
-        raise FileNotFoundError(
-            f"There is no model in {path}: neither model.safetensors nor a good *.ckpt. Name a run with model=FOLDER."
-        )
+        raise NotFound(f"There is no model in {path}: neither model.safetensors nor a good *.ckpt. Name a run with model=FOLDER.")
     return found
 
 

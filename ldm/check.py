@@ -8,6 +8,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ldm.errors import Refusal
+
 SPECIAL = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
@@ -15,7 +17,7 @@ def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
     """Walks plain containers; every mapping with `_target_` must fit the signature of what it names.
 
     Raises:
-        ValueError: what was found, what was wanted, and the line to change.
+        Refusal: what was found, what was wanted, and the line to change.
     """
     if isinstance(node, Mapping):
         if "_target_" in node:
@@ -26,7 +28,7 @@ def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
         for i, value in enumerate(node):
             check_nodes(value, allow, f"{place}[{i}]")
     elif isinstance(node, str) and "${" in node:
-        raise ValueError(f"{place}={node}: an interpolation cannot be built from, since it may become anything; write its value.")
+        raise Refusal(f"{place}={node}: an interpolation cannot be built from, since it may become anything; write its value.")
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -38,32 +40,30 @@ def nearest(word: str, words: Sequence[str]) -> str:
 def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> None:
     target = node["_target_"]
     if not isinstance(target, str) or not _is_below(target, allow):
-        raise ValueError(
+        raise Refusal(
             f"{place}._target_={target} is not among what a config may build ({', '.join(allow)}). If you trust that package: "
             f"allow=[{str(target).split('.')[0]}]."
         )
     found = _locate(target, place)
     if not _is_below(f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}", allow):
-        raise ValueError(
-            f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}."
-        )
+        raise Refusal(f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}.")
     names, open_ended = parameters_of(target, place)
     hints = _hints(found)
     for key, value in node.items():
         if key in SPECIAL:
             continue
         if key not in names and not open_ended:
-            raise ValueError(f"{place}.{key}: {target} has no such setting.{nearest(key, names)}")
+            raise Refusal(f"{place}.{key}: {target} has no such setting.{nearest(key, names)}")
         if key in hints and not _fits(value, hints[key]):
             wanted = str(hints[key]).removeprefix("typing.") if typing.get_args(hints[key]) else hints[key].__name__
-            raise ValueError(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
+            raise Refusal(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
 
 
 def parameters_of(target: str, place: str = "") -> tuple[list[str], bool]:
     """What a dotted path takes by name, and whether it takes whatever it is given besides.
 
     Raises:
-        ValueError: there is no such thing.
+        Refusal: there is no such thing.
     """
     found = _locate(target, place)
     parameters = inspect.signature(found).parameters
@@ -83,9 +83,9 @@ def _locate(target: str, place: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{place}._target_={target}: {error}.") from error
+        raise Refusal(f"{place}._target_={target}: {error}.") from error
     if not hasattr(found, name):
-        raise ValueError(
+        raise Refusal(
             f"{place}._target_={target}: {module} has no {name}.{nearest(name, [n for n in dir(found) if n[0] != '_'])}"
         )
     return getattr(found, name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
 from ldm.types import Backbone, Cond, Prediction, Schedule, like
 
 
@@ -47,7 +48,7 @@ class Denoiser(nn.Module):
     (the published variance-preserving networks are the same with either).
 
     Raises:
-        ValueError: the prediction cannot be read where the schedule ends: noise, at zero terminal SNR.
+        Refusal: the prediction cannot be read where the schedule ends: noise, at zero terminal SNR.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Denoiser(nn.Module):
 
 def _fitting(maps: Tensor, x: Tensor) -> Tensor:
     if maps.shape[2:] != x.shape[2:]:
-        raise ValueError(
+        raise Refusal(
             f"The condition's maps are of {tuple(maps.shape[2:])} latent pixels, the latents of {tuple(x.shape[2:])}; give both "
             "one size (data.size, or size= and the files of ask.*)."
         )
@@ -92,7 +93,7 @@ def _check_terminal(schedule: Schedule, prediction: Prediction) -> None:
     alpha, sigma = schedule(one)
     gain = prediction.to_data(one, 0 * one, alpha, sigma).abs()  # of the network's errors, on their way to x_hat
     if gain > 1000:
-        raise ValueError(
+        raise Refusal(
             f"prediction={type(prediction).__name__.lower()} with zero terminal SNR (schedule={type(schedule).__name__}): no "
             f"signal is left at t = 1, and the network's errors would be {gain:.0f} times as large in the picture. Use "
             "prediction=velocity, flow or data, or schedule.zero_terminal_snr=false."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ldm.condition.conditioner import Conditioner
+from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser
 from ldm.types import Autoencoder, Batch, Cond
 

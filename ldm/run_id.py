@@ -17,10 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ldm.moved import moved
+from ldm.errors import Refusal
+from ldm.files.moved import moved
 
 # What says where, how long and how visibly a run trains, and not what.
-VOLATILE = ("run_id", "identity", "resume", "trainer", "logger", "callback", "always", "plan", "profile", "runs", "folder")
+VOLATILE = tuple("run_id identity resume trainer logger callback always plan profile debug optimize runs folder".split())
 FILES = ("experiment", "size")  # the groups whose files are a command's words, said ahead
 
 Difference = tuple[tuple[str, ...], Any, Any]  # a setting's path, its value in the run, its value now
@@ -75,11 +76,11 @@ def check_sweep(overrides: Sequence[Override]) -> None:
     for o in sweeps:
         values = list(o.sweep_string_iterator()) if o.is_discrete_sweep() else []
         if len(set(values)) < len(values):
-            raise ValueError(f"{o.input_line}: a value stands twice in the sweep, and two jobs would be one run; name each once.")
+            raise Refusal(f"{o.input_line}: a value stands twice in the sweep, and two jobs would be one run; name each once.")
     fixed = [o for o in overrides if o.key_or_group in ("run_id", "folder") and o not in sweeps and "${" not in o.input_line]
     if sweeps and fixed:
         key = sweeps[0].key_or_group
-        raise ValueError(
+        raise Refusal(
             f"{fixed[0].input_line} in a multirun: all of its jobs would be one run. Leave it out, or say what tells them apart, "
             f"such as run_id='NAME-${{{key.replace('/', '.')}}}'."
         )

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
+
 # What the shards hold, by field name; `position` (B,) int64 is the sample's place in the global order of training.
 Batch = Mapping[str, Any]
 
@@ -41,10 +43,10 @@ class Widths:
         """Vectors and maps join by width; tokens line up, so their widths must agree.
 
         Raises:
-            ValueError: two conditions bring tokens of different widths.
+            Refusal: two conditions bring tokens of different widths.
         """
         if self.tokens and other.tokens and self.tokens != other.tokens:
-            raise ValueError(
+            raise Refusal(
                 f"Two conditions bring tokens of different widths, {self.tokens} and {other.tokens}; a backbone attends to "
                 "tokens of one width. Give both the same width (`condition.<name>.width`)."
             )
@@ -83,13 +85,13 @@ class Cond:
         """Lays two conditions of the same kind end to end along the batch, (B, ...) -> (2B, ...).
 
         Raises:
-            ValueError: the two do not fill the same slots, or bring different numbers of tokens.
+            Refusal: the two do not fill the same slots, or bring different numbers of tokens.
         """
         for slot in ("vector", "tokens", "spatial"):
             a, b = getattr(self, slot), getattr(other, slot)
             if (a is None) != (b is None) or (a is not None and a.shape[1:] != b.shape[1:]):
                 shapes = [None if v is None else tuple(v.shape) for v in (a, b)]
-                raise ValueError(f"Conditions with {slot} of shapes {shapes[0]} and {shapes[1]} cannot share a batch.")
+                raise Refusal(f"Conditions with {slot} of shapes {shapes[0]} and {shapes[1]} cannot share a batch.")
         masked = self.mask is not None or other.mask is not None
         return Cond(
             vector=_join(self.vector, other.vector, dim=0),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ldm.data.emoji import Emoji
-from ldm.folder import save_tensors, write_json
+from ldm.files.folder import save_tensors, write_json
 
 CLIP = {
     "embed_dim": 16,

@@ -16,16 +16,16 @@ from ldm.autoencoder.vq import VQ
 from ldm.build import load_autoencoder
 from ldm.loss.adversary import Hinge, NonSaturating, PatchGAN
 from ldm.loss.features import Features
-from ldm.training.adversary import Adversary, balance_of
-from ldm.training.augment import Augment
-from ldm.training.autoencoding import Autoencoding
-from ldm.training.checkpoint import WholeCheckpointIO
-from ldm.training.compile import Compile
-from ldm.training.ema import EMA
-from ldm.training.latents import Latents
-from ldm.training.preview import Reconstructions
-from ldm.training.rate import Constant, Linear
+from ldm.training.callback.checkpoint import WholeCheckpointIO
+from ldm.training.callback.compile import Compile
+from ldm.training.callback.ema import EMA
+from ldm.training.callback.latents import Latents
+from ldm.training.callback.preview import Reconstructions
+from ldm.training.optimizer.rate import Constant, Linear
 from ldm.training.run import fit
+from ldm.training.stage.adversary import Adversary, balance_of
+from ldm.training.stage.augment import Augment
+from ldm.training.stage.autoencoding import Autoencoding
 from ldm.types import Draw
 
 SIZE = {"channels": 2, "width": 8, "mult": (1, 2), "res_blocks": 1, "groups": 4}

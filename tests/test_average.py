@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.average import exponent, main, reconstruct, weights_of
-from ldm.training.power_ema import PowerEMA
+from ldm.training.average import exponent, main, reconstruct, weights_of
+from ldm.training.callback.power_ema import PowerEMA
 
 STEPS = 400
 
@@ -85,8 +85,8 @@ def test_a_snapshot_is_reconstructed_as_itself_and_earlier_ends_too(tmp_path):
 def test_the_command_makes_a_model_of_the_average(tmp_path, capsys):
     """From a run that trained, to a folder that loads."""
     from ldm.build import build_stage, load_model
-    from ldm.command_line import compose_config
-    from ldm.training.ema import trained
+    from ldm.compose import compose_config
+    from ldm.training.callback.ema import trained
 
     small = ["condition=[label]", "backbone=mlp", "backbone.size=4", "autoencoder=identity"]
     stage = build_stage(compose_config("train", small))

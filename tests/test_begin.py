@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from ldm.autoencoder.kl import KL
 from ldm.backbone.unet import UNet
 from ldm.build import build_stage
-from ldm.command_line import compose_config
-from ldm.folder import load_tensors, save_model, save_tensors, write_json
+from ldm.compose import compose_config
+from ldm.files.folder import load_tensors, save_model, save_tensors, write_json
 from ldm.interop.__main__ import main
 from ldm.interop.begin import begin, weights_for
 from ldm.interop.convert import _wanted, read, write

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.build import build
-from ldm.command_line import CONFIGS
+from ldm.compose import CONFIGS
 from ldm.likelihood import log_likelihood
 from ldm.sampler.grid import Karras as KarrasGrid
 from ldm.sampler.heun import Heun

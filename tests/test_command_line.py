@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from ldm.build import NARROW, build
-from ldm.command_line import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, quote
+from ldm.compose import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, quote
 
 ROOT = CONFIGS.parent
 TEXTS = [

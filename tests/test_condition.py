@@ -12,20 +12,20 @@ from torch import nn
 
 from ldm.backbone.unet import UNet
 from ldm.build import build, load_model
-from ldm.command_line import compose_config
+from ldm.command.subject import Subject
+from ldm.compose import compose_config
 from ldm.condition.cached_text import CachedText, embed, save_null
-from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
 from ldm.condition.number import Number
 from ldm.condition.text import Text, Texts, whitening
+from ldm.conditioner import Conditioner
+from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
-from ldm.data.write import write_shards
-from ldm.folder import load_tensors, save_model, save_tensors, with_parts, write_json
+from ldm.drawing.request import read_request
+from ldm.files.folder import load_tensors, save_model, save_tensors, with_parts, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
 from ldm.model import LatentModel
-from ldm.request import read_request
-from ldm.subject import Subject
 from ldm.types import Cond, Draw, Widths
 
 NAMES = ["red apple", "fox", "cat face with tears of joy"]

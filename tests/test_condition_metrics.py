@@ -11,7 +11,7 @@ from ldm.metric.super_resolution import SuperResolution
 
 
 def test_a_checkpoint_of_other_conditions_is_refused():
-    from ldm.training.diffusion import Diffusion
+    from ldm.training.stage.diffusion import Diffusion
 
     stage = Diffusion.__new__(Diffusion)
     torch.nn.Module.__init__(stage)

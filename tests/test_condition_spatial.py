@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.condition.conditioner import Conditioner
-from ldm.condition.degrade import bicubic, bsr_light
+from ldm.condition._degrade import bicubic, bsr_light
+from ldm.condition._masks import key_generator, random_mask
 from ldm.condition.embedding import Embedding
 from ldm.condition.inpaint import Inpaint
 from ldm.condition.layout import Layout, boxes_of, in_the_cut
 from ldm.condition.low_resolution import LowResolution
-from ldm.condition.masks import key_generator, random_mask
 from ldm.condition.picture import Picture
 from ldm.condition.semantic import Semantic
 from ldm.condition.text import Text
 from ldm.condition.transcript import Transcript
+from ldm.conditioner import Conditioner
+from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
-from ldm.data.write import write_shards
-from ldm.generate import paste_known
+from ldm.drawing.generate import paste_known
+from ldm.drawing.request import _read_image, read_request, write_pictures
 from ldm.model import LatentModel
-from ldm.request import _read_image, read_request, write_pictures
 from ldm.types import Draw, Moments, Widths
 
 
@@ -345,7 +345,7 @@ def test_boxes_are_asked_for_in_lists_or_files(tmp_path):
 
 
 def test_the_image_embedding_is_open_clips(clip_folder):
-    from ldm.clip import load_clip, see
+    from ldm.tower.clip import load_clip, see
 
     x, clip = pictures(2, 32), load_clip(f"local-dir:{clip_folder}", None, "x")
     embedding = Embedding(f"local-dir:{clip_folder}")
@@ -525,7 +525,7 @@ def test_a_map_of_twice_the_size_draws_twice_the_picture(files):
     """Convolutional sampling, as in the paper."""
     from ldm.backbone.unet import UNet
     from ldm.denoiser import Denoiser, LogRatio
-    from ldm.generate import generate
+    from ldm.drawing.generate import generate
     from ldm.guidance.none import Unguided
     from ldm.prediction import Flow
     from ldm.sampler.ddim import DDIM

@@ -11,11 +11,11 @@ from torchvision.models import alexnet
 from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
-from ldm.command_line import CONFIGS, compose_config
+from ldm.compose import CONFIGS, compose_config
 from ldm.condition.cached_text import save_null
 from ldm.condition.text import Text
-from ldm.folder import save_model, write_text
-from ldm.generate import generate
+from ldm.drawing.generate import generate
+from ldm.files.folder import save_model, write_text
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")

@@ -20,16 +20,16 @@ from PIL import Image
 from webdataset import WebDataset
 
 from ldm.data import emoji
-from ldm.data.decode import BadSample, View, decode
 from ldm.data.emoji import CLASSES, PALETTE, Emoji
-from ldm.data.index import Index
-from ldm.data.order import Batches, Mixture, Once, Steps, Stream
-from ldm.data.record import describe
-from ldm.data.selection import Selection
+from ldm.data.order.order import Batches, Mixture, Once, Steps, Stream
+from ldm.data.shard.decode import BadSample, View, decode
+from ldm.data.shard.index import Index
+from ldm.data.shard.record import describe
+from ldm.data.shard.selection import Selection
+from ldm.data.shard.source import expand
+from ldm.data.shard.write import write_shard, write_shards
 from ldm.data.shards import Shards
-from ldm.data.source import expand
 from ldm.data.stream import Streamed
-from ldm.data.write import write_shard, write_shards
 from ldm.files.picture import MAX_PIXELS
 
 COUNT = 10
@@ -96,7 +96,7 @@ def test_index_knows_sizes_captions_and_what_the_records_say(folder):
 def test_index_is_kept_and_made_anew_when_a_shard_changes(folder, monkeypatch):
     before = Index(expand(folder)).fingerprint()
     read = []
-    monkeypatch.setattr("ldm.data.index.describe", lambda path: read.append(path) or describe(path))
+    monkeypatch.setattr("ldm.data.shard.index.describe", lambda path: read.append(path) or describe(path))
     assert Index(expand(folder)).fingerprint() == before and not read
     write_shard(samples(3), folder / "00001.tar")
     assert Index(expand(folder)).fingerprint() != before and [path[-9:] for path in read] == ["00001.tar"]
@@ -121,7 +121,7 @@ def test_many_shards_are_read_in_parallel_as_in_turn(tmp_path, monkeypatch):
     write_shards(samples(20), tmp_path / "a", per_shard=1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one more process shows what several would
     parallel = Index(expand(tmp_path / "a"))
-    monkeypatch.setattr("ldm.data.index.FEW", 100)
+    monkeypatch.setattr("ldm.data.shard.index.FEW", 100)
     shutil.rmtree(tmp_path / "a" / ".index")
     assert Index(expand(tmp_path / "a")).fingerprint() == parallel.fingerprint() and len(parallel) == 20
 

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from test_data import COUNT, samples
 
-from ldm.command_line import compose_config
-from ldm.data.index import Index
-from ldm.data.record import describe
+from ldm.compose import compose_config
+from ldm.data.shard.index import Index
+from ldm.data.shard.record import describe
+from ldm.data.shard.source import expand
+from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
-from ldm.data.source import expand
-from ldm.data.write import write_shards
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def shut(monkeypatch, *folders):
 def test_an_index_that_somebody_else_left_beside_the_shards_is_read(folder, tmp_path, monkeypatch):
     theirs, read = Index(expand(folder)), []
     shut(monkeypatch, folder / ".index")
-    monkeypatch.setattr("ldm.data.index.describe", lambda path: read.append(path) or describe(path))
+    monkeypatch.setattr("ldm.data.shard.index.describe", lambda path: read.append(path) or describe(path))
     mine = Shards(folder, size=16, batch=2, cache=tmp_path / "cache", filters={"aesthetic": [5, None]})
     assert mine.train_set.index.fingerprint() == theirs.fingerprint() and not read
     assert list((tmp_path / "cache").rglob("kept-*")) and not list(folder.rglob("kept-*")), "what is new is kept elsewhere"

@@ -10,16 +10,16 @@ from test_data import picture
 
 from ldm.autoencoder.kl import KL
 from ldm.build import build_stage
-from ldm.command_line import compose_config
-from ldm.condition.conditioner import Conditioner
+from ldm.command.precompute import _process, precompute
+from ldm.compose import compose_config
+from ldm.conditioner import Conditioner
 from ldm.data import latents
-from ldm.data.latents import check_provenance, write_latents
+from ldm.data.batch.latents import check_provenance, write_latents
+from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
 from ldm.data.stream import Streamed
-from ldm.data.write import write_shards
-from ldm.folder import save_model
+from ldm.files.folder import save_model
 from ldm.types import Draw
-from precompute import _process, precompute
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import warnings
 import pytest
 from test_data import COUNT, samples
 
-from ldm.data.fetch import ATTEMPTS, Fetch, patiently
+from ldm.data.shard.fetch import ATTEMPTS, Fetch, patiently
+from ldm.data.shard.write import write_shard, write_shards
 from ldm.data.shards import Shards
-from ldm.data.write import write_shard, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Trying again")
 

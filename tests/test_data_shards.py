@@ -23,15 +23,15 @@ from PIL import Image
 from test_data import COUNT, fit, picture, samples
 from webdataset import ShardWriter, WebDataset
 
-from ldm.data.bucket import SDXL_TALL, assign, generate, sizes_of
-from ldm.data.filter import ALIASES
-from ldm.data.index import Index
-from ldm.data.selection import Selection
+from ldm.data.order.bucket import SDXL_TALL, assign, generate, sizes_of
+from ldm.data.order.filter import ALIASES
+from ldm.data.shard.index import Index
+from ldm.data.shard.selection import Selection
+from ldm.data.shard.source import expand
+from ldm.data.shard.write import write_shard, write_shards
 from ldm.data.shards import Shards
-from ldm.data.source import expand
 from ldm.data.stream import Streamed
-from ldm.data.write import write_shard, write_shards
-from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest
 from ldm.types import Draw
 
 QUIET = pytest.mark.filterwarnings("ignore")
@@ -240,7 +240,7 @@ def test_training_stops_beyond_the_fraction(tmp_path):
 
 
 def test_errors_of_the_program_are_not_taken_for_bad_samples(folder, monkeypatch):
-    monkeypatch.setattr("ldm.data.samples.decode", lambda *_, **__: undefined)  # noqa: F821
+    monkeypatch.setattr("ldm.data.batch.samples.decode", lambda *_, **__: undefined)  # noqa: F821
     with pytest.raises(NameError):
         first(Shards(folder, size=16).train_dataloader(), 1)
 
@@ -315,7 +315,7 @@ def test_an_error_ends_a_process_whose_workers_are_under_way():
 import sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from torch.utils.data import DataLoader
-from ldm.data.samples import loading
+from ldm.data.batch.samples import loading
 batches = iter(DataLoader(range(8), **loading(1, again=True)))
 next(batches)
 raise ValueError("the end")

@@ -12,10 +12,10 @@ from PIL import Image
 from test_data import damages, picture, samples
 
 from ldm.data import doctor, pack, repair
-from ldm.data.index import Index
+from ldm.data.shard.index import Index
+from ldm.data.shard.source import expand
+from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
-from ldm.data.source import expand
-from ldm.data.write import write_shards
 
 # ---- pack
 

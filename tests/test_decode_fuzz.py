@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from ldm.condition.files import read_pictures
-from ldm.data.decode import BadSample, View, decode
-from ldm.data.record import describe
-from ldm.data.tar import Damaged, salvage
+from ldm.condition._files import read_pictures
+from ldm.data.shard.decode import BadSample, View, decode
+from ldm.data.shard.record import describe
+from ldm.data.shard.tar import Damaged, salvage
 from ldm.evaluation.real import Folder
 from ldm.files.picture import open_picture, picture_size, to_srgb
 

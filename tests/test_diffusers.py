@@ -11,6 +11,7 @@ import torch
 
 from ldm.denoiser import Denoiser, Timestep
 from ldm.prediction import Data, Flow, Noise, Velocity
+from ldm.sampler._noise import Streams
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.ddpm import DDPM as Ancestral
 from ldm.sampler.dpmpp import DPMpp
@@ -19,7 +20,6 @@ from ldm.sampler.euler import Euler
 from ldm.sampler.euler_ancestral import EulerAncestral
 from ldm.sampler.grid import Karras, Leading, Linspace, Listed, Trailing
 from ldm.sampler.heun import Heun
-from ldm.sampler.noise import Streams
 from ldm.sampler.unipc import UniPC
 from ldm.schedule import DDPM, Linear, ScaledLinear
 from ldm.types import Cond, like

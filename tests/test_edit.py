@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from ldm.autoencoder.identity import Identity
-from ldm.edit import FromInversion, FromPicture, Inpainting, last_part
-from ldm.request import read_edit
+from ldm.drawing.edit import FromInversion, FromPicture, Inpainting, last_part
+from ldm.drawing.request import read_edit
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.ddpm import DDPM
 from ldm.sampler.dpmpp import DPMpp

@@ -13,22 +13,22 @@ import torch
 from conftest import free_port
 from PIL import Image
 
-from evaluate import evaluate, sweep
 from ldm.build import build
-from ldm.command_line import compose_config
+from ldm.command.evaluate import evaluate, sweep
+from ldm.command.subject import spread
+from ldm.command.train import train
+from ldm.compose import compose_config
 from ldm.data.emoji import Emoji
 from ldm.evaluation import rows as rows_module
 from ldm.evaluation.pictures import Given, Split, another, chosen, untold
 from ldm.evaluation.real import Archive, Folder
 from ldm.evaluation.rows import see
 from ldm.evaluation.run import measure
-from ldm.folder import save_model
+from ldm.files.folder import save_model
 from ldm.metric.frechet import Frechet, moments
 from ldm.metric.kernel import Kernel
-from ldm.report import read_curves
-from ldm.subject import spread
+from ldm.report.page import read_curves
 from ldm.types import Cond
-from train import train
 
 ROOT = Path(__file__).parent.parent
 UNET = ["backbone.width=16", "backbone.groups=4", "backbone.heads=2", "condition=[label]", "condition.label.width=8"]
@@ -239,7 +239,7 @@ def judge(home, folders, *more):
 
 
 def test_folders_archives_and_shards_hold_the_same_pictures(home, folders, data):
-    from ldm.data.write import write_shards
+    from ldm.data.shard.write import write_shards
 
     folder, _, _ = judge(home, folders)
     files = sorted((folders / "real").glob("*.png"))
@@ -377,7 +377,7 @@ def test_only_numbers_of_one_protocol_compare(command, tmp_path):
 
 def test_another_model_compares_and_says_that_it_is_another(command, home, tmp_path):
     from ldm.evaluation.compare import compare
-    from ldm.folder import load_tensors, save_tensors
+    from ldm.files.folder import load_tensors, save_tensors
 
     shutil.copytree(home / "quickstart" / "diffusion", tmp_path / "model")
     weights = load_tensors(tmp_path / "model" / "model.safetensors")
@@ -401,7 +401,7 @@ def test_every_number_carries_its_protocol(command, tmp_path):
 
 
 def test_sweeps_are_every_combination():
-    from ldm.evaluation.sweep import name_of, settings
+    from ldm.report.sweep import name_of, settings
 
     found = settings("guidance.scale=1,7.5 sampler=ddim,dpmpp metric=[a,b]")
     assert found[1] == ["guidance.scale=1", "sampler=dpmpp", "metric=[a,b]"] and len(found) == 4
@@ -412,7 +412,7 @@ def test_sweeps_are_every_combination():
 
 
 def test_the_settings_that_none_beats():
-    from ldm.evaluation.sweep import Setting, pareto
+    from ldm.report.sweep import Setting, pareto
 
     points = [(10, 30), (8, 25), (12, 30), (8, 20), (20, 31)]
     found = [Setting([], {"fid": {"value": fid}, "clip_score": {"value": clip}}) for fid, clip in points]

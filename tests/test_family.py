@@ -7,16 +7,16 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ldm.build import build, build_stage, load_model
-from ldm.command_line import CONFIGS, compose_config
-from ldm.folder import load_tensors, save_model
-from ldm.generate import unit_noise
+from ldm.command.sample import sample
+from ldm.command.train import train
+from ldm.compose import CONFIGS, compose_config
+from ldm.drawing.generate import unit_noise
+from ldm.files.folder import load_tensors, save_model
 from ldm.guidance.cfg import CFG
 from ldm.interop.convert import read, write
 from ldm.nn.empty import weightless
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
-from sample import sample
-from train import train
 
 SIZES = {
     "sd/v1": 859_520_964,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.build import build, load_autoencoder, load_model
-from ldm.folder import LOCAL, from_parts, load_tensors, save_model, save_tensors, with_parts, write_json, write_whole
+from ldm.files.folder import LOCAL, from_parts, load_tensors, save_model, save_tensors, with_parts, write_json, write_whole
 
 KL = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1], "groups": 4}
 
@@ -51,8 +51,8 @@ SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from ldm.folder import save_tensors
-from ldm.training.checkpoint import WholeCheckpointIO
+from ldm.files.folder import save_tensors
+from ldm.training.callback.checkpoint import WholeCheckpointIO
 path, save = Path(sys.argv[1]), WholeCheckpointIO().save_checkpoint
 small, large = torch.ones(8), torch.ones(100_000)
 save({"state_dict": {"a": small}, "global_step": 1}, path / "a.ckpt")
@@ -105,7 +105,7 @@ def test_other_words_are_left_alone(tmp_path):
 
 # ---- trust
 
-PATH = {"_target_": "ldm.folder.Path", "_args_": ["OWNED"]}
+PATH = {"_target_": "ldm.files.folder.Path", "_args_": ["OWNED"]}
 TOUCH = "${oc.create:{_target_: pathlib.Path.touch, _args_: [{_target_: pathlib.Path, _args_: ['OWNED']}]}}"
 HOSTILE = {
     "another package": {"_target_": "os.system", "command": "touch OWNED"},
@@ -113,8 +113,8 @@ HOSTILE = {
     "torch": {"_target_": "torch.load", "f": "OWNED", "weights_only": False},
     "torch.nn": {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1},
     "a longer name": {"_target_": "ldmx.run"},
-    "what a module imported": {"_target_": "ldm.folder.shutil.rmtree", "path": "OWNED"},
-    "what a module imported, a class": {"_target_": "ldm.folder.write_text", "text": "x", "path": PATH},
+    "what a module imported": {"_target_": "ldm.files.folder.shutil.rmtree", "path": "OWNED"},
+    "what a module imported, a class": {"_target_": "ldm.files.folder.write_text", "text": "x", "path": PATH},
     "a node out of a string": {"_target_": "ldm.objective.regression.Regression", "time": TOUCH},
     "the environment": {"_target_": "ldm.objective.regression.Regression", "time": "${oc.env:HOME}"},
     "a list of targets": {"_target_": ["os.system"], "command": "touch OWNED"},
@@ -150,7 +150,7 @@ def test_the_command_named_makes_what_is_missing(tmp_path):
     """What the message says to run would put the autoencoder exactly where it was looked for."""
     import shlex
 
-    from ldm.command_line import compose_config
+    from ldm.compose import compose_config
 
     for path in ("runs/quickstart/autoencoder", f"{tmp_path}/mine/autoencoder"):
         with pytest.raises(FileNotFoundError, match=r"python train\.py experiment=emoji/autoencoder") as error:
@@ -160,7 +160,9 @@ def test_the_command_named_makes_what_is_missing(tmp_path):
         assert folder == (path if path.startswith("/") else f"{path}-none")
 
 
-@pytest.mark.parametrize("target", ["ldm.data.write.write_shards", "ldm.folder.write_text", "ldm.training.logging.wandb_logger"])
+@pytest.mark.parametrize(
+    "target", ["ldm.data.shard.write.write_shards", "ldm.files.folder.write_text", "ldm.training.logging.wandb_logger"]
+)
 def test_a_model_at_rest_builds_models_only(target, tmp_path):
     from ldm.build import NARROW, build
 

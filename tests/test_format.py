@@ -11,12 +11,22 @@ import torch
 from ldm import moved as table
 from ldm.build import build, load_autoencoder, load_model
 from ldm.check import parameters_of
-from ldm.folder import FORMAT, LaterFormat, load_tensors, read_json, read_model, read_recipe, save_model, save_tensors, write_json
-from ldm.generate import generate
+from ldm.drawing.generate import generate
+from ldm.files.folder import (
+    FORMAT,
+    LaterFormat,
+    load_tensors,
+    read_json,
+    read_model,
+    read_recipe,
+    save_model,
+    save_tensors,
+    write_json,
+)
+from ldm.files.moved import moved, moved_names
 from ldm.guidance.cfg import CFG
-from ldm.moved import moved, moved_names
 from ldm.sampler.ddim import DDIM
-from ldm.training.checkpoint import newest, read_checkpoint
+from ldm.training.callback.checkpoint import newest, read_checkpoint
 
 BEFORE = Path(__file__).parent / "data" / "format0"
 ASKS = {

@@ -12,9 +12,9 @@ from torch import nn
 from ldm.autoencoder.identity import Identity
 from ldm.backbone.unet import UNet
 from ldm.build import build
-from ldm.command_line import CONFIGS, compose_config
-from ldm.condition.conditioner import Conditioner
+from ldm.compose import CONFIGS, compose_config
 from ldm.condition.label import Label
+from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser, LogRatio
 from ldm.guidance.autoguidance import Autoguidance
 from ldm.guidance.cfg import CFG

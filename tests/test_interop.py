@@ -12,10 +12,9 @@ from family import loud, their_pipeline, their_text, their_tokenizer, their_unet
 from ldm.autoencoder.kl import KL
 from ldm.backbone.unet import UNet
 from ldm.build import load_model
-from ldm.clip import blank_text_tower
 from ldm.condition.text import Text
-from ldm.folder import load_tensors, save_tensors, write_json
-from ldm.generate import unit_noise
+from ldm.drawing.generate import unit_noise
+from ldm.files.folder import load_tensors, save_tensors, write_json
 from ldm.guidance.cfg import CFG
 from ldm.interop import autoencoder, text, unet
 from ldm.interop.__main__ import main
@@ -28,6 +27,7 @@ from ldm.sampler.ddim import DDIM
 from ldm.sampler.dpmpp import DPMpp
 from ldm.sampler.euler import Euler
 from ldm.sampler.grid import Leading
+from ldm.tower.clip import blank_text_tower
 from ldm.types import Cond, Widths
 
 KINDS = ("sd1", "sd2", "inpaint", "xl")
@@ -371,7 +371,7 @@ def test_stable_diffusion_1_at_full_size():
             n if not n.startswith(("emb", "encoder.l", "final")) else f"text_model.{n}": x for n, x in there.state_dict().items()
         }
         here.load_state_dict(bring(ties, theirs, shapes_of(here)), strict=False, assign=True)
-    from ldm.clip import read as read_tower
+    from ldm.tower.clip import read as read_tower
 
     torch.set_grad_enabled(False)
     x, words, ids = torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768), torch.randint(0, 49406, (1, 77))

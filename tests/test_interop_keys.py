@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig
 
 from ldm.build import load_autoencoder, load_model
 from ldm.condition.text import Text
-from ldm.folder import load_tensors, save_tensors, write_json
+from ldm.files.folder import load_tensors, save_tensors, write_json
 from ldm.interop.__main__ import main
 from ldm.interop.convert import read, write
 from ldm.interop.keys import CLASSES

@@ -4,7 +4,7 @@ import pytest
 import torch
 from family import their_tokenizer
 
-from ldm.clip import PublishedTokenizer
+from ldm.tower.clip import PublishedTokenizer
 
 PROMPTS = [
     "",

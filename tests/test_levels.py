@@ -8,7 +8,7 @@ from ldm.denoiser import Denoiser, LogRatio
 from ldm.objective.regression import Regression
 from ldm.prediction import Data, Flow, Noise, Velocity
 from ldm.schedule import Cosine, Karras, Linear, ScaledLinear
-from ldm.training.levels import LEVELS, NAME, curve, level_errors
+from ldm.training.callback.levels import LEVELS, NAME, curve, level_errors
 from ldm.types import Cond, Draw
 
 POSITION = torch.arange(600)
@@ -54,7 +54,7 @@ def test_validation_is_the_same_for_every_seed_and_batch_size(emoji_root, tmp_pa
     """To four digits and more; and is logged level by level."""
     from test_training import diffusion, small, trainer
 
-    from ldm.training.levels import LevelCurve
+    from ldm.training.callback.levels import LevelCurve
 
     seen = []
     for seed, batch in ((0, 4), (7, 9)):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.command_line import CONFIGS
+from ldm.compose import CONFIGS
 from ldm.denoiser import Denoiser, LogRatio, Timestep
 from ldm.prediction import Data, Flow, Noise, Velocity
 from ldm.sampler.ddim import DDIM

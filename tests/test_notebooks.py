@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 
-from ldm.command_line import CONFIGS, compose_config
+from ldm.compose import CONFIGS, compose_config
 
 ROOT = CONFIGS.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -24,7 +24,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, emoji_root):
     """The folder of a model of two steps."""
-    from train import train
+    from ldm.command.train import train
 
     runs = tmp_path_factory.mktemp("runs")
     few = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.batch=8", "callback=[ema]", "logger=[csv]"]

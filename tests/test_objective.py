@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.build import build
-from ldm.command_line import CONFIGS, compose_config
+from ldm.compose import CONFIGS, compose_config
 from ldm.denoiser import Denoiser, LogRatio
 from ldm.objective.distance import Huber, Square
 from ldm.objective.noise import Normal, Offset

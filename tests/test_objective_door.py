@@ -9,11 +9,11 @@ from ldm.backbone.dit import DiT
 from ldm.backbone.mlp import MLP
 from ldm.backbone.unet import UNet
 from ldm.objective.regression import Regression
-from ldm.training.checkpoint import read_checkpoint
-from ldm.training.compile import blocks_of
-from ldm.training.diffusion import Diffusion
-from ldm.training.ema import EMA
-from ldm.training.rate import Constant
+from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.callback.compile import blocks_of
+from ldm.training.callback.ema import EMA
+from ldm.training.optimizer.rate import Constant
+from ldm.training.stage.diffusion import Diffusion
 from ldm.types import Draw, Widths
 
 POSITION = torch.arange(8)

@@ -14,14 +14,14 @@ from PIL import Image
 from test_data import picture, samples
 
 from ldm.data import doctor, pack
-from ldm.data.filter import numbers
-from ldm.data.gather import find
-from ldm.data.index import Index
-from ldm.data.packed import Packed
-from ldm.data.repair import repair
+from ldm.data.order.filter import numbers
+from ldm.data.packing.gather import find
+from ldm.data.packing.packed import Packed
+from ldm.data.shard.index import Index
+from ldm.data.shard.repair import repair
+from ldm.data.shard.source import expand
+from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
-from ldm.data.source import expand
-from ldm.data.write import write_shards
 
 CLIP = Path(__file__).parent.parent / "configs/experiment/emoji/clip.yaml"
 
@@ -239,7 +239,7 @@ def test_splits_are_no_classes(tmp_path, splits, capsys):
         write(tmp_path / "in" / split / "metadata.jsonl", '{"file_name": "0.jpg", "text": "a"}')
     assert pack.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert all(f"python -m ldm.data.pack {tmp_path / 'in' / split} OUT/" in said for split in splits)
+    assert all(f"python -m ldm pack {tmp_path / 'in' / split} OUT/" in said for split in splits)
     assert captions(tmp_path / "in" / splits[0])[0] == [("0.jpg", "a")]
     put(tmp_path / "rails", "train_station/0.png", "train_track/0.png")
     assert len({row.label for row in find(tmp_path / "rails", Packed())}) == 2

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.data import pack
-from ldm.data.decode import View, decode
+from ldm.data.shard.decode import View, decode
 from ldm.files.lines import read_lines
 from ldm.files.picture import (
     MAX_PIXELS,

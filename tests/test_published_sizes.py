@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from ldm.backbone.unet import UNet
 from ldm.build import build
-from ldm.command_line import CONFIGS
+from ldm.compose import CONFIGS
 from ldm.condition.bert import Bert
 from ldm.condition.label import Label
 from ldm.condition.upscale import Upscale

@@ -1,6 +1,6 @@
 """What `make quickstart` does when it is called again."""
 
-import quickstart
+from ldm.command import quickstart
 
 
 def test_a_quickstart_by_another_plan_is_kept_aside(tmp_path, monkeypatch):

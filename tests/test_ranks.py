@@ -20,14 +20,14 @@ from test_training import assert_same, autoencoder_stage, diffusion, exact, smal
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from ldm.command_line import CONFIGS
-from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint
-from ldm.training.ema import EMA
-from ldm.training.guard import Guard
-from ldm.training.preempt import Preempt
+from ldm.compose import CONFIGS
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint
+from ldm.training.callback.ema import EMA
+from ldm.training.callback.guard import Guard
+from ldm.training.callback.preempt import Preempt
+from ldm.training.callback.throughput import Throughput
+from ldm.training.parallel.sharded import Sharded
 from ldm.training.run import fit
-from ldm.training.sharded import Sharded
-from ldm.training.throughput import Throughput
 
 TWO = {"accelerator": "cpu", "devices": 2}
 
@@ -213,7 +213,7 @@ def test_a_sharded_step_is_counted_as_the_whole_one(one, two):
 
 
 def test_a_sharded_model_is_exported_whole(two):
-    from ldm.folder import load_tensors
+    from ldm.files.folder import load_tensors
 
     weights, own = load_tensors(two / "exported" / "model.safetensors"), diffusion().model.state_dict()
     assert {name: weight.shape for name, weight in weights.items()} == {name: weight.shape for name, weight in own.items()}

@@ -10,7 +10,7 @@ import torch
 from family import of_classes, of_words, their_pipeline, their_tokenizer, unconditional
 
 from ldm.backbone.unet import UNet
-from ldm.folder import load_tensors, read_json, save_tensors, write_json, write_text
+from ldm.files.folder import load_tensors, read_json, save_tensors, write_json, write_text
 from ldm.interop import bundle, conditions, dit
 from ldm.interop.__main__ import main
 from ldm.interop.begin import begin, weights_for

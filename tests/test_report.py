@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
-from ldm.folder import write_text
-from ldm.quickstart_report import quickstart_page
-from ldm.report import code, curves, page, picture, read_curves, stacked_bar, table, tiles, wall
+from ldm.files.folder import write_text
+from ldm.report.page import code, curves, page, picture, read_curves, stacked_bar, table, tiles, wall
+from ldm.report.quickstart import quickstart_page
 
 NASTY = "<b>&\"'<script>alert(1)</script>"
 SECTIONS = ["In short", "Drawn from", "New prompts", "Held-out", "As the diffusion", "As the autoencoder", "Curves"]

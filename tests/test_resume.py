@@ -7,11 +7,11 @@ import torch
 from omegaconf import OmegaConf
 from test_training import diffusion, small, trainer
 
-from ldm.command_line import compose_config
-from ldm.training.checkpoint import checkpoint_callback, resume_from
-from ldm.training.ema import EMA
-from ldm.training.muon import Muon
-from ldm.training.rate import Constant, Linear
+from ldm.compose import compose_config
+from ldm.training.callback.checkpoint import checkpoint_callback, resume_from
+from ldm.training.callback.ema import EMA
+from ldm.training.optimizer.muon import Muon
+from ldm.training.optimizer.rate import Constant, Linear
 from ldm.training.resume import FATES, FREE, HOLDS, Changes, differences, fate, keep_settings, refuse
 from ldm.training.run import fit
 
@@ -73,7 +73,7 @@ def test_another_optimizer_is_refused_in_our_words(emoji_root, tmp_path):
     leg(emoji_root, tmp_path, 2, 1e-3, config=config)
     kept = (tmp_path / "config.yaml").read_text()
     with pytest.raises(ValueError, match=r"cannot change optimizer\._target_: ldm.*Muon \(before: torch.*run_id=NAME"):
-        leg(emoji_root, tmp_path, 4, 1e-3, Muon, config={"optimizer": {"_target_": "ldm.training.muon.Muon"}})
+        leg(emoji_root, tmp_path, 4, 1e-3, Muon, config={"optimizer": {"_target_": "ldm.training.optimizer.muon.Muon"}})
     assert (tmp_path / "config.yaml").read_text() == kept
     (tmp_path / "config.yaml").unlink()
     for other in (Muon, torch.optim.SGD):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluate import evaluate
 from ldm.build import load_autoencoder, load_model
-from ldm.command_line import compose_config
-from ldm.report import page, picture, read_curves, wall
-from precompute import precompute
-from sample import sample
-from train import train
+from ldm.command.evaluate import evaluate
+from ldm.command.precompute import precompute
+from ldm.command.sample import sample
+from ldm.command.train import train
+from ldm.compose import compose_config
+from ldm.report.page import page, picture, read_curves, wall
 
 DATA = ["data.groups=[Activities]", "data.val_fraction=0.2"]
 STEPS = ["trainer.max_steps=3", "trainer.val_check_interval=2", "callback.checkpoint.every=2", "trainer.log_every_n_steps=1"]
@@ -213,7 +213,7 @@ def test_what_is_not_there_names_the_command_that_makes_it(tmp_path):
 
 
 def test_latents_without_statistics_are_refused_and_the_advice_measures_them(road, tmp_path):
-    from ldm.folder import load_tensors, save_model
+    from ldm.files.folder import load_tensors, save_model
 
     home, emoji, shared = road
     weights = load_tensors(home / "autoencoder" / "model.safetensors")

@@ -8,11 +8,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from ldm import moved as table
-from ldm.command_line import CONFIGS, check_overrides, compose_config
-from ldm.folder import FORMAT, read_json, write_text
+from ldm.command.train import train
+from ldm.compose import CONFIGS, check_overrides, compose_config
+from ldm.files.folder import FORMAT, read_json, write_text
 from ldm.run_id import differences, identity
-from ldm.training.checkpoint import read_checkpoint
-from train import train
+from ldm.training.callback.checkpoint import read_checkpoint
 
 BEFORE = Path(__file__).parent / "data" / "format0" / "trained"
 OLD = "emoji/class-aa02e5b9"

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from ldm.autoencoder.identity import Identity
 from ldm.build import build
-from ldm.command_line import CONFIGS
-from ldm.generate import draw_all, generate
+from ldm.compose import CONFIGS
+from ldm.drawing.generate import draw_all, generate
 from ldm.guidance.none import Unguided
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.ddpm import DDPM

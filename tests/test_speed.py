@@ -24,26 +24,26 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.backbone.unet import UNet
-from ldm.command_line import CONFIGS, compose_config
-from ldm.data.ahead import Ahead, ahead
+from ldm.command.train import train as command
+from ldm.compose import CONFIGS, compose_config
+from ldm.data.batch.ahead import Ahead, ahead
 from ldm.schedule import Linear, ScaledLinear
 from ldm.training import layout
-from ldm.training.bfloat16 import Bfloat16
-from ldm.training.checkpoint import checkpoint_callback
-from ldm.training.compile import Compile
-from ldm.training.contrast import Contrast
-from ldm.training.ema import EMA
-from ldm.training.guard import Guard
+from ldm.training.base import Stage
+from ldm.training.callback.bfloat16 import Bfloat16
+from ldm.training.callback.checkpoint import checkpoint_callback
+from ldm.training.callback.compile import Compile
+from ldm.training.callback.ema import EMA
+from ldm.training.callback.guard import Guard
+from ldm.training.callback.preempt import Preempt
+from ldm.training.callback.profile import Profile
+from ldm.training.callback.recompute import Recompute
+from ldm.training.callback.throughput import Throughput, flops, peak_of
+from ldm.training.optimizer.rate import Constant
 from ldm.training.plan import plan
-from ldm.training.preempt import Preempt
-from ldm.training.profile import Profile
-from ldm.training.rate import Constant
-from ldm.training.recompute import Recompute
 from ldm.training.run import fit
-from ldm.training.stage import Stage
-from ldm.training.throughput import Throughput, flops, peak_of
+from ldm.training.stage.contrast import Contrast
 from ldm.types import Cond, Draw, Widths
-from train import train as command
 
 OPERATIONS, BYTES = 1750, 39_000_000  # of one step of the tiny diffusion model
 CALLS = 3000  # of one step of a network of one number

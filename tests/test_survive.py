@@ -16,17 +16,17 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from test_training import autoencoder_stage, diffusion, small, trainer
 from torch.utils.data import DataLoader
 
-from ldm.data.samples import stay
+from ldm.data.batch.samples import stay
 from ldm.loss.adversary import Hinge, PatchGAN
-from ldm.training.adversary import Adversary
-from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
-from ldm.training.ema import EMA
-from ldm.training.evaluate import Evaluate
-from ldm.training.guard import Guard, skip_where
-from ldm.training.preempt import Preempt, Preempted
-from ldm.training.rate import Constant
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
+from ldm.training.callback.ema import EMA
+from ldm.training.callback.evaluate import Evaluate
+from ldm.training.callback.guard import Guard, skip_where
+from ldm.training.callback.preempt import Preempt, Preempted
+from ldm.training.optimizer.rate import Constant
+from ldm.training.parallel.sharded import Sharded
 from ldm.training.run import fit
-from ldm.training.sharded import Sharded
+from ldm.training.stage.adversary import Adversary
 
 
 class Send(pl.Callback):
@@ -248,7 +248,7 @@ def test_a_stop_forgets_no_skipped_update(emoji_root, tmp_path, handlers):
 
 
 def test_a_spike_is_told_by_the_usual_length(emoji_root, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.training.guard.WARM", 3)
+    monkeypatch.setattr("ldm.training.callback.guard.WARM", 3)
     guard = Guard(str(tmp_path), spike=100.0)
     made = trainer(tmp_path, 8, callbacks=[Spoil([1, 5], 1e6), guard], enable_checkpointing=False)
     made.fit(diffusion(), small(emoji_root))

@@ -6,12 +6,12 @@ import tarfile
 
 import pytest
 
-from ldm.data.index import Index
-from ldm.data.record import describe
+from ldm.data.shard.index import Index
+from ldm.data.shard.record import describe
+from ldm.data.shard.source import expand
+from ldm.data.shard.tar import Damaged, read_headers, salvage
 from ldm.data.shards import Shards
-from ldm.data.source import expand
 from ldm.data.stream import Streamed
-from ldm.data.tar import Damaged, read_headers, salvage
 
 
 def write(path, *members, form=tarfile.GNU_FORMAT):

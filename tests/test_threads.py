@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.training import threads
-from ldm.training.threads import Threads, quickest
+from ldm.training.callback.threads import Threads, quickest
 
 
 @pytest.fixture

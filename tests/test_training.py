@@ -15,29 +15,29 @@ from torch import nn
 from ldm.autoencoder.identity import Identity
 from ldm.autoencoder.kl import KL, kl_divergence
 from ldm.backbone.unet import UNet
-from ldm.condition.conditioner import Conditioner
 from ldm.condition.label import Label
 from ldm.condition.text import Cut, Text
+from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser, LogRatio
-from ldm.folder import load_tensors, save_tensors, write_text
+from ldm.files.folder import load_tensors, save_tensors, write_text
 from ldm.loss.features import Features
 from ldm.model import LatentModel
 from ldm.objective.regression import Regression
 from ldm.objective.time import LogitNormal
 from ldm.prediction import Flow
 from ldm.schedule import Linear
-from ldm.training.augment import Augment
-from ldm.training.autoencoding import Autoencoding
-from ldm.training.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
-from ldm.training.contrast import Contrast, encode_text
-from ldm.training.diffusion import Diffusion
-from ldm.training.ema import EMA
-from ldm.training.groups import parameter_groups
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
+from ldm.training.callback.ema import EMA
 from ldm.training.logging import close, wandb_logger
-from ldm.training.muon import Muon, orthogonal
-from ldm.training.rate import Constant, Cosine, InverseSqrt
-from ldm.training.rate import Linear as Straight
+from ldm.training.optimizer.groups import parameter_groups
+from ldm.training.optimizer.muon import Muon, orthogonal
+from ldm.training.optimizer.rate import Constant, Cosine, InverseSqrt
+from ldm.training.optimizer.rate import Linear as Straight
 from ldm.training.run import fit
+from ldm.training.stage.augment import Augment
+from ldm.training.stage.autoencoding import Autoencoding
+from ldm.training.stage.contrast import Contrast, encode_text
+from ldm.training.stage.diffusion import Diffusion
 from ldm.types import Draw, Moments
 
 
@@ -192,7 +192,7 @@ def test_muon_moves_weights_of_one_shape_as_each_alone(monkeypatch):
     shapes = [(16, 16, 3, 3), (32, 16), (16, 16, 3, 3), (16, 16, 3, 3), (5,)]
     starts = [torch.randn(shape) for shape in shapes]
     together, alone = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
-    monkeypatch.setattr("ldm.training.muon.TOGETHER", 2 * 16 * 16 * 9)  # two of the three, then the third
+    monkeypatch.setattr("ldm.training.optimizer.muon.TOGETHER", 2 * 16 * 16 * 9)  # two of the three, then the third
     optimizers = [Muon(together, weight_decay=0.1), *(Muon([p], weight_decay=0.1) for p in alone)]
     for _ in range(3):
         for a, b in zip(together, alone):
@@ -500,7 +500,7 @@ def test_looking_does_not_change_what_is_trained(emoji_root, tmp_path):
     """Validation, previews, other users of the global generator: the weights are the same without them."""
     from ldm.guidance.cfg import CFG
     from ldm.sampler.ddim import DDIM
-    from ldm.training.preview import Drawings
+    from ldm.training.callback.preview import Drawings
 
     quiet, looked = diffusion(), diffusion()
     trainer(tmp_path, 4, enable_checkpointing=False).fit(quiet, small(emoji_root))

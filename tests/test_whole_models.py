@@ -13,9 +13,9 @@ from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
 from ldm.build import load_autoencoder, load_model
 from ldm.condition.upscale import Upscale
-from ldm.edit import FromPicture
-from ldm.folder import load_tensors, save_tensors
-from ldm.generate import unit_noise
+from ldm.drawing.edit import FromPicture
+from ldm.drawing.generate import unit_noise
+from ldm.files.folder import load_tensors, save_tensors
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
 from ldm.interop import dit

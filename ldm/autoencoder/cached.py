@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
 from ldm.types import Autoencoder, Moments
 
 
@@ -22,9 +23,9 @@ class Cached(nn.Module):
         """Refuses: the latents are in the shards.
 
         Raises:
-            ValueError: always.
+            Refusal: always.
         """
-        raise ValueError(
+        raise Refusal(
             "autoencoder=cached encodes no pictures: train on latents (data=latents data.train=...), or with autoencoder=trained."
         )
 
@@ -32,7 +33,7 @@ class Cached(nn.Module):
         """(B, C, H, W) whitened -> (B, 3, f * H, f * W), about [-1, 1].
 
         Raises:
-            ValueError: the autoencoder has other sizes than this was told.
+            Refusal: the autoencoder has other sizes than this was told.
         """
         if not self.kept:
             found = self.load().to(latents.device)
@@ -44,10 +45,10 @@ class Cached(nn.Module):
         """Compares the autoencoder that was loaded with what this was told of it.
 
         Raises:
-            ValueError: it has other sizes.
+            Refusal: it has other sizes.
         """
         if (found.channels, found.factor) != (self.channels, self.factor):
-            raise ValueError(
+            raise Refusal(
                 f"autoencoder.channels={self.channels} autoencoder.factor={self.factor}, but the autoencoder in "
                 f"autoencoder.load.path has {found.channels} and {found.factor}; say these."
             )

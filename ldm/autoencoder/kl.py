@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, pad, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
+from ldm.errors import Refusal
 from ldm.types import Draw, Moments
 
 
@@ -51,7 +52,7 @@ class KL(nn.Module):
         """(B, 3, f * H, f * W) in [-1, 1] -> whitened moments of (B, C, H, W).
 
         Raises:
-            ValueError: f does not divide the size.
+            Refusal: f does not divide the size.
         """
         return whiten(self.posterior(images), self.mean, self.std)
 
@@ -102,7 +103,7 @@ def check_size(images: Tensor, factor: int) -> None:
     if height % factor or width % factor:
         crop = f"crop it to {height - height % factor}x{width - width % factor}"
         mend = crop if min(height, width) >= factor else f"{factor}x{factor} is the least"
-        raise ValueError(
+        raise Refusal(
             f"A picture of {height}x{width} pixels cannot be encoded by an autoencoder of factor {factor}; "
             f"{mend} (data.size=...)."
         )
@@ -239,10 +240,10 @@ def level(inward: int, outward: int, count: int, groups: int, attend: bool) -> l
     """`count` residual blocks of one size, each with an attention behind it where `attend` says so.
 
     Raises:
-        ValueError: the groups do not divide the features.
+        Refusal: the groups do not divide the features.
     """
     if inward % groups or outward % groups:
-        raise ValueError(
+        raise Refusal(
             f"autoencoder.groups={groups} does not divide the {inward} or {outward} features of a level (autoencoder.width times "
             f"autoencoder.mult); use autoencoder.groups={gcd(inward, outward, groups)}."
         )

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
 from ldm.types import Autoencoder, Moments
 
 
@@ -16,7 +17,7 @@ class Tiled(nn.Module):
     def __init__(self, autoencoder: Autoencoder, tile: int = 64, overlap: int = 16) -> None:
         super().__init__()
         if not 0 <= overlap <= tile // 2:
-            raise ValueError(f"autoencoder.overlap={overlap}: wanted 0 to {tile // 2}, half of autoencoder.tile={tile}.")
+            raise Refusal(f"autoencoder.overlap={overlap}: wanted 0 to {tile // 2}, half of autoencoder.tile={tile}.")
         self.autoencoder, self.tile, self.overlap = autoencoder, tile, overlap
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
 

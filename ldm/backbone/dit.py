@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
+from ldm.errors import Refusal
 from ldm.nn.layers import identity, mlp, zero
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
@@ -27,7 +28,7 @@ class DiT(nn.Module):
     The defaults are DiT-XL/2's for 256 x 256 pixels.
 
     Raises:
-        ValueError: the heads or the patches do not divide what they should, or the conditions bring tokens.
+        Refusal: the heads or the patches do not divide what they should, or the conditions bring tokens.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         if widths.tokens:
-            raise ValueError("backbone=dit listens to vectors and maps, not to tokens (condition.label.slot=vector).")
+            raise Refusal("backbone=dit listens to vectors and maps, not to tokens (condition.label.slot=vector).")
         if width % heads or size % patch or width % 4 or (rotary and width // heads % 4):
-            raise ValueError(
+            raise Refusal(
                 f"backbone: width={width} must divide into heads={heads} (with rotary, of a multiple of 4), size={size} into "
                 f"patches of {patch}."
             )
@@ -83,7 +84,7 @@ class DiT(nn.Module):
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W).
 
         Raises:
-            ValueError: the latents have another size than the fixed positions.
+            Refusal: the latents have another size than the fixed positions.
         """
         told = self.level(sinusoid(noise_level, 256).to(x))
         told = silu(told if self.vector is None else told + self.vector(cond.vector.to(x)))
@@ -91,7 +92,7 @@ class DiT(nn.Module):
         rows, columns = h.shape[2:]
         if rows * columns != len(self.position):
             side = self.patch * math.isqrt(len(self.position))
-            raise ValueError(
+            raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}; this backbone's positions are for {side}x{side} (backbone.size)."
             )
         h = h.flatten(2).transpose(1, 2) + self.position

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention, silu
 
+from ldm.errors import Refusal
 from ldm.nn.convolution import Convolution
 from ldm.nn.layers import mlp, visible, zero
 from ldm.nn.sinusoid import sinusoid
@@ -30,7 +31,7 @@ class UNet(nn.Module):
     Diffusion XL), or nothing where it has that width already. The defaults are Stable Diffusion 1's.
 
     Raises:
-        ValueError: `mult` and `depth` differ in length, or a width does not divide into heads.
+        Refusal: `mult` and `depth` differ in length, or a width does not divide into heads.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(mult) != len(depth):
-            raise ValueError(f"backbone.mult has {len(mult)} levels, backbone.depth has {len(depth)}; give both the same number.")
+            raise Refusal(f"backbone.mult has {len(mult)} levels, backbone.depth has {len(depth)}; give both the same number.")
         self.width, told = width, 4 * width
         self.level = mlp(width, told)
         self.vector = vector(widths.vector, told) if widths.vector else None
@@ -123,7 +124,7 @@ class Layers:
         """Attention of a depth: one transformer of so many blocks, or, without tokens, so many plain blocks."""
         heads = self.heads if self.head_width is None else ch // self.head_width
         if depth and (not heads or ch % heads):
-            raise ValueError(f"{ch} channels are not a whole number of heads (backbone.heads or backbone.head_width).")
+            raise Refusal(f"{ch} channels are not a whole number of heads (backbone.heads or backbone.head_width).")
         if not self.tokens:
             return [SelfAttention(ch, heads, self.groups) for _ in range(depth)]
         first = self.tokens if tokens_only else 0

@@ -9,6 +9,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from ldm.errors import NotFound
 from ldm.types import Cond, Widths
 
 PADDING = "[PAD]"
@@ -21,7 +22,7 @@ class Bert(nn.Module):
     attended to as well, as published. Heads are `head_width` wide, whatever `width` is. A dropped caption is the empty one.
 
     Raises:
-        FileNotFoundError: there is no vocabulary.
+        NotFound: there is no vocabulary.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Bert(nn.Module):
         super().__init__()
         path = Path(vocabulary) / "vocab.txt"
         if not path.is_file():
-            raise FileNotFoundError(
+            raise NotFound(
                 f"There are no words in {path}. BERT's vocab.txt comes with google-bert/bert-base-uncased; name its folder by "
                 "condition.bert.vocabulary=FOLDER."
             )

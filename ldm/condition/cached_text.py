@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition.text import Text, Texts
-from ldm.folder import load_tensors, save_tensors
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import load_tensors, save_tensors
 from ldm.types import Batch, Cond, Draw, Widths
 
 PARTS = ("tokens", "mask", "vector")  # of a Cond; in the shards `text.<part>.npy`, in a batch `caption_<part>`
@@ -29,7 +30,7 @@ class CachedText(nn.Module):
     stands_for: the name of that condition; the same captions are dropped as there.
 
     Raises:
-        FileNotFoundError: there is no null.
+        NotFound: there is no null.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class CachedText(nn.Module):
     ) -> None:
         super().__init__()
         if not (Path(path) / NULL).is_file():
-            raise FileNotFoundError(
+            raise NotFound(
                 f"There is no {NULL} in {path} (condition.cached_text.path=FOLDER); it comes with shards of embeddings. "
                 "condition=[text] reads captions themselves."
             )
@@ -64,21 +65,21 @@ class CachedText(nn.Module):
         """The captions with their embeddings, where the batch has these.
 
         Raises:
-            ValueError: a batch of training has none, or of another width.
+            Refusal: a batch of training has none, or of another width.
         """
         missing = [part for part in self.parts if f"{self.key}_{part}" not in batch]
         if missing and draw is None:
             return {}
         if missing:
             wanted = ", ".join(f"{self.key}_{part}: text.{part}.npy" for part in self.parts)
-            raise ValueError(
+            raise Refusal(
                 f"cached_text reads embeddings, data.fields={{{wanted}}}, and there is only {sorted(batch)}; condition=[text] "
                 "reads captions themselves."
             )
         said = {part: batch[f"{self.key}_{part}"] for part in self.parts}
         if shapes := [p for p in self.parts if said[p].shape[1:] != getattr(self, p).shape[1:]]:
             found, here = (tuple(x.shape[1:]) for x in (said[shapes[0]], getattr(self, shapes[0])))
-            raise ValueError(
+            raise Refusal(
                 f"The shards' {shapes[0]} are of shape {found}, the null's of {here}: they are of another text tower "
                 "(condition.cached_text.path)."
             )
@@ -95,11 +96,11 @@ class CachedText(nn.Module):
         """Compares a text with what the shards came with.
 
         Raises:
-            ValueError: it says something else of a dropped caption.
+            Refusal: it says something else of a dropped caption.
         """
         told = _parts(text, [""], drop=True)
         if list(told) != self.parts or not all(_alike(told[part], getattr(self, part)) for part in told):
-            raise ValueError(
+            raise Refusal(
                 "condition.cached_text.load makes another text than the shards' embeddings were made with: what it says of a "
                 "dropped caption is not their null. Give it the model, layers, padding and so on that made them."
             )

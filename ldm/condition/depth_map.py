@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.condition.files import read_pictures
+from ldm.condition._files import read_pictures
 from ldm.types import Autoencoder, Cond, Widths
 
 

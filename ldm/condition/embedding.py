@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ldm.clip import load_clip, see
-from ldm.condition.files import read_pictures
+from ldm.condition._files import read_pictures
+from ldm.tower.clip import load_clip, see
 from ldm.types import Cond, Widths
 
 

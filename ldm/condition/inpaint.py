@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.condition.files import check_shapes, read_masks, read_pictures
-from ldm.condition.masks import key_generator, random_mask
+from ldm.condition._files import check_shapes, read_masks, read_pictures
+from ldm.condition._masks import key_generator, random_mask
+from ldm.errors import Refusal
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
 
@@ -30,7 +31,7 @@ class Inpaint(nn.Module):
         """value: pictures (B, 3, f * H, f * W) in [-1, 1], masks (B, 1, f * H, f * W) of 0 and 1 -> spatial: (B, 1 + C, H, W).
 
         Raises:
-            ValueError: masks of another size or of other numbers, or all of them empty.
+            Refusal: masks of another size or of other numbers, or all of them empty.
         """
         image, mask = value[0], value[1].to(value[0])
         check_mask(mask, image)
@@ -75,10 +76,8 @@ def as_mask(value: Tensor) -> Tensor:
 def check_mask(mask: Tensor, image: Tensor) -> None:
     """Raises ValueError unless mask: (B, 1, h, w) of 0 and 1, not all of them empty, fits image: (B, 3, h, w)."""
     if mask.shape[2:] != image.shape[2:] or mask.shape[1] != 1:
-        raise ValueError(
-            f"A mask of {tuple(mask.shape[1:])} does not fit a picture of {tuple(image.shape[1:])}; wanted (1, h, w)."
-        )
+        raise Refusal(f"A mask of {tuple(mask.shape[1:])} does not fit a picture of {tuple(image.shape[1:])}; wanted (1, h, w).")
     if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"A mask holds 0 (keep) and 1 (repaint) only, this one {mask.min():g} to {mask.max():g}.")
+        raise Refusal(f"A mask holds 0 (keep) and 1 (repaint) only, this one {mask.min():g} to {mask.max():g}.")
     if not mask.any():
-        raise ValueError("Nothing is to be repainted in any picture: their masks are 0 everywhere (data.fields.mask).")
+        raise Refusal("Nothing is to be repainted in any picture: their masks are 0 everywhere (data.fields.mask).")

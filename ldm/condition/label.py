@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
 from ldm.types import Cond, Widths
 
 
@@ -32,12 +33,12 @@ class Label(nn.Module):
         """value: (B) integers in [0, classes), drop: (B) bool -> tokens: (B, 1, D), or vector: (B, D).
 
         Raises:
-            ValueError: a label is out of range.
+            Refusal: a label is out of range.
         """
         nothing = self.table.num_embeddings - 1
         value = torch.as_tensor(value)
         if any(not 0 <= label < nothing for label in value.tolist()):
-            raise ValueError(
+            raise Refusal(
                 f"Labels from {int(value.min())} to {int(value.max())} were found; this model knows 0 to {nothing - 1} "
                 "(condition.label.classes=...)."
             )
@@ -48,7 +49,7 @@ class Label(nn.Module):
         """Class numbers, or names or the beginnings of names -> (N) integers.
 
         Raises:
-            ValueError: a word that begins no class' name, or several.
+            Refusal: a word that begins no class' name, or several.
         """
         return torch.tensor([self._number(str(a)) for a in asked])
 
@@ -59,5 +60,5 @@ class Label(nn.Module):
         exact = [i for i in found if self.names[i].lower() == word.lower()]
         if len(exact or found) != 1:
             known = ", ".join(self.names) or f"numbers only, 0 to {self.table.num_embeddings - 2}"
-            raise ValueError(f"ask.{self.key}={word} is the beginning of {len(found)} classes' names; there are: {known}.")
+            raise Refusal(f"ask.{self.key}={word} is the beginning of {len(found)} classes' names; there are: {known}.")
         return (exact or found)[0]

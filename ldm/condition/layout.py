@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition.files import painted
+from ldm.condition._files import painted
+from ldm.errors import NotFound, Refusal
 from ldm.types import Batch, Cond, Draw, Widths
 
 CUT = ("target_height", "target_width", "crop_top", "crop_left", "mirrored")  # what batches say of their pictures
@@ -49,7 +50,7 @@ class Layout(nn.Module):
         """value: B lists of boxes, drop: (B) bool -> tokens: (B, 1 + most, D) and their mask; the first stands for the whole.
 
         Raises:
-            ValueError: a class or an edge out of range.
+            Refusal: a class or an edge out of range.
         """
         device = self.nothing.device
         boxes = torch.zeros(len(value), self.most, 5)
@@ -69,7 +70,7 @@ class Layout(nn.Module):
         """Boxes, where the batch has none, from its records or its maps.
 
         Raises:
-            ValueError: a record without boxes, or with others than in the class' docstring.
+            Refusal: a record without boxes, or with others than in the class' docstring.
         """
         if self.key in batch:
             return {}
@@ -83,7 +84,7 @@ class Layout(nn.Module):
         """One list of boxes, a list of such lists, or JSON files of either -> N lists of boxes.
 
         Raises:
-            ValueError: something else. FileNotFoundError: no such file.
+            Refusal: something else. NotFound: no such file.
         """
         found = [_from_file(field, a) for a in asked] if asked and isinstance(asked[0], str) else [asked]
         rows = [row for boxes in found for row in (boxes if _is_of_many(boxes) else [boxes])]
@@ -100,7 +101,7 @@ class Layout(nn.Module):
 
     def _boxes(self, record: Mapping[str, Any]) -> list[list[float]]:
         if not isinstance(record.get("boxes"), list):
-            raise ValueError(
+            raise Refusal(
                 "Condition 'layout' reads `boxes` in the json of each sample, a list of [class, left, top, right, bottom], and "
                 f"found {record.get('boxes')!r} in one with {sorted(record)}. Write [] where there are none."
             )
@@ -113,7 +114,7 @@ class Layout(nn.Module):
         left, top, right, bottom = (min(max(edge, 0.0), 1.0) if -1e-3 <= edge <= 1 + 1e-3 else math.nan for edge in edges)
         ordered = (left < right and top < bottom) or (flat and left <= right and top <= bottom)
         if not (0 <= kind < self.classes and kind == int(kind) and ordered):
-            raise ValueError(
+            raise Refusal(
                 f"Found the box {box}; wanted [class, left, top, right, bottom] with a class from 0 to {self.classes - 1} "
                 "(condition.layout.classes=...) and edges in [0, 1] of the picture, left < right, top < bottom."
             )
@@ -122,11 +123,11 @@ class Layout(nn.Module):
 
 def _from_file(field: str, path: str) -> list[Any]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"ask.{field}={path}: there is no such file; wanted [[class, left, top, right, bottom], ...].")
+        raise NotFound(f"ask.{field}={path}: there is no such file; wanted [[class, left, top, right, bottom], ...].")
     try:
         boxes = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"ask.{field}={path} is no JSON: {error}") from error
+        raise Refusal(f"ask.{field}={path} is no JSON: {error}") from error
     return boxes if isinstance(boxes, list) else [boxes]
 
 

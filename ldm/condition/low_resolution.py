@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.condition.degrade import bicubic
-from ldm.condition.files import numbers, read_pictures
-from ldm.condition.masks import key_generator
+from ldm.condition._degrade import bicubic
+from ldm.condition._files import numbers, read_pictures
+from ldm.condition._masks import key_generator
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 

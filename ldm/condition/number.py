@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition.files import numbers
+from ldm.condition._files import numbers
+from ldm.errors import Refusal
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Batch, Cond, Draw, Widths
 
@@ -35,7 +36,7 @@ class Number(nn.Module):
         """The numbers that the batch lacks, from its records, or the one that is usual where a record does not say.
 
         Raises:
-            ValueError: a record lacks one, or has something else there.
+            Refusal: a record lacks one, or has something else there.
         """
         usual = {name: u for name, u in self.usual.items() if isinstance(u, int | float)}
         lacking = [name for name in self.usual if name not in batch and "json" in batch]
@@ -55,7 +56,7 @@ def _number(record: Mapping[str, Any], name: str) -> float:
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         numbers = sorted(k for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool))
-        raise ValueError(
+        raise Refusal(
             f"Condition 'number' reads {name!r} in the json of each sample and found {value!r}; the numbers there are {numbers}. "
             "Name one of these in condition.number.fields, or leave such samples out."
         )

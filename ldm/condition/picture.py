@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from ldm.condition.files import read_pictures
+from ldm.condition._files import read_pictures
 from ldm.types import Autoencoder, Cond, Widths
 
 

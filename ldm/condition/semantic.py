@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition.files import painted, read_maps
+from ldm.condition._files import painted, read_maps
+from ldm.errors import Refusal
 from ldm.types import Autoencoder, Cond, Widths
 
 
@@ -29,15 +30,15 @@ class Semantic(nn.Module):
         """value: (B, f * H, f * W) integers in [0, classes), drop: (B) bool -> spatial: (B, C', H, W).
 
         Raises:
-            ValueError: labels out of range, or a size that the factor does not divide.
+            Refusal: labels out of range, or a size that the factor does not divide.
         """
         if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < self.classes:
-            raise ValueError(
+            raise Refusal(
                 f"A map in the field '{self.key}' has labels from {int(value.min())} to {int(value.max())}; this model knows "
                 f"0 to {self.classes - 1} (condition.semantic.classes=...)."
             )
         if value.shape[1] % self.factor or value.shape[2] % self.factor:
-            raise ValueError(
+            raise Refusal(
                 f"Maps of {tuple(value.shape[1:])} do not divide by the autoencoder's factor {self.factor} (data.size)."
             )
         shares = shares_of(value, self.classes, self.factor)

@@ -8,8 +8,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
-from ldm.folder import LOCAL, load_tensors
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import LOCAL, load_tensors
+from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
 from ldm.types import Cond, Widths
 
 
@@ -52,7 +53,7 @@ class Text(nn.Module):
     which needs a `padding` and knows `learned` words, whose rows follow the tower's 49,408 (textual inversion).
 
     Raises:
-        ValueError: the tower has no such layer, or fewer rows than words.
+        Refusal: the tower has no such layer, or fewer rows than words.
     """
 
     frozen = ("tower",)
@@ -81,7 +82,7 @@ class Text(nn.Module):
         self.cut = Cut(self.tower.context_length)
         width, count = self.tower.token_embedding.embedding_dim, len(self.tower.transformer.resblocks) + 1
         if not layers or not all(-count <= i < count for i in layers):
-            raise ValueError(
+            raise Refusal(
                 f"condition.text.layers={list(layers)}: wanted this tower's hidden states, 0 to {count - 1} or -1 to {-count}."
             )
         self.widths = Widths(tokens=width * len(self.layers), vector=self.tower.text_projection.shape[1] if pooled else 0)
@@ -136,12 +137,12 @@ class Text(nn.Module):
         length, rows = self.tower.context_length, self.tower.token_embedding.num_embeddings
         if not self.published:
             if self.learned:
-                raise ValueError(f"condition.text.learned={list(self.learned)} wants condition.text.tokenizer=clip.")
+                raise Refusal(f"condition.text.learned={list(self.learned)} wants condition.text.tokenizer=clip.")
             return open_clip.get_tokenizer(model, context_length=length)
         if self.padding is None:
-            raise ValueError("condition.text.tokenizer=clip wants condition.text.padding, 0 or 49407, as published models pad.")
+            raise Refusal("condition.text.tokenizer=clip wants condition.text.padding, 0 or 49407, as published models pad.")
         if rows < FIRST_LEARNED + len(self.learned):
-            raise ValueError(
+            raise Refusal(
                 f"condition.text.learned has {len(self.learned)} words, and the tower's table {rows} rows; "
                 f"{FIRST_LEARNED} + {len(self.learned)} were wanted."
             )
@@ -161,7 +162,7 @@ class Texts(nn.Module):
         self.frozen = tuple(f"towers.{name}.{part}" for name, tower in towers.items() for part in tower.frozen)
         lengths = {name: tower.tower.context_length for name, tower in towers.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"The towers read captions of different lengths, {lengths}; tokens join by width where they agree.")
+            raise Refusal(f"The towers read captions of different lengths, {lengths}; tokens join by width where they agree.")
         each = [tower.widths for tower in towers.values()]
         self.widths = Widths(tokens=sum(w.tokens for w in each), vector=sum(w.vector for w in each))
 
@@ -185,11 +186,11 @@ def statistics(model: str) -> dict[str, Tensor]:
     """The mean and covariance of each layer over the training captions, from beside a local tower.
 
     Raises:
-        FileNotFoundError: they are not there.
+        NotFound: they are not there.
     """
     path = Path(model.removeprefix(LOCAL)) / "statistics.safetensors"
     if not model.startswith(LOCAL) or not path.is_file():
-        raise FileNotFoundError(
+        raise NotFound(
             f"condition.text.whiten=true needs {path}, the statistics of the training captions, which the `contrast` stage "
             "writes. Use such a folder as condition.text.model, or condition.text.whiten=false."
         )

@@ -7,7 +7,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ldm.clip import spoken, warn_of_cut
+from ldm.tower.clip import spoken, warn_of_cut
 from ldm.types import Cond, Widths
 
 

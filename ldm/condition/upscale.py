@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.condition.files import numbers, read_pictures
+from ldm.condition._files import numbers, read_pictures
+from ldm.errors import Refusal
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
 
@@ -32,11 +33,11 @@ class Upscale(nn.Module):
         """value: pictures (B, 3, h, w) in [-1, 1], steps (B) and noise (B, 3, h, w) -> spatial: (B, 3, H, W), vector: (B, D).
 
         Raises:
-            ValueError: a step that the table does not have.
+            Refusal: a step that the table does not have.
         """
         low, step, noise = value
         if not 0 <= int(step.min()) <= int(step.max()) < self.table.num_embeddings:
-            raise ValueError(f"ask.step={step.tolist()}: noise steps are 0 to {self.table.num_embeddings - 1}.")
+            raise Refusal(f"ask.step={step.tolist()}: noise steps are 0 to {self.table.num_embeddings - 1}.")
         table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
         kept = table[step.cpu()].to(low, non_blocking=True)
         told = kept.sqrt()[:, None, None, None] * low + (1 - kept).sqrt()[:, None, None, None] * noise.to(low)

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
-from ldm.data.write import write_shards
+from ldm.errors import NotFound, Refusal
 
 ASSETS = Path(__file__).parent / "assets"
 VERSION = 1  # of what is written below; a new one writes new shards
@@ -64,7 +65,7 @@ class Emoji(Shards):
         shards: as in Shards.
 
     Raises:
-        FileNotFoundError: the atlas is not there.
+        NotFound: the atlas is not there.
         ValueError: there is no such group.
     """
 
@@ -144,7 +145,7 @@ def _choose(groups: Sequence[str] | str | None) -> tuple[str, ...]:
     wanted = CLASSES if groups == "all" else [groups] if isinstance(groups, str) else list(groups)
     unknown = [name for name in wanted if name not in CLASSES]
     if unknown or not wanted:
-        raise ValueError(f"data.groups={groups!r} names no group of emoji; wanted `all` or a list out of {', '.join(CLASSES)}.")
+        raise Refusal(f"data.groups={groups!r} names no group of emoji; wanted `all` or a list out of {', '.join(CLASSES)}.")
     return tuple(name for name in CLASSES if name in wanted)
 
 
@@ -167,7 +168,7 @@ def _rows() -> list[dict[str, str]]:
 def _asset(name: str) -> Path:
     path = ASSETS / name
     if not path.is_file():
-        raise FileNotFoundError(
+        raise NotFound(
             f"{path} is missing, the pictures that `data=emoji` is made of. It comes with the project: install the package "
             "anew, or `git checkout` it; `python tools/build_emoji.py` builds it again."
         )

@@ -20,20 +20,21 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ldm.data.ahead import ahead
-from ldm.data.bad import BadSamples
-from ldm.data.bucket import Report, Size, sizes_of
-from ldm.data.content import digest_of
-from ldm.data.decode import is_image
-from ldm.data.fetch import CACHE, Fetch
-from ldm.data.filter import select
-from ldm.data.index import Damage, Index
-from ldm.data.latents import check_provenance
-from ldm.data.order import Batches, Mixture, Once, Place, Steps, Stream
-from ldm.data.samples import Loaded, Samples, as_is, loading, to_float
-from ldm.data.selection import Selection
-from ldm.data.settings import check_settings
-from ldm.data.source import Sources, expand, owners
+from ldm.data._settings import check_settings
+from ldm.data.batch.ahead import ahead
+from ldm.data.batch.bad import BadSamples
+from ldm.data.batch.latents import check_provenance
+from ldm.data.batch.samples import Loaded, Samples, as_is, loading, to_float
+from ldm.data.order.bucket import Report, Size, sizes_of
+from ldm.data.order.filter import select
+from ldm.data.order.order import Batches, Mixture, Once, Place, Steps, Stream
+from ldm.data.shard.content import digest_of
+from ldm.data.shard.decode import is_image
+from ldm.data.shard.fetch import CACHE, Fetch
+from ldm.data.shard.index import Damage, Index
+from ldm.data.shard.selection import Selection
+from ldm.data.shard.source import Sources, expand, owners
+from ldm.errors import Refusal
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}
@@ -119,7 +120,7 @@ class Shards(pl.LightningDataModule):
         of = owners(self.train, index.shards)
         sets = [parts[0].within(of == i) for i in range(len(self.train))]
         if empty := [str(one) for one, samples in zip(self.train, sets) if not len(samples)]:
-            raise ValueError(f"data.weights: there is nothing to train on in {', '.join(empty)}; look at data.filters.")
+            raise Refusal(f"data.weights: there is nothing to train on in {', '.join(empty)}; look at data.filters.")
         streams = [Stream(one, self.seed, self.window, number=i) for i, one in enumerate(sets)]
         mixture = Mixture(streams, self.weights, self.batch, self.seed)
         return Steps([mixture], self.sizes, [len(parts[0])], self.batch, self.seed)
@@ -137,11 +138,11 @@ class Shards(pl.LightningDataModule):
         """Endless micro-batches of this device, from sample `consumed` on.
 
         Raises:
-            ValueError: a checkpoint that was trained with another kind of data, and `on_mismatch` is "refuse".
+            Refusal: a checkpoint that was trained with another kind of data, and `on_mismatch` is "refuse".
         """
         if self._unsaid():
             if self.on_mismatch == "refuse":
-                raise ValueError(
+                raise Refusal(
                     f"The checkpoint of step {self.trainer.global_step} was trained with another kind of data than "
                     f"{type(self).__name__}, and its order of samples is not this one's. Take that data=..., begin another run "
                     "(run_id=..., resume=never), or an epoch of this data: data.on_mismatch=restart_epoch."
@@ -182,7 +183,7 @@ class Shards(pl.LightningDataModule):
         places = [Place(i, *samples.selection.locate(i), self.size, self.size) for i in chosen]
         batch = Loaded(samples).__getitems__(places)
         if "bad" in batch:
-            raise ValueError(f"{batch['bad'][0]}; choose others, or mend the shards (python -m ldm.data.doctor).")
+            raise Refusal(f"{batch['bad'][0]}; choose others, or mend the shards (python -m ldm doctor).")
         return batch
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
@@ -206,7 +207,7 @@ class Shards(pl.LightningDataModule):
         """Pictures uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last; other floats -> float32; all else stays.
 
         Raises:
-            ValueError: too many samples could not be read.
+            Refusal: too many samples could not be read.
         """
         self.bad.note(batch, self.trainer)
         batch = {field: value for field, value in batch.items() if field != "bad"}
@@ -243,7 +244,7 @@ class Shards(pl.LightningDataModule):
         """Goes on where a checkpoint stopped.
 
         Raises:
-            ValueError: it was trained with another seed, batch or data set, and `on_mismatch` is "refuse".
+            Refusal: it was trained with another seed, batch or data set, and `on_mismatch` is "refuse".
         """
         mine = {"seed": self.seed, "batch": self.batch, "data": self.content}
         if "data" not in state_dict:  # of a version that knew data by their names and sizes
@@ -253,7 +254,7 @@ class Shards(pl.LightningDataModule):
         self.consumed = state_dict["consumed"]
         if changes:
             if self.on_mismatch == "refuse":
-                raise ValueError(
+                raise Refusal(
                     f"The checkpoint's samples are not this run's, or come in another order: {changes}. Give the run what the "
                     "checkpoint had (data.seed, data.batch, data.train with the same pictures and captions, data.filters and so "
                     "on), or begin its epoch anew with these: data.on_mismatch=restart_epoch."
@@ -282,7 +283,7 @@ class Shards(pl.LightningDataModule):
     def _split(self, split: Split) -> Samples:
         samples = {"train": self.train_set, "val": self.val_set}[split]
         if samples is None:
-            raise ValueError("There are no validation samples; set data.val.")
+            raise Refusal("There are no validation samples; set data.val.")
         return samples
 
     def _share(self) -> tuple[int, int, int]:

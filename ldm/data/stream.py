@@ -16,15 +16,16 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from webdataset import filters, tariterators
 
-from ldm.data.ahead import ahead
-from ldm.data.cut import CROP, SIZES, cut, told
-from ldm.data.decode import FORMATS, MAX_BYTES, BadSample, View, decode, is_image
-from ldm.data.latents import check_provenance
-from ldm.data.order import generator
-from ldm.data.samples import ATTEMPTS, loading
+from ldm.data.batch.ahead import ahead
+from ldm.data.batch.cut import CROP, SIZES, cut, told
+from ldm.data.batch.latents import check_provenance
+from ldm.data.batch.samples import ATTEMPTS, loading
+from ldm.data.order.order import generator
+from ldm.data.shard.decode import FORMATS, MAX_BYTES, BadSample, View, decode, is_image
+from ldm.data.shard.source import expand
+from ldm.data.shard.tar import Damaged
 from ldm.data.shards import Shards
-from ldm.data.source import expand
-from ldm.data.tar import Damaged
+from ldm.errors import Refusal
 from ldm.files.picture import picture_size
 from ldm.types import Batch
 
@@ -36,7 +37,7 @@ class Streamed(Shards):
     """As Shards, but training reads through WebDataset; `shuffle` samples wait in each worker's buffer.
 
     Raises:
-        ValueError: settings that need an index.
+        Refusal: settings that need an index.
     """
 
     def __init__(self, train: Any, shuffle: int = 1000, **shards: Any) -> None:
@@ -44,7 +45,7 @@ class Streamed(Shards):
         self.shuffle = shuffle
         for name in INDEXED:
             if shards.get(name):
-                raise ValueError(f"data.{name}={shards[name]}: data=stream has no index, which that needs; take data=shards.")
+                raise Refusal(f"data.{name}={shards[name]}: data=stream has no index, which that needs; take data=shards.")
 
     def prepare_data(self) -> None:
         """Indexes the validation shards."""
@@ -62,7 +63,7 @@ class Streamed(Shards):
         self._begun = True
         rank, world, accumulate = self._share()
         if self.batch % (world * accumulate):
-            raise ValueError(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
+            raise Refusal(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
         drawn = Drawn(self, expand(self.train), rank, self.batch // (world * accumulate), accumulate)
         return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
@@ -123,7 +124,7 @@ class Drawn(IterableDataset):
         except (tarfile.TarError, OSError) as error:
             if not self.leave_out:
                 raise Damaged(
-                    f"{shard} is damaged or no plain tar: {error}. Mend it with `python -m ldm.data.doctor SHARDS --repair OUT`, "
+                    f"{shard} is damaged or no plain tar: {error}. Mend it with `python -m ldm doctor SHARDS --repair OUT`, "
                     "or go on without what cannot be read: data.damaged=leave_out."
                 ) from error
             self._note(f"Shard {shard} is damaged: {error}", bad)
@@ -132,7 +133,7 @@ class Drawn(IterableDataset):
     def _note(self, line: str, bad: list[str]) -> None:
         bad.append(line)
         if len(bad) >= ATTEMPTS + self.size:
-            raise ValueError(f"A batch of {self.size} samples cannot be filled, {len(bad)} could not be read; the last: {line}")
+            raise Refusal(f"A batch of {self.size} samples cannot be filled, {len(bad)} could not be read; the last: {line}")
 
     def _decoded(self, sample: Mapping[str, Any], position: int) -> dict[str, Any]:
         where = f"sample {sample['__key__']!r} in {sample['__url__']}"

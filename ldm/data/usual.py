@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.data.fetch import is_remote
+from ldm.data.shard.fetch import is_remote
+from ldm.errors import Refusal
 
 WORD = "usual"  # of a setting that is as the model's own data have it
 EMOJI, SHARDS = "ldm.data.emoji.Emoji", "ldm.data.shards.Shards"
@@ -20,11 +21,11 @@ class Usual:
     """Stands for the data of a model that is measured; where no model is, there is nothing to stand for.
 
     Raises:
-        ValueError: always.
+        Refusal: always.
     """
 
     def __init__(self, **settings: Any) -> None:
-        raise ValueError("data=usual, the data that a model was trained on, is for evaluate.py: name data=shards or others.")
+        raise Refusal("data=usual, the data that a model was trained on, is for evaluate.py: name data=shards or others.")
 
 
 def usual_of(data: Mapping[str, Any]) -> dict[str, Any]:

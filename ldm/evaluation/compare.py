@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import NotFound, Refusal
+
 ASIDE = ("code", "batch")  # told, but no reason to refuse: a later version or a larger device may run the same protocol
 
 
@@ -12,15 +14,15 @@ def compare(places: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """places: folders of evaluations, or their metrics.json -> a table's header and rows, one number a row.
 
     Raises:
-        FileNotFoundError: there is no metrics.json. ValueError: nothing in common, or numbers made by different protocols.
+        NotFound: there is no metrics.json. Refusal: nothing in common, or numbers made by different protocols.
     """
     told = {place: read(place) for place in places}
     if len(told) < 2:
-        raise ValueError(f"compare={list(places)}: name two evaluations or more, compare=[A,B].")
+        raise Refusal(f"compare={list(places)}: name two evaluations or more, compare=[A,B].")
     shared = [name for name in next(iter(told.values())) if all(name in entries for entries in told.values())]
     if not shared:
         have = "; ".join(f"{place} has {', '.join(entries)}" for place, entries in told.items())
-        raise ValueError(f"These evaluations have no number in common: {have}.")
+        raise Refusal(f"These evaluations have no number in common: {have}.")
     first, *others = told
     wrong = [
         f"{name}: {field} is {a} in {first} and {b} in {other}"
@@ -31,7 +33,7 @@ def compare(places: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     ]
     if wrong:
         more = f" ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError("These numbers were made by different protocols and do not compare:\n  " + "\n  ".join(wrong[:8]) + more)
+        raise Refusal("These numbers were made by different protocols and do not compare:\n  " + "\n  ".join(wrong[:8]) + more)
     return ["number", *told], [[name, *(shown(entries[name]) for entries in told.values())] for name in shared]
 
 
@@ -39,10 +41,10 @@ def read(place: str) -> dict[str, dict[str, Any]]:
     """What an evaluation wrote."""
     path = Path(place) / "metrics.json" if Path(place).is_dir() else Path(place)
     if not path.is_file():
-        raise FileNotFoundError(f"{place}: there is no metrics.json; name the OUT folder of an evaluation.")
+        raise NotFound(f"{place}: there is no metrics.json; name the OUT folder of an evaluation.")
     entries = json.loads(path.read_text(encoding="utf-8"))
     if not all(isinstance(entry, dict) and {"value", "protocol"} <= entry.keys() for entry in entries.values()):
-        raise ValueError(f"{path} has numbers without their protocol, and what has none compares with nothing.")
+        raise Refusal(f"{path} has numbers without their protocol, and what has none compares with nothing.")
     return entries
 
 

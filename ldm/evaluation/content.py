@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.data.content import file_content, files_content
-from ldm.folder import LOCAL, PART
+from ldm.data.shard.content import file_content, files_content
+from ldm.files.folder import LOCAL, PART
 
 CHECKPOINTS = "*.ckpt"
 

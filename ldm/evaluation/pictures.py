@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.drawing.generate import check_paste, generate
+from ldm.errors import Refusal
 from ldm.evaluation.rows import Source, fingerprint
+from ldm.files.folder import write_whole
 from ldm.files.picture import from_bytes, open_picture, to_bytes, to_tensor
-from ldm.folder import write_whole
-from ldm.generate import check_paste, generate
 from ldm.model import LatentModel
 from ldm.types import Autoencoder, Batch, Cond, Conditioned, Denoise, Guidance, Sampler
 
@@ -31,11 +32,11 @@ def chosen(data: Any, count: int, split: str = "train") -> list[int]:
     """`count` evenly chosen samples of a split.
 
     Raises:
-        ValueError: there are not that many.
+        Refusal: there are not that many.
     """
     total = len({"train": data.train_set, "val": data.val_set}[split] or ())
     if count > total:
-        raise ValueError(f"count={count} pictures were asked for, but there are only {total} {split} samples; use count={total}.")
+        raise Refusal(f"count={count} pictures were asked for, but there are only {total} {split} samples; use count={total}.")
     return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
@@ -45,9 +46,7 @@ class Split:
     def __init__(self, data: Any, split: str, device: Any, numbers: Sequence[int] | None = None) -> None:
         samples = {"train": data.train_set, "val": data.val_set}[split]
         if not samples:
-            raise ValueError(
-                f"The {split} pictures are asked for, and data.{split} is empty; name shards with data.{split}=PATH."
-            )
+            raise Refusal(f"The {split} pictures are asked for, and data.{split} is empty; name shards with data.{split}=PATH.")
         self.data, self.split, self.device = data, split, device
         self.numbers = range(len(samples)) if numbers is None else list(numbers)
         self.count = len(self.numbers)
@@ -64,7 +63,7 @@ class Split:
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """The real pictures."""
         if "image" not in fields:
-            raise ValueError(
+            raise Refusal(
                 f"Real pictures are asked for, and data.fields has no image, only {sorted(self.data.fields)}. Name pictures: "
                 "data.fields.image=jpg, or, for a model of latents, data=shards data.train=PATH data.val=PATH data.size=..."
             )
@@ -124,15 +123,15 @@ class Drawings:
         protocol: Mapping[str, Any] | None = None,
     ) -> None:
         if conditioning not in ("right", "shuffled", "none"):
-            raise ValueError(f"conditioning={conditioning}: wanted right, shuffled or none.")
+            raise Refusal(f"conditioning={conditioning}: wanted right, shuffled or none.")
         if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
+            raise Refusal(f"precision={precision}: wanted one of {', '.join(PRECISIONS)}.")
         self.model, self.requests, self.sampler, self.guidance = model, requests, sampler, guidance
         self.seed, self.size, self.conditioning, self.precision = seed, size, conditioning, precision
         self.paste, self.count = paste, requests.count
         check_paste(model, paste)
         if conditioning == "shuffled" and self.count < 2:
-            raise ValueError("conditioning=shuffled needs at least 2 requests to shuffle (count=...).")
+            raise Refusal("conditioning=shuffled needs at least 2 requests to shuffle (count=...).")
         self.protocol = {
             "pictures": "drawing",
             "requests": requests.protocol,

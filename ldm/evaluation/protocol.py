@@ -9,7 +9,7 @@ from typing import Any
 from torchvision.utils import make_grid, save_image
 
 from ldm.evaluation.compare import shown
-from ldm.folder import write_json, write_whole
+from ldm.files.folder import write_json, write_whole
 from ldm.measure import Estimate, Metric, Showing
 
 HERE = Path(__file__).parent

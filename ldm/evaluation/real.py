@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.content import file_content, files_content
-from ldm.data.decode import View, decode_picture
+from ldm.data.shard.content import file_content, files_content
+from ldm.data.shard.decode import View, decode_picture
+from ldm.errors import NotFound, Refusal
 from ldm.evaluation.ranks import rank, told
 from ldm.evaluation.rows import fingerprint
 from ldm.files.lines import read_lines
@@ -43,13 +44,13 @@ class Folder:
         self.path, self.size, self.device, self.limit, self.option = Path(path), size, device, limit, option
         self.files, others = pictures_in(self.path)
         if not self.files:
-            raise FileNotFoundError(f"{option}={path}: there are no pictures ({', '.join(ENDINGS)}) in it.")
+            raise NotFound(f"{option}={path}: there are no pictures ({', '.join(ENDINGS)}) in it.")
         if others and rank() == 0:
             print(left_out(f"{option}={path}", others))
         self.count, self.captions = len(self.files), captions
         if captions is not None and len(captions) != self.count:
             few = "fewer captions than pictures" if len(captions) < self.count else "more captions than pictures"
-            raise ValueError(
+            raise Refusal(
                 f"{few}: prompts has {len(captions)} lines, and {option}={path} {self.count} pictures; line i belongs to "
                 "the i-th picture by name, 2.png before 10.png."
             )
@@ -80,14 +81,14 @@ class Folder:
                 sizes.add(picture_size(file.read_bytes())[::-1])
         if len(sizes) > 1:
             several = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
-            raise ValueError(f"{self.option}={self.path} holds mixed sizes ({several}); resolution=256 brings them to one.")
+            raise Refusal(f"{self.option}={self.path} holds mixed sizes ({several}); resolution=256 brings them to one.")
         return sizes.pop() if sizes else (8, 8)
 
     def check(self, corrupt: Sequence[int]) -> None:
         """Raises ValueError where more pictures than `limit` could not be read."""
         if len(corrupt) > self.limit * self.count:
             named = ", ".join(str(self.files[n]) for n in corrupt[:3])
-            raise ValueError(
+            raise Refusal(
                 f"{len(corrupt)} of {self.count} pictures in {self.option}={self.path} cannot be read, such as {named}; at most "
                 f"a share of {self.limit} is passed over (corrupt=...)."
             )
@@ -116,11 +117,11 @@ class Archive:
                 self.array = file["arr_0"] if "arr_0" in found else None
                 self.statistics = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= found else None
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{option}={path} is no whole .npz file: {error}.") from error
+            raise Refusal(f"{option}={path} is no whole .npz file: {error}.") from error
         if self.array is None and self.statistics is None:
-            raise ValueError(f"{option}={path} holds {sorted(found)}; wanted arr_0 (pictures), or mu and sigma (statistics).")
+            raise Refusal(f"{option}={path} holds {sorted(found)}; wanted arr_0 (pictures), or mu and sigma (statistics).")
         if self.array is not None and (self.array.ndim != 4 or self.array.shape[3] != 3 or self.array.dtype != np.uint8):
-            raise ValueError(
+            raise Refusal(
                 f"{option}={path}: arr_0 is {self.array.dtype} of shape {self.array.shape}; wanted uint8 (N, height, width, 3)."
             )
         self.count = 0 if self.array is None else len(self.array)
@@ -129,7 +130,7 @@ class Archive:
     def fields(self, numbers: Sequence[int]) -> Batch:
         """image: (B, 3, h, w) in [-1, 1]."""
         if self.array is None:
-            raise ValueError(
+            raise Refusal(
                 f"{self.option}={self.path} holds statistics alone, which do for the Fréchet distance of Inception; other "
                 "metrics see the pictures themselves: name a folder, shards, or an .npz with arr_0."
             )
@@ -161,9 +162,9 @@ def read_captions(path: str) -> list[str]:
     """A file of captions, one a line.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: an empty line, which would shift all after it.
+        NotFound: no such file. Refusal: an empty line, which would shift all after it.
     """
     lines = read_lines(path)
     if "" in lines:
-        raise ValueError(f"prompts={path}: line {lines.index('') + 1} is empty; every picture has its line.")
+        raise Refusal(f"prompts={path}: line {lines.index('') + 1} is empty; every picture has its line.")
     return lines

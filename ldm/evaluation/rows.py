@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.evaluation.ranks import rank, wait, world
-from ldm.folder import load_tensors, save_tensors
+from ldm.files.folder import load_tensors, save_tensors
 from ldm.measure import Rows
 from ldm.types import Batch
 

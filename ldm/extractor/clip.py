@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ldm.clip import load_clip, transform
-from ldm.extractor.weights import frozen
+from ldm.extractor._weights import frozen
 from ldm.measure import Rows, transformed
+from ldm.tower.clip import load_clip, transform
 
 
 class Clip:

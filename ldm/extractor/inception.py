@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 from torchvision.models.inception import Inception3, InceptionA, InceptionC, InceptionE
 
-from ldm.extractor.weights import frozen, read_weights
+from ldm.extractor._weights import frozen, read_weights
 from ldm.files.picture import to_bytes
 from ldm.measure import Rows
 

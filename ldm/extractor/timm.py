@@ -6,7 +6,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ldm.extractor.weights import frozen, read_weights
+from ldm.errors import Refusal
+from ldm.extractor._weights import frozen, read_weights
 from ldm.measure import Rows, transformed
 
 
@@ -40,4 +41,4 @@ def _load(net: nn.Module, weights: dict[str, Tensor]) -> None:
     missing, unknown = net.load_state_dict(weights if adapt is None else adapt(weights, net), strict=False)
     unknown = [name for name in unknown if name.split(".")[0] not in ("head", "fc", "classifier")]
     if missing or unknown:
-        raise ValueError(f"The weights are of another network: missing {missing[:3]}, unknown {unknown[:3]}.")
+        raise Refusal(f"The weights are of another network: missing {missing[:3]}, unknown {unknown[:3]}.")

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from ldm.extractor.weights import frozen, read_weights
+from ldm.extractor._weights import frozen, read_weights
 from ldm.measure import Rows, transformed
 
 

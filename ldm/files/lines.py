@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ldm.errors import NotFound, Refusal
+
 
 def read_lines(path: str | Path, option: str = "prompts") -> list[str]:
     """A file's lines without spaces around them; the end of the last one begins no other.
@@ -13,12 +15,12 @@ def read_lines(path: str | Path, option: str = "prompts") -> list[str]:
         option: the setting to name in errors.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is not UTF-8.
+        NotFound: there is no such file. Refusal: it is not UTF-8.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{option}={path}: there is no such file; it should hold one prompt a line.")
+        raise NotFound(f"{option}={path}: there is no such file; it should hold one prompt a line.")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{option}={path} is no text in UTF-8 ({error}); save it as UTF-8.") from error
+        raise Refusal(f"{option}={path} is no text in UTF-8 ({error}); save it as UTF-8.") from error
     return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

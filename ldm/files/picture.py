@@ -20,6 +20,8 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
+from ldm.errors import Refusal
+
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of the pictures in a folder
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of a file that is named; of several pictures in one the first
 MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacked
@@ -79,12 +81,12 @@ def open_picture(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
     """A picture of which no more than the header is read.
 
     Raises:
-        ValueError: none of these formats, a broken header, or more than MAX_PIXELS.
+        Refusal: none of these formats, a broken header, or more than MAX_PIXELS.
     """
     with _faults(formats):
         image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} are more than the {MAX_PIXELS} pixels a picture may have")
+        raise Refusal(f"{image.width} x {image.height} are more than the {MAX_PIXELS} pixels a picture may have")
     return image
 
 
@@ -92,7 +94,7 @@ def picture_size(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[int, in
     """-> width and height as it is looked at, from the header alone.
 
     Raises:
-        ValueError: no picture.
+        Refusal: no picture.
     """
     image = open_picture(_without_pixels(data) if data.startswith(PNG) else data, formats)
     lies = image.format != "TIFF" and orientation(image) >= 5  # Pillow tells a TIFF's size as it is looked at
@@ -112,7 +114,7 @@ def upright(image: Image.Image) -> Image.Image:
     """The picture as it is looked at, its pixels read.
 
     Raises:
-        ValueError: they cannot be read.
+        Refusal: they cannot be read.
     """
     with _faults():
         image.load()
@@ -131,7 +133,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     A profile that cannot be read, or is of other channels than the picture's, is passed over, as browsers do.
 
     Raises:
-        ValueError: its pixels cannot be read, or are numbers of no known range.
+        Refusal: its pixels cannot be read, or are numbers of no known range.
     """
     with _faults():
         image = upright(image)
@@ -149,7 +151,7 @@ def to_grey(image: Image.Image) -> Image.Image:
     """Any picture, upright -> mode L, such as a mask; its transparency and its profile are passed over.
 
     Raises:
-        ValueError: its pixels cannot be read, or are numbers of no known range.
+        Refusal: its pixels cannot be read, or are numbers of no known range.
     """
     with _faults():
         return _base(upright(image))[0].convert("L")
@@ -186,7 +188,7 @@ def _base_mode(image: Image.Image) -> str:
 def _base(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """-> the picture in that mode, and its transparency (mode L)."""
     if image.mode in ("I", "F", "LAB"):
-        raise ValueError(f"a picture of mode {image.mode}: numbers of no known range, wanted grey, RGB or CMYK of 8 or 16 bits")
+        raise Refusal(f"a picture of mode {image.mode}: numbers of no known range, wanted grey, RGB or CMYK of 8 or 16 bits")
     if image.mode.startswith("I;16"):
         grey, clear = np.asarray(image), image.info.get("transparency")
         alpha = None if clear is None else Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
@@ -224,13 +226,13 @@ def _without_pixels(data: bytes) -> bytes:
     """A PNG with all that it says before and behind its pixels, and none of them.
 
     Raises:
-        ValueError: it is cut off.
+        Refusal: it is cut off.
     """
     at, told = len(PNG), [PNG]
     while (kind := data[at + 4 : at + 8]) != b"IEND":
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if not kind or end > len(data):
-            raise ValueError(f"a PNG that is cut off after {len(data)} bytes")
+            raise Refusal(f"a PNG that is cut off after {len(data)} bytes")
         told += [] if kind in PNG_PIXELS else [data[at:end]]
         at = end
     return b"".join([*told, struct.pack(">I4sI", 0, b"IDAT", 0x35AF061E)])
@@ -242,8 +244,8 @@ def _faults(formats: Sequence[str] = FORMATS) -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:  # its words hold an address
-        raise ValueError(f"no picture in {', '.join(formats)}") from error
+        raise Refusal(f"no picture in {', '.join(formats)}") from error
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        raise Refusal(f"{type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.guidance.cfg import refuse_negative
 from ldm.types import Batch, Conditioned, Denoise
 
@@ -19,7 +20,7 @@ class Autoguidance:
     scale = 1 does without it (one call of the network); otherwise there is one call of each.
 
     Raises:
-        ValueError: the two have different schedules, or the request has a negative.
+        Refusal: the two have different schedules, or the request has a negative.
     """
 
     weak: Callable[[], Conditioned]
@@ -38,7 +39,7 @@ class Autoguidance:
             return lambda x_t, t: model.denoiser(x_t, t, cond)
         weak = self.loaded.to(next(model.denoiser.parameters()).device)
         if weak.denoiser.schedule != model.denoiser.schedule:
-            raise ValueError(
+            raise Refusal(
                 f"The weak model's schedule is {weak.denoiser.schedule} and the model's {model.denoiser.schedule}; "
                 "autoguidance needs two of one schedule (guidance.weak.path)."
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.types import Batch, Conditioned, Denoise, like
 
 
@@ -37,7 +38,7 @@ class CFG:
 def refuse_negative(ask: Batch, guidance: str) -> None:
     """Raises ValueError where a request says what to move away from, and `guidance` has no null condition to put it in."""
     if found := [field for field in ask if field.startswith("negative.")]:
-        raise ValueError(
+        raise Refusal(
             f"guidance={guidance} takes no negative request, and found {found}: take negative=... out, or use guidance=cfg, "
             "scales or interval."
         )

@@ -7,6 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.types import Batch, Cond, Conditioned, Denoise
 
 
@@ -19,14 +20,14 @@ class Scales:
     the network); otherwise there is one call more than conditions, as one batch.
 
     Raises:
-        ValueError: no condition is named.
+        Refusal: no condition is named.
     """
 
     scales: Mapping[str, float]
 
     def __post_init__(self) -> None:
         if not self.scales:
-            raise ValueError("guidance.scales={}: name the model's conditions, as guidance.scales={text: 7.5, map: 1.5}.")
+            raise Refusal("guidance.scales={}: name the model's conditions, as guidance.scales={text: 7.5, map: 1.5}.")
 
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""

@@ -1,9 +1,10 @@
-"""Converts a model:  python -m ldm.interop SOURCE TARGET --to ldm|diffusers|compvis|dit"""
+"""Converts a model:  python -m ldm convert SOURCE TARGET --to ldm|diffusers|compvis|dit"""
 
 import argparse
 import sys
 from pathlib import Path
 
+from ldm.errors import Refusal
 from ldm.interop.bundle import read_words
 from ldm.interop.convert import HUB, LAYOUTS, add_autoencoder, check, describe, push, read, write
 
@@ -12,7 +13,7 @@ KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow
 
 def main() -> None:
     """Reads SOURCE, says what it is, writes TARGET, and where --push says so puts it onto the hub."""
-    parser = argparse.ArgumentParser(prog="python -m ldm.interop", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ldm convert", description=__doc__)
     parser.add_argument("source", help=f"a folder, a .safetensors, .ckpt or .pt file, or {HUB}org/name")
     parser.add_argument("target", type=Path, help="a folder; for compvis and dit FILE.safetensors")
     parser.add_argument("--to", required=True, choices=LAYOUTS)
@@ -24,7 +25,7 @@ def main() -> None:
     told = parser.parse_args()
     try:
         if told.push and told.push.count("/") != 1:
-            raise ValueError(f"--push {told.push}: name a repository as ORG/NAME.")
+            raise Refusal(f"--push {told.push}: name a repository as ORG/NAME.")
         bundle, layout = read(told.source, KINDS.get(told.prediction))
         if told.autoencoder:
             add_autoencoder(bundle, told.autoencoder, KINDS.get(told.prediction))
@@ -36,7 +37,7 @@ def main() -> None:
         print(f"The model is in {told.target}")
         if told.push:
             print(f"It is on the hub: {push(told.target, told.push)}")
-    except (ValueError, OSError) as error:
+    except Refusal as error:
         sys.exit(f"error: {error}")
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.errors import Refusal
 from ldm.interop.tie import Tie, kernel, renamer, same, tied
 
 STATISTICS = ("mean", "std", "count", "hits", "sums")  # ours alone
@@ -60,7 +61,7 @@ def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """CompVis' names (below `first_stage_model.`) and shapes -> how `KL` or `VQ` is built, `_target_` with it.
 
     Raises:
-        ValueError: this is no such autoencoder.
+        Refusal: this is no such autoencoder.
     """
     try:
         width, levels = shapes["encoder.conv_in.weight"][0], 1 + max(_numbers(shapes, r"encoder\.down\.(\d+)\..+"))
@@ -73,7 +74,7 @@ def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         }
     except (KeyError, ValueError) as error:
         found = f"{error} is missing" if isinstance(error, KeyError) else "levels are missing"
-        raise ValueError(f"This is no autoencoder in CompVis' layout: {found} among its tensors.") from error
+        raise Refusal(f"This is no autoencoder in CompVis' layout: {found} among its tensors.") from error
     codes = shapes.get("quantize.embedding.weight")
     if codes is None:
         return {"_target_": "ldm.autoencoder.kl.KL", **found}

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.folder import load_tensors
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import load_tensors
 from ldm.interop.bundle import CLIP_FILES
 from ldm.interop.convert import read
 
@@ -17,22 +18,20 @@ def weights_for(part: str, source: str, prediction: str | None = None) -> dict[s
     `prediction` (Noise, Velocity, Flow) is what the model to be trained says, for weights that do not show what they say.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it holds no such part.
+        NotFound: nothing is there. Refusal: it holds no such part.
     """
     if part == "clip":
         path = Path(source) / CLIP_FILES[1]
         if not path.is_file():
-            raise FileNotFoundError(
-                f"model.init={source}: there is no {CLIP_FILES[1]}; a CLIP begins from the folder of another."
-            )
+            raise NotFound(f"model.init={source}: there is no {CLIP_FILES[1]}; a CLIP begins from the folder of another.")
         return load_tensors(path)
     bundle, _ = read(source, prediction)
     if part == "autoencoder":
         if part not in bundle.parts:
-            raise ValueError(f"model.init={source} holds no autoencoder.")
+            raise Refusal(f"model.init={source} holds no autoencoder.")
         return bundle.parts[part].weights
     if bundle.recipe is None:
-        raise ValueError(f"model.init={source} is an autoencoder alone; a latent diffusion model begins from a whole one.")
+        raise Refusal(f"model.init={source} is an autoencoder alone; a latent diffusion model begins from a whole one.")
     return bundle.weights
 
 
@@ -45,7 +44,7 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     that differs is refused.
 
     Raises:
-        ValueError: another network, or nothing in common.
+        Refusal: another network, or nothing in common.
     """
     own = {n: x for n, x in module.state_dict().items() if not any(n.startswith(f"{part}.") for part in frozen)}
     taken, grown, other = [], [], []
@@ -60,7 +59,7 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     wrong = [line for line in other if not line.startswith("conditioner.")]
     if wrong or not taken:
         few = "; ".join(wrong[:3]) or f"none of its {len(weights)} tensors is one of these {len(own)}"
-        raise ValueError(f"model.init={source} is another network: {few}. Choose the backbone it was trained with.")
+        raise Refusal(f"model.init={source} is another network: {few}. Choose the backbone it was trained with.")
     for name in taken:
         own[name].copy_(weights[name])
     for name in grown:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.condition.bert import Bert, Block
+from ldm.errors import Refusal
 from ldm.interop.bundle import WORDS, Bundle, filled, shapes_of
 from ldm.interop.keys import check_keys
 from ldm.interop.tie import Shapes, Tie, same, stacked, tied
@@ -48,13 +49,13 @@ def settings_of(shapes: Shapes) -> dict[str, Any]:
     """CompVis' names (below `cond_stage_model.transformer.`) and shapes -> how `Bert` is built; heads are 64 wide there.
 
     Raises:
-        ValueError: this is no such text model.
+        Refusal: this is no such text model.
     """
     try:
         inner, width = shapes["attn_layers.layers.0.1.to_q.weight"]
         depth, length = sum(name.endswith(".1.to_q.weight") for name in shapes), shapes["pos_emb.emb.weight"][0]
     except KeyError as error:
-        raise ValueError(f"The text model is no BERT in CompVis' layout: {error} is missing among its tensors.") from error
+        raise Refusal(f"The text model is no BERT in CompVis' layout: {error} is missing among its tensors.") from error
     return {"width": width, "depth": depth, "heads": inner // HEAD_WIDTH, "head_width": HEAD_WIDTH, "length": length}
 
 
@@ -62,13 +63,11 @@ def diffusers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """LDMBertModel's config -> how `Bert` is built.
 
     Raises:
-        ValueError: a setting that the published one does not have.
+        Refusal: a setting that the published one does not have.
     """
     check_keys(config, "LDMBertModel", "The bert")
     if config["encoder_ffn_dim"] != 4 * config["d_model"]:
-        raise ValueError(
-            f"The bert has encoder_ffn_dim={config['encoder_ffn_dim']}; 4 d_model, {4 * config['d_model']}, is known."
-        )
+        raise Refusal(f"The bert has encoder_ffn_dim={config['encoder_ffn_dim']}; 4 d_model, {4 * config['d_model']}, is known.")
     words = {"width": "d_model", "depth": "encoder_layers", "heads": "encoder_attention_heads", "head_width": "head_dim"}
     return {ours: config[theirs] for ours, theirs in {**words, "length": "max_position_embeddings"}.items()}
 
@@ -77,10 +76,10 @@ def diffusers_config(settings: Mapping[str, Any], words: int) -> dict[str, Any]:
     """How `Bert` is built -> LDMBertModel's config.
 
     Raises:
-        ValueError: a length that the pipeline does not read.
+        Refusal: a length that the pipeline does not read.
     """
     if settings["length"] != 77:
-        raise ValueError(f"diffusers' LDMTextToImagePipeline reads 77 words; found condition.bert.length={settings['length']}.")
+        raise Refusal(f"diffusers' LDMTextToImagePipeline reads 77 words; found condition.bert.length={settings['length']}.")
     return {
         "architectures": ["LDMBertModel"],
         "model_type": "ldmbert",
@@ -121,7 +120,7 @@ def check_words(bundle: Bundle, source: str) -> None:
     rows = len(bundle.weights[f"{OURS}words.weight"])
     found = 0 if bundle.words is None else len(bundle.words.rstrip("\n").split("\n"))
     if found != rows:
-        raise ValueError(
+        raise Refusal(
             f"{source} holds a text model of {rows:,} words, and its vocabulary has {found:,}. Say where BERT's uncased "
             "vocab.txt lies, as google-bert/bert-base-uncased has it: --vocabulary FOLDER."
         )

@@ -13,8 +13,8 @@ from ldm.autoencoder.kl import KL
 from ldm.autoencoder.vq import VQ
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
-from ldm.clip import blank_text_tower, named_text_tower
-from ldm.folder import (
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import (
     LOCAL,
     from_parts,
     load_tensors,
@@ -31,6 +31,7 @@ from ldm.interop.conditions import IDENTITY
 from ldm.interop.tie import check_whole
 from ldm.interop.weights import Config, check_numbers, read_config
 from ldm.nn.layers import identity, mlp
+from ldm.tower.clip import blank_text_tower, named_text_tower
 from ldm.types import Widths
 
 BACKBONE = "denoiser.backbone."
@@ -99,11 +100,11 @@ class Bundle:
         """How the backbone is built, the defaults filled in.
 
         Raises:
-            ValueError: it is no network that other layouts know.
+            Refusal: it is no network that other layouts know.
         """
         node = self.recipe["backbone"]
         if node["_target_"] not in BACKBONES:
-            raise ValueError(f"backbone={node['_target_']} has no place in other layouts; U-Net and DiT have.")
+            raise Refusal(f"backbone={node['_target_']} has no place in other layouts; U-Net and DiT have.")
         return {k: v for k, v in filled(BACKBONES[node["_target_"]], node).items() if k != "vector"}
 
 
@@ -111,14 +112,14 @@ def read_folder(folder: Path) -> Bundle:
     """A model at rest, as training exports it.
 
     Raises:
-        ValueError: it is not one. FileNotFoundError: a part of it is not there.
+        Refusal: it is not one. NotFound: a part of it is not there.
     """
     recipe, weights = read_model(folder)
     recipe = Config(recipe, folder / "config.json")
     if recipe.get("_target_") in AUTOENCODERS:
         return Bundle(None, {}, {"autoencoder": _whole_autoencoder(recipe, weights, folder)})
     if recipe.get("_target_") != "ldm.build.assemble":
-        raise ValueError(f"{folder} holds {recipe.get('_target_')}, neither a latent model nor an autoencoder.")
+        raise Refusal(f"{folder} holds {recipe.get('_target_')}, neither a latent model nor an autoencoder.")
     parts = {"autoencoder": _autoencoder(recipe["autoencoder"], folder)}
     for place, node in towers(recipe["condition"]).items():
         parts[place] = _tower(node, folder)
@@ -134,11 +135,11 @@ def read_words(folder: Path) -> str:
     """BERT's vocab.txt.
 
     Raises:
-        FileNotFoundError: it is not there.
+        NotFound: it is not there.
     """
     path = folder / "vocab.txt"
     if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}. BERT's words are in the vocab.txt of google-bert/bert-base-uncased.")
+        raise NotFound(f"There is no {path}. BERT's words are in the vocab.txt of google-bert/bert-base-uncased.")
     return path.read_text(encoding="utf-8")
 
 
@@ -211,10 +212,10 @@ def recipe_of(
     """The recipe of a model of the family, whose autoencoder lies in a sub-folder.
 
     Raises:
-        ValueError: it says noise where the schedule leaves no signal, so that no picture could be read from what it says.
+        Refusal: it says noise where the schedule leaves no signal, so that no picture could be read from what it says.
     """
     if prediction == "Noise" and schedule.get("zero_terminal_snr"):
-        raise ValueError(
+        raise Refusal(
             "It says noise (epsilon) on a schedule with zero terminal SNR (rescale_betas_zero_snr, ztsnr): no signal is left in "
             "the last step, and nothing can be drawn from noise alone (2305.08891). Its marks are wrong: models of that schedule "
             "say velocity (v_prediction, --prediction velocity), and others are not of that schedule."
@@ -243,11 +244,11 @@ def text_node(place: str, **settings: Any) -> dict[str, Any]:
 
 def _autoencoder(node: Mapping[str, Any], folder: Path) -> Part:
     if node.get("_target_") != "ldm.build.load_autoencoder":
-        raise ValueError(f"The autoencoder of {folder} is {node.get('_target_')}, which no other layout knows.")
+        raise Refusal(f"The autoencoder of {folder} is {node.get('_target_')}, which no other layout knows.")
     home = _home(node["path"], folder)
     config, weights = read_model(home)
     if config.get("_target_") not in AUTOENCODERS:
-        raise ValueError(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
+        raise Refusal(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
     return _whole_autoencoder(config, weights, home)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from ldm.folder import save_tensors, write_text
+from ldm.errors import Refusal
+from ldm.files.folder import save_tensors, write_text
 from ldm.interop import autoencoder as first_stage
 from ldm.interop import bert, unet
 from ldm.interop.bundle import (
@@ -57,12 +58,12 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     """A single file's tensors. `prediction` (Noise, Velocity) is for Stable Diffusion 2, whose two kinds look alike.
 
     Raises:
-        ValueError: names what is missing, unknown, or undecided.
+        Refusal: names what is missing, unknown, or undecided.
     """
     told, weights = told_beside(path), named_as_today(weights)
     if not any(name.startswith(UNET) for name in weights):
         if "encoder.conv_in.weight" not in weights:
-            raise ValueError(f"{path} is no model in CompVis' or Stability's layout: it begins with {sorted(weights)[:3]}.")
+            raise Refusal(f"{path} is no model in CompVis' or Stability's layout: it begins with {sorted(weights)[:3]}.")
         part, used = _read_autoencoder(weights, "", told, 0.18215)
         _check_left(path, weights, used)
         check_numbers(part.weights, path)
@@ -105,7 +106,7 @@ def write_file(bundle: Bundle, path: Path) -> None:
     """FILE.safetensors and FILE.yaml.
 
     Raises:
-        ValueError: the model has something that the layout has no place for.
+        Refusal: the model has something that the layout has no place for.
     """
     part = bundle.parts["autoencoder"]
     scale = scale_of(part)
@@ -119,7 +120,7 @@ def write_file(bundle: Bundle, path: Path) -> None:
     settings = bundle.settings()
     groups = {settings["groups"], part.settings()["groups"]}
     if groups != {32}:
-        raise ValueError(f"CompVis' code normalises in 32 groups; this model has {sorted(groups)}. Use --to diffusers.")
+        raise Refusal(f"CompVis' code normalises in 32 groups; this model has {sorted(groups)}. Use --to diffusers.")
     theirs = give(ties, stage, VAE)
     theirs |= give(unet.compvis(bundle.backbone(), settings), bundle.backbone(), UNET)
     theirs |= {name: bundle.weights[ours] for ours, name in TABLES.items() if ours in bundle.weights}
@@ -142,7 +143,7 @@ def _prediction(
     """What the network says, and whether a mark or the caller said it."""
     marked = "Velocity" if SAYS_VELOCITY in weights else None
     if marked and prediction not in (None, marked):
-        raise ValueError(f"{path} is marked to say velocity ({SAYS_VELOCITY}); leave --prediction {prediction.lower()} out.")
+        raise Refusal(f"{path} is marked to say velocity ({SAYS_VELOCITY}); leave --prediction {prediction.lower()} out.")
     said = marked or prediction
     return said or prediction_told(path, told, second, upscales), bool(said)
 
@@ -163,7 +164,7 @@ def _read_conditions(
         label = {"classes": len(with_null(classes)) - 1, "width": classes.shape[1]}
         condition["label"] = {"_target_": "ldm.condition.label.Label", **label}
     if widths["tokens"] and not condition:
-        raise ValueError("The U-Net attends to tokens, and the file holds neither a text tower nor a class table to make them.")
+        raise Refusal("The U-Net attends to tokens, and the file holds neither a text tower nor a class table to make them.")
     if widths["vector"] and table is None:
         condition["number"] = number_node(len(parts) == 1)
     return condition | map_node(widths["spatial"], channels, bool(parts) or bool(text), table), parts, read
@@ -185,7 +186,7 @@ def _read_bert(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str,
 def _write_bert(bundle: Bundle) -> dict[str, Tensor]:
     settings, weights = bert.taken_apart(bundle)
     if settings["head_width"] != bert.HEAD_WIDTH:
-        raise ValueError(f"CompVis' BERT has 64-wide heads; found condition.bert.head_width={settings['head_width']}.")
+        raise Refusal(f"CompVis' BERT has 64-wide heads; found condition.bert.head_width={settings['head_width']}.")
     head = {bert.THEIRS + name: x for name, x in bert.head(weights["words.weight"]).items()}
     return give(bert.compvis(weights), weights, bert.THEIRS) | head
 
@@ -202,7 +203,7 @@ def _check_given(bundle: Bundle, theirs: Mapping[str, Tensor]) -> None:
     strange += [f"condition.{n}.slot=vector" for n, c in bundle.recipe["condition"].items() if c.get("slot") == "vector"]
     strange += [n for n in bundle.weights if not n.startswith((BACKBONE, bert.OURS)) and n not in TABLES]
     if strange:
-        raise ValueError(f"CompVis' layout has no place for {', '.join(strange[:3])}. Use --to ldm.")
+        raise Refusal(f"CompVis' layout has no place for {', '.join(strange[:3])}. Use --to ldm.")
 
 
 def _read_autoencoder(weights: Mapping[str, Tensor], prefix: str, told: Mapping[str, Any], scale: float) -> tuple[Part, set[str]]:
@@ -232,4 +233,4 @@ def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, .
 def _check_left(path: Path, weights: Mapping[str, Tensor], used: set[str]) -> None:
     left = [n for n in weights if n not in used and not n.startswith(LEFT) and not n.endswith(("position_ids", "logit_scale"))]
     if left:
-        raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
+        raise Refusal(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")

@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.interop import bert, unet
 from ldm.interop.bundle import BETAS, Bundle, towers
 from ldm.interop.weights import Config
@@ -19,7 +20,7 @@ def told_beside(path: Path) -> dict[str, Any]:
     """What FILE's .yaml says of the model; nothing where there is none.
 
     Raises:
-        ValueError: it is no such file.
+        Refusal: it is no such file.
     """
     beside = path.with_suffix(".yaml")
     if not beside.is_file():
@@ -27,7 +28,7 @@ def told_beside(path: Path) -> dict[str, Any]:
     try:
         held = Config(yaml.safe_load(beside.read_text()), beside)
     except yaml.YAMLError as error:
-        raise ValueError(f"{beside} is not whole YAML ({' '.join(str(error).split())}).") from error
+        raise Refusal(f"{beside} is not whole YAML ({' '.join(str(error).split())}).") from error
     return Config(Config(held["model"], beside)["params"], beside)
 
 
@@ -35,7 +36,7 @@ def check_told(path: Path, told: Mapping[str, Any], tokens: int) -> None:
     """Raises ValueError where the yaml beside a file is another model's: its U-Net reads tokens of another width."""
     said = told.get("unet_config", told.get("network_config", {})).get("params", {}).get("context_dim")
     if isinstance(said, int) and said != tokens:
-        raise ValueError(f"{path} is not the model of the yaml beside it: context_dim={said} there, {tokens} in the weights.")
+        raise Refusal(f"{path} is not the model of the yaml beside it: context_dim={said} there, {tokens} in the weights.")
 
 
 def heads_told(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def schedule_told(path: Path, told: Mapping[str, Any], weights: Mapping[str, Ten
     """The noise schedule: the yaml's, else that of the file's own betas, else Stable Diffusion's.
 
     Raises:
-        ValueError: the betas are not of this kind of table.
+        Refusal: the betas are not of this kind of table.
     """
     if "linear_start" in told or "betas" not in weights:
         start, end = (float(told.get(f"linear_{name}", usual)) for name, usual in zip(("start", "end"), BETAS["ScaledLinear"]))
@@ -91,7 +92,7 @@ def schedule_told(path: Path, told: Mapping[str, Any], weights: Mapping[str, Ten
         start, end = (float(f"{float(betas[i]):.6g}") for i in (0, -1))
         wanted = torch.linspace(start**0.5, end**0.5, len(betas), dtype=torch.float64).square()
         if not torch.allclose(betas, wanted, rtol=1e-4):
-            raise ValueError(f"{path}: its betas are no table whose square roots are linear, as this family's are.")
+            raise Refusal(f"{path}: its betas are no table whose square roots are linear, as this family's are.")
     return {"_target_": "ldm.schedule.ScaledLinear", "beta_start": start, "beta_end": end}
 
 
@@ -99,16 +100,16 @@ def prediction_told(path: Path, told: Mapping[str, Any], second: bool, upscales:
     """What the network says. `second`: it is Stable Diffusion 2, told text alone; `upscales`: its x4 upscaler.
 
     Raises:
-        ValueError: Stable Diffusion 2's two kinds look alike.
+        Refusal: Stable Diffusion 2's two kinds look alike.
     """
     if (kind := told.get("parameterization")) is not None:
         if kind not in PREDICTIONS:
-            raise ValueError(f"{path.with_suffix('.yaml')} has parameterization={kind}; {', '.join(PREDICTIONS)} are known.")
+            raise Refusal(f"{path.with_suffix('.yaml')} has parameterization={kind}; {', '.join(PREDICTIONS)} are known.")
         return PREDICTIONS[kind]
     if upscales:
         return "Velocity"
     if second:
-        raise ValueError(
+        raise Refusal(
             f"{path} is Stable Diffusion 2, of which one kind says noise (base) and one velocity (768-v); the weights look alike."
             " Say --prediction noise or --prediction velocity, or put its yaml beside it."
         )
@@ -119,13 +120,13 @@ def told_of(bundle: Bundle, scale: float) -> dict[str, Any]:
     """The yaml that the original code, and reading again, take the settings from.
 
     Raises:
-        ValueError: the schedule or the prediction has no place there.
+        Refusal: the schedule or the prediction has no place there.
     """
     s, recipe, stage = bundle.settings(), bundle.recipe, bundle.parts["autoencoder"]
     kind, schedule = (recipe[name]["_target_"].split(".")[-1] for name in ("prediction", "schedule"))
     words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if kind not in words or schedule != "ScaledLinear" or recipe["schedule"].get("zero_terminal_snr"):
-        raise ValueError(
+        raise Refusal(
             f"CompVis' code knows schedule=scaled_linear without zero_terminal_snr, and prediction=noise, velocity or data; this "
             f"model has {recipe['schedule']} and {kind}. Use --to diffusers, or --to ldm."
         )

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
+
 LABEL = "conditioner.embedders.label.table.weight"
 CLASSES = 1000  # of ImageNet
 IDENTITY = {"_target_": "ldm.nn.layers.identity", "_partial_": True}
@@ -31,10 +33,10 @@ def without_null(table: Tensor) -> Tensor:
     """The inverse of `with_null`.
 
     Raises:
-        ValueError: 999 classes and no label, whose 1,000 rows would be read as 1,000 classes.
+        Refusal: 999 classes and no label, whose 1,000 rows would be read as 1,000 classes.
     """
     if len(table) == CLASSES:
-        raise ValueError("A file's table of 1,000 rows is read as 1,000 classes, and this model has 999. Use --to ldm.")
+        raise Refusal("A file's table of 1,000 rows is read as 1,000 classes, and this model has 999. Use --to ldm.")
     return table[:-1] if lacks_null(table) else table
 
 
@@ -47,7 +49,7 @@ def map_node(spatial: int, channels: int, text: bool, table: Tensor | None) -> d
     """What the map channels of a published U-Net of `channels` latent channels are, with its `table` of noise steps if any.
 
     Raises:
-        ValueError: they are none that is known.
+        Refusal: they are none that is known.
     """
     if spatial == 0:
         return {}
@@ -57,7 +59,7 @@ def map_node(spatial: int, channels: int, text: bool, table: Tensor | None) -> d
         return {"upscale": node}
     known = {1 + channels: ("inpaint", "ldm.condition.inpaint.Inpaint"), 1: ("depth", "ldm.condition.depth_map.DepthMap")}
     if spatial not in known or not text:
-        raise ValueError(
+        raise Refusal(
             f"The U-Net takes {spatial} channels beside the {channels} noisy ones{'' if text else ', and no text'}. Whole models "
             f"are known with, beside text: 1 (depth), {1 + channels} (inpainting), and 3 with a table of noise steps (upscaling)."
         )

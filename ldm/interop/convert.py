@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ldm.folder import write_text
+from ldm.errors import NotFound, Refusal, Unreachable
+from ldm.files.folder import write_text
 from ldm.interop import bert, compvis, diffusers, dit, dit_model
 from ldm.interop import bundle as ours
 from ldm.interop.bundle import Bundle, Part
@@ -20,28 +21,28 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
     """hf://org/name, a folder, or a file -> the model apart, and the layout that it came in.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is in no layout that is known, or not whole.
+        NotFound: nothing is there. Refusal: it is in no layout that is known, or not whole.
     """
     path = download(source) if source.startswith(HUB) else Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"There is nothing at {path}.")
+        raise NotFound(f"There is nothing at {path}.")
     try:
         return _read(path, prediction)
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        raise Refusal(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path} holds settings of another kind than were wanted ({type(error).__name__}: {error}).") from error
+        raise Refusal(f"{path} holds settings of another kind than were wanted ({type(error).__name__}: {error}).") from error
 
 
 def read_part(source: str, prediction: str | None = None) -> Part:
     """The autoencoder in a source, alone or a whole model's.
 
     Raises:
-        ValueError: it holds none.
+        Refusal: it holds none.
     """
     parts = read(source, prediction)[0].parts
     if "autoencoder" not in parts:
-        raise ValueError(f"{source} holds no autoencoder. Name one, or a whole model, by --autoencoder FOLDER_OR_FILE.")
+        raise Refusal(f"{source} holds no autoencoder. Name one, or a whole model, by --autoencoder FOLDER_OR_FILE.")
     return parts["autoencoder"]
 
 
@@ -63,18 +64,18 @@ def check(bundle: Bundle, source: str, prediction: str | None) -> None:
         return
     says = bundle.recipe["prediction"]["_target_"].split(".")[-1]
     if prediction is not None and says != prediction:
-        raise ValueError(f"{source} says {says.lower()} by itself; leave --prediction {prediction.lower()} out.")
+        raise Refusal(f"{source} says {says.lower()} by itself; leave --prediction {prediction.lower()} out.")
     stage, channels = bundle.parts.get("autoencoder"), bundle.channels()
     if stage is not None and (theirs := stage.settings()["channels"]) != channels:
-        raise ValueError(f"{source} draws latents of {channels} channels; its autoencoder's have {theirs}, and are another's.")
+        raise Refusal(f"{source} draws latents of {channels} channels; its autoencoder's have {theirs}, and are another's.")
     wanted = next((x.shape[1] for name, x in bundle.backbone().items() if name.endswith("attend_tokens.k.weight")), None)
     for name, node in bundle.recipe["condition"].items():
         towers = ours.towers({name: node}).items()
         made = sum(len(n.get("layers", [-1])) * bundle.parts[p].config["text_cfg"]["width"] for p, n in towers)
         if towers and wanted not in (None, made):
-            raise ValueError(f"{source}: the U-Net reads tokens {wanted} wide, condition.{name} makes them {made} wide.")
+            raise Refusal(f"{source}: the U-Net reads tokens {wanted} wide, condition.{name} makes them {made} wide.")
     if bundle.words is not None and "bert" not in bundle.recipe["condition"]:
-        raise ValueError(f"{source} holds no BERT to read the words of --vocabulary.")
+        raise Refusal(f"{source} holds no BERT to read the words of --vocabulary.")
 
 
 def _read(path: Path, prediction: str | None) -> tuple[Bundle, str]:
@@ -92,7 +93,7 @@ def _read(path: Path, prediction: str | None) -> tuple[Bundle, str]:
     if "_class_name" in told:
         return diffusers.read_folder(path), "diffusers"
     inside = sorted(f.name for f in path.iterdir())[:5]
-    raise ValueError(
+    raise Refusal(
         f"{path} is in no layout that is known: neither a model exported here (config.json, model.safetensors) nor a folder of "
         f"diffusers (model_index.json). It holds {inside}. A single file is named itself."
     )
@@ -102,19 +103,19 @@ def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", s
     """Writes a model into a folder, with a model card, or for compvis and dit into a .safetensors file.
 
     Raises:
-        ValueError: the layout has no place for something in it.
+        Refusal: the layout has no place for something in it.
     """
     if layout in FILES and bundle.is_dit != (layout == "dit"):
-        raise ValueError(f"--to {layout}: that layout is for a {'U-Net' if bundle.is_dit else 'DiT'}, and this model is none.")
+        raise Refusal(f"--to {layout}: that layout is for a {'U-Net' if bundle.is_dit else 'DiT'}, and this model is none.")
     if bundle.recipe is not None and "autoencoder" not in bundle.parts and layout != "dit":
-        raise ValueError(f"{source} holds no autoencoder. Say whose latents it draws: --autoencoder FOLDER_OR_FILE.")
+        raise Refusal(f"{source} holds no autoencoder. Say whose latents it draws: --autoencoder FOLDER_OR_FILE.")
     if bundle.recipe is not None and layout not in FILES:
         bert.check_words(bundle, source)
     if layout not in FILES and target.is_file():
-        raise ValueError(f"{target} is a file; a model in the layout of {layout} is a folder.")
+        raise Refusal(f"{target} is a file; a model in the layout of {layout} is a folder.")
     if layout in FILES:
         if target.suffix != ".safetensors":
-            raise ValueError(f"{target}: a model in the layout of {layout} is one file; name it FILE.safetensors.")
+            raise Refusal(f"{target}: a model in the layout of {layout} is one file; name it FILE.safetensors.")
         (compvis if layout == "compvis" else dit_model).write_file(bundle, target)
         return
     (ours if layout == "ldm" else dit_model if bundle.is_dit else diffusers).write_folder(bundle, target)
@@ -125,21 +126,21 @@ def download(source: str) -> Path:
     """hf://org/name -> the folder of its snapshot: one copy of the weights, and settings, and never code.
 
     Raises:
-        ValueError: the name is no org/name. OSError: the hub is not reached, and the snapshot is not in its cache.
+        Refusal: the name is no org/name. OSError: the hub is not reached, and the snapshot is not in its cache.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError  # what a connection that fails raises, where it is no OSError
 
     name = source.removeprefix(HUB)
     if name.count("/") != 1:
-        raise ValueError(f"{source}: name a repository of the Hugging Face hub as {HUB}org/name.")
+        raise Refusal(f"{source}: name a repository of the Hugging Face hub as {HUB}org/name.")
     try:
         return Path(snapshot_download(name, allow_patterns=_wanted(HfApi().list_repo_files(name))))
     except (OSError, HTTPError) as error:  # offline: what was downloaded before
         try:
             return Path(snapshot_download(name, local_files_only=True))
         except OSError:
-            raise OSError(f"{source} was not fetched before, and is not had now: {' '.join(str(error).split())}") from error
+            raise Unreachable(f"{source} was not fetched before, and is not had now: {' '.join(str(error).split())}") from error
 
 
 def _wanted(files: list[str]) -> list[str]:
@@ -173,7 +174,7 @@ def push(target: Path, name: str) -> str:
             for path in (p for p in (target, target.with_suffix(".yaml")) if p.is_file()):
                 api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=name)
     except (OSError, HTTPError) as error:
-        raise OSError(f"--push {name}: {' '.join(str(error).split())}. The model is in {target}.") from error
+        raise Unreachable(f"--push {name}: {' '.join(str(error).split())}. The model is in {target}.") from error
     return str(address)
 
 

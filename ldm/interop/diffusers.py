@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.clip import FIRST_LEARNED
-from ldm.folder import save_tensors, write_json, write_text
+from ldm.errors import Refusal
+from ldm.files.folder import save_tensors, write_json, write_text
 from ldm.interop import autoencoder as first_stage
 from ldm.interop import bert, unet
 from ldm.interop.bundle import (
@@ -33,6 +33,7 @@ from ldm.interop.text import open_clip_config, transformers, transformers_config
 from ldm.interop.tie import give, same
 from ldm.interop.tokens import PADDING, read_tokenizer, write_tokenizer
 from ldm.interop.weights import read_config
+from ldm.tower.clip import FIRST_LEARNED
 
 TABLE = "conditioner.embedders.upscale.table.weight"  # of the upscaler's noise steps
 # The parts of a pipeline: those that are read, and those that judge or make maps, and change no picture.
@@ -44,14 +45,14 @@ def read_folder(folder: Path) -> Bundle:
     """A pipeline's folder, or that of an autoencoder alone.
 
     Raises:
-        ValueError: names what is missing, unknown, or not of this family.
+        Refusal: names what is missing, unknown, or not of this family.
     """
     if not (folder / "model_index.json").is_file():
         return Bundle(None, {}, {"autoencoder": read_autoencoder(folder)})
     index = read_config(folder / "model_index.json")
     stage = "vqvae" if "vqvae" in index else "vae"
     if "unet" not in index or stage not in index:
-        raise ValueError(
+        raise Refusal(
             f"{folder} is a {index.get('_class_name')}; of diffusers' pipelines those with a unet and a vae or vqvae, and DiT's, "
             "are known."
         )
@@ -71,7 +72,7 @@ def read_folder(folder: Path) -> Bundle:
         condition["bert"], text, words = _read_bert(folder)
         weights |= text
     if widths["tokens"] and not condition:
-        raise ValueError(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP, or bert, to make them.")
+        raise Refusal(f"{folder} has a U-Net that attends to tokens, and no text_encoder of CLIP, or bert, to make them.")
     if config.get("addition_embed_type"):
         condition["number"] = _numbers(folder, config, parts, bool(index.get("requires_aesthetics_score")))
     condition |= map_node(widths["spatial"], channels, bool(condition), table)
@@ -86,7 +87,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
     """A folder that the pipeline's `from_pretrained` reads; model_index.json, written last, says that it is whole.
 
     Raises:
-        ValueError: the model has something that no pipeline of diffusers can do; names it.
+        Refusal: the model has something that no pipeline of diffusers can do; names it.
     """
     stage = bundle.parts["autoencoder"]
     if bundle.recipe is None:
@@ -115,7 +116,7 @@ def read_autoencoder(folder: Path, whitened: bool = True) -> Part:
     """AutoencoderKL's or VQModel's folder. `whitened` says that its pipeline reads the means and deviations by channel.
 
     Raises:
-        ValueError: names what is missing, unknown, or read by nobody.
+        Refusal: names what is missing, unknown, or read by nobody.
     """
     config = read_config(folder / "config.json")
     ours = vae_settings(config, folder)
@@ -124,7 +125,7 @@ def read_autoencoder(folder: Path, whitened: bool = True) -> Part:
     scale = config.get("scaling_factor", 0.18215)
     by_channel = {name: config.get(name) for name in ("latents_mean", "latents_std") if config.get(name) is not None}
     if len(by_channel) == 1 or (by_channel and (not whitened or config.get("shift_factor"))):
-        raise ValueError(
+        raise Refusal(
             f"{folder} says {by_channel}: both are known, without shift_factor, in a pipeline of Stable Diffusion XL; other "
             "pipelines of diffusers draw without them. Take them out of its config.json, if it was trained so."
         )
@@ -176,11 +177,11 @@ def _read_words(folder: Path) -> str:
     """The vocab.txt of BertTokenizer's folder, of which late versions write a tokenizer.json alone.
 
     Raises:
-        ValueError: words that are told apart by their case.
+        Refusal: words that are told apart by their case.
     """
     told = folder / "tokenizer_config.json"
     if told.is_file() and not read_config(told).get("do_lower_case", True):
-        raise ValueError(f"{told} has do_lower_case=false; the words of this family are BERT's uncased ones.")
+        raise Refusal(f"{told} has do_lower_case=false; the words of this family are BERT's uncased ones.")
     if not (folder / "tokenizer.json").is_file():
         return read_words(folder)
     ids = read_config(folder / "tokenizer.json")["model"]["vocab"]
@@ -201,19 +202,19 @@ def _check_parts(folder: Path, index: Mapping[str, Any]) -> None:
     """Raises ValueError where a pipeline has a part that nothing here reads, such as a ControlNet."""
     there = {name for name, value in index.items() if isinstance(value, list) and value[:1] not in ([], [None])}
     if strange := sorted(there - READ - BESIDE):
-        raise ValueError(f"{folder} is a {index.get('_class_name')} with {', '.join(strange)}, which no model here has.")
+        raise Refusal(f"{folder} is a {index.get('_class_name')} with {', '.join(strange)}, which no model here has.")
     low = folder / "low_res_scheduler" / "scheduler_config.json"
     if low.is_file():
         said, names = read_config(low), ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
         if wrong := [f"{name}={said[name]}" for name in names if said.get(name, LOW_RESOLUTION[name]) != LOW_RESOLUTION[name]]:
-            raise ValueError(f"{low} has {', '.join(wrong)}; the x4 upscaler's table, {LOW_RESOLUTION}, is known.")
+            raise Refusal(f"{low} has {', '.join(wrong)}; the x4 upscaler's table, {LOW_RESOLUTION}, is known.")
 
 
 def _numbers(folder: Path, config: Mapping[str, Any], parts: Mapping[str, Part], scored: bool) -> dict[str, Any]:
     """The numbers that XL's network, or its refiner's, is told beside the text.
 
     Raises:
-        ValueError: so many are none of theirs.
+        Refusal: so many are none of theirs.
     """
     width, last = config["addition_time_embed_dim"], list(parts.values())[-1].config if parts else {}
     if last.get("text_cfg", {}).get("proj_type") == "none":  # which are another model's; the widths of the tokens say so
@@ -221,7 +222,7 @@ def _numbers(folder: Path, config: Mapping[str, Any], parts: Mapping[str, Part],
     pooled = last.get("embed_dim", 0)
     count, rest = divmod(config["projection_class_embeddings_input_dim"] - pooled, width)
     if rest or count != (5 if scored or len(parts) == 1 else 6):
-        raise ValueError(
+        raise Refusal(
             f"{folder}: its unet is told {count} numbers of {width} beside a text of {pooled} "
             f"(projection_class_embeddings_input_dim={config['projection_class_embeddings_input_dim']}); XL's is told 6, and its "
             "refiner's 5 (requires_aesthetics_score)."
@@ -233,9 +234,7 @@ def _read_tower(folder: Path) -> Part:
     told = read_config(folder / "config.json")
     config = open_clip_config(told)
     if told.get("eos_token_id") == 2 and told["vocab_size"] > FIRST_LEARNED and config["text_cfg"].get("proj_type") != "none":
-        raise ValueError(
-            f"{folder} pools the largest id (eos_token_id=2), a learned one; eos_token_id=49407 is known beside those."
-        )
+        raise Refusal(f"{folder} pools the largest id (eos_token_id=2), a learned one; eos_token_id=49407 is known beside those.")
     shapes = tower_shapes(config)
     return Part(config, take_part(folder, transformers(shapes), shapes, "model"), tower=True)
 
@@ -244,7 +243,7 @@ def _texts(bundle: Bundle) -> list[tuple[dict[str, Any], Part]]:
     """Each text condition with its tower, cut to the layer that is read.
 
     Raises:
-        ValueError: it reads what no pipeline of diffusers reads.
+        Refusal: it reads what no pipeline of diffusers reads.
     """
     found, several = [], False
     for place, node in towers(bundle.recipe["condition"]).items():
@@ -254,7 +253,7 @@ def _texts(bundle: Bundle) -> list[tuple[dict[str, Any], Part]]:
         wrong += ["whiten=true"] if node.get("whiten") else []
         wrong += [f"padding={node.get('padding')}"] if node.get("padding") not in PADDING.values() else []
         if wrong:
-            raise ValueError(f"diffusers' pipelines do not read text with {', '.join(wrong)} ({place}); padding is 0 or 49407.")
+            raise Refusal(f"diffusers' pipelines do not read text with {', '.join(wrong)} ({place}); padding is 0 or 49407.")
         found.append((node, _cut(bundle.parts[place], 1 if layers == [-2] and norm else 0, node.get("pooled", False))))
     return found
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.interop import unet
 from ldm.interop.bundle import BETAS, PREDICTIONS
 from ldm.interop.keys import check_keys
@@ -21,25 +22,23 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """AutoencoderKL's or VQModel's config -> how `KL` or `VQ` is built, `_target_` with it.
 
     Raises:
-        ValueError: it is neither.
+        Refusal: it is neither.
     """
     kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "VQModel"):
-        raise ValueError(f"{folder} holds a {kind}; AutoencoderKL and VQModel are known.")
+        raise Refusal(f"{folder} holds a {kind}; AutoencoderKL and VQModel are known.")
     check_keys(config, kind, str(folder))
     width, *_ = blocks = config["block_out_channels"]
     down, up, channels = config["down_block_types"], config["up_block_types"], config["latent_channels"]
     attends = [block == "AttnDownEncoderBlock2D" for block in down]
     kinds = [[f"{'Attn' if a else ''}{name}" for a in attends] for name in ("DownEncoderBlock2D", "UpDecoderBlock2D")]
     if list(down) != kinds[0] or list(up) != kinds[1][::-1] or any(ch % width for ch in blocks):
-        raise ValueError(
+        raise Refusal(
             f"{folder} has down_block_types={down}, up_block_types={up} and block_out_channels={blocks}; down blocks, with or "
             "without attention, their mirror, and multiples of the first are known."
         )
     if config.get("vq_embed_dim") not in (None, channels):
-        raise ValueError(
-            f"{folder} has vq_embed_dim={config['vq_embed_dim']}; as many as latent_channels, {channels}, are known."
-        )
+        raise Refusal(f"{folder} has vq_embed_dim={config['vq_embed_dim']}; as many as latent_channels, {channels}, are known.")
     ours = {"channels": channels, "width": width, "mult": [ch // width for ch in blocks]}
     ours |= {"res_blocks": config["layers_per_block"], "groups": config.get("norm_num_groups", 32)}
     ours["attention"] = [i for i, attend in enumerate(attends) if attend]
@@ -73,18 +72,18 @@ def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Schedule and prediction -> DDIMScheduler's config.
 
     Raises:
-        ValueError: no scheduler of diffusers' Stable Diffusion pipelines has them; names the config lines.
+        Refusal: no scheduler of diffusers' Stable Diffusion pipelines has them; names the config lines.
     """
     schedule, level = recipe["schedule"], recipe["level"]
     kinds = {f"ldm.schedule.{ours}": (theirs, *BETAS[ours]) for theirs, ours in SCHEDULES.items()}
     if schedule["_target_"] not in kinds or level["_target_"] != "ldm.denoiser.Timestep":
-        raise ValueError(
+        raise Refusal(
             f"diffusers' Stable Diffusion pipelines know schedule=scaled_linear or ddpm with level=timestep; this model has "
             f"{schedule['_target_']} with {level['_target_']}. Train with those to export to diffusers."
         )
     words = {f"ldm.prediction.{ours}": theirs for theirs, ours in PREDICTIONS.items()}
     if recipe["prediction"]["_target_"] not in words:
-        raise ValueError(f"diffusers knows prediction=noise, velocity or data; found {recipe['prediction']['_target_']}.")
+        raise Refusal(f"diffusers knows prediction=noise, velocity or data; found {recipe['prediction']['_target_']}.")
     name, start, end = kinds[schedule["_target_"]]
     zero = schedule.get("zero_terminal_snr", False)  # such models are drawn from the last step on (2305.08891, section 3.3)
     return {
@@ -107,7 +106,7 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
     """The model_index.json of the pipeline that draws from such a model.
 
     Raises:
-        ValueError: there is none.
+        Refusal: there is none.
     """
     conditions = frozenset(node["_target_"].split(".")[-1] for node in recipe["condition"].values())
     pipelines = {
@@ -122,7 +121,7 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
     }
     if conditions not in pipelines:
         known = "none, text, BERT, inpainting, depth, upscaling and XL are known"
-        raise ValueError(f"diffusers has no pipeline for the conditions {sorted(conditions)}; {known}.")
+        raise Refusal(f"diffusers has no pipeline for the conditions {sorted(conditions)}; {known}.")
     name = pipelines[conditions]
     network = "UNet2DConditionModel" if unet.has_transformers(backbone) else "UNet2DModel"
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": VERSION, "unet": ["diffusers", network]}

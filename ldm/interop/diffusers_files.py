@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.interop import autoencoder as first_stage
 from ldm.interop.text import PREFIX
 from ldm.interop.tie import Shapes, Tie, bring, taken
@@ -23,10 +24,10 @@ def take_part(
     try:
         ours = bring(ties, weights, shapes)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise Refusal(f"{path}: {error}") from error
     over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
     if over:
-        raise ValueError(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
+        raise Refusal(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
     check_numbers(ours, path)
     return ours
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.interop import unet
 from ldm.interop.conditions import IDENTITY
 from ldm.interop.keys import check_keys
@@ -17,11 +18,11 @@ def unet_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[
     """UNet2DConditionModel's or UNet2DModel's config -> how `UNet` is built, its channels and widths.
 
     Raises:
-        ValueError: a setting that no network of this family has.
+        Refusal: a setting that no network of this family has.
     """
     kind = config.get("_class_name")
     if kind not in ("UNet2DModel", "UNet2DConditionModel"):
-        raise ValueError(f"The unet is a {kind}; UNet2DConditionModel and UNet2DModel are known.")
+        raise Refusal(f"The unet is a {kind}; UNet2DConditionModel and UNet2DModel are known.")
     check_keys(config, kind, "The unet")
     if kind == "UNet2DModel":
         return _plain_settings(config)
@@ -99,7 +100,7 @@ def _plain_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dic
     wrong |= {"upsample_type": config.get("upsample_type", "conv") != resize}
     if any(wrong.values()):
         name = next(name for name in wrong if wrong[name])
-        raise ValueError(f"The unet has {name}={config[name]}, which does not go with the others of this family.")
+        raise Refusal(f"The unet has {name}={config[name]}, which does not go with the others of this family.")
     settings = {
         "width": width,
         "mult": mult,
@@ -119,7 +120,7 @@ def _plain_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor]) -
     blocks, attends = [settings["width"] * m for m in settings["mult"]], [depth > 0 for depth in settings["depth"]]
     heads, width = settings["heads"], settings["head_width"]
     if width is None and heads != 1:
-        raise ValueError(
+        raise Refusal(
             "diffusers' UNet2DModel knows heads of one width (backbone.head_width), or a single head (backbone.heads=1)."
         )
     resize = "resnet" if settings["res_resample"] else "conv"
@@ -152,19 +153,19 @@ def _levels(config: Mapping[str, Any], attending: str) -> tuple[int, list[int], 
     """The width, its multiples by level, and which levels attend.
 
     Raises:
-        ValueError: blocks of another kind, or widths that are no multiples.
+        Refusal: blocks of another kind, or widths that are no multiples.
     """
     width, *_ = blocks = config["block_out_channels"]
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
     attends = [kind == f"{attending}DownBlock2D" for kind in down]
     mirrored = [f"{attending}UpBlock2D" if a else "UpBlock2D" for a in reversed(attends)]
     if down != [f"{attending}DownBlock2D" if a else "DownBlock2D" for a in attends] or up != mirrored:
-        raise ValueError(
+        raise Refusal(
             f"The unet has down_block_types={down} and up_block_types={up}; {attending}DownBlock2D, DownBlock2D and their mirror "
             "are known."
         )
     if any(ch % width for ch in blocks) or len(blocks) != len(down):
-        raise ValueError(f"The unet has block_out_channels={blocks} for {len(down)} levels; multiples of the first are known.")
+        raise Refusal(f"The unet has block_out_channels={blocks} for {len(down)} levels; multiples of the first are known.")
     return width, [ch // width for ch in blocks], attends
 
 
@@ -175,7 +176,7 @@ def _heads(config: Mapping[str, Any], blocks: Sequence[int], attends: Sequence[b
     heard = {(n, ch // n) for n, ch, a in zip(each, blocks, [*attends[:-1], True]) if a}  # the middle has the last level's
     counts, widths = {n for n, _ in heard}, {width for _, width in heard}
     if len(counts) > 1 and len(widths) > 1:
-        raise ValueError(
+        raise Refusal(
             f"The unet has {name}={each} on {list(blocks)} channels; one number of heads, or heads of one width, are known."
         )
     if isinstance(config.get(name, 8), int) or len(widths) > 1:
@@ -187,17 +188,17 @@ def _each(config: Mapping[str, Any], name: str, levels: int, usual: Any) -> list
     """A setting by level, which is told once or for each.
 
     Raises:
-        ValueError: for another number of levels, or by block of a level.
+        Refusal: for another number of levels, or by block of a level.
     """
     value = config.get(name, usual)
     each = [value] * levels if isinstance(value, int) else list(value)
     if len(each) != levels or not all(isinstance(x, int) for x in each):
-        raise ValueError(f"The unet has {name}={value}; a value for each of its {levels} levels was wanted, or one for all.")
+        raise Refusal(f"The unet has {name}={value}; a value for each of its {levels} levels was wanted, or one for all.")
     return each
 
 
 def _one(config: Mapping[str, Any], name: str, levels: int, usual: int) -> int:
     """A setting that is the same at all levels, or refused by name."""
     if len(set(each := _each(config, name, levels, usual))) > 1:
-        raise ValueError(f"The unet has {name}={each}; the same at all levels is known.")
+        raise Refusal(f"The unet has {name}={each}; the same at all levels is known.")
     return each[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ldm.backbone.dit import DiT
+from ldm.errors import Refusal
 from ldm.interop.conditions import IDENTITY
 from ldm.interop.tie import Shapes, Tie, renamer, repeated, same, stacked, tied
 from ldm.types import Widths
@@ -101,7 +102,7 @@ def settings_of(shapes: Shapes) -> tuple[dict[str, Any], int]:
     How many heads there are does not show in any shape: the published networks' rule is taken.
 
     Raises:
-        ValueError: this is no such network.
+        Refusal: this is no such network.
     """
     try:
         width, channels, patch = shapes["x_embedder.proj.weight"][:3]
@@ -119,7 +120,7 @@ def settings_of(shapes: Shapes) -> tuple[dict[str, Any], int]:
             "norm_heads": "blocks.0.attn.q_norm.weight" in shapes,
         }
     except KeyError as error:
-        raise ValueError(f"This is no DiT in the published layout: {error} is missing among its tensors.") from error
+        raise Refusal(f"This is no DiT in the published layout: {error} is missing among its tensors.") from error
     return settings, channels
 
 

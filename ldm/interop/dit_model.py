@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.backbone.dit import grid_waves
-from ldm.folder import save_tensors, write_json
+from ldm.errors import Refusal
+from ldm.files.folder import save_tensors, write_json
 from ldm.interop import dit
 from ldm.interop.bundle import BACKBONE, BETAS, DISCRETE, Bundle, recipe_of
 from ldm.interop.conditions import LABEL, with_null, without_null
@@ -30,11 +31,11 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     """A published file. `prediction` (Noise, Flow) is for DiT and SiT, which look alike; LightningDiT's is Flow.
 
     Raises:
-        ValueError: names what is missing, unknown, or undecided.
+        Refusal: names what is missing, unknown, or undecided.
     """
     settings, channels = dit.settings_of({name: tuple(x.shape) for name, x in weights.items()})
     if prediction is None and not settings["rms_norm"]:
-        raise ValueError(
+        raise Refusal(
             f"{path} is a DiT, which says noise, or a SiT, which says flow; the weights look alike. Say --prediction noise or "
             "--prediction flow."
         )
@@ -44,7 +45,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     ours = bring(ties, weights, shapes)
     left = sorted(n for n in weights.keys() - taken(ties) - {dit.TABLE} if not n.startswith(dit.ROTARY))
     if left:
-        raise ValueError(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
+        raise Refusal(f"{path} holds {len(left)} tensors that are none of this model's, such as {', '.join(left[:3])}.")
     check_numbers(ours, path)
     bundle = _bundle(settings, ours, with_null(weights[dit.TABLE]), kind)
     bundle.scale = 0.18215
@@ -58,12 +59,12 @@ def write_file(bundle: Bundle, path: Path) -> None:
     """The network and its class table in one safetensors file.
 
     Raises:
-        ValueError: the published code has no place for something in it.
+        Refusal: the published code has no place for something in it.
     """
     settings = _settings(bundle)
     wanted = dit.HEADS.get(settings["width"], max(1, settings["width"] // 64))
     if settings["heads"] != wanted:
-        raise ValueError(f"A file does not say how many heads there are; published networks as wide have {wanted}, not this one.")
+        raise Refusal(f"A file does not say how many heads there are; published networks as wide have {wanted}, not this one.")
     kind, backbone = bundle.recipe["prediction"]["_target_"].split(".")[-1], bundle.backbone()
     ties = dit.published(backbone, settings["swiglu"], reverse=kind == "Flow")
     save_tensors({**give(ties, backbone), dit.TABLE: without_null(bundle.weights[LABEL])}, path)
@@ -73,21 +74,19 @@ def read_folder(folder: Path) -> Bundle:
     """A folder of diffusers' DiTPipeline.
 
     Raises:
-        ValueError: names what is missing, unknown, or not of this family.
+        Refusal: names what is missing, unknown, or not of this family.
     """
     config = read_config(folder / "transformer" / "config.json")
     if (
         config.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel")
         or config.get("num_embeds_ada_norm") is None
     ):
-        raise ValueError(
-            f"{folder}/transformer is a {config.get('_class_name')}; of transformers the DiT of 2212.09748 is known."
-        )
+        raise Refusal(f"{folder}/transformer is a {config.get('_class_name')}; of transformers the DiT of 2212.09748 is known.")
     check_keys(config, config["_class_name"], f"{folder}/transformer")
     depth, channels = config["num_layers"], config["in_channels"]
     outward = config.get("out_channels") or channels
     if outward not in (channels, 2 * channels):
-        raise ValueError(f"{folder}/transformer has out_channels={outward}; {channels}, or as many again for ranges, are known.")
+        raise Refusal(f"{folder}/transformer has out_channels={outward}; {channels}, or as many again for ranges, are known.")
     settings = {
         "size": config["sample_size"],
         "patch": config["patch_size"],
@@ -112,16 +111,16 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
     """A folder that `DiTPipeline.from_pretrained` reads.
 
     Raises:
-        ValueError: the model has something that it cannot do; names it.
+        Refusal: the model has something that it cannot do; names it.
     """
     settings, backbone = _settings(bundle), bundle.backbone()
     ours = [name for name in ("rms_norm", "swiglu", "rotary", "norm_heads") if settings[name]]
     if ours:
-        raise ValueError(f"diffusers' DiTPipeline knows the DiT of 2212.09748; this one has backbone.{', backbone.'.join(ours)}.")
+        raise Refusal(f"diffusers' DiTPipeline knows the DiT of 2212.09748; this one has backbone.{', backbone.'.join(ours)}.")
     scheduler, depth, channels = scheduler_config(bundle.recipe), settings["depth"], backbone["embed.weight"].shape[1]
     table = bundle.weights[LABEL]
     if len(table) > ROWS:
-        raise ValueError(f"diffusers' DiTPipeline knows {ROWS - 1} classes; this model has {len(table) - 1}.")
+        raise Refusal(f"diffusers' DiTPipeline knows {ROWS - 1} classes; this model has {len(table) - 1}.")
     between = table.new_zeros(ROWS - len(table), table.shape[1])
     ties = {**dit.diffusers(backbone, depth), **dit.diffusers_table(depth)}
     theirs = give(ties, {**backbone, "table": torch.cat((table[:-1], between, table[-1:]))})
@@ -166,12 +165,12 @@ def _settings(bundle: Bundle) -> dict[str, Any]:
     """How the network is built, where a class alone is told it, as a vector.
 
     Raises:
-        ValueError: it is told otherwise.
+        Refusal: it is told otherwise.
     """
     told = list(bundle.recipe["condition"])
     mixes = any(name.startswith("vector.") for name in bundle.backbone())
     if told != ["label"] or mixes:
-        raise ValueError(
+        raise Refusal(
             f"Other layouts know DiT with a class alone, whose table is added as it is; this one is told {told}"
             f"{' through an MLP (backbone.vector)' if mixes else ''}."
         )

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldm.errors import Refusal
+
 OFF = (None, False, [], {}, "")  # what a key that is unknown here may say: nothing
 
 
@@ -134,4 +136,4 @@ def check_keys(config: Mapping[str, Any], kind: str, place: str) -> None:
         elif not name.startswith("_") and name not in keys.known() and value not in OFF:
             wrong.append(f"{name}={value} (which is unknown)")
     if wrong:
-        raise ValueError(f"{place} is a {kind} with {', '.join(wrong)}; no whole model of this family has that.")
+        raise Refusal(f"{place} is a {kind} with {', '.join(wrong)}; no whole model of this family has that.")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import Refusal
 from ldm.interop.bundle import BETAS, PREDICTIONS
 from ldm.interop.keys import OFF
 from ldm.interop.weights import read_config
@@ -77,17 +78,17 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str, list[str]]:
     """A scheduler's folder -> the config of the noise schedule, what the network says, how steps are spaced, and remarks.
 
     Raises:
-        ValueError: a schedule that this family does not have.
+        Refusal: a schedule that this family does not have.
     """
     told = read_config(folder / "scheduler_config.json")
     kind = told.get("_class_name", "scheduler without a class")
     if kind not in TAKES and not {"beta_schedule", "beta_start", "beta_end"} <= told.keys():
-        raise ValueError(f"{folder} has a {kind} with beta_schedule=None; {', '.join(TAKES)} are known.")
+        raise Refusal(f"{folder} has a {kind} with beta_schedule=None; {', '.join(TAKES)} are known.")
     said = {name: value for name, value in told.items() if name in TAKES.get(kind, _known())}
     wrong = [text for name, (only, text) in REFUSED.items() if said.get(name, only) != only]
     wrong += [f"{n}={v}" for n, v in told.items() if kind in TAKES and n[0] != "_" and n not in _known() and v not in OFF]
     if wrong:
-        raise ValueError(f"{folder} has a {kind} with {', '.join(wrong)}, which no model of this family has.")
+        raise Refusal(f"{folder} has a {kind} with {', '.join(wrong)}, which no model of this family has.")
     schedule, prediction = _schedule(said, kind, folder)
     spacing, remarks = said.get("timestep_spacing"), []
     if spacing is None:
@@ -103,15 +104,15 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str, list[str]]:
 def _schedule(said: Mapping[str, Any], kind: str, folder: Path) -> tuple[dict[str, Any], str]:
     name, prediction = said.get("beta_schedule", "linear"), said.get("prediction_type", "epsilon")
     if name not in SCHEDULES:
-        raise ValueError(f"{folder} has a {kind} with beta_schedule={name}; {', '.join(SCHEDULES)} are known.")
+        raise Refusal(f"{folder} has a {kind} with beta_schedule={name}; {', '.join(SCHEDULES)} are known.")
     if prediction not in PREDICTIONS:
-        raise ValueError(f"{folder} has prediction_type={prediction}; {', '.join(PREDICTIONS)} are known.")
+        raise Refusal(f"{folder} has prediction_type={prediction}; {', '.join(PREDICTIONS)} are known.")
     start, end = BETAS["ScaledLinear" if kind in EARLY_BETAS else "DDPM"]
     betas = {"beta_start": said.get("beta_start", start), "beta_end": said.get("beta_end", end)}
     if not all(isinstance(beta, int | float) for beta in betas.values()):
-        raise ValueError(f"{folder} has betas from {betas['beta_start']} to {betas['beta_end']}; numbers were wanted.")
+        raise Refusal(f"{folder} has betas from {betas['beta_start']} to {betas['beta_end']}; numbers were wanted.")
     if said.get("num_train_timesteps", 1000) != 1000:
-        raise ValueError(
+        raise Refusal(
             f"{folder} has num_train_timesteps={said['num_train_timesteps']}; networks of this family are told of 1000."
         )
     zero = {"zero_terminal_snr": True} if said.get("rescale_betas_zero_snr") else {}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.interop.bundle import Part
 
 
@@ -16,11 +17,11 @@ def published_statistics(
     How many pictures they come from nobody says: -1.
 
     Raises:
-        ValueError: they are not one for each channel.
+        Refusal: they are not one for each channel.
     """
     by_channel = [torch.tensor(x, dtype=torch.float64) for x in (mean, std)]
     if any(x.shape not in ((), (channels,)) for x in by_channel):
-        raise ValueError(f"latents_mean={mean}, latents_std={std}: one for each of {channels} channels was wanted.")
+        raise Refusal(f"latents_mean={mean}, latents_std={std}: one for each of {channels} channels was wanted.")
     mean, std = (x.expand(channels) for x in by_channel)
     return {"mean": mean.float().clone(), "std": (std / scale).float(), "count": torch.tensor(-1)}
 
@@ -41,10 +42,10 @@ def folded(part: Part) -> dict[str, Tensor]:
     The two 1x1 convolutions around the latents take them up, exactly but for rounding.
 
     Raises:
-        ValueError: it is a VQ, where other scales by channel would choose other codes.
+        Refusal: it is a VQ, where other scales by channel would choose other codes.
     """
     if "codebook" in part.weights:
-        raise ValueError("A VQ autoencoder's statistics differ by channel; other layouts know one scale factor for all channels.")
+        raise Refusal("A VQ autoencoder's statistics differ by channel; other layouts know one scale factor for all channels.")
     w = dict(part.weights)
     mean, std = w["mean"], w["std"]
     scale, move = torch.cat((1 / std, torch.ones_like(std))), torch.cat((mean / std, 2 * std.log()))

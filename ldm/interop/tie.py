@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
+
 Weights = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -49,13 +51,13 @@ def repeated(*names: str) -> Tie:
     """One of ours that stands there several times.
 
     Raises:
-        ValueError: what stands there differs.
+        Refusal: what stands there differs.
     """
 
     def join(first: Tensor, *others: Tensor) -> Tensor:
         for name, x in zip(names[1:], others):
             if not torch.equal(first, x):
-                raise ValueError(f"{name} differs from {names[0]}; in a published network they are the same.")
+                raise Refusal(f"{name} differs from {names[0]}; in a published network they are the same.")
         return first
 
     return Tie(names, join, lambda x: tuple(x if i == 0 else x.clone() for i in range(len(names))))
@@ -90,18 +92,18 @@ def check_whole(weights: Weights, shapes: Shapes, place: str) -> None:
         if tuple(weights[name].shape) != tuple(shapes[name])
     ]
     if wrong:
-        raise ValueError(f"{place} does not fit its config: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}.")
+        raise Refusal(f"{place} does not fit its config: {'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}.")
 
 
 def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Shapes, prefix: str = "") -> dict[str, Tensor]:
     """Their tensors, by our names and in our shapes.
 
     Raises:
-        ValueError: some are missing, or have another shape.
+        Refusal: some are missing, or have another shape.
     """
     missing = [prefix + name for tie in ties.values() for name in tie.theirs if prefix + name not in weights]
     if missing:
-        raise ValueError(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}.")
+        raise Refusal(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}.")
     ours = {}
     for name, tie in ties.items():
         ours[name] = tie.join(*(weights[prefix + theirs] for theirs in tie.theirs))
@@ -109,7 +111,7 @@ def bring(ties: Mapping[str, Tie], weights: Weights, shapes: Shapes, prefix: str
             ours[name] = ours[name].reshape(shapes[name])
         if tuple(ours[name].shape) != tuple(shapes[name]):
             found = [tuple(weights[prefix + theirs].shape) for theirs in tie.theirs]
-            raise ValueError(f"{prefix}{tie.theirs[0]} has the shape {found[0]}; {tuple(shapes[name])} was wanted for {name}.")
+            raise Refusal(f"{prefix}{tie.theirs[0]} has the shape {found[0]}; {tuple(shapes[name])} was wanted for {name}.")
     return ours
 
 

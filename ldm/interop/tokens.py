@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.clip import BEGIN, END, FIRST_LEARNED, vocabulary
-from ldm.folder import write_json, write_text
+from ldm.errors import Refusal
+from ldm.files.folder import write_json, write_text
 from ldm.interop.weights import read_config
+from ldm.tower.clip import BEGIN, END, FIRST_LEARNED, vocabulary
 
 PADDING = {"!": 0, END: 49407}
 PLAIN = ("lstrip", "rstrip", "single_word", "special")  # of a word: where it stands, or that its case counts
@@ -19,22 +20,22 @@ def read_tokenizer(folder: Path, rows: int, length: int) -> dict[str, Any]:
     """What a text condition is told of its tokenizer; the tower's table has so many rows, and its captions so many tokens.
 
     Raises:
-        ValueError: another vocabulary than CLIP's, or a way of cutting that is not CLIPTokenizer's.
+        Refusal: another vocabulary than CLIP's, or a way of cutting that is not CLIPTokenizer's.
     """
     path, told = folder / "tokenizer_config.json", _told(folder)
     kind = told.get("tokenizer_class", "CLIPTokenizer")
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-        raise ValueError(f"{path} is of a {kind}; CLIPTokenizer is known.")
+        raise Refusal(f"{path} is of a {kind}; CLIPTokenizer is known.")
     for name, only in ONLY.items():
         if (value := _word(told.get(name, only))) != only:
-            raise ValueError(f"{path} has {name}={value!r}; {only!r} is known.")
+            raise Refusal(f"{path} has {name}={value!r}; {only!r} is known.")
     pad = padding(folder)
     if (most := told.get("model_max_length", length)) != length and most < 1e6:
-        raise ValueError(f"{path} has model_max_length={most}; the text encoder reads {length} tokens.")
+        raise Refusal(f"{path} has model_max_length={most}; the text encoder reads {length} tokens.")
     _check_vocabulary(folder)
     learned = _learned(folder, told)
     if rows < FIRST_LEARNED + len(learned):
-        raise ValueError(f"{path} has {len(learned)} learned tokens; the text encoder's table has {rows} rows, too few for them.")
+        raise Refusal(f"{path} has {len(learned)} learned tokens; the text encoder's table has {rows} rows, too few for them.")
     return {"padding": pad, **({"learned": learned} if learned else {})}
 
 
@@ -42,11 +43,11 @@ def padding(folder: Path) -> int:
     """The id of the token that a tokenizer pads with.
 
     Raises:
-        ValueError: it is neither of the published ones.
+        Refusal: it is neither of the published ones.
     """
     word = _word(_told(folder).get("pad_token", END))
     if word not in PADDING:
-        raise ValueError(f"{folder / 'tokenizer_config.json'} has pad_token={word!r}; {', '.join(PADDING)} are known.")
+        raise Refusal(f"{folder / 'tokenizer_config.json'} has pad_token={word!r}; {', '.join(PADDING)} are known.")
     return PADDING[word]
 
 
@@ -86,12 +87,10 @@ def _learned(folder: Path, told: Mapping[str, Any]) -> list[str]:
     ids = vocabulary()[0]
     learned = sorted(i for i, word in added.items() if ids.get(word["content"]) != i)
     if learned != list(range(FIRST_LEARNED, FIRST_LEARNED + len(learned))):
-        raise ValueError(
-            f"{folder} has added tokens of the ids {learned[:5]}; ids from {FIRST_LEARNED} on, one by one, are known."
-        )
+        raise Refusal(f"{folder} has added tokens of the ids {learned[:5]}; ids from {FIRST_LEARNED} on, one by one, are known.")
     for word in (added[i] for i in learned):
         if strange := [name for name in PLAIN if word.get(name)] + ([] if word.get("normalized", True) else ["normalized=false"]):
-            raise ValueError(f"{folder}: the added token {word['content']!r} has {', '.join(strange)}; plain ones are known.")
+            raise Refusal(f"{folder}: the added token {word['content']!r} has {', '.join(strange)}; plain ones are known.")
     return [added[i]["content"] for i in learned]
 
 
@@ -105,9 +104,9 @@ def _check_vocabulary(folder: Path) -> None:
         model = read_config(whole)["model"]
         found, joins = model["vocab"], [p if isinstance(p, str) else " ".join(p) for p in model["merges"]]
     else:
-        raise ValueError(f"{folder} holds no vocab.json and no tokenizer.json: nothing says which words the tokens are.")
+        raise Refusal(f"{folder} holds no vocab.json and no tokenizer.json: nothing says which words the tokens are.")
     if dict(found) != ids or [join for join in joins if join][: len(merges)] != merges:
-        raise ValueError(f"{folder} has a vocabulary of its own ({len(found):,} tokens); CLIP's, of {len(ids):,}, is known.")
+        raise Refusal(f"{folder} has a vocabulary of its own ({len(found):,} tokens); CLIP's, of {len(ids):,}, is known.")
 
 
 def _word(value: Any) -> Any:

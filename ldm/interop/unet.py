@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.errors import Refusal
 from ldm.interop.conditions import IDENTITY
 from ldm.interop.tie import Tie, headwise, kernel, projection, renamer, same, tied
 
@@ -127,12 +128,12 @@ def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     How many heads there are does not show in any shape: the published networks' rule is taken.
 
     Raises:
-        ValueError: this is no such U-Net.
+        Refusal: this is no such U-Net.
     """
     try:
         return _settings_of(shapes)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"This is no U-Net in CompVis' layout: {error} is missing among its tensors.") from error
+        raise Refusal(f"This is no U-Net in CompVis' layout: {error} is missing among its tensors.") from error
 
 
 def _settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def _parts(name: str) -> tuple[str, str, str]:
     """encoder.4.1.blocks.0.q.weight -> encoder, 4.1, blocks.0.q.weight; middle.1.norm.bias -> middle, 1, norm.bias."""
     found = re.fullmatch(r"(encoder|decoder)\.(\d+\.\d+)\.(.+)|(\w+)\.(\d+)\.(.+)", name)
     if found is None:
-        raise ValueError(f"{name} is no tensor of a U-Net.")
+        raise Refusal(f"{name} is no tensor of a U-Net.")
     return found[1] or found[4], found[2] or found[5], found[3] or found[6]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.folder import load_tensors, read_json
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import load_tensors, read_json
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LORA = ("lora_", "_lora.", ".lora.", "hada_w1", "lokr_w1")
@@ -21,24 +22,24 @@ class Config(dict[str, Any]):
     """The settings in a JSON or YAML file; one that is not there names itself and the file.
 
     Raises:
-        ValueError: the file holds something else.
+        Refusal: the file holds something else.
     """
 
     def __init__(self, held: Any, path: Path) -> None:
         if not isinstance(held, dict):
-            raise ValueError(f"{path} holds a {type(held).__name__}; settings by name were wanted.")
+            raise Refusal(f"{path} holds a {type(held).__name__}; settings by name were wanted.")
         super().__init__(held)
         self.path = path
 
     def __missing__(self, name: str) -> Any:
-        raise ValueError(f"{self.path} does not say {name!r}.")
+        raise Refusal(f"{self.path} does not say {name!r}.")
 
 
 def read_config(path: Path) -> Config:
     """The settings in a JSON file.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is damaged, or holds something else.
+        NotFound: nothing is there. Refusal: it is damaged, or holds something else.
     """
     return Config(read_json(path), path)
 
@@ -66,10 +67,10 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a pickle of tensors, mapped into memory and not read yet.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: the file is damaged, holds code, or is no model.
+        NotFound: nothing is there. Refusal: the file is damaged, holds code, or is no model.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
+        raise NotFound(f"There is no file {path}.")
     if path.suffix == ".json" and ".index." in path.name:
         weights = _joined(path)
     elif path.suffix == ".safetensors":
@@ -77,10 +78,10 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     elif path.suffix in PICKLES:
         weights = _unpickle(path)
     else:
-        raise ValueError(f"{path} is none of .safetensors, {', '.join(PICKLES)}.")
+        raise Refusal(f"{path} is none of .safetensors, {', '.join(PICKLES)}.")
     lora = [name for name in weights if any(word in name for word in LORA)]
     if lora:
-        raise ValueError(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model. Merge it into its base first.")
+        raise Refusal(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model. Merge it into its base first.")
     return weights
 
 
@@ -89,9 +90,9 @@ def check_numbers(weights: Mapping[str, Tensor], path: Path) -> None:
     for name, x in weights.items():
         kind = str(x.dtype).removeprefix("torch.")
         if x.dtype.itemsize == 1 and x.dtype != torch.bool:
-            raise ValueError(f"{path}: {name} is {kind}, quantised numbers. Take the float32 or float16 file of this model.")
+            raise Refusal(f"{path}: {name} is {kind}, quantised numbers. Take the float32 or float16 file of this model.")
         if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
+            raise Refusal(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
 
 
 def _joined(path: Path) -> dict[str, Tensor]:
@@ -101,7 +102,7 @@ def _joined(path: Path) -> dict[str, Tensor]:
     for name in sorted(set(places.values())):
         weights |= open_weights(path.parent / Path(name).name)
     if lacking := sorted(places.keys() - weights.keys()):
-        raise ValueError(f"{path} tells of {len(lacking)} tensors that its files lack, such as {', '.join(lacking[:3])}.")
+        raise Refusal(f"{path} tells of {len(lacking)} tensors that its files lack, such as {', '.join(lacking[:3])}.")
     return weights
 
 
@@ -112,9 +113,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {code[1]}" if code else type(error).__name__
-        raise ValueError(f"{path} does not load as plain tensors ({reason}). It is damaged, or holds code.") from error
+        raise Refusal(f"{path} does not load as plain tensors ({reason}). It is damaged, or holds code.") from error
     held = held.get("state_dict", held.get("ema", held.get("model", held))) if isinstance(held, dict) else held
     weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not weights:
-        raise ValueError(f"{path} holds a {type(held).__name__} and no tensors by name: it is no model's weights.")
+        raise Refusal(f"{path} holds a {type(held).__name__} and no tensors by name: it is no model's weights.")
     return weights

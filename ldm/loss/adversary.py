@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
 
+from ldm.errors import Refusal
+
 
 class PatchGAN(nn.Module):
     """Judges overlapping patches (https://arxiv.org/abs/1611.07004, section 3.2.2; `layers` = 3 sees 70 x 70 pixels).
@@ -32,12 +34,12 @@ class PatchGAN(nn.Module):
         """(B, 3, h, w) in [-1, 1] -> (B, 1, h', w'), a logit of being real for each patch.
 
         Raises:
-            ValueError: the pictures are smaller than a patch's stride allows.
+            Refusal: the pictures are smaller than a patch's stride allows.
         """
         least = 2 ** len(self.convs) * 3
         if min(images.shape[2:]) < least:
             fitting = (min(images.shape[2:]) // 3).bit_length() - 1
-            raise ValueError(
+            raise Refusal(
                 f"Pictures of {images.shape[2]}x{images.shape[3]} pixels are too small for {len(self.convs)} layers of patches, "
                 f"which need {least}; use "
                 + (f"adversary.network.layers={fitting}." if fitting > 0 else "adversary=null: one layer needs 6.")

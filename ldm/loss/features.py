@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ldm.clip import load_clip, see
+from ldm.errors import Refusal
+from ldm.tower.clip import load_clip, see
 
 
 class Features(nn.Module):
@@ -17,7 +18,7 @@ class Features(nn.Module):
         super().__init__()
         self.tower = load_clip(model, pretrained, "loss").visual
         if not hasattr(self.tower, "transformer"):
-            raise ValueError(f"loss.model={model} has no vision transformer; choose a ViT of open_clip's.")
+            raise Refusal(f"loss.model={model} has no vision transformer; choose a ViT of open_clip's.")
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Both (B, 3, h, w) in [-1, 1] -> (), at least 0. Gradients reach `images`; the tower stays as it is."""

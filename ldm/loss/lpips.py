@@ -8,7 +8,8 @@ import torchmetrics.functional.image as heads_of
 from torch import Tensor, nn
 from torchvision import models
 
-from ldm.folder import load_tensors
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import load_tensors
 
 ENDS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the layers whose output is compared
 LEAST = {"vgg": 16, "alex": 31}  # pixels a side, below which a layer has nothing left
@@ -28,7 +29,7 @@ class LPIPS(nn.Module):
     def __init__(self, net: str = "vgg", weights: str | None = None) -> None:
         super().__init__()
         if net not in ENDS:
-            raise ValueError(f"loss.net={net}: there are {', '.join(ENDS)}.")
+            raise Refusal(f"loss.net={net}: there are {', '.join(ENDS)}.")
         self.net, self.ends = net, ENDS[net]
         self.features = load_features(net, weights)[: self.ends[-1] + 1]
         for layer in self.features:
@@ -45,11 +46,11 @@ class LPIPS(nn.Module):
         """Both (B, 3, h, w) in [-1, 1] -> (), at least 0. Gradients reach `images`; the networks stay as they are.
 
         Raises:
-            ValueError: the pictures are too small for the network.
+            Refusal: the pictures are too small for the network.
         """
         height, width = images.shape[2:]
         if min(height, width) < LEAST[self.net]:
-            raise ValueError(
+            raise Refusal(
                 f"Pictures of {height}x{width} pixels are too small for loss.net={self.net}, which needs {LEAST[self.net]}; "
                 "train on larger ones (data.size=...), or with loss=features."
             )
@@ -78,14 +79,14 @@ def load_features(net: str, weights: str | None) -> nn.Sequential:
     """The convolutional part of torchvision's network.
 
     Raises:
-        FileNotFoundError: no such file, or nothing could be downloaded. ValueError: the file is of another network.
+        NotFound: no such file, or nothing could be downloaded. Refusal: the file is of another network.
     """
     make, published = NETWORKS[net]
     if weights is None:
         try:
             found = published.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (URLError, OSError) as error:
-            raise FileNotFoundError(
+            raise NotFound(
                 f"torchvision's weights could not be downloaded ({error}). Fetch {published.IMAGENET1K_V1.url} elsewhere and "
                 "give loss.weights=FILE, or take the distance in a local CLIP's features, loss=features."
             ) from error
@@ -96,7 +97,7 @@ def load_features(net: str, weights: str | None) -> nn.Sequential:
     own, found = features.state_dict(), {k.removeprefix("features."): v for k, v in found.items() if k.startswith("features.")}
     wrong = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
     if wrong:
-        raise ValueError(
+        raise Refusal(
             f"loss.weights={weights} does not hold torchvision's {make.__name__}: of its features, {sorted(wrong)[:3]} "
             f"are missing, unknown or of another shape ({len(wrong)} in all). The file wanted is {published.IMAGENET1K_V1.url}."
         )
@@ -108,16 +109,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name from a .safetensors or .pth file, never running code from it.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: it holds something else.
+        NotFound: no such file. Refusal: it holds something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"loss.weights={path}: there is no such file.")
+        raise NotFound(f"loss.weights={path}: there is no such file.")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for what is no checkpoint
-        raise ValueError(f"loss.weights={path} is no file of weights ({type(error).__name__}).") from error
+        raise Refusal(f"loss.weights={path} is no file of weights ({type(error).__name__}).") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ValueError(f"loss.weights={path} holds no tensors by name; wanted a state_dict as torchvision saves it.")
+        raise Refusal(f"loss.weights={path} holds no tensors by name; wanted a state_dict as torchvision saves it.")
     return found

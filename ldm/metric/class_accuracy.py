@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
 from ldm.types import Batch
 
@@ -30,10 +31,10 @@ class ClassAccuracy:
         """images: (B, 3, h, w) in [-1, 1]; batch: the class, (B) -> features: (B, D), label: (B).
 
         Raises:
-            ValueError: the requests have no class.
+            Refusal: the requests have no class.
         """
         if self.key not in batch:
-            raise ValueError(
+            raise Refusal(
                 f"class_accuracy reads the field `{self.key}`, and there is only {sorted(batch)}: +data.fields.{self.key}=cls"
             )
         return {"features": self.extractor(images)["features"], "label": torch.as_tensor(batch[self.key])}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, pad
 from tqdm import tqdm
 
+from ldm.errors import Refusal
 from ldm.files.picture import from_bytes, to_bytes
 from ldm.measure import Estimate, Reference, Rows
 from ldm.types import Batch
@@ -34,10 +35,10 @@ class Classifier:
         """images: (B, 3, h, w) in [-1, 1]; batch: the class, (B), image -> pixels, real: uint8 (B, 3, side, side), label: (B).
 
         Raises:
-            ValueError: the requests have no class.
+            Refusal: the requests have no class.
         """
         if self.key not in batch:
-            raise ValueError(
+            raise Refusal(
                 f"classifier reads the field `{self.key}`, and there is only {sorted(batch)}: +data.fields.{self.key}=cls"
             )
         rows = {"pixels": self._pooled(images), "label": torch.as_tensor(batch[self.key])}

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Reference, Rows
-from ldm.metric.pairs import Pairs
+from ldm.metric._pairs import Pairs
 from ldm.types import Batch
 
 
@@ -29,13 +30,11 @@ class ClipRetrieval:
         """-> {"clip_retrieval_top1": share in [0, 1]}.
 
         Raises:
-            ValueError: there are not so many other captions.
+            Refusal: there are not so many other captions.
         """
         count = len(rows["image"])
         if self.others is not None and self.others >= count:
-            raise ValueError(
-                f"metric.clip_retrieval.others={self.others}: of {count} captions there are only {count - 1} others."
-            )
+            raise Refusal(f"metric.clip_retrieval.others={self.others}: of {count} captions there are only {count - 1} others.")
         random = torch.Generator().manual_seed(self.seed)
         hits = []
         for i, (image, own) in enumerate(zip(rows["image"], rows["text"])):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ldm.measure import Estimate, Reference, Rows
-from ldm.metric.pairs import Pairs
+from ldm.metric._pairs import Pairs
 from ldm.types import Batch
 
 

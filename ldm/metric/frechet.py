@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
 from ldm.types import Batch
 
@@ -36,7 +37,7 @@ class Frechet:
         """-> the distance, at least 0; with a note where the features' covariance cannot be known from so few pictures.
 
         Raises:
-            ValueError: features or statistics that are not finite, or of another extractor.
+            Refusal: features or statistics that are not finite, or of another extractor.
         """
         own, real = moments(rows), reference.kept("moments", moments)
         count, width = rows["features"].shape
@@ -53,7 +54,7 @@ def moments(rows: Rows) -> Rows:
     """features: (N, D) -> mean: (D), covariance: (D, D), unbiased, in float64."""
     features = rows["features"].double()
     if len(features) < 2:
-        raise ValueError(f"A Fréchet distance needs at least 2 pictures, better 10,000; found {len(features)} (count=...).")
+        raise Refusal(f"A Fréchet distance needs at least 2 pictures, better 10,000; found {len(features)} (count=...).")
     return {"mean": features.mean(0), "covariance": features.T.cov()}
 
 
@@ -64,12 +65,10 @@ def frechet(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tens
     roots, and none that fail.
     """
     if mean1.shape != mean2.shape:
-        raise ValueError(
-            f"Features are {len(mean1)} wide, the reference's {len(mean2)}: its statistics are of another extractor."
-        )
+        raise Refusal(f"Features are {len(mean1)} wide, the reference's {len(mean2)}: its statistics are of another extractor.")
     for what, value in {"the pictures'": (mean1, covariance1), "the reference's": (mean2, covariance2)}.items():
         if not all(v.isfinite().all() for v in value):
-            raise ValueError(
+            raise Refusal(
                 f"NaN or infinity among {what} features, so there is no Fréchet distance. Pictures that are NaN come of a "
                 "diverged model or of precision=16; statistics that are NaN come of a broken file."
             )
@@ -83,7 +82,5 @@ def _root(covariance: Tensor) -> Tensor:
     """The square root of a symmetric positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(covariance)
     if values[0] < -1e-6 * values[-1].abs():
-        raise ValueError(
-            f"A covariance has the eigenvalue {values[0]:.3g} (largest {values[-1]:.3g}): the statistics are damaged."
-        )
+        raise Refusal(f"A covariance has the eigenvalue {values[0]:.3g} (largest {values[-1]:.3g}): the statistics are damaged.")
     return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
 from ldm.types import Batch
 
@@ -31,16 +32,14 @@ class InceptionScore:
         """-> `inception_score` and `inception_score_std`, its standard deviation over the parts.
 
         Raises:
-            ValueError: an extractor without logits, or fewer pictures than parts.
+            Refusal: an extractor without logits, or fewer pictures than parts.
         """
         if "logits" not in rows:
-            raise ValueError(
-                "The Inception Score reads class logits, which this extractor does not say; use extractor=inception."
-            )
+            raise Refusal("The Inception Score reads class logits, which this extractor does not say; use extractor=inception.")
         logits = rows["logits"].double()
         n = len(logits)
         if n < self.splits:
-            raise ValueError(f"{n} pictures do not fill {self.splits} parts (metric.inception_score.splits=...).")
+            raise Refusal(f"{n} pictures do not fill {self.splits} parts (metric.inception_score.splits=...).")
         logits = logits[np.random.RandomState(self.seed).permutation(n)]
         scores = []
         for i in range(self.splits):

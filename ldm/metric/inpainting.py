@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Reference, Rows
 from ldm.types import Batch
 
@@ -24,10 +25,10 @@ class Inpainting:
         """images: (B, 3, h, w) in [-1, 1]; batch: image, mask (B, 1, h, w), 1 in the hole -> hole, known, mean: (B), in dB.
 
         Raises:
-            ValueError: the requests have no mask.
+            Refusal: the requests have no mask.
         """
         if "mask" not in batch:
-            raise ValueError(f"inpainting reads the field 'mask', and there is only {sorted(batch)} (condition=[inpaint]).")
+            raise Refusal(f"inpainting reads the field 'mask', and there is only {sorted(batch)} (condition=[inpaint]).")
         real, hole = batch["image"], batch["mask"].to(images)
         colour = (real * (1 - hole)).sum((2, 3), keepdim=True) / (1 - hole).sum((2, 3), keepdim=True)
         return {

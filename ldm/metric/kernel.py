@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
 from ldm.types import Batch
 
@@ -39,12 +40,12 @@ class Kernel:
         """-> `kid`, which may be a little below 0, and `kid_std`, its standard deviation over the subsets.
 
         Raises:
-            ValueError: fewer than 2 pictures.
+            Refusal: fewer than 2 pictures.
         """
         own, real = rows["features"].double(), reference.rows()["features"].double()
         size = min(self.size, len(own), len(real))
         if size < 2:
-            raise ValueError(f"A kernel distance needs at least 2 pictures of each set; found {len(own)} and {len(real)}.")
+            raise Refusal(f"A kernel distance needs at least 2 pictures of each set; found {len(own)} and {len(real)}.")
         note = None if size == self.size else f"subsets of {size} pictures, as there are no {self.size}."
         random = np.random.RandomState(self.seed)
         values = [

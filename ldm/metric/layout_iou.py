@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Reference, Rows
-from ldm.metric.colours import labels_of, regions
+from ldm.metric._colours import labels_of, regions
 from ldm.types import Batch
 
 
@@ -28,10 +29,10 @@ class LayoutIoU:
         """images: (B, 3, h, w) in [-1, 1]; batch: boxes, image -> iou, real: (B), NaN where there is no box.
 
         Raises:
-            ValueError: the requests have no boxes.
+            Refusal: the requests have no boxes.
         """
         if "boxes" not in batch:
-            raise ValueError(f"layout_iou reads the field 'boxes', and there is only {sorted(batch)} (condition=[layout]).")
+            raise Refusal(f"layout_iou reads the field 'boxes', and there is only {sorted(batch)} (condition=[layout]).")
         return {name: self._iou(x, batch["boxes"]) for name, x in {"iou": images, "real": batch["image"]}.items()}
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:

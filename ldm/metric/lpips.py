@@ -8,7 +8,8 @@ from torch import Tensor
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import get_model_weights
 
-from ldm.folder import load_tensors
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import load_tensors
 from ldm.measure import Estimate, Reference, Rows, weights_sha256
 from ldm.types import Batch
 
@@ -26,12 +27,12 @@ class Lpips:
 
     def __init__(self, net: str = "alex", weights: str = "pretrained", of: str = "reconstruction") -> None:
         if net not in BACKBONES:
-            raise ValueError(f"metric.lpips.net={net}: wanted one of {', '.join(BACKBONES)}.")
+            raise Refusal(f"metric.lpips.net={net}: wanted one of {', '.join(BACKBONES)}.")
         self.of, self.net = of, _LPIPS(pretrained=True, net=net, pnet_rand=True)
         found = [value for name, value in _read(BACKBONES[net], weights).items() if name.startswith("features.")]
         own = self.net.net.state_dict()  # the same layers in the same order, under other names
         if [v.shape for v in own.values()] != [v.shape for v in found]:
-            raise ValueError(f"metric.lpips.weights={weights} does not hold the features of torchvision's {BACKBONES[net]}.")
+            raise Refusal(f"metric.lpips.weights={weights} does not hold the features of torchvision's {BACKBONES[net]}.")
         self.net.net.load_state_dict(dict(zip(own, found)))
         self.net.eval().requires_grad_(False)
         self.protocol = {"extractor": f"lpips 0.1 {net}", "sha256": weights_sha256(self.net), "resize": "none"}
@@ -51,6 +52,6 @@ def _read(backbone: str, weights: str) -> dict[str, Tensor]:
         return get_model_weights(backbone).DEFAULT.get_state_dict(check_hash=True, weights_only=True)
     path = Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"metric.lpips.weights={weights}: there is no such file; wanted torchvision's {backbone}.")
+        raise NotFound(f"metric.lpips.weights={weights}: there is no such file; wanted torchvision's {backbone}.")
     found = load_tensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     return found

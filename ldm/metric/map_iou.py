@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Reference, Rows
-from ldm.metric.colours import labels_of, mean_over, regions
+from ldm.metric._colours import labels_of, mean_over, regions
 from ldm.types import Batch
 
 
@@ -27,10 +28,10 @@ class MapIoU:
         """images: (B, 3, h, w) in [-1, 1]; batch: the map (B, h, w), image -> iou, real: (B).
 
         Raises:
-            ValueError: the requests have no map.
+            Refusal: the requests have no map.
         """
         if self.key not in batch:
-            raise ValueError(f"map_iou reads the field '{self.key}', and there is only {sorted(batch)}: +data.fields.map=map.png")
+            raise Refusal(f"map_iou reads the field '{self.key}', and there is only {sorted(batch)}: +data.fields.map=map.png")
         first = torch.tensor([self.palette.index(colour) for colour in self.palette], device=images.device)
         wanted = first[batch[self.key]]
         return {"iou": self._iou(images, wanted), "real": self._iou(batch["image"], wanted)}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
 from ldm.types import Batch
 
@@ -35,11 +36,11 @@ class PrecisionRecall:
         """-> `precision` and `recall`, shares in [0, 1].
 
         Raises:
-            ValueError: no more than k pictures.
+            Refusal: no more than k pictures.
         """
         own, real = rows["features"].float(), reference.rows()["features"].float()
         if min(len(own), len(real)) <= self.k:
-            raise ValueError(
+            raise Refusal(
                 f"Precision and recall need more than k={self.k} pictures of each set; found {len(own)} and {len(real)}."
             )
         note = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Reference, Rows
 from ldm.types import Batch
 
@@ -24,7 +25,7 @@ class Reconstruction:
         """images: (B, 3, h, w) in [-1, 1]; batch: image, the originals -> psnr: (B), in dB, ssim: (B)."""
         original = batch["image"]
         if images.shape != original.shape:
-            raise ValueError(
+            raise Refusal(
                 f"Pictures of {tuple(images.shape[2:])} pixels cannot be held against originals of {tuple(original.shape[2:])}."
             )
         error = (images - original).square().mean((1, 2, 3)).clamp(min=1e-10)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ldm.clip import load_clip, see
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Reference, Rows, weights_sha256
+from ldm.tower.clip import load_clip, see
 from ldm.types import Batch
 
 
@@ -30,10 +31,10 @@ class SuperResolution:
         """images: (B, 3, h, w) in [-1, 1]; batch: image, low (B, 3, h', w') -> psnr, distance: (B, 2), of drawing and bicubic.
 
         Raises:
-            ValueError: the requests have no low resolution.
+            Refusal: the requests have no low resolution.
         """
         if "low" not in batch:
-            raise ValueError(
+            raise Refusal(
                 f"super_resolution reads the field 'low', and there is only {sorted(batch)} (condition=[low_resolution])."
             )
         real = batch["image"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ldm.errors import Refusal
 from ldm.measure import Estimate, Reference, Rows
 from ldm.types import Batch
 
@@ -27,10 +28,10 @@ class TextMatch:
         """images: (B, 3, h, w) in [-1, 1]; batch: position (B), split -> pooled: (B, 3 side side), position: (B).
 
         Raises:
-            ValueError: the requests are not of the training set.
+            Refusal: the requests are not of the training set.
         """
         if batch.get("split") != "train":
-            raise ValueError(
+            raise Refusal(
                 "text_match asks whether a drawing is nearest to the training picture that its caption names, so it needs "
                 f"requests=train; these requests are of {batch.get('split', 'a file')!r}."
             )

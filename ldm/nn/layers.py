@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
+
 
 def mlp(inward: int, outward: int) -> nn.Sequential:
     """How a noise level or a vector enters: (B, inward) -> (B, outward)."""
@@ -13,10 +15,10 @@ def identity(inward: int, outward: int) -> nn.Module:
     """How a vector enters that has the embedding's width already: as it is.
 
     Raises:
-        ValueError: it has another.
+        Refusal: it has another.
     """
     if inward != outward:
-        raise ValueError(f"The conditions' vector is {inward} wide; backbone.vector=identity adds it to {outward} numbers.")
+        raise Refusal(f"The conditions' vector is {inward} wide; backbone.vector=identity adds it to {outward} numbers.")
     return nn.Identity()
 
 

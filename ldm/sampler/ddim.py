@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ldm.errors import Refusal
+from ldm.sampler._noise import Streams
+from ldm.sampler._walk import Walk
 from ldm.sampler.grid import UNIFORM
-from ldm.sampler.noise import Streams
-from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
@@ -20,7 +21,7 @@ class DDIM(Walk):
     eta = 0 is deterministic, and inverted by walking its times backwards; eta = 1 is DDPM's ancestral sampling.
 
     Raises:
-        ValueError: an eta outside [0, 1].
+        Refusal: an eta outside [0, 1].
     """
 
     order: ClassVar[int] = 1
@@ -30,7 +31,7 @@ class DDIM(Walk):
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"sampler.eta={self.eta}: it is between 0, no fresh noise, and 1, DDPM's.")
+            raise Refusal(f"sampler.eta={self.eta}: it is between 0, no fresh noise, and 1, DDPM's.")
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""

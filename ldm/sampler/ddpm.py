@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ldm.errors import Refusal
+from ldm.sampler._noise import Streams
+from ldm.sampler._walk import Walk
 from ldm.sampler.grid import UNIFORM
-from ldm.sampler.noise import Streams
-from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
@@ -21,7 +22,7 @@ class DDPM(Walk):
     at v = 1 (improved DDPM, https://arxiv.org/abs/2102.09672, equation 15). The step into t = 0 adds nothing.
 
     Raises:
-        ValueError: a v outside [0, 1].
+        Refusal: a v outside [0, 1].
     """
 
     order: ClassVar[int] = 1
@@ -31,7 +32,7 @@ class DDPM(Walk):
 
     def __post_init__(self) -> None:
         if not 0 <= self.v <= 1:
-            raise ValueError(f"sampler.v={self.v}: it is between 0, the lower bound of the variance, and 1, the upper bound.")
+            raise Refusal(f"sampler.v={self.v}: it is between 0, the lower bound of the variance, and 1, the upper bound.")
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ldm.sampler._noise import Streams
+from ldm.sampler._walk import Walk
 from ldm.sampler.grid import UNIFORM
-from ldm.sampler.noise import Streams
-from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 

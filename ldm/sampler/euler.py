@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ldm.sampler._walk import Walk
 from ldm.sampler.grid import UNIFORM
-from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 

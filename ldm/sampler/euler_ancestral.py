@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ldm.errors import Refusal
+from ldm.sampler._noise import Streams
+from ldm.sampler._walk import Walk
 from ldm.sampler.grid import UNIFORM
-from ldm.sampler.noise import Streams
-from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
@@ -20,7 +21,7 @@ class EulerAncestral(Walk):
     eta = 1 has DDPM's variance (https://arxiv.org/abs/2006.11239, equation 7), told in sigma / alpha; eta = 0 is Euler's method.
 
     Raises:
-        ValueError: a negative eta.
+        Refusal: a negative eta.
     """
 
     order: ClassVar[int] = 1
@@ -30,7 +31,7 @@ class EulerAncestral(Walk):
 
     def __post_init__(self) -> None:
         if self.eta < 0:
-            raise ValueError(f"sampler.eta={self.eta}: at least 0 is wanted, which adds no fresh noise.")
+            raise Refusal(f"sampler.eta={self.eta}: at least 0 is wanted, which adds no fresh noise.")
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.types import Schedule
 
 
@@ -117,7 +118,7 @@ class Listed:
     """Your own times, from first to last; their number decides, not the sampler's `steps`.
 
     Raises:
-        ValueError: fewer than two times, times outside [0, 1], or times that do not fall.
+        Refusal: fewer than two times, times outside [0, 1], or times that do not fall.
     """
 
     times: Sequence[float]
@@ -125,7 +126,7 @@ class Listed:
     def __post_init__(self) -> None:
         t = torch.tensor(list(self.times), dtype=torch.float64)
         if len(t) < 2 or t[0] > 1 or t[-1] < 0 or not (t.diff() < 0).all():
-            raise ValueError(f"sampler.grid.times={list(self.times)}: at least two falling times in [0, 1] are wanted.")
+            raise Refusal(f"sampler.grid.times={list(self.times)}: at least two falling times in [0, 1] are wanted.")
 
     def __call__(self, steps: int, schedule: Schedule) -> Tensor:
         """-> (number of times), float64."""
@@ -137,9 +138,9 @@ UNIFORM = Uniform()
 
 def _check(steps: int, most: float = math.inf) -> None:
     if steps < 1:
-        raise ValueError(f"sampler.steps={steps}: at least one step is wanted.")
+        raise Refusal(f"sampler.steps={steps}: at least one step is wanted.")
     if steps > most:
-        raise ValueError(f"sampler.steps={steps}: this grid has room for {most} (sampler.grid.total); use sampler/grid=uniform.")
+        raise Refusal(f"sampler.steps={steps}: this grid has room for {most} (sampler.grid.total); use sampler/grid=uniform.")
 
 
 def _at(n: Tensor, total: int, last: float) -> Tensor:

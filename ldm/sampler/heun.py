@@ -11,9 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ldm.errors import Refusal
+from ldm.sampler._noise import Streams
+from ldm.sampler._walk import Walk
 from ldm.sampler.grid import UNIFORM
-from ldm.sampler.noise import Streams
-from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
@@ -25,7 +26,7 @@ class Heun(Walk):
     `std`: EDM's S_churn, S_tmin, S_tmax and S_noise. churn = 0 is deterministic.
 
     Raises:
-        ValueError: a negative churn.
+        Refusal: a negative churn.
     """
 
     order: ClassVar[int] = 2
@@ -38,7 +39,7 @@ class Heun(Walk):
 
     def __post_init__(self) -> None:
         if self.churn < 0:
-            raise ValueError(f"sampler.churn={self.churn}: at least 0 is wanted, which adds no fresh noise.")
+            raise Refusal(f"sampler.churn={self.churn}: at least 0 is wanted, which adds no fresh noise.")
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along times: (steps + 1)."""

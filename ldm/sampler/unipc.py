@@ -8,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
+from ldm.sampler._walk import Walk
 from ldm.sampler.grid import UNIFORM
-from ldm.sampler.walk import Walk
 from ldm.types import Denoise, Schedule
 
 
@@ -20,7 +21,7 @@ class UniPC(Walk):
     The first and the last p steps are of lower order.
 
     Raises:
-        ValueError: p < 1.
+        Refusal: p < 1.
     """
 
     steps: int = 20
@@ -29,7 +30,7 @@ class UniPC(Walk):
 
     def __post_init__(self) -> None:
         if self.p < 1:
-            raise ValueError(f"sampler.p={self.p}: at least 1 is wanted, of order p + 1.")
+            raise Refusal(f"sampler.p={self.p}: at least 1 is wanted, of order p + 1.")
 
     @property
     def order(self) -> int:

@@ -7,8 +7,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.training.stage import Stage
-from ldm.training.throughput import flops, peak_of
+from ldm.errors import Refusal
+from ldm.training.base import Stage
+from ldm.training.callback.throughput import flops, peak_of
 from ldm.types import Batch, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
@@ -57,7 +58,7 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
         batch = stage.transfer_batch_to_device(batch, device, 0)
         return flops(stage, batch), _kept(stage, batch)
     except (NotImplementedError, RuntimeError) as error:
-        raise ValueError(
+        raise Refusal(
             f"plan: {type(stage).__name__} cannot be reckoned without running it ({str(error).splitlines()[0]}). "
             "callback=[...,throughput] tells its speed and FLOPs as it trains."
         ) from error
@@ -84,14 +85,12 @@ def _speed(device: str, trainer: pl.Trainer) -> tuple[str, float]:
     """-> the device's name and the FLOP/s to expect of it.
 
     Raises:
-        ValueError: a device that is not known.
+        Refusal: a device that is not known.
     """
     if device.lower() != "true":
         peak = peak_of(device)
         if peak is None:
-            raise ValueError(
-                f"plan={device}: its peak is not known; take one of H200, H100, A100, ..., or true for this machine."
-            )
+            raise Refusal(f"plan={device}: its peak is not known; take one of H200, H100, A100, ..., or true for this machine.")
         return f"{device} at {SHARE:.0%} of its peak", SHARE * peak
     root = trainer.strategy.root_device
     peak = peak_of(root)

@@ -11,14 +11,16 @@ import pytorch_lightning as pl
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.folder import LOCAL, PART, write_text
+from ldm.errors import Refusal
+from ldm.files.folder import LOCAL, PART, write_text
 
 # What becomes of a setting that is another one now: the first line with a pattern of its name counts. A reason refuses it.
 HOLDS, FREE, UNUSED = "holds", "free", "unused"
 STATE = "the optimizer's state in the checkpoint is of no use to it"
 MODEL = "the weights in the checkpoint learned with it"
 FATES = (
-    ("run_id identity name runs folder resume plan profile allow model sampler* guidance* logger* callback.bar* callback.drawings*", FREE),
+    ("run_id identity name runs folder resume plan profile debug optimize allow model sampler* guidance* logger*", FREE),
+    ("callback.bar* callback.drawings*", FREE),
     ("callback.reconstructions* callback.latents* callback.levels* callback.throughput* *.folder", FREE),
     ("model.init", UNUSED),
     ("optimizer._target_ optimizer.amsgrad optimizer.centered optimizer.least optimizer.initial_accumulator_value", STATE),
@@ -57,7 +59,7 @@ class Changes(pl.Callback):
         """Looks at the config.yaml of the checkpoint's run; on the `first` rank, a run without a checkpoint gets its own now.
 
         Raises:
-            ValueError: a setting that cannot change; names all of them.
+            Refusal: a setting that cannot change; names all of them.
         """
         self.checkpoint = checkpoint
         before = None if checkpoint is None else config_of(checkpoint)
@@ -109,7 +111,7 @@ def refuse(changes: list[Change], checkpoint: Path) -> None:
     refused = [change for change in changes if fate(change[0]) not in (HOLDS, FREE, UNUSED) and not same_files(*change)]
     if refused:
         found = "; ".join(f"{line(change)}, but {fate(change[0])}" for change in refused)
-        raise ValueError(
+        raise Refusal(
             f"A run that goes on cannot change {found}. Go on with the value before, or begin another run: run_id=NAME (or "
             f"resume=never), from these weights with model.init={checkpoint}."
         )
@@ -183,13 +185,13 @@ def keep_settings(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, A
     """A hook of `load_state_dict`: moments are the checkpoint's; rates, decays and all else that is set, the present ones.
 
     Raises:
-        ValueError: the checkpoint is of another optimizer, or of other groups of weights.
+        Refusal: the checkpoint is of another optimizer, or of other groups of weights.
     """
     own, theirs = optimizer.param_groups, state["param_groups"]
     sizes, wanted = ([len(group["params"]) for group in groups] for groups in (theirs, own))
     names, known = ({name for group in groups for name in group} for groups in (theirs, own))
     if sizes != wanted or (names - known and known - names):
-        raise ValueError(
+        raise Refusal(
             f"The checkpoint's optimizer is another than this run's {type(optimizer).__name__}: its groups have {sizes} "
             f"weights with {', '.join(sorted(names - {'params'}))}; here they have {wanted} with "
             f"{', '.join(sorted(known - {'params'}))}. "

@@ -11,20 +11,21 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins import HalfPrecision
 
-from ldm.training.checkpoint import newest, resume_from
-from ldm.training.ema import averaged
-from ldm.training.preempt import Preempt, Preempted
+from ldm.errors import Refusal, Unreachable
+from ldm.training.base import Stage
+from ldm.training.callback.checkpoint import newest, resume_from
+from ldm.training.callback.ema import averaged
+from ldm.training.callback.preempt import Preempt, Preempted
 from ldm.training.resume import Changes
-from ldm.training.stage import Stage
 
 
 def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
     """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
 
     Raises:
-        ValueError: the checkpoint to resume from is damaged or of another model; its run's settings are others, and cannot be;
+        Refusal: the checkpoint to resume from is damaged or of another model; its run's settings are others, and cannot be;
             the weights would be kept in few bits; or an epoch is counted, which has no end.
-        ConnectionError: another rank is gone.
+        Unreachable: another rank is gone.
     """
     _check_precision(trainer)
     _check_length(trainer)
@@ -48,7 +49,7 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
-        raise ConnectionError(
+        raise Unreachable(
             f"Rank {trainer.global_rank} lost the others at step {trainer.global_step}; what they print says why. What was saved "
             "stands: the same command goes on."
         ) from error
@@ -77,7 +78,7 @@ def _finish(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path) -> None:
 
 def _check_precision(trainer: pl.Trainer) -> None:
     if isinstance(trainer.precision_plugin, HalfPrecision):
-        raise ValueError(
+        raise Refusal(
             f"trainer.precision={trainer.precision} would keep the weights themselves in 16 bits, too few for small updates to "
             "count. Use trainer.precision=bf16-mixed, and callback=[...,bfloat16] for bfloat16 between all layers too."
         )
@@ -97,7 +98,7 @@ def _check_length(trainer: pl.Trainer) -> None:
     }
     wrong = [f"trainer.{name}={getattr(trainer, name)}" for name, found in counted.items() if found]
     if wrong:
-        raise ValueError(
+        raise Refusal(
             f"{', '.join(wrong)}: training counts optimizer steps, its samples have an order without end, and an epoch cut short "
             "would take its first samples again, and half a batch where micro-batches are accumulated. Say how long with "
             "trainer.max_steps=N, how often to validate with trainer.val_check_interval=N, on few samples with data.filters."

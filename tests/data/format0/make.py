@@ -12,12 +12,12 @@ from pathlib import Path
 
 import open_clip
 import torch
+from ldm.folder import LOCAL, load_tensors, save_model, save_tensors, with_parts, write_json, write_text
+from ldm.generate import generate
 from omegaconf import OmegaConf
 
 from ldm.build import build, frozen_parts, load_model
-from ldm.command_line import CONFIGS, compose_config
-from ldm.folder import LOCAL, load_tensors, save_model, save_tensors, with_parts, write_json, write_text
-from ldm.generate import generate
+from ldm.compose import CONFIGS, compose_config
 from ldm.guidance.cfg import CFG
 from ldm.sampler.ddim import DDIM
 
@@ -110,7 +110,7 @@ def models(out):
 
 def checkpoint(out):
     """Two steps of a pixel diffusion, with averages, as train.py leaves them."""
-    from train import train
+    from ldm.command.train import train
 
     run = f"runs={out}/trained data.root={out}/emoji logger=[] callback=[checkpoint,ema] callback.checkpoint.every=2"
     data = "data=emoji data.groups=[Activities] data.batch=4 data.size=8"

@@ -1,0 +1,105 @@
+"""Measures a model:  python evaluate.py model=runs/quickstart/diffusion metric=[text_match,reconstruction] count=128 out=DIR
+
+On several processes: torchrun --nproc-per-node 8 evaluate.py ...; many settings: sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.command.line import command
+from ldm.compose import compose_config
+
+
+def run(config: DictConfig) -> None:
+    """One evaluation, a sweep of them, or a comparison of those that were made."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    if config.compare:
+        from ldm.evaluation.compare import compare
+
+        header, rows = compare(config.compare)
+        for row in (header, *rows):
+            print("  ".join(f"{cell:28s}" for cell in row))
+    elif config.sweep:
+        GlobalHydra.instance().clear()  # every setting is composed anew
+        sweep([o for o in HydraConfig.get().overrides.task if o.split("=")[0] != "sweep"], config.sweep)
+    else:
+        evaluate(config)
+
+
+def evaluate(config: DictConfig) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+    """Writes OUT/metrics.json, the protocol beside each number; -> numbers, pictures judged, and the metrics that judged."""
+    told, kept, metrics, _ = judge(config)
+    return {name: entry["value"] for name, entry in told.items()}, kept, metrics
+
+
+def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Any]:
+    """-> what OUT/metrics.json holds, pictures by kind, the metrics, and what was measured."""
+    from ldm.build import allowed, build
+    from ldm.command.subject import Subject
+    from ldm.evaluation.protocol import entries, show, tell
+    from ldm.evaluation.ranks import rank, start
+    from ldm.evaluation.run import measure
+
+    start()
+    plain = OmegaConf.to_container(config, resolve=True)
+    out = place(plain)
+    metrics = build(plain["metric"], allowed(plain))
+    subject = Subject(plain, out)
+    numbers, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
+    told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
+    kept = {kind: source.pictures() for kind, source in subject.used.items() if hasattr(source, "pictures")}
+    if rank() == 0:
+        tell(told, out)
+        show(metrics, subject.used, out)
+    return told, kept, metrics, subject
+
+
+def sweep(overrides: Sequence[str], words: str) -> Path:
+    """Evaluates every setting of `words` into OUT/<setting>, and writes OUT/report.html about all of them; -> that page.
+
+    What was drawn before is not drawn again.
+    """
+    from ldm.build import build_members
+    from ldm.evaluation.ranks import rank, start
+    from ldm.files.folder import write_text
+    from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page
+    from ldm.training.logging import close, log_picture
+
+    start()
+    chosen, found, captions = settings(words), [], []
+    base = compose_config("evaluate", [*overrides, *chosen[0]])
+    out = place(base) if base.out else Path(base.runs) / "sweep"
+    base = compose_config("evaluate", [*overrides, *chosen[0], f"out={out}"])
+    loggers = list(build_members(base, "logger").values()) if rank() == 0 else []
+    for step, setting in enumerate(chosen):
+        print(f"== {step + 1} of {len(chosen)}: {', '.join(setting)}", flush=True)
+        told, kept, _, subject = judge(compose_config("evaluate", [*overrides, *setting, f"out={out / name_of(setting)}"]))
+        found.append(Setting(setting, told, kept.get("drawing")))
+        captions = captions or subject.captions(8)
+        for logger in loggers:
+            logger.log_metrics({f"sweep/{name}": entry["value"] for name, entry in told.items()}, step=step)
+        if "drawing" in kept:
+            log_picture(loggers, f"sweep/{name_of(setting)}", grid(kept["drawing"]), step)
+    close(loggers)
+    if rank() == 0:
+        write_text(sweep_page(found, captions), out / "report.html")
+        print(f"Look at it: {out}/report.html")
+    return out / "report.html"
+
+
+def place(config: Mapping[str, Any]) -> Path:
+    """Where the results go, OUT or a folder beside what is measured."""
+    if config["out"] is not None:
+        return Path(config["out"])
+    if config["images"] is not None:
+        return Path(f"{config['images'].rstrip('/')}-evaluation")
+    model = Path(config["model"] or "runs")
+    return model.with_name(f"{model.stem}-evaluation") if model.suffix == ".ckpt" else model / "evaluation"
+
+
+main = command("evaluate")(run)

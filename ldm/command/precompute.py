@@ -1,0 +1,84 @@
+"""Latents ahead of time:  python precompute.py model=runs/quickstart/autoencoder data=emoji out=runs/quickstart/latents
+
+With condition=[text], settings and all, what the text tower says of the captions is kept as well, for condition=[cached_text].
+Under torchrun or srun every process writes shards of its own; started again, it goes on where it stopped.
+"""
+
+import json
+import os
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.command.line import command
+from ldm.errors import Refusal
+
+OTHERS = ("_target_", "_partial_", "key", "rate")  # settings that are not of what a text says
+
+
+def precompute(config: DictConfig) -> Path:
+    """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
+    import torch
+
+    from ldm.build import allowed, build, build_members
+    from ldm.condition.cached_text import embed, save_null
+    from ldm.condition.text import Text, Texts
+    from ldm.data.batch.latents import write_latents
+
+    rank, world, local = _process()
+    found = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    device = found if config.device == "auto" else config.device
+    trained = {"_target_": "ldm.build.load_autoencoder", "path": config.model}
+    autoencoder = build(trained, allowed(config)).to(device)
+    data = build(config.data, allowed(config), batch=1)  # no bucket is too small to be encoded
+    data.prepare_data()
+    data.setup()
+    members = {name: member.to(device).eval() for name, member in build_members(config, "condition").items()}
+    if len(members) > 1 or not all(isinstance(member, Text | Texts) for member in members.values()):
+        raise Refusal(f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text].")
+    text = next(((member, partial(embed, member)) for member in members.values()), None)
+    splits = ("train", "val") if data.val_set else ("train",)
+    for split in splits:
+        folder = Path(config.out) / split
+        write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
+    if rank > 0:
+        return Path(config.out)
+    use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
+    use += [] if data.val_set else ["data.val=null"]
+    if len(data.sizes) > 1:
+        use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")]
+    use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
+    use += [f"autoencoder.load.path={config.model}"]
+    for name, member in members.items():
+        save_null(member, Path(config.out) / "text")
+        use += _words(name, member, config)
+    print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
+    print(" ".join(use))
+    return Path(config.out)
+
+
+def _words(name: str, text: Any, config: DictConfig) -> list[str]:
+    """The settings of condition=[cached_text] that stand for the text condition `name`."""
+    from ldm.condition.cached_text import embed
+    from ldm.condition.text import Text
+
+    use = ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
+    use += [] if name == "text" else [f"condition.cached_text.stands_for={name}"]
+    if isinstance(text, Text):
+        settings = OmegaConf.to_container(config.condition[name], resolve=True)
+        settings = {key: json.dumps(value) for key, value in settings.items() if key not in OTHERS}
+        use += [shlex.quote(f"++condition.cached_text.load.{key}={value}") for key, value in settings.items()]
+    return use + [f"+data.fields.{text.key}_{member.split('.')[1]}={member}" for member in embed(text, [""])]
+
+
+def _process() -> tuple[int, int, int]:
+    """-> this process's number, how many there are, and its number on this node, as torchrun or srun say them."""
+    torchrun, srun = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    names = next((names for names in (torchrun, srun) if all(name in os.environ for name in names)), ())
+    return tuple(int(os.environ[name]) for name in names) or (0, 1, 0)
+
+
+main = command("precompute")(precompute)

@@ -1,0 +1,185 @@
+"""From words to a config: free text is quoted, names and types are checked, then Hydra composes. Light to import."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.check import nearest
+from ldm.errors import Refusal
+from ldm.run_id import check_sweep, name_run
+
+HERE = Path(__file__).resolve().parent
+CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, or in a clone
+# Settings that are free text: what is said in words, and the last part of the name of each that takes a path or a place.
+SPOKEN = ("prompt", "negative", "source", "ask", "callback.drawings.captions")
+PATHS = (
+    *("model", "init", "path", "weights", "pretrained", "vocabulary"),  # of what was trained
+    *("train", "val", "root", "images", "reference", "mask", "prompts"),  # of what is read
+    *("out", "runs", "run_id", "folder", "cache", "checkpoints", "save_dir", "default_root_dir"),  # of what is written
+    *("resume", "sweep", "compare"),
+)
+FREE_TEXT = re.compile(
+    rf"^(?P<key>\+{{0,2}}(?:(?:prompt|negative|source|callback\.drawings\.captions|ask\.[\w.]+)|(?:[\w.]+\.)?(?:{'|'.join(PATHS)})))"
+    r"=(?P<value>.*)$",
+    re.S,
+)
+QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
+LISTS = ("condition", "metric", "callback", "logger")
+
+
+def quote(arguments: Sequence[str]) -> list[str]:
+    """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
+
+    A value that is one whole list, or one whole quoted string, stays what it is, and so does `null` in the place of a file or
+    folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text.
+    """
+    quoted = []
+    for argument in arguments:
+        found = FREE_TEXT.match(argument)
+        if found is None:
+            quoted.append(argument)
+            continue
+        key, value = found["key"], found["value"]
+        if key.startswith("ask."):
+            key = f"++{key}"
+        name = key.lstrip("+")
+        spoken = name in SPOKEN or name.split(".")[0] in SPOKEN
+        if value and (spoken or value != "null"):
+            value = _listed(value) if value[0] == "[" else value if value[0] in "'\"" and _is_whole(value) else _text(value)
+        quoted.append(f"{key}={value}")
+    return quoted
+
+
+def _text(value: str) -> str:
+    """A quoted string of Hydra's grammar that means `value`."""
+    value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+
+
+def _is_whole(value: str) -> bool:
+    """Whether a value is one list, or one quoted string, of Hydra's grammar."""
+    try:
+        override = OverridesParser.create().parse_overrides([f"x={value}"])[0]
+        return not override.is_sweep_override() and (isinstance(override.value(), list) or value[:1] in ("'", '"'))
+    except (HydraException, ValueError):
+        return False
+
+
+def _listed(value: str) -> str:
+    """A value that begins with `[`: a list if Hydra reads one, or its bracket closes at the end; else a text."""
+    parts = None if _is_whole(value) else _elements(value)
+    if parts is None:
+        return value if _is_whole(value) else _text(value)
+    return f"[{','.join(part if _is_whole(part) else _text(part) for part in parts)}]"
+
+
+def _elements(value: str) -> list[str] | None:
+    """What stands between commas in one pair of brackets around the whole value; None where there is no such pair."""
+    parts, brackets, parentheses, i = [""], 1, 0, 1
+    while i < len(value):
+        quoted = QUOTED.match(value, i) if not parts[-1].strip() else None
+        if quoted:
+            parts[-1], i = quoted[0], quoted.end()
+            continue
+        sign, i = value[i], i + 1
+        brackets += (sign == "[") - (sign == "]")
+        parentheses = max(0, parentheses + (sign == "(") - (sign == ")"))
+        if brackets == 0:
+            return [part.strip() for part in parts] if i == len(value) else None
+        if sign == "," and brackets == 1 and not parentheses:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return None
+
+
+def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
+    """Composes once and names what is mistyped, with the nearest valid name; -> the settings that are given several values.
+
+    Raises:
+        Refusal: an unknown choice or setting, a value of another type, a list where one choice is meant.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    if multirun:
+        check_sweep(parsed)
+    search = [o for o in overrides if o.startswith("hydra.searchpath")]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = {o.key_or_group: _options(loader, o.key_or_group) for o in parsed}
+        chosen = [o for o in parsed if groups[o.key_or_group]]
+        if not search:
+            for override in chosen:
+                _check_choice(override, groups[override.key_or_group], multirun)
+        plain = [o.input_line for o in chosen if not o.is_sweep_override()]
+        config = compose(config_name, overrides=[*search, *plain])
+    for override in parsed:
+        if override not in chosen and not override.key_or_group.startswith("hydra."):
+            _check_value(override, config)
+    return [o.key_or_group for o in parsed if o.is_sweep_override()]
+
+
+def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
+    overrides = quote(overrides)
+    check_overrides(config_name, overrides)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return name_run(compose(config_name, overrides=list(overrides)), CONFIGS, overrides)
+
+
+def _options(loader: Any, group: str) -> list[str]:
+    """The choices of a group, or, where it holds only folders, those as `folder/name`; empty where it is no group."""
+    below = [f"{folder}/{name}" for folder in loader.list_groups(group) for name in _options(loader, f"{group}/{folder}")]
+    return loader.get_group_options(group) or below
+
+
+def _check_choice(override: Override, options: Sequence[str], multirun: bool) -> None:
+    group = override.key_or_group
+    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    if override.is_sweep_override() and not multirun:
+        raise Refusal(f"{override.input_line}: several choices need a multirun: python train.py -m {override.input_line}")
+    for value in values:
+        names = value if isinstance(value, list) else [value]
+        if isinstance(value, list) and group.split("@")[0] not in LISTS:
+            raise Refusal(f"{override.input_line}: {group} is one choice, not a list, such as {group}={options[0]}.")
+        if len(set(map(str, names))) < len(names):
+            raise Refusal(f"{override.input_line}: a name stands twice in the list; name each once.")
+        for name in names:
+            if name is not None and str(name) not in options and not override.is_delete():
+                raise Refusal(f"{group}={name}: there is no such choice.{nearest(str(name), options)}")
+
+
+def _check_value(override: Override, config: DictConfig) -> None:
+    node, path = config, override.key_or_group.split(".")
+    for i, key in enumerate(path):
+        if not isinstance(node, DictConfig):
+            return
+        if key not in list(node):
+            if override.is_add() or override.is_force_add() or (i == len(path) - 1 and override.is_delete()):
+                return
+            place = ".".join(path[:i]) or "the config"
+            more = f" What {node['_target_']} takes besides: +{override.key_or_group}=..." if "_target_" in node else ""
+            raise Refusal(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}{more}")
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+            return
+        node = node[key]
+    values = [override.value()] if not override.is_sweep_override() else []
+    for value in values:
+        wanted = {bool: (bool,), int: (int,), float: (int, float)}.get(type(node))
+        wrong_switch = isinstance(value, bool) and wanted is not None and bool not in wanted
+        if wanted and value is not None and (wrong_switch or not isinstance(value, wanted)) and not _interpolated(value):
+            raise Refusal(
+                f"{override.key_or_group}={value}: a {type(value).__name__.replace('QuotedString', 'str')} was given where "
+                f"{type(node).__name__} is wanted, such as {override.key_or_group}={node}."
+            )
+
+
+def _interpolated(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value

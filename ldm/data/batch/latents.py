@@ -1,0 +1,240 @@
+"""Latents ahead of time: shards of moments, and of captions' embeddings, encoded once, with a record of what made them.
+
+The record, `provenance.json` beside the shards, holds the sha256 of the autoencoder's and the text tower's weights, the
+fingerprint of the pictures' shards, their sizes, crop and precision. Training on these shards with another autoencoder, another
+text tower or other sizes is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.data.batch.samples import CROP, SIZES, Loaded, Samples
+from ldm.data.order.order import Place
+from ldm.data.shard.decode import BadSample, View, is_array, is_image
+from ldm.data.shard.source import expand
+from ldm.data.shard.write import write_shard
+from ldm.errors import Refusal
+from ldm.types import Autoencoder
+
+RECORD = "provenance.json"
+REST = ("txt", "cls", "json")  # members that go along, where a sample has them
+
+# B captions -> the arrays that are kept of them: member -> (B, ...)
+Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]
+
+
+@torch.no_grad()
+def write_latents(
+    autoencoder: nn.Module,
+    data: Any,
+    split: str,
+    folder: Path,
+    batch: int,
+    device: Any,
+    per_shard: int = 1000,
+    half: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    text: tuple[nn.Module, Embed] | None = None,
+) -> None:
+    """Encodes a split of a data module into shards; goes on where it stopped. Rank r writes shard r, r + world, ...
+
+    A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text`, a tower and how it
+    embeds, says of its caption, as float32 or float16; its caption and label; its record, with the sizes that SDXL is told.
+    With data.buckets each is encoded in its bucket's size.
+
+    Raises:
+        Refusal: the folder holds latents of something else.
+    """
+    samples = {"train": data.train_set, "val": data.val_set}[split]
+    record = {**about(autoencoder, half, text and text[0]), **shape_of(data), "pictures": samples.index.fingerprint()}
+    _claim(folder, record | {"count": len(samples), "filters": data.filters, "per_shard": per_shard})
+    numbers = range(rank, math.ceil(len(samples) / per_shard), world)
+    for number in tqdm(numbers, desc=f"{split} latents", unit="shard", disable=rank > 0):
+        path = folder / f"{number:05d}.tar"
+        if not path.is_file():
+            for rest in folder.glob(f".{path.name}-*"):  # of a process that was killed
+                rest.unlink()
+            rows = range(number * per_shard, min((number + 1) * per_shard, len(samples)))
+            places = _places(*data.parts(split), rows, batch)
+            write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text and text[1]), path)
+
+
+def about(autoencoder: nn.Module, half: bool = False, text: nn.Module | None = None) -> dict[str, Any]:
+    """What made the latents: the weights, as hashes, the text's settings, and the precision."""
+    return {"autoencoder": weights_hash(autoencoder), **_about_text(text), "precision": "float16" if half else "float32"}
+
+
+def shape_of(data: Any) -> dict[str, Any]:
+    """How a data module brings pictures to size."""
+    return {"size": data.size, "buckets": [list(size) for size in data.sizes], "crop": "center"}
+
+
+def weights_hash(module: nn.Module) -> str:
+    """-> sha256, in hex, over the names, shapes and numbers of a module's weights and statistics."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_provenance(data: Any, stage: Any) -> None:
+    """Compares the latents that a stage is to be trained and validated on with its model, also with what this reads only when
+    it draws, and those of several folders with each other.
+
+    Raises:
+        Refusal: another autoencoder or text tower made them, they are of another size or precision, or are not all there.
+    """
+    model, members = getattr(stage, "model", None), data.fields.values()
+    if model is None or any(is_image(member) for member in members) or not any(is_array(member) for member in members):
+        return
+    texts = [e for e in model.conditioner.embedders.values() if hasattr(e, "load") and f"{e.key}_tokens" in data.fields]
+    here = shape_of(data)
+    for part in (model.autoencoder, *texts):
+        here |= _made_by(part)
+    for source in filter(None, (data.train, data.val)):
+        known = [("this run", here)]
+        for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in expand(source)):
+            there = _record_of(folder)
+            if there is None:
+                rank_zero_warn(f"{folder} has no {RECORD}: what made the latents in it is not known, and was not compared.")
+                continue
+            for other, those in known:
+                _compare(folder, there, other, those)
+            known.append((folder, {name: there.get(name) for name in ("autoencoder", "precision")}))
+            _check_whole(Path(folder), there)
+
+
+def _made_by(part: nn.Module) -> dict[str, Any]:
+    """What a part of the model says of itself; one that is read only when it is needed is read, checked and forgotten again."""
+    found = part.load().eval() if hasattr(part, "load") else part
+    if hasattr(part, "compare"):
+        part.compare(found)
+    if hasattr(found, "settings"):
+        return _about_text(found)
+    return {"autoencoder": weights_hash(found) if list(found.parameters()) else None}
+
+
+def _about_text(text: nn.Module | None) -> dict[str, Any]:
+    return {"text": text and weights_hash(text), "text_settings": text and text.settings()}
+
+
+def _record_of(folder: str) -> dict[str, Any] | None:
+    """What made the latents in a folder, or below an address; None where that is not said."""
+    system, path = fsspec.core.url_to_fs(folder or ".")
+    file = f"{path}/{RECORD}"
+    return json.loads(system.cat_file(file)) if system.isfile(file) else None
+
+
+def _compare(folder: str, there: Mapping[str, Any], other: str, here: Mapping[str, Any]) -> None:
+    lines = {"autoencoder": "autoencoder.path=FOLDER", "text": "condition.cached_text.load.model=..."}
+    lines["text_settings"] = "condition.cached_text.load.layers=... and so on"
+    lines |= dict.fromkeys(("crop", "precision"), "data.train=...")
+    for what, value in here.items():
+        if value is not None and there.get(what, value) != value:
+            raise Refusal(
+                f"The latents in {folder} were made with another {what} ({_short(there[what])}) than {other}'s "
+                f"({_short(value)}). Name what made them ({lines.get(what, f'data.{what}=...')}), or make them again with "
+                "`python precompute.py model=AUTOENCODER out=...`."
+            )
+
+
+def _check_whole(folder: Path, there: Mapping[str, Any]) -> None:
+    found, wanted = len(list(folder.glob("*.tar"))), math.ceil(there.get("count", 0) / there.get("per_shard", 1))
+    if folder.is_dir() and found < wanted:
+        raise Refusal(
+            f"{folder} holds {found} of the {wanted} shards of latents that precompute.py was to write: it was stopped. The same "
+            "command goes on where it stopped."
+        )
+
+
+def _short(value: Any) -> str:
+    return f"sha256 {value[:12]}" if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _claim(folder: Path, record: Mapping[str, Any]) -> None:
+    """Says what the folder is for, or makes sure that it is for this."""
+    file = folder / RECORD
+    if not file.is_file():
+        if any(folder.glob("*.tar")):
+            raise Refusal(f"{folder} holds shards that are not ours; write to another folder (out=...).")
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{RECORD}-{uuid.uuid4().hex[:8]}")
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, file)
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if other := [f"{k} {before.get(k)} there, {v} here" for k, v in record.items() if before.get(k) != v]:
+        raise Refusal(f"{folder} holds other latents: {'; '.join(other)}. Write to another folder (out=...), or remove it.")
+
+
+def _places(selections: Sequence[Any], sizes: Sequence[tuple[int, int]], rows: range, batch: int) -> Iterator[list[Place]]:
+    """The samples `rows`, counted bucket by bucket, at most `batch` of one size together."""
+    base = 0
+    for selection, size in zip(selections, sizes):
+        stop = min(rows.stop, base + len(selection))
+        for first in range(max(rows.start, base), stop, batch):
+            numbers = np.arange(first, min(first + batch, stop))
+            yield [Place(n, *at, *size) for n, at in zip(numbers.tolist(), selection.locate_all(numbers - base))]
+        base += len(selection)
+
+
+def _encoded(
+    autoencoder: Autoencoder,
+    data: Any,
+    loaded: Loaded,
+    places: Iterator[list[Place]],
+    device: Any,
+    half: bool,
+    embed: Embed | None,
+) -> Iterator[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    for chosen in places:
+        at = {place.position: (place.shard, place.row) for place in chosen}
+        fields = loaded.__getitems__(chosen)
+        fields = data.on_after_batch_transfer(data.transfer_batch_to_device(fields, device, 0), 0)
+        moments = autoencoder.encode(fields["image"])
+        arrays = {"moments.npy": torch.cat((moments.mean, moments.std), dim=1)}
+        arrays |= embed(fields["caption"]) if embed else {}
+        arrays = {m: (x.half() if half and x.is_floating_point() else x).cpu().numpy() for m, x in arrays.items()}
+        for i, (key, position) in enumerate(zip(fields["key"], fields["position"].tolist())):
+            kept = _rest(loaded.samples, *at[position])
+            kept["json"] = {**kept.get("json", {}), **_sizes(fields, i)}
+            seen[key] += 1  # another folder's sample may have the same
+            name = key if seen[key] == 1 else f"{key}-{seen[key]}"
+            yield {"__key__": name, **kept, **{member: array[i] for member, array in arrays.items()}}
+
+
+def _rest(samples: Samples, shard: int, row: int) -> dict[str, Any]:
+    """Caption, class and record, those that there are and that can be read."""
+    kept = {}
+    for member in REST:
+        if samples.index.table(shard).span(row, member)[0] >= 0:
+            try:
+                kept[member] = samples.read(shard, row, member, View(1, 1))
+            except BadSample:
+                continue
+    return kept
+
+
+def _sizes(fields: Mapping[str, Any], i: int) -> dict[str, int]:
+    """What the index of the latents is to say of a picture: its size as it was encoded, once, and where it was cut."""
+    told = {name: int(fields[name][i]) for name in SIZES}
+    known = {name: told[name] for name in SIZES if name in CROP or (name.startswith("original") and told[name])}
+    return known | {"width": told["target_width"], "height": told["target_height"]}

@@ -1,0 +1,226 @@
+"""The pictures of a folder or table, each with its caption, class and record; other files are counted, each with its kind."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.data.packing.packed import Packed, Row
+from ldm.data.packing.table import CAPTIONS, ENDINGS, TABLES, named, parse, read_table, read_text, text_of
+from ldm.errors import NotFound, Refusal
+from ldm.files.picture import natural
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # a table of the pictures in its folder, and below
+WORDS, RECORD = (".txt", ".caption"), ".json"  # what may lie beside a picture
+SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval)([^a-z].*)?")  # test, train2017, val_images
+CHUNK = 5  # digits of a sub-folder that is one of many parts, as 00000 is, and no class
+
+
+def find(source: Path, packed: Packed) -> list[Row]:
+    """The pictures of a source; what else lies there is counted in `packed`.
+
+    Raises:
+        NotFound: there is no such source.
+        ValueError: a table that cannot be read in one way only, or folders of several splits.
+    """
+    if not source.exists():
+        raise NotFound(f"There is no {source}.")
+    if source.is_file():
+        rows = read_table(source, packed)
+        _count_unnamed(rows, source, packed)
+        return rows
+    names = sorted(_files(source, packed), key=natural)
+    pictures = [name for name in names if name.suffix.lower() in ENDINGS]
+    tables = _tables(source, names)
+    _refuse_splits(source, pictures, tables)
+    rows, listed = [], dict[str, Path]()
+    for table in tables.values():
+        rows += (found := read_table(source / table, packed))
+        files = {os.path.abspath(row.file) for row in found if row.file}
+        if twice := sorted(files & listed.keys()):
+            raise Refusal(f"{source / listed[twice[0]]} and {source / table} both name {twice[0]}; keep it in one of them.")
+        listed |= dict.fromkeys(files, table)
+    alone = []
+    for name in pictures:
+        table = next((tables[folder] for folder in name.parents if folder in tables), None)
+        if table is None:
+            alone.append(name)
+        elif os.path.abspath(source / name) not in listed:
+            packed.count(f"pictures that no row of {table} names")
+    beside = _beside(alone, names)
+    used = {*pictures, *tables.values(), *(name for files in beside.values() for name in files)}
+    for name in names:
+        if name not in used:
+            covered = next((tables[folder] for folder in name.parents if folder in tables), None)
+            packed.count(_kind(name, covered))
+    labels = {} if tables else _labels(source, pictures, any(beside.values()), packed)
+    return rows + [_row(source, name, beside[name], labels.get(name)) for name in alone]
+
+
+def _files(source: Path, packed: Packed) -> list[Path]:
+    """All files below a folder but hidden ones, relative to it; a folder that is linked is gone into once, a circle never."""
+    found, seen = [], {os.path.realpath(source)}
+
+    def unreadable(error: OSError) -> None:
+        packed.skipped.append((str(error.filename), f"{type(error).__name__}: {error.strerror}"))
+
+    for folder, folders, names in os.walk(source, followlinks=True, onerror=unreadable):
+        hidden = [name for name in (*folders, *names) if name.startswith(".")]
+        packed.count("hidden files and folders", len(hidden))
+        entered = []
+        for name in sorted(set(folders) - set(hidden)):
+            path = os.path.realpath(os.path.join(folder, name))
+            packed.count("folders that are read already, by another link", path in seen)
+            entered += [] if path in seen else [name]
+            seen.add(path)
+        folders[:] = entered
+        found += [Path(folder, name).relative_to(source) for name in names if name not in hidden]
+    return found
+
+
+def _tables(source: Path, names: Sequence[Path]) -> dict[Path, Path]:
+    """-> folder -> the table of its pictures, both relative to the source."""
+    tables: dict[Path, Path] = {}
+    for name in names:
+        if name.name.lower() in METADATA:
+            if other := tables.get(name.parent):
+                raise Refusal(f"{source / other} and {source / name} both speak of the same pictures; keep one of them.")
+            tables[name.parent] = name
+    return tables
+
+
+def _refuse_splits(source: Path, pictures: Sequence[Path], tables: dict[Path, Path]) -> None:
+    """Folders train/ and test/ are data sets that are kept apart, and no classes."""
+    base = _base(pictures)
+    tops = sorted({name.parts[base] for name in [*pictures, *tables.values()] if len(name.parts) > base + 1})
+    splits = {name: match[1] for name in tops if (match := SPLIT.fullmatch(name.lower()))}
+    if len(set(splits.values())) > 1:
+        home = source.joinpath(*pictures[0].parts[:base]) if pictures else source
+        lines = "; ".join(f"python -m ldm pack {home / name} OUT/{name}" for name in splits)
+        raise Refusal(
+            f"{home} holds {', '.join(f'{name}/' for name in splits)}: splits of a data set that are no classes, and that would "
+            f"be mixed in one. Pack each by itself: {lines}."
+        )
+
+
+def _base(pictures: Sequence[Path]) -> int:
+    """How many folders all pictures have in common."""
+    shared = os.path.commonpath([name.parent for name in pictures]) if pictures else ""
+    return len(Path(shared).parts)
+
+
+def _labels(source: Path, pictures: Sequence[Path], told: bool, packed: Packed) -> dict[Path, str]:
+    """-> picture -> class, the sub-folder that it lies in; empty where sub-folders are no classes, which is said."""
+    base = _base(pictures)
+    tops = {_readable(name.parts[base]) for name in pictures if len(name.parts) > base + 1}
+    if len(tops) < 2:
+        return {}
+    stray = sum(len(name.parts) == base + 1 for name in pictures)
+    chunks = all(top.isdecimal() and len(top) >= CHUNK for top in tops)
+    why = "captions or records lie beside pictures" if told else ""
+    why = why or (f"{stray:,} pictures lie outside of them" if stray else "")
+    why = why or ("their names are numbers of chunks" if chunks else "")
+    if why:
+        packed.notes.append(f"sub-folders of {source} are no classes here: {why}")
+        return {}
+    packed.classes = _numbered(tops)
+    return {name: _readable(name.parts[base]) for name in pictures}
+
+
+def _numbered(names: set[str]) -> dict[str, int]:
+    """-> class -> number: itself where all are numbers, else its place in their order."""
+    numbers = {name: int(name) for name in names if name.isdecimal()}
+    if len(set(numbers.values())) == len(names) and max(numbers.values()) < 10**CHUNK:
+        return dict(sorted(numbers.items(), key=lambda item: item[1]))
+    return {name: number for number, name in enumerate(sorted(names))}
+
+
+def _beside(pictures: Sequence[Path], names: Sequence[Path]) -> dict[Path, list[Path]]:
+    """-> picture -> its captions and records: cat.txt or cat.jpg.txt of cat.jpg, in the same case where one of them is."""
+    exact, folded = defaultdict(list), defaultdict(list)
+    for name in names:
+        if name.suffix.lower() in (*WORDS, RECORD):
+            exact[name.with_suffix("")].append(name)
+            folded[str(name.with_suffix("")).lower()].append(name)
+    found = {name: [*exact[name.with_suffix("")], *exact[name]] for name in pictures}
+    used = {name for files in found.values() for name in files}
+    for name in (name for name, files in found.items() if not files):
+        loose = [*folded[str(name.with_suffix("")).lower()], *folded[str(name).lower()]]
+        found[name] = [file for file in loose if file not in used]
+    return found
+
+
+def _row(source: Path, name: Path, beside: Sequence[Path], label: str | None) -> Row:
+    row = Row(_readable(name), source / name, label=label)
+    if label is not None:
+        row.caption = label.replace("_", " ")
+        return row
+    words = [file for file in beside if file.suffix.lower() in WORDS]
+    records = [file for file in beside if file.suffix.lower() == RECORD]
+    for several in (words, records):
+        if len(several) > 1:
+            row.fault = f"{' and '.join(file.name for file in several)} lie beside it; keep one of them"
+            return row
+    try:
+        row.columns = _record(source / records[0]) if records else {}
+        if words:
+            row.caption = read_text(source / words[0]).strip()
+            row.columns = {k: v for k, v in row.columns.items() if (k, v) != ("caption", row.caption)}
+        else:
+            row.caption = _caption_in(row.columns)
+    except OSError as error:
+        row.fault = f"{type(error).__name__}: {error}"
+    except ValueError as error:
+        row.fault = f"what lies beside it cannot be read: {error}"
+    return row
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        record = parse(read_text(path))
+    except ValueError as error:
+        raise Refusal(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise Refusal(f"{path.name} is no JSON object")
+    return record
+
+
+def _caption_in(record: dict[str, Any]) -> str:
+    """The caption of a record, which is taken out of it."""
+    name = named(record, CAPTIONS)
+    words = text_of(record[name]) if name else ""
+    if words is None:
+        raise Refusal(f"its {name} is no text, but {record[name]!r:.60}")
+    if name:
+        del record[name]
+    return words
+
+
+def _kind(name: Path, table: Path | None) -> str:
+    """Why a file is not packed."""
+    ending = name.suffix.lower()
+    if table and ending in (*WORDS, RECORD):
+        return f"{ending}: the pictures there have their captions from {table}"
+    if ending in (*WORDS, RECORD):
+        return f"{ending} beside no picture"
+    if ending in TABLES:
+        return f"{ending}: a table; name it as the source, and its captions are read"
+    return f"{_readable(name.suffix or name.name)}: no picture that is read"
+
+
+def _readable(name: object) -> str:
+    """A file's name as text, also where its bytes are no UTF-8."""
+    return os.fsencode(str(name)).decode("utf-8", "backslashreplace")
+
+
+def _count_unnamed(rows: Sequence[Row], table: Path, packed: Packed) -> None:
+    """Counts the pictures that lie beside those of a table and are named by none of its rows."""
+    files = {os.path.abspath(row.file) for row in rows if row.file and row.file.exists()}
+    for folder in {os.path.dirname(file) for file in files}:
+        for entry in os.scandir(folder):
+            if entry.name.lower().endswith(ENDINGS) and not entry.name.startswith(".") and entry.path not in files:
+                packed.count(f"pictures that no row of {table.name} names")

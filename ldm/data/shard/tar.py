@@ -1,0 +1,173 @@
+"""What lies in one tar shard, strictly read, so that any sample is one read away and no damage goes unseen.
+
+A sample is the members of one shard that share a key: the path up to the first dot of its last part. What follows that dot
+names the member (`jpg`, `txt`, `map.png`). Hidden files and what lies in hidden folders (`._cat.jpg`, `.ipynb_checkpoints/`) are
+no samples. Links are what they lead to in the same shard. Python's tarfile, and with it WebDataset, takes a bad header for the
+end of the archive; here such a shard is damaged, and the reason is said.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from ldm.errors import Refusal
+
+_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+_HIDDEN = re.compile(r"(?:^|/)\.(?!\.?/)[^/]*/")  # a folder; ./ and ../ are none
+_BEFORE_ANOTHER = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)  # headers that change the next one
+BLOCK = 512
+
+Spans = dict[str, dict[str, tuple[int, int]]]  # key -> member -> (offset, size)
+
+
+class Damaged(Refusal):
+    """A shard is not a whole tar, or not the one that its statistics speak of."""
+
+
+def read_headers(path: str | Path) -> Spans:
+    """-> key -> member -> (offset, size) in bytes, in the shard's order.
+
+    Raises:
+        Damaged: a bad header, no end mark, data behind it, a member twice, sparse, or a link to what is not there, another count
+            than in `_stats.json`, no samples.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            samples = _read_members(tar)
+            _check_end(path, tar.offset)
+    except Exception as error:  # whatever a broken header leads tarfile to
+        raise Damaged(f"is damaged or no plain tar: {_words(str(error)) or type(error).__name__}") from error
+    _check_count(Path(path), len(samples))
+    return samples
+
+
+def salvage(path: str | Path) -> Spans:
+    """What can still be read of a damaged shard: every member that has a good header and all its bytes, wherever it lies."""
+    members = _Members()
+    for info, at in _good_headers(Path(path)):
+        with suppress(ValueError):  # of two of one name the first
+            members.add(info, at)
+    members.follow()
+    return members.samples
+
+
+class _Members:
+    """The members of an archive, as they come: samples, and where links lead."""
+
+    def __init__(self) -> None:
+        self.samples: Spans = {}
+        self.places: dict[str, tuple[int, int]] = {}  # of all plain files, by their path
+        self.links: dict[str, tuple[str, str]] = {}  # path -> the path that it leads to, and its name as it stands there
+        self.folders: set[str] = set()
+
+    def add(self, info: tarfile.TarInfo, at: int) -> None:
+        """A member whose data begin at a byte.
+
+        Raises:
+            Refusal: it is there already, or its data do not lie there as they are.
+        """
+        info.name, info.linkname = _words(info.name), _words(info.linkname)
+        name, match = posixpath.normpath(info.name), _sample(info.name)
+        if info.size < 0:
+            raise Refusal(f"member {info.name} has a size below 0")
+        if match and (name in self.links or match[2].lower() in self.samples.get(match[1], {})):
+            raise Refusal(f"member {info.name} is there twice")
+        if info.issym() or info.islnk():
+            start = posixpath.dirname(info.name) if info.issym() else ""
+            self.links[name] = posixpath.normpath(posixpath.join(start, info.linkname)), info.name
+        elif info.isdir():
+            self.folders.add(name)
+        elif match and (info.issparse() or not info.isreg() or info.type == tarfile.GNUTYPE_SPARSE):
+            raise Refusal(f"member {info.name} is sparse or no file; pack it anew, without --sparse")
+        elif info.isreg():
+            self.places[name] = at, info.size
+        if match and not info.isdir():
+            self.samples.setdefault(match[1], {}).update({match[2].lower(): self.places[name]} if name in self.places else {})
+
+    def follow(self) -> list[str]:
+        """Gives samples what their links lead to; -> those that lead to nothing in the shard."""
+        lost = []
+        for end, name in self.links.values():
+            match, steps = _sample(name), 0
+            while end in self.links and (steps := steps + 1) <= len(self.links):
+                end = self.links[end][0]
+            if match and end in self.places:
+                self.samples[match[1]][match[2].lower()] = self.places[end]
+            elif match and end not in self.folders:
+                lost.append(f"{name}, a link to {end}")
+        self.samples = {key: found for key, found in self.samples.items() if found}
+        return lost
+
+
+def _sample(name: str) -> re.Match[str] | None:
+    """Key and member of a path, None where it is of no sample."""
+    return None if _HIDDEN.search(name) else _MEMBER.fullmatch(name)
+
+
+def _words(name: str) -> str:
+    """A name as text that can be written down: bytes that are no UTF-8 as \\udc80 and the like."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _read_members(tar: tarfile.TarFile) -> Spans:
+    members = _Members()
+    for info in tar:
+        tar.members = []  # type: ignore[attr-defined]  # forget what was read, or a large shard fills the memory
+        members.add(info, info.offset_data)
+    if lost := members.follow():
+        raise Refusal(f"{len(lost)} links lead to nothing in it, such as {lost[0]}; pack it anew, with --dereference")
+    return members.samples
+
+
+def _check_end(path: str | Path, offset: int) -> None:
+    """A whole tar ends in two blocks of zeros, and nothing but zeros follows."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        length = 0
+        while chunk := file.read(2**20):
+            if chunk.count(0) != len(chunk):
+                raise Refusal(f"bad header at byte {offset}, with more data behind it")
+            length += len(chunk)
+    if length < 2 * BLOCK:
+        raise Refusal(f"cut off at byte {offset + length}, without the end mark")
+
+
+def _check_count(path: Path, count: int) -> None:
+    """img2dataset says in 00000_stats.json how many samples 00000.tar holds."""
+    stats = path.with_name(f"{path.stem}_stats.json")
+    if not stats.is_file():
+        if count == 0:
+            raise Damaged("holds no samples")
+        return
+    try:
+        wanted = json.loads(stats.read_text(encoding="utf-8"))["successes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"has a {stats.name} that is no img2dataset statistics file with `successes`: {error!r}") from error
+    if wanted != count:
+        raise Damaged(f"holds {count} samples, but {stats.name} counted {wanted}: it is cut, or another file")
+
+
+def _good_headers(path: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """-> each plain member or link, and where its data begin, looking on block by block behind what cannot be read."""
+    length, at, changed = path.stat().st_size, 0, False
+    with path.open("rb") as file:
+        while at + BLOCK <= length:
+            file.seek(at)
+            try:
+                info = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError):
+                at += BLOCK
+                continue
+            end = at + BLOCK + info.size
+            whole = 0 <= info.size and end <= length
+            plain = info.isreg() and info.type != tarfile.GNUTYPE_SPARSE
+            if (plain or info.islnk() or info.issym()) and not changed and whole:
+                yield info, at + BLOCK
+            changed = info.type in _BEFORE_ANOTHER
+            at += BLOCK + -(-info.size // BLOCK) * BLOCK if whole else BLOCK

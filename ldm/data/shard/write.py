@@ -1,0 +1,109 @@
+"""Writes samples as tar shards in img2dataset's layout: 00000.tar beside 00000_stats.json, and so on.
+
+A shard appears under its name only when it is whole, and so does a folder of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from webdataset import TarWriter
+
+from ldm.data.shard.decode import decoder
+from ldm.errors import AlreadyThere, Refusal
+
+
+def write_shards(samples: Iterable[Mapping[str, Any]], folder: str | Path, per_shard: int = 1000) -> list[str]:
+    """Writes samples into `folder`, which must not be there yet and appears when all is written.
+
+    Args:
+        samples: {"__key__": str, member: bytes, str (txt), int (cls), dict (json) or np.ndarray (npy)}.
+        per_shard: samples of a shard.
+
+    Returns:
+        paths of the shards. If another process finished the same folder first, that one stays.
+
+    Raises:
+        AlreadyThere: the folder is there already.
+        ValueError: no samples, or a member that could not be read back.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise AlreadyThere(f"{folder} is there already; remove it, or write to another folder.")
+    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    part.mkdir(parents=True)
+    try:
+        _write_all(samples, part, per_shard)
+        _move(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return sorted(str(path) for path in folder.glob("*.tar"))
+
+
+def write_shard(samples: Iterable[Mapping[str, Any]], path: Path) -> int:
+    """Writes one shard and its statistics, the tar last; -> its number of samples.
+
+    Raises:
+        Refusal: no samples, or a member that could not be read back.
+    """
+    start, part, count = time.time(), path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}"), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with part.open("wb") as file:
+            with TarWriter(file, mtime=0) as tar:
+                for sample in samples:
+                    count += 1
+                    for member in sample.keys() - {"__key__"}:
+                        decoder(member)  # refuses what could not be read back
+                    tar.write(dict(sample))
+            file.flush()
+            os.fsync(file.fileno())
+        if not count:
+            raise Refusal(f"There are no samples to write into {path}.")
+        _write_statistics(path, count, start)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def _write_all(samples: Iterable[Mapping[str, Any]], folder: Path, per_shard: int) -> None:
+    remaining = iter(samples)
+    for number in itertools.count():
+        first = next(remaining, None)
+        if first is None:
+            break
+        write_shard(itertools.chain([first], itertools.islice(remaining, per_shard - 1)), folder / f"{number:05d}.tar")
+    if number == 0:
+        raise Refusal(f"There are no samples to write into {folder.name}.")
+
+
+def _write_statistics(path: Path, count: int, start: float) -> None:
+    stats = {
+        "count": count,
+        "successes": count,
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "duration": time.time() - start,
+        "start_time": start,
+        "end_time": time.time(),
+        "status_dict": {"success": count},
+    }
+    path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(stats, indent=4), encoding="utf-8")
+
+
+def _move(part: Path, folder: Path) -> None:
+    """Gives the finished folder its name, unless another process was faster."""
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

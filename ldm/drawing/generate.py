@@ -1,0 +1,133 @@
+"""From a request to pictures: condition -> guidance -> sampler -> autoencoder."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.errors import Refusal
+from ldm.model import LatentModel
+from ldm.types import Batch, Denoise, Guidance, Sampler
+
+# (step from 1, its time t, x_hat: (B, C, H, W) latents), called after each step; what it raises stops the drawing
+Watch = Callable[[int, float, Tensor], None]
+
+
+@torch.no_grad()
+def generate(
+    model: LatentModel,
+    ask: Batch,
+    sampler: Sampler,
+    guidance: Guidance,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    paste: str | None = "latents",
+    watch: Watch | None = None,
+) -> Tensor:
+    """ask: the conditions, B of each; seeds: B integers; size: height, width in pixels -> (B, 3, height, width) in [-1, 1].
+
+    A picture depends on its own seed and condition, never on the batch it was drawn in. paste: as in `paste_known`.
+    watch: is told each step, with the estimate of the data so far, which the autoencoder decodes.
+
+    Raises:
+        Refusal: the autoencoder's factor does not divide the size.
+    """
+    device = next(model.denoiser.parameters()).device
+    noise = unit_noise(seeds, latent_shape(model, size)).to(device)
+    ask = {field: value.to(device) if isinstance(value, Tensor) else value for field, value in ask.items()}
+    ask = model.conditioner.fill(ask)
+    denoise = guidance(model, ask)
+    latents = sampler(denoise if watch is None else watched(denoise, watch), model.denoiser.schedule, noise, seeds)
+    return paste_known(model, ask, model.autoencoder.decode(latents).clamp(-1, 1), paste)
+
+
+def watched(denoise: Denoise, watch: Watch) -> Denoise:
+    """The same, telling `watch` once a step: of the first call at each lower time, whatever else a sampler calls it for."""
+    step, lowest = 0, math.inf
+
+    def told(x_t: Tensor, t: Tensor) -> Tensor:
+        nonlocal step, lowest
+        x_hat = denoise(x_t, t)
+        if (time := float(t.max())) < lowest:
+            step, lowest = step + 1, time
+            watch(step, time, x_hat)
+        return x_hat
+
+    return told
+
+
+def paste_known(model: LatentModel, ask: Batch, images: Tensor, how: str | None) -> Tensor:
+    """images: (B, 3, h, w) drawn by an inpainting model -> the same with what `ask`'s mask keeps of its image.
+
+    how: `latents` pastes and sends the whole through the autoencoder once more, which leaves no seam and the autoencoder's
+    own error; `pixels` pastes to the bit, as https://arxiv.org/abs/2112.10752's own script; None leaves what was drawn.
+    Other models' pictures come back as they are.
+
+    Raises:
+        Refusal: another `how`, or `pixels` of a model that does not inpaint.
+    """
+    check_paste(model, how)
+    if how is None or model.conditioner.hole is None:
+        return images
+    image, mask = (ask[field].to(images) for field in model.conditioner.hole)
+    whole = torch.where(mask > 0, images, image)
+    return whole if how == "pixels" else model.autoencoder.decode(model.autoencoder.encode(whole).mean).clamp(-1, 1)
+
+
+def check_paste(model: LatentModel, how: str | None) -> None:
+    """Raises Refusal if `how` is not for this model."""
+    if how not in (None, "latents", "pixels"):
+        raise Refusal(f"paste={how}: wanted latents, pixels or null.")
+    if how == "pixels" and model.conditioner.hole is None:
+        raise Refusal(f"paste=pixels is for inpainting models, and this one is told {list(model.conditioner.embedders)}.")
+
+
+def compile_backbone(backbone: nn.Module) -> None:
+    """Compiles a backbone in place for drawing: once for each size of batch and latents, on a GPU as a captured graph.
+
+    What it puts out is copied, since the graph's next call writes over it and samplers keep what was said before.
+    """
+    run = torch.compile(backbone.to(memory_format=torch.channels_last).forward, mode="reduce-overhead", dynamic=False)
+    backbone.forward = lambda *inputs: run(*inputs).clone()
+
+
+def unit_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """seeds: B integers -> (B, *shape) unit normal, drawn on the CPU so that devices agree."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+def latent_shape(model: LatentModel, size: tuple[int, int]) -> tuple[int, int, int]:
+    """size: height, width in pixels -> (C, H, W)."""
+    f = model.autoencoder.factor
+    if size[0] % f or size[1] % f:
+        raise Refusal(
+            f"A picture of {size[0]}x{size[1]} pixels was asked for; the autoencoder needs multiples of {f} (resolution=...)."
+        )
+    return model.autoencoder.channels, size[0] // f, size[1] // f
+
+
+def draw_all(
+    model: LatentModel,
+    ask: Batch,
+    sampler: Sampler,
+    guidance: Guidance,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    batch: int,
+    paste: str | None = "latents",
+    watch: Watch | None = None,
+) -> Tensor:
+    """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up and cut to keep one size.
+
+    ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU. `watch` is told the steps of every batch.
+    """
+    check_paste(model, paste)
+    seeds, images = list(seeds), []
+    for start in tqdm(range(0, len(seeds), batch), desc="drawing", disable=len(seeds) <= batch):
+        rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]
+        part = {name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows] for name, value in ask.items()}
+        drawn = generate(model, part, sampler, guidance, [seeds[i] for i in rows], size, paste, watch)
+        images.append(drawn[: len(seeds) - start].cpu())
+    return torch.cat(images)

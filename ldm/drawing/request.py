@@ -1,0 +1,148 @@
+"""From what a person asks on the command line to the fields that conditions read, and from pictures to files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+from torchvision.transforms.functional import to_tensor
+from torchvision.utils import make_grid, save_image
+
+from ldm.drawing.edit import FromInversion, FromPicture, Inpainting
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import write_text, write_whole
+from ldm.files.lines import read_lines
+from ldm.files.picture import open_picture, to_grey, to_srgb
+from ldm.model import LatentModel
+from ldm.types import Denoise, Sampler
+
+Size = tuple[int, int]
+
+
+def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[str, Any], int]:
+    """config: prompt, prompts, negative, ask, count, resolution -> the fields, N of each, and N.
+
+    Each condition reads what is asked of its fields: numbers, names, words, files or folders of them.
+
+    Raises:
+        Refusal: a condition of the model is not asked for, is not known, or lists differ in length.
+        FileNotFoundError: a file that is asked for is not there.
+    """
+    size = config.get("resolution") or 0
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    asked = {field: value if isinstance(value, list) else [value] for field, value in (config.get("ask") or {}).items()}
+    prompts = _prompts(config)
+    if prompts:
+        asked["caption"] = prompts
+    readers = {field: e for e in model.conditioner.embedders.values() for field in model.conditioner.fields_of(e)}
+    how = ", ".join("prompt='...'" if key == "caption" else f"ask.{key}=..." for key in readers) or "no condition at all"
+    if asked.keys() - readers.keys():
+        raise Refusal(f"This model is asked by {how}; found {sorted(asked)}.")
+    if empty := [field for field, value in asked.items() if not value]:
+        raise Refusal(f"ask.{empty[0]}=[]: nothing is asked for.")
+    for embedder in model.conditioner.embedders.values():
+        if hasattr(embedder, "check"):
+            embedder.check(asked)
+    ask = {field: readers[field].read(field, value, size) for field, value in asked.items()}
+    for field in readers.keys() - ask.keys():
+        usual = readers[field].unasked(field, size) if hasattr(readers[field], "unasked") else None
+        ask |= {} if usual is None else {field: readers[field].read(field, usual, size)}
+    count = max((len(v) for v in ask.values()), default=1) if config.get("count") is None else config["count"]
+    if count < 1:
+        raise Refusal(f"count={count}: wanted 1 or more pictures.")
+    ask = model.conditioner.fill({field: _repeated(field, value, count) for field, value in ask.items()})
+    if readers.keys() - ask.keys():
+        raise Refusal(f"This model is asked by {how}; found {sorted(asked) or 'nothing'}.")
+    if config.get("negative") is not None:
+        if "caption" not in readers:
+            raise Refusal(f"negative={config['negative']!r} is for models that read captions; this one is asked by {how}.")
+        ask["negative.caption"] = readers["caption"].read("caption", [config["negative"]], size) * count
+    return ask, count
+
+
+def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, Any], sampler: Sampler, size: Size) -> Sampler:
+    """config: init, mask, source, strength, resamples -> the sampler, begun from the picture `init` where there is one.
+
+    `mask` (white is drawn anew) asks for inpainting, `source` (what the picture shows) for inversion.
+
+    Raises:
+        Refusal: a mask or a source without a picture, or both. NotFound: no such file.
+    """
+    init, mask, source, strength = (config.get(name) for name in ("init", "mask", "source", "strength"))
+    if (init is None and (mask is not None or source is not None)) or (mask is not None and source is not None):
+        raise Refusal(f"init={init} mask={mask} source={source}: one of mask and source goes with a picture (init=FILE).")
+    if init is None:
+        return sampler
+    device = next(model.denoiser.parameters()).device
+    with torch.no_grad():
+        picture = model.autoencoder.encode(_read_image(init, "init", "RGB", size).to(device) * 2 - 1).mean
+    if mask is not None:
+        cells = adaptive_max_pool2d(_read_image(mask, "mask", "L", size), picture.shape[2:])
+        return Inpainting(sampler, picture, (cells > 0.5).float(), config["resamples"], strength)
+    if source is None:
+        return FromPicture(sampler, picture, strength)
+
+    shown = {k: v[:1] for k, v in ask.items() if not k.startswith("negative.")} | {"caption": [str(source)]}
+
+    def denoise(count: int) -> Denoise:
+        told = model.condition({k: v.repeat(count) if isinstance(v, Tensor) else v * count for k, v in shown.items()})
+        return lambda x_t, t: model.denoiser(x_t, t, told)
+
+    return FromInversion(sampler, picture, denoise, strength)
+
+
+def _read_image(path: str, name: str, mode: str, size: Size) -> Tensor:
+    """A file, cut in its middle to `size` -> (1, 3 or 1, height, width) in [0, 1]."""
+    if not Path(path).is_file():
+        raise NotFound(f"{name}={path}: there is no such picture.")
+    try:
+        image = (to_srgb if mode == "RGB" else to_grey)(open_picture(Path(path).read_bytes()))
+    except ValueError as error:
+        raise Refusal(f"{name}={path} is no whole picture: {error}") from error
+    return to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))[None]
+
+
+def write_pictures(images: Tensor, folder: Path, request: Mapping[str, Any], shown: Mapping[str, Tensor] | None = None) -> None:
+    """images: (N, 3, h, w) in [-1, 1] -> FOLDER/00000.png ..., grid.png, request.json.
+
+    shown: what each picture was told, (N, 3, h', w') by condition -> FOLDER/00000.NAME.png, and left of it in the grid.
+    """
+    shown = {name: _unit(told) for name, told in (shown or {}).items()}
+    unit = _unit(images)
+    for i, image in enumerate(unit):
+        files = {"": image, **{f".{name}": told[i] for name, told in shown.items()}}
+        for name, picture in files.items():
+            write_whole(folder / f"{i:05d}{name}.png", lambda path, p=picture: save_image(p, path, format="png"))
+    told = [torch.nn.functional.interpolate(t, unit.shape[2:], mode="nearest") for t in shown.values()]
+    columns = max(1, min(8, len(unit) * (1 + len(told))) // (1 + len(told)))
+    grid = make_grid(torch.cat((*told, unit), dim=3), nrow=columns, padding=1, pad_value=1.0)
+    write_whole(folder / "grid.png", lambda path: save_image(grid, path, format="png"))
+    write_text(json.dumps(request, indent=2, ensure_ascii=False, default=_plain) + "\n", folder / "request.json")
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images.add(1).div(2).clamp(0, 1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist() if value.ndim < 2 else f"{tuple(value.shape)}, beside each picture"
+    return str(value)
+
+
+def _repeated(field: str, value: Any, count: int) -> Any:
+    if count % len(value):
+        raise Refusal(f"{len(value)} values of {field} do not go evenly into {count} pictures; give 1 or {count} (or count=...).")
+    times = count // len(value)
+    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * times
+
+
+def _prompts(config: Mapping[str, Any]) -> list[str]:
+    if config.get("prompts") is None:
+        prompt = config.get("prompt")
+        return [] if prompt is None else [str(p) for p in prompt] if isinstance(prompt, list) else [str(prompt)]
+    return [line for line in read_lines(config["prompts"]) if line]

@@ -1,0 +1,180 @@
+"""Many settings of an evaluation: which they are, and one page about all of them."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import Refusal
+from ldm.evaluation.compare import shown
+from ldm.report.page import curves, page, table, wall
+
+LOWER = re.compile(r"(r?fid|fd_\w+|kid|lpips)$")  # the less, the better
+HIGHER = re.compile(r"(clip_score|\w+_top1|class(?:ifier)?_accuracy|\w*miou)$")
+COLUMNS = 8  # pictures shown of each setting
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a sweep: `name=value` words, what metrics.json holds of it, its first pictures (N, 3, h, w) in [-1, 1]."""
+
+    words: Sequence[str]
+    told: Mapping[str, Any]
+    pictures: Tensor | None = None
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The words by name."""
+        return dict(word.split("=", 1) for word in self.words)
+
+
+def settings(sweep: str) -> list[list[str]]:
+    """`guidance.scale=1,2 sampler=ddim,dpmpp` -> every combination, [name=value, ...]; the last name varies fastest.
+
+    A pattern such as model=RUN/checkpoints/*.ckpt stands for the files that it matches.
+
+    Raises:
+        Refusal: a word that is no name=value,value.
+    """
+    choices: dict[str, list[str]] = {}
+    for word in sweep.split():
+        name, _, values = word.partition("=")
+        found = [v for value in re.split(r",(?![^\[({]*[\])}])", values) for v in (sorted(glob(value)) or [value])]
+        if not name or not values or "" in found:
+            raise Refusal(f"sweep: {word!r} is no name=value,value, such as sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.")
+        choices[name] = [f"{name}={value}" for value in found]
+    if not choices:
+        raise Refusal("sweep names no settings; wanted something like sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.")
+    return [list(words) for words in itertools.product(*choices.values())]
+
+
+def name_of(setting: Sequence[str]) -> str:
+    """A folder's name for a setting."""
+    pairs = [word.split("=", 1) for word in setting]
+    return "_".join(re.sub(r"[^\w.+-]+", "-", f"{name.split('.')[-1]}-{_short(value)}") for name, value in pairs)
+
+
+def sweep_page(found: Sequence[Setting], captions: Sequence[str]) -> str:
+    """The page of a sweep: a table, how quality and obedience trade, curves over numbers, pictures."""
+    numbers = list(dict.fromkeys(name for setting in found for name in setting.told))
+    names = [name for name in found[0].values if len({s.values[name] for s in found}) > 1] or list(found[0].values)
+    best = pareto(found, *_axes(numbers))
+    rows = [
+        [*(_short(s.values[n]) for n in names), *(shown(s.told[n]) for n in numbers), "best" if i in best else ""]
+        for i, s in enumerate(found)
+    ]
+    count = next(iter(found[0].told.values()))["protocol"]["count"]
+    low, high = _axes(numbers)
+    lines = [f"Best: no other setting is as good in both {high} and {low}, and better in one."] if best else []
+    lines += dict.fromkeys(e["note"] for s in found for e in s.told.values() if "note" in e)
+    return page(
+        "Latent diffusion: a sweep",
+        f"{len(found)} settings, {count:,} pictures of each, the same requests and seeds for all.",
+        [
+            ("Numbers", table([*names, *numbers, ""], rows) + f'<p class="soft"><br>{"<br>".join(lines)}</p>'),
+            ("Quality against obedience", _trade(found, names, numbers)),
+            ("Over each setting", _over(found, names, numbers)),
+            ("Pictures", _walls(found, names, captions)),
+            ("Protocol", table(("field", "value"), _protocol(found))),
+        ],
+    )
+
+
+def pareto(found: Sequence[Setting], low: str | None, high: str | None) -> set[int]:
+    """The settings that no other beats in one number without losing in the other."""
+    if low is None or high is None:
+        return set()
+    points = [(s.told[low]["value"], -s.told[high]["value"]) for s in found]
+    return {i for i, p in enumerate(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+
+
+def _axes(numbers: Sequence[str]) -> tuple[str | None, str | None]:
+    return next(filter(LOWER.match, numbers), None), next(filter(HIGHER.match, numbers), None)
+
+
+def _trade(found: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]) -> str:
+    """The lower-is-better number over the higher-is-better one; a line goes through the values of the first setting swept."""
+    low, high = _axes(numbers)
+    if low is None or high is None or len(found) < 2:
+        return ""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for setting in found:
+        line = series.setdefault(_label(setting, names[1:]), ([], []))
+        line[0].append(setting.told[high]["value"])
+        line[1].append(setting.told[low]["value"])
+    said = f"Down and to the right is better. Each line goes through {names[0]} = {', '.join(_distinct(found, names[0]))}."
+    return f"<p>{escape(said)}</p>{curves(series, high, low)}"
+
+
+def _over(found: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]) -> str:
+    drawings = []
+    for name in names:
+        values = [_number(s.values[name]) for s in found]
+        if len(set(values)) < 2 or None in values:
+            continue
+        others = [n for n in names if n != name]
+        for number in (n for n in numbers if not n.endswith("_std")):
+            series: dict[str, tuple[list[float], list[float]]] = {}
+            for setting, value in sorted(zip(found, values), key=lambda pair: pair[1]):
+                line = series.setdefault(_label(setting, others), ([], []))
+                line[0].append(value)
+                line[1].append(setting.told[number]["value"])
+            label = "step" if name == "model" else name
+            drawings.append(f"<figure><h3>{number} over {escape(label)}</h3>{curves(series, label, number)}</figure>")
+    return f'<div class="charts">{"".join(drawings)}</div>' if drawings else ""
+
+
+def _walls(found: Sequence[Setting], names: Sequence[str], captions: Sequence[str]) -> str:
+    walls = []
+    for setting in found:
+        if setting.pictures is not None and len(setting.pictures):
+            few = setting.pictures[:COLUMNS]
+            zoom = max(1, 96 // few.shape[-1])
+            said = list(captions[: len(few)]) or [""] * len(few)
+            walls.append(f"<h3>{escape(_label(setting, names))}</h3>{wall(few, said, zoom=zoom)}")
+    return "".join(walls)
+
+
+def _protocol(found: Sequence[Setting]) -> list[tuple[str, str]]:
+    """The fields that all numbers of all settings share."""
+    protocols = [_flat(entry["protocol"]) for s in found for entry in s.told.values()]
+    return [(name, str(value)) for name, value in protocols[0].items() if all(p.get(name) == value for p in protocols)]
+
+
+def _flat(node: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(node, Mapping):
+        return {place: node}
+    return {name: value for key, below in node.items() for name, value in _flat(below, f"{place}.{key}".strip(".")).items()}
+
+
+def _label(setting: Setting, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {_short(setting.values[name])}" for name in names) or "all"
+
+
+def _distinct(found: Sequence[Setting], name: str) -> list[str]:
+    return list(dict.fromkeys(_short(s.values[name]) for s in found))
+
+
+def _short(value: str) -> str:
+    return Path(value).stem if "/" in value else value
+
+
+def _number(value: str) -> float | None:
+    """A setting's value as a number: itself, or the step in a checkpoint's name."""
+    try:
+        return float(value)
+    except ValueError:
+        step = re.search(r"(\d+)$", Path(value).stem)
+        return float(step[1]) if step else None
+
+
+def grid(pictures: Tensor) -> Tensor:
+    """(N, 3, h, w) in [-1, 1] -> the first COLUMNS side by side, (3, h, ...) in [0, 1]."""
+    return torch.cat(list(pictures[:COLUMNS]), dim=2).add(1).div(2).clamp(0, 1)

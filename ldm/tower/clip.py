@@ -1,0 +1,186 @@
+"""A frozen CLIP, by open_clip's name or from a local folder, and how its towers are read."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ldm.errors import NotFound, Refusal
+from ldm.files.folder import LOCAL, as_run, load_tensors
+from ldm.nn.empty import is_weightless, weighted, weightless
+
+
+def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
+    """An open_clip model, frozen: `model` and `pretrained` are a name with a tag or a local file, or `local-dir:FOLDER`.
+
+    Raises:
+        NotFound: a local folder without a CLIP; names the config line, `option`, and the command that trains one.
+    """
+    folder = Path(model.removeprefix(LOCAL))
+    if model.startswith(LOCAL) and not (folder / "open_clip_config.json").is_file():
+        raise NotFound(
+            f"There is no CLIP in {folder} (open_clip_config.json is missing). Train one first: "
+            f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
+            f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
+        )
+    if is_weightless() and not pretrained and ":" not in model:
+        return open_clip.create_model(model, device="meta").eval().requires_grad_(False)
+    with weighted():
+        clip = open_clip.create_model(model, pretrained=pretrained, device=torch.get_default_device())
+    return clip.eval().requires_grad_(False)
+
+
+def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Module:
+    """The text half of `load_clip`; a local folder need not hold the image half.
+
+    Raises:
+        NotFound: as `load_clip`. Refusal: the folder's weights are not those of its text tower.
+    """
+    folder = Path(model.removeprefix(LOCAL))
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())["model_cfg"] if model.startswith(LOCAL) and path.is_file() else {}
+    if not config or config.get("custom_text") or "hf_model_name" in config["text_cfg"]:
+        clip = load_clip(model, pretrained, option)
+        if not hasattr(clip, "token_embedding"):
+            return clip.text
+    else:
+        with weightless():
+            clip = blank_text_tower(config)
+        weights = load_tensors(folder / "open_clip_model.safetensors")
+        text = set(clip.state_dict()) - {"logit_scale"}
+        if lacking := sorted(text - weights.keys()):
+            raise Refusal(f"{option}.model={model}: its weights lack {lacking[:3]} of the text tower; export the CLIP again.")
+        whole = {name: weights[name].float() for name in text} | {"logit_scale": torch.zeros(())}
+        with weighted():
+            clip.load_state_dict(whole, assign=True)
+        return clip
+    del clip.visual
+    return clip
+
+
+def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
+    """The text half of open_clip's model_cfg, frozen, with random weights."""
+    gelu = config.get("quick_gelu", False)
+    clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
+    del clip.visual
+    return clip
+
+
+def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One of open_clip's names -> its model_cfg, and its text tower's weights."""
+    tower = load_text_tower(model, pretrained, "condition.text")
+    return open_clip.get_model_config(model), {n: x for n, x in tower.state_dict().items() if n != "logit_scale"}
+
+
+@lru_cache
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's byte-pair encoding, which ships with open_clip, as OpenAI wrote it: ids by token, and the merges in their order."""
+    words = open_clip.tokenizer.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {names.get(word, word): number for word, number in words.encoder.items()}, [
+        " ".join(pair) for pair in sorted(words.bpe_ranks, key=words.bpe_ranks.get)
+    ]
+
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+FIRST_LEARNED = 49408  # the id behind those of CLIP's vocabulary
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class PublishedTokenizer:
+    """CLIP's byte pairs, cut as transformers' CLIPTokenizer cuts, with which the published Stable Diffusions were trained.
+
+    It differs from open_clip's in three ways: HTML entities stay as they are written, the begin, end and padding tokens are
+    tokens when a prompt spells them, and `learned` words (textual inversion) are one token each, from id 49408 on; of one
+    learned as several rows (`word`, `word_1`, ...) the first stands for all, as in diffusers.
+
+    Args:
+        length: tokens of a caption, the begin and the end among them.
+        padding: the id behind the end, of a token that has no other meaning when it is spelt in a prompt.
+        learned: the learned words, in the order of their rows.
+    """
+
+    def __init__(self, length: int, padding: int, learned: Sequence[str] = ()) -> None:
+        ids, merges = vocabulary()
+        pairs = [tuple(pair.split(" ")) for pair in merges]
+        self.pieces = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>", unk_token=END, continuing_subword_prefix=""))
+        self.pieces.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        split = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
+        self.pieces.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        self.pieces.decoder = decoders.ByteLevel()
+        pad = next(word for word, number in ids.items() if number == padding)
+        self.pieces.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (BEGIN, END, pad)])
+        self.pieces.add_tokens([AddedToken(word, normalized=True) for word in learned])
+        self.begin, self.end, self.padding, self.length, self.learned = ids[BEGIN], ids[END], padding, length, tuple(learned)
+
+    def encode(self, caption: str) -> list[int]:
+        """The ids of a caption, without begin and end."""
+        for word in self.learned:
+            if f"{word}_1" in self.learned and word in caption:
+                rows = [word, *(w for i in range(1, len(self.learned)) if (w := f"{word}_{i}") in self.learned)]
+                caption = caption.replace(word, " ".join(rows))
+        return self.pieces.encode(caption).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words of some ids."""
+        return self.pieces.decode(list(ids), skip_special_tokens=False).replace("</w>", " ").strip()
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """B captions -> (B, length) ids: begin, caption, end, padding."""
+        rows = [[self.begin, *self.encode(caption)[: self.length - 2], self.end] for caption in captions]
+        return torch.tensor([row + [self.padding] * (self.length - len(row)) for row in rows])
+
+
+NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
+
+
+def see(visual: nn.Module, images: Tensor) -> Tensor:
+    """(B, 3, h, w) in [-1, 1] -> the size and normalisation that an image tower was trained with."""
+    if images.shape[2:] != visual.image_size:
+        images = interpolate(images, visual.image_size, mode="bicubic", antialias=True)
+    mean, std = (images.new_tensor(visual.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (images.add(1).div(2) - mean) / std
+
+
+def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
+    """What open_clip does to a PIL picture before this image tower: its numbers are the plain open_clip ones."""
+    return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
+
+
+def read(tower: nn.Module, ids: Tensor, end: int | None = None) -> tuple[list[Tensor], Tensor]:
+    """ids: (B, L) token ids -> hidden states, (B, L, D) each, from before the transformer to its end; pooled: (B, E).
+
+    `end` is the id that ends a text, the largest one there is with None.
+    """
+    hidden = [tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]]
+    for block in tower.transformer.resblocks:
+        hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
+    place = ids.argmax(dim=1) if end is None else (ids == end).int().argmax(dim=1)
+    pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), place]
+    return hidden, pooled if tower.text_projection is None else pooled @ tower.text_projection
+
+
+def spoken(ids: Tensor) -> Tensor:
+    """ids: (B, L), the end token being the largest id -> (B, L) bool, True up to and with the end of the text."""
+    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
+
+
+def warn_of_cut(caption: str, tokenizer: Any, length: int) -> str:
+    """The same caption; a warning quotes what of it lies behind the first `length` - 2 byte pairs, which nobody reads."""
+    ids = tokenizer.encode(caption) if hasattr(tokenizer, "encode") else []
+    if len(ids) > length - 2:
+        warnings.warn(
+            f"{len(ids)} tokens do not fit into {length - 2}; cut off: {tokenizer.decode(ids[length - 2 :])!r}", stacklevel=2
+        )
+    return caption

@@ -1,0 +1,128 @@
+"""Metrics as training goes on: any metric, on averaged weights, on all ranks, beside the training and never in its way."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.errors import Refusal
+from ldm.evaluation.pictures import Drawings, Reconstructions, Split, chosen
+from ldm.evaluation.protocol import code_version, entries, tell
+from ldm.evaluation.run import measure
+from ldm.measure import Metric, weights_sha256
+from ldm.training.callback.ema import averaged
+from ldm.training.parallel.sharded import Sharded
+from ldm.types import Guidance, Sampler
+
+
+class Evaluate(pl.Callback):
+    """Every `every` optimizer steps, draws for `count` evenly chosen samples of a split and measures.
+
+    The numbers go to the loggers as `evaluate/<number>` and, with their protocol, to FOLDER/<step>/metrics.json. Data come from a
+    module of its own, and pictures from their own seeds: training takes the same samples and the same noise as without.
+
+    Args:
+        best: the number by which the best checkpoint is kept as CHECKPOINTS/best.ckpt; None keeps none.
+        mode: whether the best is the `min` or the `max`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        every: int,
+        metric: Mapping[str, Metric],
+        data: Any,
+        sampler: Sampler,
+        guidance: Guidance,
+        count: int = 128,
+        requests: str = "val",
+        reference: str = "train",
+        batch: int = 32,
+        seed: int = 0,
+        checkpoints: str = "checkpoints",
+        best: str | None = None,
+        mode: str = "min",
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise Refusal(f"callback.evaluate.mode={mode}: wanted min or max.")
+        self.folder, self.every, self.metric, self.data = Path(folder), every, metric, data
+        self.sampler, self.guidance, self.count, self.requests, self.reference = sampler, guidance, count, requests, reference
+        self.batch, self.seed, self.checkpoints, self.best, self.mode = batch, seed, Path(checkpoints), best, mode
+        self.record: float | None = None
+        self.step = -1
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Reads the data, and refuses what could only fail after the first steps."""
+        if isinstance(trainer.strategy, Sharded):
+            raise Refusal(
+                "callback=[...,evaluate] is not for trainer=fsdp, where ranks that draw unlike numbers of pictures would wait "
+                "for each other for ever: leave it out, and measure checkpoints with evaluate.py; or use trainer=ddp."
+            )
+        self.data.setup()
+        if not self.metric:
+            raise Refusal("callback=[evaluate] has nothing to measure; choose metric@callback.evaluate.metric=[clip_score].")
+        if any(metric.of == "drawing" for metric in self.metric.values()):
+            chosen(self.data, self.count, self.requests)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+        """Measures when a multiple of `every` steps is done."""
+        step = trainer.global_step
+        if step == self.step or step % self.every:
+            return
+        self.step, training = step, module.training
+        with torch.no_grad(), torch.random.fork_rng(), averaged(trainer, module):
+            told = self._measure(module.eval(), step)
+        module.train(training)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"evaluate/{name}": entry["value"] for name, entry in told.items()}, step=step)
+        if trainer.is_global_zero:
+            tell(told, self.folder / f"{step:08d}")
+        self._keep_best(trainer, told)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far, so that a resumed run goes on from it."""
+        return {"record": self.record, "best": self.best, "mode": self.mode}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` gave, if it is of the same number."""
+        if (state_dict.get("best", self.best), state_dict.get("mode", self.mode)) == (self.best, self.mode):
+            self.record = state_dict["record"]
+
+    def _measure(self, module: pl.LightningModule, step: int) -> dict[str, dict[str, Any]]:
+        model = getattr(module, "model", None)
+        autoencoder, device = model.autoencoder if model else module.autoencoder, module.device
+        weights, used = weights_sha256(model or autoencoder), {}
+
+        def use(kind: str, source: Any) -> Any:
+            used[kind] = source
+            return source
+
+        def draw() -> Drawings:
+            requests = Split(self.data, self.requests, device, chosen(self.data, self.count, self.requests))
+            told = {"sampler": repr(self.sampler), "guidance": repr(self.guidance), "model": weights}
+            return Drawings(model, requests, self.sampler, self.guidance, self.seed, (self.data.size,) * 2, protocol=told)
+
+        pictures = {
+            "drawing": lambda: use("drawing", draw()),
+            "reconstruction": lambda: use(
+                "reconstruction", Reconstructions(autoencoder, Split(self.data, "val", device), weights)
+            ),
+        }
+        places = {"train": "train", "val": "val", "reference": self.reference}
+        real = {k: lambda k=k, split=split: use(k, Split(self.data, split, device)) for k, split in places.items()}
+        numbers, corrupt = measure(self.metric, pictures, real, self.folder / "rows", self.folder / "references", self.batch)
+        settings = {"ema": True, "code": code_version()}
+        return entries(numbers, self.metric, used, settings, {"step": step, "sha256": weights}, corrupt)
+
+    def _keep_best(self, trainer: pl.Trainer, told: Mapping[str, Mapping[str, Any]]) -> None:
+        if self.best is None:
+            return
+        if self.best not in told:
+            raise Refusal(f"callback.evaluate.best={self.best}: there are the numbers {', '.join(told)}.")
+        value = told[self.best]["value"]
+        sign = 1 if self.mode == "min" else -1
+        if self.record is None or sign * value < sign * self.record:
+            self.record = value
+            trainer.save_checkpoint(self.checkpoints / "best.ckpt")

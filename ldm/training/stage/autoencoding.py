@@ -1,0 +1,178 @@
+"""Stage 2: trains an autoencoder, then measures the statistics that whiten its latents."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from ldm.errors import Refusal
+from ldm.files.folder import save_model, write_json
+from ldm.training.base import Stage, reduce_sum
+from ldm.training.callback.guard import unless
+from ldm.training.stage.adversary import Adversary
+from ldm.types import Batch, Draw
+
+
+class Autoencoding(Stage):
+    """L1 + L2 + perceptual + KL or codebook + adversary (https://arxiv.org/abs/2112.10752, equation 25).
+
+    `perceptual`: (images, targets) -> distance, or None. Each weight multiplies a mean, over pixels or over latent numbers,
+    where the KL is in nats; L1 has weight 1. So the paper's `kl_weight`, which multiplies a sum beside a sum over pixels, is
+    channels / (3 f^2) of its value here. `log_variance`, where given, is the first value of a learned number s, and the
+    reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on. In
+    training the perceptual distance is the mean over the first `perceptual_share` of a batch's pictures: it takes as long as
+    a small autoencoder.
+    """
+
+    compiled = ("autoencoder.encoder", "autoencoder.decoder.middle", "autoencoder.decoder.levels")
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        perceptual: nn.Module | None,
+        perceptual_weight: float,
+        kl_weight: float,
+        l2_weight: float = 0.0,
+        codebook_weight: float = 1.0,
+        adversary: Adversary | None = None,
+        log_variance: float | None = None,
+        augment: Callable[[Tensor, Draw], Tensor] | None = None,
+        perceptual_share: float = 1.0,
+        **stage: Any,
+    ) -> None:
+        super().__init__(frozen=("perceptual",), **stage)
+        self.autoencoder, self.perceptual, self.adversary = autoencoder, perceptual, adversary
+        self.perceptual_weight, self.l2_weight = perceptual_weight, l2_weight
+        self.latent_weights = {"kl": kl_weight, "codebook": codebook_weight}
+        self.log_variance = None if log_variance is None else nn.Parameter(torch.tensor(float(log_variance)))
+        self.augment, self.perceptual_share = augment, perceptual_share
+        if not 0 < perceptual_share <= 1:
+            raise Refusal(
+                f"training.perceptual_share={perceptual_share}: wanted more than 0, and at most 1; the distance is left out "
+                "by training.perceptual_weight=0 loss=null."
+            )
+        self.measured: dict[str, Any] = {}
+        self.resumed: dict[str, Any] | None = None
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """batch: image (B, 3, h, w) -> loss and its terms, and in validation PSNR in dB and SSIM of what is decoded."""
+        images = batch["image"] if self.augment is None or not self.training else self.augment(batch["image"], draw)
+        z, latent = self.autoencoder.bottleneck(images, draw)
+        output = self.autoencoder.reconstruct(z)
+        loss, terms = self.reconstruction(output, images)
+        opposition = 0.0
+        if self.training and self.adversary is not None and self.trainer.global_step >= self.adversary.start:
+            opposition, heard = self.adversary.oppose(output, loss, self.autoencoder.last_layer)
+            terms |= heard | self.adversary.learn(images, output.detach(), self.trainer)
+        loss = loss + sum(self.latent_weights.get(name, 0.0) * term for name, term in latent.items()) + opposition
+        if not self.training:
+            terms |= fidelity(self.autoencoder.decode(self.autoencoder.encode(images).mean).clamp(-1, 1), images)
+        return {"loss": loss, **terms, **latent}
+
+    def reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, 3, h, w) each -> the reconstruction's loss (), and its terms."""
+        terms = {"l1": (output - images).abs().mean(), "l2": (output - images).square().mean()}
+        loss = terms["l1"] + self.l2_weight * terms["l2"]
+        if self.perceptual is not None:
+            count = math.ceil(len(images) * self.perceptual_share) if self.training else len(images)
+            terms["perceptual"] = self.perceptual(output[:count], images[:count])
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        if self.log_variance is not None:
+            terms["log_variance"] = self.log_variance
+            loss = loss / self.log_variance.exp() + self.log_variance
+        return loss, terms
+
+    def forget(self) -> None:
+        """The discriminator's gradients, and what a codebook has seen."""
+        if self.adversary is not None:
+            self.adversary.optimizer.zero_grad()
+        if hasattr(self.autoencoder, "update"):
+            self.autoencoder.window.clear()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Beside the autoencoder's update, those of the discriminator and of a codebook that follows its vectors."""
+        if self.adversary is not None:
+            self.adversary.step(self.trainer, self.spoilt)
+        if hasattr(self.autoencoder, "update"):
+            with unless(self.spoilt, [self.autoencoder.codebook.data, self.autoencoder.hits, self.autoencoder.sums]):
+                self.autoencoder.update(self.trainer.global_step, reduce_sum, self.trainer.global_rank, self.trainer.world_size)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The discriminator's optimizer goes with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        if self.adversary is not None:
+            checkpoint["adversary"] = self.adversary.optimizer.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the discriminator's optimizer until the weights are on their device."""
+        self.resumed = checkpoint.get("adversary")
+
+    def on_train_start(self) -> None:
+        """The discriminator's optimizer goes on where it stopped."""
+        if self.adversary is not None and self.resumed is not None:
+            self.adversary.optimizer.load_state_dict(self.resumed)
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Batch, i: int) -> None:
+        """Tries the discriminator on a picture at once, though it may enter much later."""
+        if i == 0 and self.adversary is not None:
+            self.adversary.network(batch["image"][:1])
+
+    @torch.no_grad()
+    def finish(self, data: Any) -> None:
+        """Measures mean and standard deviation of sampled latents over the training set, per channel, over all ranks.
+
+        Exact over the sampling noise: E[z] = E[mean], Var[z] = E[mean^2 + std^2] - E[mean]^2. Sums are float64.
+
+        Raises:
+            Refusal: a channel is the same everywhere, or not finite; names it.
+        """
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        sums = torch.zeros(3, self.autoencoder.channels, dtype=torch.float64, device=self.device)
+        pictures = torch.zeros((), dtype=torch.int64, device=self.device)
+        for batch in data.ordered("train", batch=64, rank=rank, world=world):
+            batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, self.device, 0), 0)
+            moments = self.autoencoder.posterior(batch["image"])
+            mean, std = moments.mean.double(), moments.std.double()
+            sums += torch.stack((torch.ones_like(mean), mean, mean.square() + std.square())).sum((1, 3, 4))
+            pictures += len(mean)
+        count, total, square = reduce_sum(sums)
+        mean = total / count
+        std = (square / count - mean.square()).clamp(min=0).sqrt()
+        check_whitens(mean, std)
+        self.autoencoder.mean.copy_(mean)
+        self.autoencoder.std.copy_(std)
+        self.autoencoder.count.copy_(reduce_sum(pictures))
+        self.measured = {"fingerprint": data.train_set.index.fingerprint(), "size": data.size}
+
+    def export(self, folder: Path) -> None:
+        """Writes model.safetensors, the statistics with it, config.json, and statistics.json: what they are and of what data."""
+        numbers = {name: getattr(self.autoencoder, name).tolist() for name in ("mean", "std", "count")}
+        write_json({**numbers, **self.measured}, folder / "statistics.json")
+        save_model(self.autoencoder.state_dict(), self.recipe, folder)
+
+
+def check_whitens(mean: Tensor, std: Tensor) -> None:
+    """Raises ValueError where a channel's statistics, (C) each in float64, cannot whiten it: no deviation but rounding."""
+    bad = (~(std > 1e-6 * mean.abs()) | ~std.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        found = "; ".join(f"channel {i} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in bad)
+        raise Refusal(
+            f"Latents that say nothing cannot be whitened: over the training set, {found}. Train with "
+            f"autoencoder.channels={max(len(mean) - len(bad), 1)}, or from another seed."
+        )
+
+
+@torch.no_grad()
+def fidelity(output: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """(B, 3, h, w) each in [-1, 1] -> means over pictures: `psnr` in dB; `ssim` (https://doi.org/10.1109/TIP.2003.819861)."""
+    error = (output - images).square().mean((1, 2, 3))
+    terms = {"psnr": (10 * torch.log10(4 / error.clamp(min=1e-10))).mean()}
+    if min(images.shape[2:]) > 11:  # its window
+        terms["ssim"] = structural_similarity_index_measure(output.float(), images.float(), data_range=2.0)
+    return terms

@@ -1,0 +1,209 @@
+"""Stage 3: trains a denoiser of whitened latents, told by its conditions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import Refusal
+from ldm.files.folder import save_model, with_parts
+from ldm.model import LatentModel
+from ldm.training.base import Stage
+from ldm.training.callback.ema import average_of
+from ldm.training.callback.levels import LEVELS, curve, level_errors
+from ldm.training.parallel.sharded import whole
+from ldm.types import Batch, Cond, Draw, Moments, Objective
+
+CAPTIONS = 1000  # after so many it is said how many the text tower cuts
+EVERY = 100  # batches whose latents are looked at
+INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 64
+
+
+class Diffusion(Stage):
+    """An objective over latents, encoded from `image` on the way, or read from the shards as `moments` (precompute.py)."""
+
+    compiled = ("model.denoiser.backbone",)
+
+    def __init__(self, model: LatentModel, objective: Objective, **stage: Any) -> None:
+        super().__init__(**stage)
+        check_objective(objective)
+        self.model, self.objective = model, objective
+        self.weights: dict[str, Tensor] = {}
+        self.average: Callable[[], LatentModel] = lambda: self.model
+        for part in getattr(objective, "frozen", ()):
+            objective.get_submodule(part).eval().requires_grad_(False)
+            self.frozen += (f"objective.{part}",)
+        self.encoded = 0  # batches in training
+        self.told_of_cut: set[str] = set()
+
+    def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says.
+
+        Raises:
+            Refusal: it says a loss for a second network, which nothing here steps.
+        """
+        return self.judged(batch, *self.given(batch, draw), draw)
+
+    def judged(self, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+        """x: (B, C, H, W) clean latents of the batch, cond: its condition -> what the objective says."""
+        average = self.average if self.training else lambda: self.model  # which validation puts in the model's place itself
+        losses = self.objective(Trained(self.model, average), batch, x, cond, draw)
+        if "critic" in losses:
+            raise Refusal(
+                f"{type(self.objective).__name__} gives the loss of a second network (critic), and this stage has one optimizer, "
+                "for the denoiser and what is trained with it: add it to `loss`, or train that network in a stage of its own."
+            )
+        return losses
+
+    def on_train_start(self) -> None:
+        """From here on there is an average, made at most once."""
+        self.average = cache(partial(average_of, self.trainer, self, "model"))
+
+    def train(self, mode: bool = True) -> "Diffusion":
+        """As in torch, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for part in self.frozen:
+            self.get_submodule(part).eval()
+        return self
+
+    def given(self, batch: Batch, draw: Draw) -> tuple[Tensor, Cond]:
+        """batch -> sampled latents: (B, C, H, W), and the condition, dropped now and then in training."""
+        moments = self.moments(batch)
+        x = moments.sample(draw.normal("posterior", moments.mean.shape[1:]))
+        return x, self.model.conditioner(batch, draw=draw if self.training else None)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Says once how many captions are cut."""
+        self._tell_of_cut(CAPTIONS)
+
+    def on_train_end(self) -> None:
+        """A training of few captions says it now."""
+        self._tell_of_cut(1)
+
+    def _tell_of_cut(self, least: int) -> None:
+        for name, embedder in self.model.conditioner.embedders.items() if self.global_rank == 0 else ():
+            cut = getattr(embedder, "cut", None)
+            if cut is not None and cut.cut and cut.seen >= least and name not in self.told_of_cut:
+                self.told_of_cut.add(name)
+                print(f"condition.{name}: {cut}", flush=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the curve of errors."""
+        self.level_sums = torch.zeros(2, len(LEVELS), device=self.device)
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """The objective's losses and the error by noise level, at times and noise that belong to the sample.
+
+        So they are the same at every validation, whatever the run's seed, batch size or number of devices.
+        """
+        draw = Draw(0, batch["position"], INTERVALS, self.trainer.global_step)
+        x, cond = self.given(batch, draw)
+        losses = self.judged(batch, x, cond, draw)
+        self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(x), sync_dist=True)
+        self.level_sums += level_errors(self.model.denoiser, x, cond, draw)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the curve as val/error and val/error/log_snr_+2 and so on."""
+        self.log_dict(curve(self.level_sums), sync_dist=True)
+
+    @torch.no_grad()
+    def moments(self, batch: Batch) -> Moments:
+        """batch: image or moments -> whitened moments of (B, C, H, W)."""
+        if "moments" in batch:
+            mean, std = batch["moments"].float().chunk(2, dim=1)
+            return Moments(mean, std)
+        moments = self.model.autoencoder.encode(batch["image"])
+        if self.training and not moments.mean.is_meta:
+            if self.encoded % EVERY == 0:  # a look makes the host wait for the device
+                check_finite(moments, batch["image"])
+            self.encoded += 1
+        return moments
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose conditions are others.
+
+        Raises:
+            Refusal: names both models' conditions.
+        """
+        theirs, ours = (list((recipe.get("condition") or {}).keys()) for recipe in (checkpoint["recipe"], self.recipe))
+        if theirs != ours:
+            raise Refusal(
+                f"The checkpoint was trained with the conditions {theirs}, this run has {ours}: condition=[{','.join(theirs)}] "
+                "goes on with it; resume=never or another run_id begins anew."
+            )
+
+    def parts(self) -> list[nn.Module]:
+        """The backbone, and those conditions and objectives that are trained."""
+        others = [*self.model.conditioner.embedders.values(), self.objective]
+        trained = [m for m in others if isinstance(m, nn.Module) and any(p.requires_grad for p in m.parameters())]
+        return [self.model.denoiser.backbone, *trained]
+
+    def finish(self, data: Any) -> None:
+        """Gathers what is exported."""
+        own = {k: v for k, v in self.model.state_dict().items() if not self._is_frozen(f"model.{k}")}
+        self.weights = {name: whole(weight, self.global_rank == 0) for name, weight in own.items()}
+
+    def export(self, folder: Path) -> None:
+        """Writes the model and, as sub-folders, the frozen models it needs: the folder stands on its own."""
+        if not self.weights:
+            self.finish(None)
+        save_model(self.weights, with_parts(self.recipe, folder), folder)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an objective is given: a model under training and, made when it is asked for, its average."""
+
+    model: LatentModel
+    averaged: Callable[[], LatentModel]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The model's."""
+        return self.model.denoiser
+
+    @property
+    def conditioner(self) -> nn.Module:
+        """The model's."""
+        return self.model.conditioner
+
+    @property
+    def average(self) -> LatentModel:
+        """The model with averaged weights; the model itself before training and in validation, where it is that."""
+        return self.averaged()
+
+    def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
+        """As the model's."""
+        return self.model.condition(request, only)
+
+
+def check_objective(objective: Objective) -> None:
+    """Raises ValueError where an objective cannot be called as (model, batch, x, cond, draw)."""
+    call = objective.forward if isinstance(objective, nn.Module) else objective
+    try:
+        signature(call).bind(*[None] * 5)
+    except TypeError as error:
+        raise Refusal(
+            f"objective={type(objective).__name__} takes {signature(call)}; an objective is called with (model, batch, x, cond, "
+            "draw), where model.denoiser is what was once the first argument."
+        ) from error
+
+
+def check_finite(moments: Moments, images: Tensor) -> None:
+    """Refuses latents that are not finite though the pictures, (B, 3, h, w), are: in 16 bits numbers end at 65504.
+
+    Raises:
+        Refusal: names what to change.
+    """
+    good = moments.mean.isfinite().all() & moments.std.isfinite().all()
+    if not good and images.isfinite().all():
+        raise Refusal(
+            "The frozen autoencoder's latents are not finite: its numbers are too large for the precision it runs in. Train with "
+            "trainer.precision=bf16-mixed or 32-true, make latents ahead of time (precompute.py), or take an autoencoder that "
+            "fits into 16 bits: for Stable Diffusion XL's that is madebyollin/sdxl-vae-fp16-fix (autoencoder.path=FOLDER)."
+        )
