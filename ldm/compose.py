@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.check import nearest
 from ldm.errors import Refusal
-from ldm.run_id import check_sweep, name_run
+from ldm.run_id import check_sweep, name_run, searched
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, or in a clone
@@ -101,6 +101,16 @@ def _elements(value: str) -> list[str] | None:
     return None
 
 
+def with_local(arguments: Sequence[str]) -> list[str]:
+    """Quoted words, and the search path on which a folder `configs` lies where the command is called, if there is one."""
+    own, option = Path("configs"), "hydra.searchpath="
+    if not own.is_dir() or own.resolve() == CONFIGS or any("file://configs" in a for a in arguments if a.startswith(option)):
+        return list(arguments)
+    listed = next((a.removeprefix(option).strip("[] ") for a in arguments if a.startswith(option)), "")
+    others = [a for a in arguments if not a.startswith(option)]
+    return [*others, f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]"]
+
+
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
     """Composes once and names what is mistyped, with the nearest valid name; -> the settings that are given several values.
 
@@ -113,11 +123,11 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     search = [o for o in overrides if o.startswith("hydra.searchpath")]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        groups = {o.key_or_group: _options(loader, o.key_or_group) for o in parsed}
+        more = list(searched(parsed))
+        groups = {o.key_or_group: _options(loader, o.key_or_group, more) for o in parsed}
         chosen = [o for o in parsed if groups[o.key_or_group]]
-        if not search:
-            for override in chosen:
-                _check_choice(override, groups[override.key_or_group], multirun)
+        for override in chosen:
+            _check_choice(override, groups[override.key_or_group], multirun)
         plain = [o.input_line for o in chosen if not o.is_sweep_override()]
         config = compose(config_name, overrides=[*search, *plain])
     for override in parsed:
@@ -128,16 +138,22 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
-    overrides = quote(overrides)
+    overrides = with_local(quote(overrides))
     check_overrides(config_name, overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return name_run(compose(config_name, overrides=list(overrides)), CONFIGS, overrides)
 
 
-def _options(loader: Any, group: str) -> list[str]:
-    """The choices of a group, or, where it holds only folders, those as `folder/name`; empty where it is no group."""
+def _options(loader: Any, group: str, more: Sequence[Path] = ()) -> list[str]:
+    """The choices of a group, here and in `more` folders, or, where it holds only folders, those as `folder/name`; empty where
+    it is no group.
+    """
     below = [f"{folder}/{name}" for folder in loader.list_groups(group) for name in _options(loader, f"{group}/{folder}")]
-    return loader.get_group_options(group) or below
+    place = group.split("@")[0]
+    theirs = [
+        path.relative_to(root / place).with_suffix("").as_posix() for root in more for path in (root / place).rglob("*.yaml")
+    ]
+    return [*(loader.get_group_options(group) or below), *theirs]
 
 
 def _check_choice(override: Override, options: Sequence[str], multirun: bool) -> None:

@@ -64,7 +64,7 @@ def identity(overrides: Sequence[Override], configs: Path, swept: Sequence[str] 
     chosen = {o.key_or_group: str(o.value()) for o in overrides if o.key_or_group in FILES}
     names = [f"{group}/{name}" for group, name in chosen.items()]
     names += ["size/{size}/{experiment}".format(**chosen)] if len(chosen) == len(FILES) else []
-    folders = [configs, *_searched(overrides)]
+    folders = [configs, *searched(overrides)]
     files = dict(file for name in names for file in _files(name, folders))
     words = json.dumps({"overrides": said, "files": files}, sort_keys=True, default=str)
     return hashlib.sha256(words.encode()).hexdigest()[:8]
@@ -172,8 +172,8 @@ def _by_class(node: Any) -> Any:
     return {k: str(v).rpartition(".")[2] if k == "_target_" else _by_class(v) for k, v in node.items()}
 
 
-def _searched(overrides: Sequence[Override]) -> Iterator[Path]:
-    """The folders that `hydra.searchpath` adds."""
+def searched(overrides: Sequence[Override]) -> Iterator[Path]:
+    """The folders that `hydra.searchpath` adds, as far as they can be found."""
     for place in next((o.value() for o in overrides if o.key_or_group == "hydra.searchpath"), None) or ():
         kind, _, rest = str(place).rpartition("://")
         if kind != "pkg":

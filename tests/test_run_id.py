@@ -7,7 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ldm import moved as table
+from ldm.files import moved as table
 from ldm.command.train import train
 from ldm.compose import CONFIGS, check_overrides, compose_config
 from ldm.files.folder import FORMAT, read_json, write_text

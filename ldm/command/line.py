@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.compose import CONFIGS, check_overrides, quote
+from ldm.compose import CONFIGS, check_overrides, quote, with_local
 from ldm.errors import Refusal
 from ldm.run_id import name_run
 
@@ -21,7 +21,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
-            sys.argv[1:] = arguments = quote(sys.argv[1:])
+            sys.argv[1:] = arguments = with_local(quote(sys.argv[1:]))
             flags = [a for a in arguments if a.startswith("-")]
             multirun, swept = bool({"-m", "--multirun"} & set(flags)), []
             if not flags or multirun:

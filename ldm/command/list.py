@@ -1,6 +1,8 @@
 """Lists what can be chosen:  ldm list [GROUP]   such as experiment, sampler, metric, objective/time"""
 
 import argparse
+import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +34,22 @@ def roots() -> list[Path]:
 
 
 def choices(group: str) -> Iterator[tuple[str, str]]:
-    """-> each choice of a group, and those of the folders in it, with its file's first comment line."""
+    """-> each choice of a group, and those of the folders in it, with what it is for."""
     for root in roots():
         for path in sorted((root / group).rglob("*.yaml")):
-            comments = (line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
-            purpose = next((line for line in comments if not line.startswith("@package")), "")
-            yield path.relative_to(root / group).with_suffix("").as_posix(), purpose
+            yield path.relative_to(root / group).with_suffix("").as_posix(), purpose(path.read_text(encoding="utf-8"))
+
+
+def purpose(text: str) -> str:
+    """The first comment line of a config, or the first line of the file that its `_target_` lies in, which is not imported."""
+    comments = (line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
+    said = next((line for line in comments if not line.startswith("@package")), None)
+    if said is not None:
+        return said
+    target = re.search(r"_target_: *ldm\.([\w.]+)\.(\w+)", text)
+    file = Path(__file__).parent.parent.joinpath(*target[1].split(".")).with_suffix(".py") if target else None
+    if file is None or not file.is_file():
+        return ""
+    module = ast.parse(file.read_text(encoding="utf-8"))
+    made = [node for node in module.body if getattr(node, "name", None) == target[2]]
+    return next((said.split("\n")[0] for said in map(ast.get_docstring, [*made, module]) if said), "")

@@ -6,10 +6,31 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.command.line import command
+from ldm.errors import Refusal
+from ldm.files.moved import moved
 
 
 def train(config: DictConfig) -> Path:
     """Trains into runs/<run_id>, going on from the newest checkpoint there; -> that folder."""
+    return _train(config)[0]
+
+
+def run(config: DictConfig) -> float | None:
+    """Trains; -> the logged number that `optimize` names, for a sweeper.
+
+    Raises:
+        Refusal: training logged no such number.
+    """
+    folder, numbers = _train(config)
+    if config.optimize is None or config.plan:
+        return None
+    if config.optimize not in numbers:
+        logged = ", ".join(sorted(numbers)) or "nothing, as the run was finished before"
+        raise Refusal(f"optimize={config.optimize}: no such number was logged in {folder}; what was: {logged}.")
+    return numbers[config.optimize]
+
+
+def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage
@@ -27,8 +48,10 @@ def train(config: DictConfig) -> Path:
         with weightless():  # what is reckoned needs no numbers
             stage = build_stage(OmegaConf.merge(config, {"model": {"init": None}}))
         print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
-        return folder
+        return folder, {}
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    if config.debug:
+        OmegaConf.update(config, "data.workers", 0)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
     stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True))}
@@ -37,17 +60,18 @@ def train(config: DictConfig) -> Path:
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     changes = Changes(OmegaConf.to_yaml(config), _plain(config), lambda path: _plain(OmegaConf.load(path)), folder)
-    trainer = build(config.trainer, allowed(config), callbacks=[*callbacks, *always, *profile, changes], logger=loggers)
+    debug = {"detect_anomaly": True, "devices": 1, "num_nodes": 1, "strategy": "auto"} if config.debug else {}
+    trainer = build(config.trainer, allowed(config), callbacks=[*callbacks, *always, *profile, changes], logger=loggers, **debug)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:
         close(loggers)
-    return folder
+    return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _plain(config: DictConfig) -> tuple[Any, Any]:
-    """As it is written, and with its interpolations resolved."""
-    return OmegaConf.to_container(config), OmegaConf.to_container(config, resolve=True)
+    """As it is written, and with its interpolations resolved, by present names."""
+    return moved(OmegaConf.to_container(config)), moved(OmegaConf.to_container(config, resolve=True))
 
 
-main = command("train")(train)
+main = command("train")(run)
