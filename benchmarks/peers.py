@@ -9,8 +9,8 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
-from ldm.interop import dit, unet
-from ldm.interop.diffusers_unet import unet_config
+from ldm.interop.network import dit, unet
+from ldm.interop.network._unet_config import unet_config
 from ldm.interop.tie import give
 from ldm.nn.empty import weightless
 from ldm.types import Cond, Widths

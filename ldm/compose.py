@@ -108,7 +108,8 @@ def with_local(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     listed = next((a.removeprefix(option).strip("[] ") for a in arguments if a.startswith(option)), "")
     others = [a for a in arguments if not a.startswith(option)]
-    return [*others, f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]"]
+    place = next((i for i, a in enumerate(others) if not a.startswith("-")), len(others))  # argparse takes words in one piece
+    return [*others[:place], f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]", *others[place:]]
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:

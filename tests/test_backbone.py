@@ -12,7 +12,7 @@ from ldm.backbone.dit import DiT, rotation, turned
 from ldm.backbone.mlp import MLP
 from ldm.backbone.unet import UNet
 from ldm.condition.bert import Bert
-from ldm.interop.dit import published
+from ldm.interop.network.dit import published
 from ldm.interop.tie import bring, give, taken
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths

@@ -18,7 +18,9 @@ from ldm.compose import compose_config
 from ldm.files.folder import load_tensors, save_model, save_tensors, write_json
 from ldm.interop.__main__ import main
 from ldm.interop.begin import begin, weights_for
-from ldm.interop.convert import _wanted, read, write
+from ldm.interop.convert import read, write
+from ldm.interop.find import network_of
+from ldm.interop.hub import _wanted
 from ldm.types import Widths
 
 SMALL = ["experiment=emoji/autoencoder", "autoencoder.width=8", "autoencoder.groups=4", "autoencoder.mult=[1,1]"]
@@ -90,7 +92,7 @@ def test_another_network_and_a_part_alone_are_refused(folders, tmp_path):
     bundle = read(str(folders / "sd1"))[0]
     net = torch.nn.Module()
     net.denoiser = torch.nn.Module()
-    net.denoiser.backbone = UNet(4, Widths(tokens=64), **bundle.settings())
+    net.denoiser.backbone = UNet(4, Widths(tokens=64), **network_of(bundle).settings(bundle))
     assert "0 grown, 0 new, 0 left" in begin(net, weights_for("model", str(folders / "sd1")), "sd1")
     with pytest.raises(ValueError, match=r"model.init=xl is another network: denoiser\.backbone\..* there, .* here"):
         begin(net, weights_for("model", str(folders / "xl")), "xl")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.files import moved as table
 from ldm.build import build, load_autoencoder, load_model
 from ldm.check import parameters_of
 from ldm.drawing.generate import generate
+from ldm.files import moved as table
 from ldm.files.folder import (
     FORMAT,
     LaterFormat,

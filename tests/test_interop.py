@@ -16,10 +16,12 @@ from ldm.condition.text import Text
 from ldm.drawing.generate import unit_noise
 from ldm.files.folder import load_tensors, save_tensors, write_json
 from ldm.guidance.cfg import CFG
-from ldm.interop import autoencoder, text, unet
 from ldm.interop.__main__ import main
 from ldm.interop.bundle import shapes_of
 from ldm.interop.convert import read, write
+from ldm.interop.network import unet
+from ldm.interop.part import autoencoder
+from ldm.interop.part import clip as text
 from ldm.interop.tie import bring, give, taken
 from ldm.nn.layers import identity
 from ldm.nn.sinusoid import sinusoid

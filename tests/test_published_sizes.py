@@ -15,7 +15,8 @@ from ldm.compose import CONFIGS
 from ldm.condition.bert import Bert
 from ldm.condition.label import Label
 from ldm.condition.upscale import Upscale
-from ldm.interop import bert, unet
+from ldm.interop.network import unet
+from ldm.interop.part import bert
 from ldm.interop.tie import give
 from ldm.types import Widths
 

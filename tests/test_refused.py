@@ -11,11 +11,12 @@ from family import of_classes, of_words, their_pipeline, their_tokenizer, uncond
 
 from ldm.backbone.unet import UNet
 from ldm.files.folder import load_tensors, read_json, save_tensors, write_json, write_text
-from ldm.interop import bundle, conditions, dit
+from ldm.interop import bundle, conditions
 from ldm.interop.__main__ import main
 from ldm.interop.begin import begin, weights_for
 from ldm.interop.convert import describe, read, write
-from ldm.interop.tokens import padding as _padding
+from ldm.interop.network import dit
+from ldm.interop.part._tokens import padding as _padding
 from ldm.schedule import DDPM
 from ldm.types import Widths
 

@@ -7,9 +7,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ldm.files import moved as table
 from ldm.command.train import train
 from ldm.compose import CONFIGS, check_overrides, compose_config
+from ldm.files import moved as table
 from ldm.files.folder import FORMAT, read_json, write_text
 from ldm.run_id import differences, identity
 from ldm.training.callback.checkpoint import read_checkpoint

@@ -18,10 +18,11 @@ from ldm.drawing.generate import unit_noise
 from ldm.files.folder import load_tensors, save_tensors
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
-from ldm.interop import dit
 from ldm.interop.__main__ import main
-from ldm.interop.bundle import BACKBONE, Bundle, recipe_of, unet_node
+from ldm.interop.bundle import BACKBONE, Bundle, recipe_of
 from ldm.interop.convert import read, write
+from ldm.interop.network import dit
+from ldm.interop.network.unet import unet_node
 from ldm.interop.tie import give
 from ldm.nn.layers import identity
 from ldm.sampler.ddim import DDIM

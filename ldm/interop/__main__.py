@@ -2,16 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.errors import Refusal
-from ldm.interop.bundle import read_words
-from ldm.interop.convert import HUB, LAYOUTS, add_autoencoder, check, describe, push, read, write
+from ldm.interop.convert import LAYOUTS, add_autoencoder, check, describe, read, write
+from ldm.interop.hub import HUB, push
+from ldm.interop.part.bert import read_words
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads SOURCE, says what it is, writes TARGET, and where --push says so puts it onto the hub."""
     parser = argparse.ArgumentParser(prog="python -m ldm convert", description=__doc__)
     parser.add_argument("source", help=f"a folder, a .safetensors, .ckpt or .pt file, or {HUB}org/name")
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", help="folder with BERT's uncased vocab.txt, where SOURCE holds a BERT and no words")
     parser.add_argument("--licence", default="unknown", help="for the model card, such as apache-2.0")
     parser.add_argument("--push", metavar="ORG/NAME", help="then upload TARGET to the Hugging Face hub")
-    told = parser.parse_args()
+    told = parser.parse_args(argv)
     try:
         if told.push and told.push.count("/") != 1:
             raise Refusal(f"--push {told.push}: name a repository as ORG/NAME.")

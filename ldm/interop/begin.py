@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import load_tensors
-from ldm.interop.bundle import CLIP_FILES
 from ldm.interop.convert import read
+from ldm.interop.part._towers import CLIP_FILES
 
 
 def weights_for(part: str, source: str, prediction: str | None = None) -> dict[str, Tensor]:

@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import Refusal
-from ldm.interop.bundle import BETAS, PREDICTIONS
+from ldm.interop.bundle import BETAS, PREDICTIONS, VERSION
 from ldm.interop.keys import OFF
 from ldm.interop.weights import read_config
 
 SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
 MODEL = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr".split()
 GRID = "timestep_spacing steps_offset use_karras_sigmas".split()
-# Settings of drawing, with the value under which a sampler here draws the same; the sampler that draws otherwise is named.
+# Settings of drawing, with the values that are used or under which a sampler here draws the same; others are printed.
 DRAWING: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (False,),
-    "set_alpha_to_one": (True,),
+    "clip_sample": (False, True),
+    "set_alpha_to_one": (False, True),
     "thresholding": (False,),
     "interpolation_type": ("linear",),
     "use_exponential_sigmas": (False,),
@@ -71,6 +71,8 @@ TAKES = {
     | {"sigma_min", "sigma_max", "shift_terminal"},
 }
 LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # what is meant by no spacing; the others mean linspace
+MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")  # which spare one step
+STOPS = {"DDIMScheduler": True, "PNDMScheduler": False}  # what `set_alpha_to_one` is unless said
 EARLY_BETAS = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")  # from 0.00085 to 0.012
 
 
@@ -94,10 +96,16 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str, list[str]]:
     if spacing is None:
         spacing = "leading" if kind in LEADING else "linspace"
         remarks.append(f"steps: {kind} means {spacing} where timestep_spacing is not said")
-    grid = f"{spacing} sampler.grid.offset=0" if (spacing, said.get("steps_offset", 0)) == ("leading", 0) else spacing
-    grid = "karras" if said.get("use_karras_sigmas") else grid
+    words = ["karras"] if said.get("use_karras_sigmas") else [spacing]
+    words += ["sampler.grid.offset=0"] if (words[0], said.get("steps_offset", 0)) == ("leading", 0) else []
+    words += ["sampler.grid.spare=1"] if kind in MULTISTEP and words[0] in ("leading", "linspace") else []
+    grid = " ".join(words)
+    if kind in STOPS and not said.get("set_alpha_to_one", STOPS[kind]):
+        remarks.append("steps: the last ends at the first step of the table, not at the data: sampler.grid.last=0.001")
+    if said.get("clip_sample", "clip_sample" in TAKES.get(kind, ()) and kind in LEADING):
+        remarks.append(f"{kind}: clip_sample=True; latents are not clipped here, nor by the pipelines of Stable Diffusion")
     other = [f"{name}={said[name]}" for name, same in DRAWING.items() if name in said and said[name] not in same]
-    remarks += [f"{kind}: {', '.join(other)} is of its own way of drawing, not of the model's"] if other else []
+    remarks += [f"{kind}: {', '.join(other)} is its own way of drawing, which is not the model's"] if other else []
     return schedule, prediction, grid, remarks
 
 
@@ -121,3 +129,37 @@ def _schedule(said: Mapping[str, Any], kind: str, folder: Path) -> tuple[dict[st
 
 def _known() -> set[str]:
     return {*MODEL, *GRID, *DRAWING, *SILENT, *REFUSED}
+
+
+def scheduler_config(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Schedule and prediction -> DDIMScheduler's config.
+
+    Raises:
+        Refusal: no scheduler of diffusers' Stable Diffusion pipelines has them; names the config lines.
+    """
+    schedule, level = recipe["schedule"], recipe["level"]
+    kinds = {f"ldm.schedule.{ours}": (theirs, *BETAS[ours]) for theirs, ours in SCHEDULES.items()}
+    if schedule["_target_"] not in kinds or level["_target_"] != "ldm.denoiser.Timestep":
+        raise Refusal(
+            f"diffusers' Stable Diffusion pipelines know schedule=scaled_linear or ddpm with level=timestep; this model has "
+            f"{schedule['_target_']} with {level['_target_']}. Train with those to export to diffusers."
+        )
+    words = {f"ldm.prediction.{ours}": theirs for theirs, ours in PREDICTIONS.items()}
+    if recipe["prediction"]["_target_"] not in words:
+        raise Refusal(f"diffusers knows prediction=noise, velocity or data; found {recipe['prediction']['_target_']}.")
+    name, start, end = kinds[schedule["_target_"]]
+    zero = schedule.get("zero_terminal_snr", False)  # such models are drawn from the last step on (2305.08891, section 3.3)
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": schedule.get("steps", 1000),
+        "beta_schedule": name,
+        "beta_start": schedule.get("beta_start", start),
+        "beta_end": schedule.get("beta_end", end),
+        "prediction_type": words[recipe["prediction"]["_target_"]],
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "trailing" if zero else "leading",
+        "rescale_betas_zero_snr": zero,
+    }

@@ -1,14 +1,12 @@
 """The weights of one part in a folder of diffusers: whole, split over files, or a variant."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from ldm.errors import Refusal
-from ldm.interop import autoencoder as first_stage
-from ldm.interop.text import PREFIX
 from ldm.interop.tie import Shapes, Tie, bring, taken
 from ldm.interop.weights import check_numbers, open_weights
 
@@ -16,16 +14,24 @@ VARIANTS = ("", "fp32", "fp16", "bf16")  # of the files of a part, the first tha
 
 
 def take_part(
-    folder: Path, ties: Mapping[str, Tie], shapes: Shapes, stem: str = "diffusion_pytorch_model", left: tuple[str, ...] = ()
+    folder: Path,
+    ties: Mapping[str, Tie],
+    shapes: Shapes,
+    stem: str = "diffusion_pytorch_model",
+    left: tuple[str, ...] = (),
+    today: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """The tensors of one part, whole or split over files, by our names; nothing but `left` may be missing or left."""
+    """The tensors of one part, whole or split over files, by our names; nothing but `left` may be missing or left.
+
+    `today` says what an older name is called now.
+    """
     path = _file(folder, stem)
-    weights = _current(open_weights(path))
+    weights = {today(name): x for name, x in open_weights(path).items()}
     try:
         ours = bring(ties, weights, shapes)
     except ValueError as error:
         raise Refusal(f"{path}: {error}") from error
-    over = sorted(set(weights) - taken(ties) - {f"{PREFIX}embeddings.position_ids", *left})
+    over = sorted(set(weights) - taken(ties) - {*left})
     if over:
         raise Refusal(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
     check_numbers(ours, path)
@@ -41,15 +47,3 @@ def _file(folder: Path, stem: str) -> Path:
             kind = name[1] or name[3] or ""
             found.append((VARIANTS.index(kind) if kind in VARIANTS else len(VARIANTS), name[2] != "safetensors", path))
     return min(found)[2] if found else folder / f"{stem}.safetensors"
-
-
-def _current(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Today's names for older ones: attention of early autoencoders, and text encoders saved without their prefix."""
-    renamed = {}
-    for name, x in weights.items():
-        if ".attentions." in name and not name.endswith(("group_norm.weight", "group_norm.bias")):
-            name = first_stage.DEPRECATED(name)
-            x = x.flatten(1) if x.ndim == 4 and ".to_" in name else x
-        bare = name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm."))
-        renamed[PREFIX + name if bare else name] = x
-    return renamed

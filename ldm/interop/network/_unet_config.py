@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import Refusal
-from ldm.interop import unet
+from ldm.interop.bundle import VERSION
 from ldm.interop.conditions import IDENTITY
 from ldm.interop.keys import check_keys
+from ldm.interop.network._unet_names import linear
 
-VERSION = "0.35.0"
 KINDS = ("conv", "resnet")  # how UNet2DModel resizes
 
 
@@ -51,7 +51,7 @@ def unet_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[
 
 def unet_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor], condition: Mapping[str, Any]) -> dict[str, Any]:
     """How `UNet` is built -> UNet2DConditionModel's config, or UNet2DModel's where there are no tokens."""
-    if not unet.has_transformers(backbone):
+    if not any(".blocks." in name for name in backbone):
         return _plain_config(settings, backbone)
     blocks = [settings["width"] * m for m in settings["mult"]]
     attends = [depth > 0 for depth in settings["depth"]]
@@ -74,7 +74,7 @@ def unet_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor], con
         "attention_head_dim": settings["heads"] if width is None else [ch // width for ch in blocks],
         "cross_attention_dim": tokens,
         "norm_num_groups": settings["groups"],
-        "use_linear_projection": unet.linear(settings),
+        "use_linear_projection": linear(settings),
         "only_cross_attention": [i in settings["tokens_only"] for i in range(len(blocks))] if settings["tokens_only"] else False,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
@@ -85,10 +85,15 @@ def unet_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor], con
     if "vector.0.weight" in backbone:
         vector = backbone["vector.0.weight"].shape[1]
         config |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": vector}
-        config |= {"addition_time_embed_dim": condition["number"].get("width", 256), "sample_size": 128}
-    if "upscale" in condition:
-        config |= {"num_class_embeds": condition["upscale"].get("steps", 1000), "sample_size": 128}
+        config |= {"addition_time_embed_dim": _of(condition, "Number").get("width", 256), "sample_size": 128}
+    if upscale := _of(condition, "Upscale"):
+        config |= {"num_class_embeds": upscale.get("steps", 1000), "sample_size": 128}
     return config
+
+
+def _of(condition: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """The config of the condition of a class, whatever it is called; empty where there is none."""
+    return next((node for node in condition.values() if node.get("_target_", "").split(".")[-1] == kind), {})
 
 
 def _plain_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[str, int]]:

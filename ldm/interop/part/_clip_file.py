@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.interop.bundle import Part, text_node, tower_shapes
-from ldm.interop.text import PREFIX, transformers
+from ldm.interop.bundle import Part
+from ldm.interop.part._towers import text_node, tower_shapes
+from ldm.interop.part._transformers import PREFIX, transformers
 from ldm.interop.tie import bring, give, same, taken
 
 TOWERS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
@@ -77,7 +78,7 @@ def _read_tower(weights: Mapping[str, Tensor], prefix: str) -> tuple[Part | None
         text["proj_type"] = "none"
     wanted = tower_shapes(config)
     ties = transformers(wanted) if foreign else {name: same(name) for name in wanted}
-    return Part(config, bring(ties, weights, wanted, prefix), tower=True), taken(ties, prefix)
+    return Part(config, bring(ties, weights, wanted, prefix), kind="clip"), taken(ties, prefix)
 
 
 def write_tower(part: Part, prefix: str, layers: list[int]) -> dict[str, Tensor]:

@@ -1,0 +1,63 @@
+"""The Hugging Face hub: what is read comes from there, and what is written goes there, where the command says so."""
+
+from pathlib import Path
+
+from ldm.errors import Refusal, Unreachable
+
+HUB = "hf://"
+
+
+def download(source: str) -> Path:
+    """hf://org/name -> the folder of its snapshot: one copy of the weights, and settings, and never code.
+
+    Raises:
+        Refusal: the name is no org/name. OSError: the hub is not reached, and the snapshot is not in its cache.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # what a connection that fails raises, where it is no OSError
+
+    name = source.removeprefix(HUB)
+    if name.count("/") != 1:
+        raise Refusal(f"{source}: name a repository of the Hugging Face hub as {HUB}org/name.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_wanted(HfApi().list_repo_files(name))))
+    except (OSError, HTTPError) as error:  # offline: what was downloaded before
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except OSError:
+            raise Unreachable(f"{source} was not fetched before, and is not had now: {' '.join(str(error).split())}") from error
+
+
+def _wanted(files: list[str]) -> list[str]:
+    """Of a repository's files those that `read` reads: of a pipeline its parts, and each part once, in full precision."""
+    whole = [f for f in files if "model_index.json" not in files or "/" in f or f == "model_index.json"]
+    weights = [f for f in whole if f.endswith((".safetensors", ".bin"))]
+    settings = [f for f in whole if f.endswith((".json", ".txt", ".yaml"))]
+
+    def rank(f: str) -> tuple[int, bool]:
+        return (next((i for kind, i in (("non_ema", 3), ("bf16", 2), ("fp16", 1)) if kind in f), 0), f.endswith(".bin"))
+
+    best = {folder: min(rank(f) for f in weights if Path(f).parent == folder) for folder in {Path(f).parent for f in weights}}
+    return settings + [f for f in weights if rank(f) == best[Path(f).parent]]
+
+
+def push(target: Path, name: str) -> str:
+    """Uploads a folder, or a file with the yaml beside it, to the repository org/name of the hub -> its address.
+
+    Raises:
+        OSError: the hub refuses, or is not reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(name, exist_ok=True)
+        if target.is_dir():
+            api.upload_folder(repo_id=name, folder_path=target)
+        else:
+            for path in (p for p in (target, target.with_suffix(".yaml")) if p.is_file()):
+                api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=name)
+    except (OSError, HTTPError) as error:
+        raise Unreachable(f"--push {name}: {' '.join(str(error).split())}. The model is in {target}.") from error
+    return str(address)

@@ -1,0 +1,109 @@
+"""The text towers of CLIPs, one or several: open_clip's names, which are ours, and those of transformers' CLIPTextModel."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.files.folder import LOCAL, load_tensors, save_tensors, write_json
+from ldm.interop import protocols
+from ldm.interop.bundle import Bundle, Part, home_of
+from ldm.interop.part._clip_file import TOWERS, named_as_today, read_texts, write_tower
+from ldm.interop.part._clip_folder import read_texts as read_folder
+from ldm.interop.part._clip_folder import texts_of, write_text_tower
+from ldm.interop.part._towers import CLIP_FILES, tower_shapes, towers
+from ldm.interop.part._transformers import open_clip_config, transformers
+from ldm.interop.source import File
+from ldm.interop.tie import check_whole
+from ldm.interop.weights import check_numbers, read_config
+from ldm.tower.clip import named_text_tower
+
+__all__ = ["PART", "Clip", "open_clip_config", "transformers"]
+
+
+class Clip(protocols.Part):
+    """A text tower, or several; a published recipe calls the condition `text`."""
+
+    kind = "clip"
+    word = "text tower"
+    folders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+    def take_file(self, file: File, bundle: Bundle, scale: float) -> None:
+        """The towers of Stable Diffusion 1, 2 and XL."""
+        file.weights = named_as_today(file.weights)
+        layer = layer_told(file.told)
+        condition, parts, used = read_texts(file.weights, layer)
+        file.used |= used
+        bundle.recipe["condition"] |= condition
+        bundle.parts |= parts
+        if layer is None:
+            said = "heads there 64 wide, tokens cut as CLIPTokenizer's"
+            bundle.assumed += [f"hidden layer: {n['layers'][0]} of {place}, {said}" for place, n in towers(condition).items()]
+
+    def give_file(self, bundle: Bundle) -> dict[str, Tensor]:
+        """The same."""
+        texts = towers(bundle.recipe["condition"])
+        prefixes = TOWERS[:1] if len(texts) == 1 and bundle.made_by("ldm.condition.number.Number") is None else TOWERS[1:]
+        theirs: dict[str, Tensor] = {}
+        for (place, node), prefix in zip(texts.items(), prefixes):
+            theirs |= write_tower(bundle.parts[place], prefix, list(node.get("layers", [-1])))
+        return theirs
+
+    def take_folder(self, folder: Path, index: Mapping[str, Any], bundle: Bundle) -> None:
+        """The text encoders and their tokenizers."""
+        condition, parts = read_folder(folder, index)
+        bundle.recipe["condition"] |= condition
+        bundle.parts |= parts
+
+    def give_folder(self, bundle: Bundle, folder: Path, index: Mapping[str, Any]) -> None:
+        """The same."""
+        texts = texts_of(bundle)
+        slots = [""] if len(texts) == 1 and "text_encoder" in index else ["_2"] if len(texts) == 1 else ["", "_2"]
+        for slot, (node, part) in zip(slots, texts):
+            write_text_tower(node, part, folder, slot)
+
+    def check_folder(self, bundle: Bundle) -> None:
+        """A pipeline reads some layers only."""
+        texts_of(bundle)
+
+    def tokens(self, bundle: Bundle) -> dict[str, int]:
+        """As wide as its towers' layers together."""
+        made = {}
+        for name, node in bundle.recipe["condition"].items():
+            each = [(n, bundle.parts[place].config["text_cfg"]["width"]) for place, n in towers({name: node}).items()]
+            made |= {name: sum(len(n.get("layers", [-1])) * width for n, width in each)} if each else {}
+        return made
+
+    def take_ours(self, bundle: Bundle, folder: Path) -> None:
+        """The folders that the conditions name, or open_clip's own by name."""
+        for place, node in towers(bundle.recipe["condition"]).items():
+            bundle.parts[place] = _tower(node, folder)
+
+    def give_ours(self, bundle: Bundle, folder: Path) -> None:
+        """The same."""
+        for place, part in bundle.parts.items():
+            if part.kind == self.kind:
+                write_json({"model_cfg": part.config, "preprocess_cfg": {}}, folder / place / CLIP_FILES[0])
+                save_tensors(part.weights, folder / place / CLIP_FILES[1])
+
+
+def layer_told(told: Mapping[str, Any]) -> int | None:
+    """Which hidden state of open_clip's text tower is read, where the yaml says so: the last, or the last but one."""
+    return {"last": -1, "penultimate": -2}.get(told.get("cond_stage_config", {}).get("params", {}).get("layer"))
+
+
+def _tower(node: Mapping[str, Any], folder: Path) -> Part:
+    if not node["model"].startswith(LOCAL):
+        config, weights = named_text_tower(node["model"], node.get("pretrained"))
+        return Part(config, weights, kind="clip")
+    home = home_of(node["model"].removeprefix(LOCAL), folder)
+    config, weights = read_config(home / CLIP_FILES[0])["model_cfg"], load_tensors(home / CLIP_FILES[1])
+    shapes = tower_shapes(config)
+    own = {name: x for name, x in weights.items() if name in shapes}  # beside them may lie a picture tower's
+    check_whole(own, shapes, str(home / CLIP_FILES[1]))
+    check_numbers(own, home / CLIP_FILES[1])
+    return Part(config, own, kind="clip")
+
+
+PART = Clip()
