@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm.training import threads
+from ldm.training.callback import threads
 from ldm.training.callback.threads import Threads, quickest
 
 
@@ -49,6 +49,11 @@ def test_it_goes_back_to_one_when_another_job_comes_and_on_when_it_goes(machine)
     assert steps(callback, machine, 13, quiet)[-5:] == [2] * 5
     assert steps(callback, machine, 13, busy)[-5:] == [1] * 5
     assert steps(callback, machine, 13, quiet)[-5:] == [2] * 5
+
+
+def test_a_number_that_takes_far_longer_is_tried_for_one_step(machine):
+    met = steps(start(most=2, every=5), machine, 16, lambda count: 10.0**count)
+    assert met == [1, 1, 1, 1, 2, *[1] * 5, 1, 1, 1, 1, 2, 1]
 
 
 def test_one_slow_step_decides_nothing():

@@ -27,6 +27,8 @@ def precompute(config: DictConfig) -> Path:
     from ldm.condition.cached_text import embed, save_null
     from ldm.condition.text import Text, Texts
     from ldm.data.batch.latents import write_latents
+    from ldm.data.usual import KEPT, usual_of
+    from ldm.files.folder import write_json
 
     rank, world, local = _process()
     found = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
@@ -46,6 +48,7 @@ def precompute(config: DictConfig) -> Path:
         write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
     if rank > 0:
         return Path(config.out)
+    write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
     use += [] if data.val_set else ["data.val=null"]
     if len(data.sizes) > 1:

@@ -107,10 +107,10 @@ def prepare() -> None:
 
 
 def train_one(stage: str, steps: int, overrides: list[str]) -> None:
-    """One stage into runs/quickstart/<stage>, validated, saved and shown four times on the way."""
+    """One stage into runs/quickstart/<stage>, validated, saved and shown at half of it and at its end."""
     from ldm.command.train import train
 
-    often = max(steps // 4, 1)
+    often = max(steps // 2, 1)
     lengths = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={often}", f"callback.checkpoint.every={often}"]
     preview = {"autoencoder": "callback.reconstructions.every", "diffusion": "callback.drawings.every"}
     lengths += [f"{preview[stage]}={often}"] if stage in preview else []

@@ -4,14 +4,17 @@ default. evaluate.py's data=usual means it; each setting of it that is said on t
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ldm.data.shard.fetch import is_remote
 from ldm.errors import Refusal
 
 WORD = "usual"  # of a setting that is as the model's own data have it
+KEPT = "usual.json"  # beside shards of latents: the usual of the pictures that they were made of
 EMOJI, SHARDS = "ldm.data.emoji.Emoji", "ldm.data.shards.Shards"
 # How training reads, in which order and how much at a time, is no part of what the data are; where the emoji lie neither.
 READING = "batch seed workers crop flip buckets weights window lanes cache cache_gb on_mismatch max_bad_fraction shuffle".split()
@@ -31,8 +34,12 @@ class Usual:
 def usual_of(data: Mapping[str, Any]) -> dict[str, Any]:
     """A training's plain `data` node -> {"resolution": [h, w], "data": node}, what goes into the recipe of its model.
 
-    Paths are made absolute, so that a model is measured from any folder.
+    Paths are made absolute, so that a model is measured from any folder. Of latents it is that of their pictures, where
+    precompute.py kept it beside them.
     """
+    train = data.get("train")
+    if isinstance(train, str) and "image" not in data.get("fields", {}) and (Path(train) / KEPT).is_file():
+        return json.loads((Path(train) / KEPT).read_text())
     left = {*READING, *(["root"] if data.get("_target_") == EMOJI else [])}
     node = {name: value for name, value in data.items() if name not in left and value is not None}
     node |= {split: _absolute(node[split]) for split in ("train", "val") if split in node}

@@ -9,17 +9,18 @@ import pytorch_lightning as pl
 import torch
 
 TRIES = 4  # steps with each number of threads; the first, in which libraries lay out anew what they keep, does not count
+FAR = 2.0  # times as long as with the number so far, after which a number is tried no more
 
 
 class Threads(pl.Callback):
     """On a CPU, times real steps with half as many threads, with as many and with twice as many, and goes on with the quickest.
 
-    It begins with one, tries again after a change, and every `every` optimizer steps, since other jobs come and go: two threads
-    on two cores take longer than one where another job has one of them. `most` is null for all cores that this process may
-    use. The numbers of a run differ by rounding only. Training leaves the process with the number found last.
+    It begins with one, tries again after a change, and every `every` steps, since other jobs come and go: two threads on two
+    cores may take many times as long as one where another job has one of them, and one such step ends the try. `most` is null for
+    all cores that this process may use. The numbers of a run differ by rounding only. Training leaves the process with the number found last.
     """
 
-    def __init__(self, every: int = 100, most: int | None = None) -> None:
+    def __init__(self, every: int = 200, most: int | None = None) -> None:
         self.every, self.most = every, most or cores()
         self.seconds: dict[int, list[float]] = {}
         self.plan: list[int] = []  # numbers of threads, one for each step to come
@@ -39,7 +40,11 @@ class Threads(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         """Notes how long a step took that was a try, and chooses after the last."""
         if self.plan:
-            self.seconds.setdefault(self.plan.pop(0), []).append(time.perf_counter() - self.begin)
+            count, seconds = self.plan.pop(0), time.perf_counter() - self.begin
+            self.seconds.setdefault(count, []).append(seconds)
+            if count != self.best and seconds > FAR * median(self.seconds[self.best][1:]):
+                del self.seconds[count]
+                self.plan = [other for other in self.plan if other != count]
             if not self.plan:
                 self._choose()
         elif self.rest:
@@ -48,7 +53,8 @@ class Threads(pl.Callback):
                 self._try()
 
     def _try(self) -> None:
-        counts = sorted({max(self.best // 2, 1), self.best, min(2 * self.best, self.most)})
+        others = {max(self.best // 2, 1), min(2 * self.best, self.most)} - {self.best}
+        counts = [self.best, *sorted(others)]
         self.seconds, self.plan = {}, [count for count in counts for _ in range(TRIES)]
 
     def _choose(self) -> None:

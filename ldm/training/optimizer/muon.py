@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal, for the hidden layers; AdamW for all the rest."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,24 +94,26 @@ class Muon(Optimizer):
         torch._foreach_addcdiv_(params, means, lengths, [-group["lr"] / (1 - beta1 ** s["step"]) for s in states])
 
 
-def orthogonal(matrix: Tensor, rounds: Sequence[int] = (2, 3)) -> Tensor:
+def orthogonal(matrix: Tensor) -> Tensor:
     """(..., M, N) -> (..., M, N), all singular values near 1 and the same singular vectors (Newton-Schulz, quintic).
 
-    Five steps, X <- (a + F) X with F = b S + c S^2 and S = X X^T. Within a round only S and the product of the steps' factors,
-    `scale` + `rest`, are carried on, which are small where X is wide; S of X anew in each round keeps the rounding small.
+    Five steps, X <- (a + F) X with F = b S + c S^2 and S = X X^T. Where X is wide, only S and the product of the steps'
+    factors, `scale` + `rest`, are carried on within a round, which are small; S of X anew in each round keeps the rounding small.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True) + 1e-7)
+    x = matrix.flatten(end_dim=-3) if matrix.ndim > 2 else matrix[None]
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    for steps in rounds:
+    for steps in (2, 3) if x.shape[-1] > 2 * x.shape[-2] else (1,) * 5:
         square = x @ x.mT
-        scale, rest = 1.0, torch.zeros_like(square)
-        for step in range(steps):
-            factor = b * square + c * square @ square
-            scale, rest = a * scale, a * rest + scale * factor + (factor @ rest if step else 0.0)
-            if step + 1 < steps:
-                square = a * square + factor @ square
-                square = a * square + square @ factor
-        x = scale * x + rest @ x
-    return x.mT if tall else x
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        scale, rest = a, factor
+        for _ in range(1, steps):
+            square = torch.baddbmm(square, factor, square, beta=a)
+            square = torch.baddbmm(square, square, factor, beta=a)
+            factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            rest = torch.baddbmm(rest, factor, rest, beta=a).add_(factor, alpha=scale)
+            scale *= a
+        x = torch.baddbmm(x, rest, x, beta=scale)
+    return (x.mT if tall else x).reshape(matrix.shape)
