@@ -172,3 +172,12 @@ def test_the_unet_does_not_hear_masked_tokens():
     whole = net(x, level, Cond(tokens=tokens, mask=mask))
     torch.testing.assert_close(whole, net(x, level, Cond(tokens=tokens[:, :3], mask=mask[:, :3])))
     torch.testing.assert_close(whole[:1], net(x[:1], level[:1], Cond(tokens=tokens[:1, :2])), rtol=1e-4, atol=1e-5)
+
+
+def test_no_block_is_a_bare_list():
+    """torch 2.10 and 2.11 refuse to shard a ModuleList, whether it has a forward or not."""
+    unet = UNet(2, Widths(tokens=5), width=8, mult=(1, 2), res_blocks=1, depth=(1, 1), heads=2, groups=4)
+    dit = DiT(2, Widths(vector=16), size=4, patch=2, width=16, depth=2, heads=2)
+    for net in (unet, dit):
+        assert len(net.blocks) >= 2
+        assert not any(isinstance(block, nn.ModuleList | nn.ModuleDict) for block in net.blocks)

@@ -139,11 +139,8 @@ class Layers:
         return self.res(ch, ch, nn.Upsample(scale_factor=2.0)) if self.res_resample else Upsample(ch)
 
 
-class Stage(nn.ModuleList):
-    """Layers one after another, each told what it listens to."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(layers)
+class Stage(nn.Sequential):
+    """Layers one after another, each told what it listens to. No ModuleList: torch 2.10 and 2.11 shard none of these."""
 
     def forward(self, x: Tensor, told: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
         """x: (B, C, H, W), told: (B, E), tokens: (B, L, D), mask: (B, 1, 1, L) -> (B, C', H', W')."""
