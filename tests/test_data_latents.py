@@ -13,7 +13,7 @@ from ldm.build import build_stage
 from ldm.command.precompute import precompute
 from ldm.compose import compose_config
 from ldm.conditioner import Conditioner
-from ldm.data import latents
+from ldm.data.batch import latents
 from ldm.data.batch.latents import check_provenance, write_latents
 from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
@@ -67,7 +67,7 @@ def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, 
     monkeypatch.setattr(latents, "write_shard", cut)
     with pytest.raises(KeyboardInterrupt):
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / ".00001.tar-0a1b2c3d").touch()  # as kill -9 leaves it
+        (tmp_path / "out" / ".00001.tar.0a1b2c3d.part").touch()  # as kill -9 leaves it
         write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     assert wrote == ["00000.tar", "00001.tar", "00001.tar", "00002.tar"]

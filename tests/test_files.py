@@ -3,12 +3,12 @@
 import collections
 import multiprocessing
 import os
+import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
 from safetensors.torch import save_file
 from torch import nn
 
@@ -235,7 +235,9 @@ def say_what_the_first_says(number, said, pipe):
 
 
 def test_processes_that_torchrun_started_meet(environment):
-    environment({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     context, (here, there) = multiprocessing.get_context("fork"), multiprocessing.Pipe(duplex=False)
     jobs = [context.Process(target=say_what_the_first_says, args=(n, dict(os.environ), there)) for n in range(2)]
     for job in jobs:
