@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.files.picture import to_bytes
 from ldm.types import Batch
@@ -86,12 +85,3 @@ def transformed(images: Tensor, transform: Callable[[Image.Image], Tensor]) -> T
     """(B, 3, h, w) in [-1, 1] -> each as a PIL picture through its network's own transform, (B, ...), on the same device."""
     pictures = [Image.fromarray(pixels.numpy()) for pixels in to_bytes(images).permute(0, 2, 3, 1).cpu()]
     return torch.stack([transform(picture) for picture in pictures]).to(images.device)
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """-> sha256, in hex, over the names and values of all weights: what a network is, wherever it was loaded from."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

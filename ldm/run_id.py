@@ -6,7 +6,6 @@ files say. `config.identity`, and so config.yaml in the run's folder, keeps the 
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ldm.errors import Refusal
 from ldm.files.moved import moved
+from ldm.files.process import first
 
 # What says where, how long and how visibly a run trains, and not what.
 VOLATILE = tuple("run_id identity resume trainer logger callback always plan profile debug optimize runs folder".split())
@@ -191,8 +191,8 @@ def _is_hydras(key: str) -> bool:
 
 
 def _say(text: str) -> None:
-    """Prints on the first rank."""
-    if all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+    """Prints on the first process."""
+    if first():
         print(text, flush=True)
 
 

@@ -10,10 +10,10 @@ from test_data import picture
 
 from ldm.autoencoder.kl import KL
 from ldm.build import build_stage
-from ldm.command.precompute import _process, precompute
+from ldm.command.precompute import precompute
 from ldm.compose import compose_config
 from ldm.conditioner import Conditioner
-from ldm.data import latents
+from ldm.data.batch import latents
 from ldm.data.batch.latents import check_provenance, write_latents
 from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
@@ -67,7 +67,7 @@ def test_an_interrupted_precomputation_goes_on(autoencoder, pictures, tmp_path, 
     monkeypatch.setattr(latents, "write_shard", cut)
     with pytest.raises(KeyboardInterrupt):
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / ".00001.tar-0a1b2c3d").touch()  # as kill -9 leaves it
+        (tmp_path / "out" / ".00001.tar.0a1b2c3d.part").touch()  # as kill -9 leaves it
         write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
     assert wrote == ["00000.tar", "00001.tar", "00001.tar", "00002.tar"]
@@ -133,23 +133,6 @@ def test_pictures_of_several_folders_that_share_their_keys(autoencoder, pictures
     ahead = latents_of(tmp_path / "out").train_set
     assert sorted(ahead.captions()) == sorted(both.train_set.captions()) and len(set(ahead.keys)) == 16
     assert {"000", "000-2", "010"} < set(ahead.keys)
-
-
-@pytest.mark.parametrize(
-    ("told", "process"),
-    [
-        ({}, (0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
-        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}, (5, 6, 2)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "6", "SLURM_LOCALID": "0"}, (0, 1, 0)),  # a batch script itself, not srun
-    ],
-)
-def test_processes_know_their_number(told, process, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    assert _process() == process
 
 
 # ---- moments and embeddings, by command, in training

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from test_data import damages, picture, samples
 
-from ldm.data import doctor, pack, repair
+from ldm.command import doctor, pack
+from ldm.data.shard import repair
 from ldm.data.shard.index import Index
 from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shards

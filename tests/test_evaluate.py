@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
 from PIL import Image
 
 from ldm.build import build
@@ -82,12 +81,13 @@ def one_thread():
 
 
 def test_two_processes_draw_the_same_pictures_and_find_the_same_numbers(command, one_thread, tmp_path):
+    """As `srun -n 2 python evaluate.py` starts them: SLURM says who they are, and nobody where they meet."""
     numbers, pictures, _ = run(*command)
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    shared["MASTER_PORT"] = str(free_port())
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost"}
+    shared = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")} | job | {"OMP_NUM_THREADS": "1"}
     apart = [c.replace(f"{tmp_path}/out", f"{tmp_path}/two").replace(f"{tmp_path}/cache", f"{tmp_path}/cache2") for c in command]
     start = [sys.executable, "evaluate.py", *apart]
-    jobs = [subprocess.Popen(start, cwd=ROOT, env={**shared, "RANK": str(r)}, stdout=subprocess.PIPE) for r in range(2)]
+    jobs = [subprocess.Popen(start, cwd=ROOT, env={**shared, "SLURM_PROCID": str(r)}, stdout=subprocess.PIPE) for r in range(2)]
     said = [job.communicate(timeout=1800)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0] and b"fd_clip" in said[0] and not said[1]
     told = json.loads((tmp_path / "two" / "metrics.json").read_text())

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from test_data import picture, samples
 
-from ldm.data import doctor, pack
+from ldm.command import doctor, pack
 from ldm.data.order.filter import numbers
 from ldm.data.packing.gather import find
 from ldm.data.packing.packed import Packed

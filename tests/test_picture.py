@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ldm.data import pack
+from ldm.command import pack
 from ldm.data.shard.decode import View, decode
 from ldm.files.lines import read_lines
 from ldm.files.picture import (

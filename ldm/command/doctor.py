@@ -36,6 +36,7 @@ from ldm.data.shard.repair import LOST, claim, is_known, repair
 from ldm.data.shard.selection import Selection
 from ldm.data.shard.source import expand
 from ldm.errors import Refusal
+from ldm.files.folder import write_text
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 24  # pictures in samples.png
@@ -101,8 +102,7 @@ def examine(
     report["would_keep"] = would_keep.splitlines()
     _say(report, columns)
     print(would_keep, end="\n" if would_keep else "")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_text(json.dumps(report, indent=2, ensure_ascii=False), out / "report.json")
     _draw(columns, out / "histograms.png")
     if len(index):
         _show(samples, out / "samples.png")

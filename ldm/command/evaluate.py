@@ -1,6 +1,7 @@
 """Measures a model:  python evaluate.py model=runs/quickstart/diffusion metric=[text_match,reconstruction] count=128 out=DIR
 
-On several processes: torchrun --nproc-per-node 8 evaluate.py ...; many settings: sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.
+On several processes: torchrun --nproc-per-node 8 evaluate.py ..., or srun -n 8 python evaluate.py ...; with many settings:
+sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,10 +43,10 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     from ldm.build import allowed, build
     from ldm.command.subject import Subject
     from ldm.evaluation.protocol import entries, show, tell
-    from ldm.evaluation.ranks import rank, start
     from ldm.evaluation.run import measure
+    from ldm.files.process import meet, rank
 
-    start()
+    meet()
     plain = OmegaConf.to_container(config, resolve=True)
     out = place(plain)
     metrics = build(plain["metric"], allowed(plain))
@@ -65,19 +66,20 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     What was drawn before is not drawn again.
     """
     from ldm.build import build_members
-    from ldm.evaluation.ranks import rank, start
     from ldm.files.folder import write_text
+    from ldm.files.process import meet, rank
     from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page
     from ldm.training.logging import close, log_picture
 
-    start()
+    meet()
     chosen, found, captions = settings(words), [], []
     base = compose_config("evaluate", [*overrides, *chosen[0]])
     out = place(base) if base.out else Path(base.runs) / "sweep"
     base = compose_config("evaluate", [*overrides, *chosen[0], f"out={out}"])
     loggers = list(build_members(base, "logger").values()) if rank() == 0 else []
     for step, setting in enumerate(chosen):
-        print(f"== {step + 1} of {len(chosen)}: {', '.join(setting)}", flush=True)
+        if rank() == 0:
+            print(f"== {step + 1} of {len(chosen)}: {', '.join(setting)}", flush=True)
         told, kept, _, subject = judge(compose_config("evaluate", [*overrides, *setting, f"out={out / name_of(setting)}"]))
         found.append(Setting(setting, told, kept.get("drawing")))
         captions = captions or subject.captions(8)

@@ -28,6 +28,8 @@ from ldm.data.shard.decode import MAX_RECORD
 from ldm.data.shard.record import OWN, apart
 from ldm.data.shard.write import write_shards
 from ldm.errors import Refusal
+from ldm.files.content import file_content
+from ldm.files.folder import write_text
 from ldm.files.picture import colour_transform, open_picture, orientation, to_srgb, upright
 
 KEYS = ("caption", "url", "status", "width", "height", "original_width", "original_height", "sha256", *CROP)  # of a record
@@ -87,7 +89,7 @@ def pack(source: Path, out: Path, size: int | None, per_shard: int, val: float, 
     if packed.classes:
         named = {number: name for name, number in packed.classes.items()}
         lines = (f"{named.get(number, '')}\n" for number in range(max(named) + 1))  # line i names class i
-        (out / "classes.txt").write_text("".join(lines), encoding="utf-8")
+        write_text("".join(lines), out / "classes.txt")
 
 
 def _held_out(rows: Sequence[Row], val: float) -> set[int]:
@@ -95,7 +97,7 @@ def _held_out(rows: Sequence[Row], val: float) -> set[int]:
     digests = {}
     for number, row in enumerate(tqdm(rows, desc="choosing val", unit="picture")):
         if not row.fault and row.file.is_file():
-            digests[number] = hashlib.sha256(row.file.read_bytes()).digest()
+            digests[number] = bytes.fromhex(file_content(row.file))
     least = min(digests.values(), default=b"")
     chosen = {n for n, digest in digests.items() if digest == least or int.from_bytes(digest[:4], "big") < val * 2**32}
     if len(chosen) == len(digests):

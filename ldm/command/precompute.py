@@ -5,7 +5,6 @@ Under torchrun or srun every process writes shards of its own; started again, it
 """
 
 import json
-import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -15,24 +14,23 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.command.line import command
 from ldm.errors import Refusal
+from ldm.files.process import process
 
 OTHERS = ("_target_", "_partial_", "key", "rate")  # settings that are not of what a text says
 
 
 def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
-    import torch
-
     from ldm.build import allowed, build, build_members
     from ldm.condition.cached_text import embed, save_null
     from ldm.condition.text import Text, Texts
     from ldm.data.batch.latents import write_latents
     from ldm.data.usual import KEPT, usual_of
+    from ldm.files.device import device_of
     from ldm.files.folder import write_json
 
-    rank, world, local = _process()
-    found = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    device = found if config.device == "auto" else config.device
+    rank, world, _ = process()
+    device = device_of(config.device)
     trained = {"_target_": "ldm.build.load_autoencoder", "path": config.model}
     autoencoder = build(trained, allowed(config)).to(device)
     data = build(config.data, allowed(config), batch=1)  # no bucket is too small to be encoded
@@ -75,13 +73,6 @@ def _words(name: str, text: Any, config: DictConfig) -> list[str]:
         settings = {key: json.dumps(value) for key, value in settings.items() if key not in OTHERS}
         use += [shlex.quote(f"++condition.cached_text.load.{key}={value}") for key, value in settings.items()]
     return use + [f"+data.fields.{text.key}_{member.split('.')[1]}={member}" for member in embed(text, [""])]
-
-
-def _process() -> tuple[int, int, int]:
-    """-> this process's number, how many there are, and its number on this node, as torchrun or srun say them."""
-    torchrun, srun = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    names = next((names for names in (torchrun, srun) if all(name in os.environ for name in names)), ())
-    return tuple(int(os.environ[name]) for name in names) or (0, 1, 0)
 
 
 main = command("precompute")(precompute)

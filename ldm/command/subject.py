@@ -17,12 +17,12 @@ from ldm.errors import NotFound, Refusal
 from ldm.evaluation.content import named_content
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version
-from ldm.evaluation.ranks import rank
 from ldm.evaluation.real import Archive, Folder, read_captions
 from ldm.evaluation.rows import fingerprint
 from ldm.files.device import device_of
 from ldm.files.folder import without_usual
-from ldm.measure import weights_sha256
+from ldm.files.process import rank
+from ldm.files.weights import weights_hash
 
 
 class Subject:
@@ -101,7 +101,7 @@ class Subject:
     def _made(self) -> dict[str, str]:
         """The model's weights, and what else makes it what it is: its recipe, and the files that it reads when it draws."""
         recipe, path = without_usual(self.recipe)[0], self.config["model"]
-        return {"model": weights_sha256(self.model), "recipe": fingerprint(recipe, named_content(recipe, Path(path)))}
+        return {"model": weights_hash(self.model), "recipe": fingerprint(recipe, named_content(recipe, Path(path)))}
 
     @cached_property
     def _size(self) -> int | Sequence[int]:
@@ -150,7 +150,7 @@ class Subject:
         alone = self.recipe.get("_target_", "").startswith("ldm.autoencoder.")
         self._say(far((self.data.size,) * 2, self.recipe.get("usual", {})))
         autoencoder = load_autoencoder(self.config["model"]).to(self.device) if alone else self.model.autoencoder
-        return Reconstructions(autoencoder, self._split("val"), weights_sha256(autoencoder))
+        return Reconstructions(autoencoder, self._split("val"), weights_hash(autoencoder))
 
     def _split(self, split: str) -> Split:
         return Split(self.data, split, self.device)

@@ -20,6 +20,7 @@ from PIL import Image
 from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
 from ldm.errors import NotFound, Refusal
+from ldm.files.content import file_content
 
 ASSETS = Path(__file__).parent / "assets"
 VERSION = 1  # of what is written below; a new one writes new shards
@@ -151,7 +152,7 @@ def _choose(groups: Sequence[str] | str | None) -> tuple[str, ...]:
 
 def _name(size: int, groups: Sequence[str], val_fraction: float) -> str:
     """-> 8 hex digits that differ where the shards would."""
-    assets = [hashlib.sha256(_asset(name).read_bytes()).hexdigest() for name in ("emoji.webp", "emoji.csv")]
+    assets = [file_content(_asset(name)) for name in ("emoji.webp", "emoji.csv")]
     words = json.dumps([VERSION, size, list(groups), val_fraction, PALETTE, *assets])
     return hashlib.sha256(words.encode()).hexdigest()[:8]
 

@@ -28,13 +28,13 @@ from ldm.data.batch.samples import Loaded, Samples, as_is, loading, to_float
 from ldm.data.order.bucket import Report, Size, sizes_of
 from ldm.data.order.filter import select
 from ldm.data.order.order import Batches, Mixture, Once, Place, Steps, Stream
-from ldm.data.shard.content import digest_of
 from ldm.data.shard.decode import is_image
 from ldm.data.shard.fetch import CACHE, Fetch
 from ldm.data.shard.index import Damage, Index
 from ldm.data.shard.selection import Selection
 from ldm.data.shard.source import Sources, expand, owners
 from ldm.errors import Refusal
+from ldm.files.content import digest_of
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}

@@ -14,9 +14,10 @@ from torchvision.utils import make_grid, save_image
 
 from ldm.drawing.edit import FromInversion, FromPicture, Inpainting
 from ldm.errors import NotFound, Refusal
-from ldm.files.folder import write_text, write_whole
+from ldm.files.folder import write_text
 from ldm.files.lines import read_lines
 from ldm.files.picture import open_picture, to_grey, to_srgb
+from ldm.files.whole import write_whole
 from ldm.model import LatentModel
 from ldm.types import Denoise, Sampler
 

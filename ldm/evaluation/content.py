@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.data.shard.content import file_content, files_content
+from ldm.files.content import file_content, files_content
 from ldm.files.folder import LOCAL, PART
 
 CHECKPOINTS = "*.ckpt"

@@ -15,8 +15,8 @@ from torch import Tensor
 from ldm.drawing.generate import check_paste, generate
 from ldm.errors import Refusal
 from ldm.evaluation.rows import Source, fingerprint
-from ldm.files.folder import write_whole
 from ldm.files.picture import from_bytes, open_picture, to_bytes, to_tensor
+from ldm.files.whole import write_whole
 from ldm.model import LatentModel
 from ldm.types import Autoencoder, Batch, Cond, Conditioned, Denoise, Guidance, Sampler
 

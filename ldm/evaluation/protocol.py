@@ -9,7 +9,8 @@ from typing import Any
 from torchvision.utils import make_grid, save_image
 
 from ldm.evaluation.compare import shown
-from ldm.files.folder import write_json, write_whole
+from ldm.files.folder import write_json
+from ldm.files.whole import write_whole
 from ldm.measure import Estimate, Metric, Showing
 
 HERE = Path(__file__).parent

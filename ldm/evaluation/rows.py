@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.evaluation.ranks import rank, wait, world
-from ldm.files.folder import load_tensors, save_tensors
+from ldm.files.folder import save_tensors
+from ldm.files.process import rank, wait, world
+from ldm.files.weights import load_tensors
 from ldm.measure import Rows
 from ldm.types import Batch
 

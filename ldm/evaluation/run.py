@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.evaluation.ranks import rank, told
 from ldm.evaluation.real import Known
 from ldm.evaluation.rows import Seen, fingerprint, see
+from ldm.files.process import from_first, rank
 from ldm.measure import Estimate, Metric, Reference
 
 Sources = Mapping[str, Callable[[], Any]]
@@ -36,7 +36,7 @@ def measure(
             name: dict(metric.compute(seen[metric.of, key(metric)].rows(), seen.get((metric.against, key(metric)))))
             for name, metric in metrics.items()
         }
-    return told(numbers), corrupt
+    return from_first(numbers), corrupt
 
 
 def key(metric: Metric) -> str:

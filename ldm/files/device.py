@@ -3,16 +3,20 @@
 import torch
 
 from ldm.errors import Refusal
+from ldm.files.process import process
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps` -> the device.
+    """`auto` (a GPU where there is one, each of several processes its own), `cpu`, `cuda`, `cuda:1`, `mps` -> the device.
 
     Raises:
         Refusal: no such device is here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        here = process()
+        return torch.device("cuda", here.local % torch.cuda.device_count()) if here.world > 1 else torch.device("cuda")
     try:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:  # torch says each in its own way

@@ -1,43 +1,21 @@
-"""A model at rest: a folder of safetensors and JSON. Files appear whole or not at all."""
+"""A model at rest: a folder of safetensors and JSON."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import NotFound, NotWritten, Refusal
 from ldm.files.moved import moved, moved_names
+from ldm.files.weights import load_tensors
+from ldm.files.whole import write_whole
 
 FORMAT = 1  # of config.json and of checkpoints; those without a number are of before there was one, and read as 0
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls write(temporary path), flushes it to the disk and renames it to `path`.
-
-    Raises:
-        OSError: nothing could be written; what stood at `path` before still stands.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise NotWritten(
-            error.errno,
-            f"{path} could not be written ({error.strerror}); nothing that was saved before is lost. Free space, "
-            "or choose another place with runs=FOLDER",
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -48,21 +26,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         try:
             save_file(plain, temporary)
         except SafetensorError as error:
-            raise NotWritten(None, str(error)) from error
+            raise NotWritten(str(error)) from error
 
     write_whole(path, write)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        Refusal: the file is cut off or no safetensors.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
 
 
 def write_text(text: str, path: Path) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.files.picture import from_bytes
+
 
 def labels_of(images: Tensor, palette: Sequence[Sequence[int]]) -> Tensor:
     """images: (B, 3, h, w) in [-1, 1], palette: K colours in 0 to 255 -> (B, h, w) integers, the number of the nearest colour."""
-    colours = torch.tensor(palette, dtype=torch.float32, device=images.device) / 127.5 - 1
+    colours = from_bytes(torch.tensor(palette, device=images.device))
     distance = (images.float()[:, None] - colours[None, :, :, None, None]).square().sum(2)
     return distance.argmin(1)
 

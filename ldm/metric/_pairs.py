@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ldm.errors import Refusal
-from ldm.measure import Rows, transformed, weights_sha256
+from ldm.files.weights import weights_hash
+from ldm.measure import Rows, transformed
 from ldm.tower.clip import load_clip, transform
 from ldm.types import Batch
 
@@ -23,7 +24,7 @@ class Pairs:
         self.tokenizer = open_clip.get_tokenizer(model, context_length=self.clip.context_length)
         self.transform = transform(self.clip.visual)
         name = f"open_clip {model} {pretrained or ''}".strip()
-        sha256 = weights_sha256(self.clip)
+        sha256 = weights_hash(self.clip)
         self.protocol = {
             "extractor": f"{name}, pictures and captions",
             "sha256": sha256,

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from ldm.errors import Refusal
-from ldm.measure import Estimate, Reference, Rows, weights_sha256
+from ldm.files.weights import weights_hash
+from ldm.measure import Estimate, Reference, Rows
 from ldm.tower.clip import load_clip, see
 from ldm.types import Batch
 
@@ -24,7 +25,7 @@ class SuperResolution:
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
         self.visual = load_clip(model, pretrained, "metric.super_resolution").visual
-        self.protocol = {"extractor": f"psnr, and distance in open_clip {model}", "sha256": weights_sha256(self.visual)}
+        self.protocol = {"extractor": f"psnr, and distance in open_clip {model}", "sha256": weights_hash(self.visual)}
 
     @torch.no_grad()
     def look(self, images: Tensor, batch: Batch) -> Rows:

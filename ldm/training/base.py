@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ldm.errors import Refusal
 from ldm.files.folder import FORMAT
+from ldm.files.process import met
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.parallel.layout import lay_out, lay_state_out
 from ldm.training.parallel.sharded import shard
@@ -165,7 +166,7 @@ class Stage(pl.LightningModule):
 
 def reduce_sum(value: Tensor) -> Tensor:
     """Sums a tensor over all ranks; itself where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if met():
         torch.distributed.all_reduce(value)
     return value
 

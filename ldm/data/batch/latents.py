@@ -7,11 +7,8 @@ text tower or other sizes is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +27,9 @@ from ldm.data.shard.decode import BadSample, View, is_array, is_image
 from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shard
 from ldm.errors import Refusal
+from ldm.files.folder import read_json, write_json
+from ldm.files.weights import weights_hash
+from ldm.files.whole import remove_halves
 from ldm.types import Autoencoder
 
 RECORD = "provenance.json"
@@ -69,8 +69,7 @@ def write_latents(
     for number in tqdm(numbers, desc=f"{split} latents", unit="shard", disable=rank > 0):
         path = folder / f"{number:05d}.tar"
         if not path.is_file():
-            for rest in folder.glob(f".{path.name}-*"):  # of a process that was killed
-                rest.unlink()
+            remove_halves(folder, path.name)
             rows = range(number * per_shard, min((number + 1) * per_shard, len(samples)))
             places = _places(*data.parts(split), rows, batch)
             write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text and text[1]), path)
@@ -84,15 +83,6 @@ def about(autoencoder: nn.Module, half: bool = False, text: nn.Module | None = N
 def shape_of(data: Any) -> dict[str, Any]:
     """How a data module brings pictures to size."""
     return {"size": data.size, "buckets": [list(size) for size in data.sizes], "crop": "center"}
-
-
-def weights_hash(module: nn.Module) -> str:
-    """-> sha256, in hex, over the names, shapes and numbers of a module's weights and statistics."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_provenance(data: Any, stage: Any) -> None:
@@ -175,11 +165,8 @@ def _claim(folder: Path, record: Mapping[str, Any]) -> None:
     if not file.is_file():
         if any(folder.glob("*.tar")):
             raise Refusal(f"{folder} holds shards that are not ours; write to another folder (out=...).")
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{RECORD}-{uuid.uuid4().hex[:8]}")
-        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, file)
-    before = json.loads(file.read_text(encoding="utf-8"))
+        write_json(record, file)
+    before = read_json(file)
     if other := [f"{k} {before.get(k)} there, {v} here" for k, v in record.items() if before.get(k) != v]:
         raise Refusal(f"{folder} holds other latents: {'; '.join(other)}. Write to another folder (out=...), or remove it.")
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ from ldm.data.shard.decode import is_text
 from ldm.data.shard.index import Index, Table
 from ldm.data.shard.selection import Selection
 from ldm.errors import Refusal
+from ldm.files.folder import read_json, write_json
+from ldm.files.whole import whole_folder
 
 ALIASES = {
     "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics", "aesthetic_score_laion_v2", "score"),
@@ -53,7 +53,7 @@ def select(
         selected, dropped = apply(index, fields, rules)
         parts = assign(index, selected, sizes, least) if len(sizes) > 1 else []
         _save([selected, *parts], {"samples": len(index), "dropped": dropped}, folder)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "report.json")
     if report["dropped"]:
         rank_zero_only(print)(table_of(report["samples"], report["dropped"]))
     whole, *parts = (_load(folder, i) for i in range(report["selections"]))
@@ -197,18 +197,12 @@ def _is_range(rule: Any) -> bool:
 
 
 def _save(selections: Sequence[Selection], report: Mapping[str, Any], folder: Path) -> None:
-    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    part.mkdir(parents=True)
-    for i, selection in enumerate(selections):
-        np.save(part / f"{i}.counts.npy", selection.counts)
-        if selection.rows is not None:
-            np.save(part / f"{i}.rows.npy", selection.rows)
-    (part / "report.json").write_text(json.dumps({**report, "selections": len(selections)}), encoding="utf-8")
-    try:
-        os.rename(part, folder)
-    except OSError:  # another process was faster
-        if not (folder / "report.json").is_file():
-            raise
+    with whole_folder(folder) as part:
+        for i, selection in enumerate(selections):
+            np.save(part / f"{i}.counts.npy", selection.counts)
+            if selection.rows is not None:
+                np.save(part / f"{i}.rows.npy", selection.rows)
+        write_json({**report, "selections": len(selections)}, part / "report.json")
 
 
 def _load(folder: Path, i: int) -> Selection:

@@ -1,5 +1,5 @@
-"""What data hold, as hashes: the one place where files and shards are fingerprinted, by what is in them and not by what they are
-called, how large they are, or when they were written. Who copies or touches data has the same; who writes others has others.
+"""What a shard holds, as a hash: by what is in it and not by what it is called, how large it is, or when it was written. Who
+copies or touches it has the same; who writes another has another.
 """
 
 from __future__ import annotations
@@ -8,33 +8,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 WHOLE = 2**16  # bytes up to which a member of a shard is read whole; of a larger one the first and the last half of so many
-THREADS = 8
-
-
-def digest_of(words: Sequence[str]) -> str:
-    """Words -> sha256, in hex."""
-    return hashlib.sha256("\n".join(words).encode(errors="surrogateescape")).hexdigest()
-
-
-def files_content(files: Sequence[Path], home: Path) -> str:
-    """Files below `home`, in their order -> sha256, in hex, over their names there and all their bytes.
-
-    Raises:
-        OSError: one cannot be read.
-    """
-    with ThreadPoolExecutor(THREADS) as pool:
-        hashes = pool.map(file_content, files)
-        return digest_of([f"{file.relative_to(home).as_posix()} {found}" for file, found in zip(files, hashes)])
-
-
-def file_content(path: str | Path) -> str:
-    """-> sha256, in hex, over a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_content(path: str | Path, keys: Sequence[str], spans: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> str:

@@ -24,6 +24,7 @@ from aiohttp import ClientError, ClientTimeout
 from filelock import FileLock, Timeout
 
 from ldm.errors import Refusal, Unreachable
+from ldm.files.whole import whole
 
 CACHE = os.environ.get("LDM_CACHE", "~/.cache/ldm")
 SCHEMES = ("s3", "gs", "http", "https")
@@ -142,12 +143,11 @@ class Fetch:
             with suppress(FileNotFoundError):
                 beside = name.format(path.stem)
                 system.get_file(f"{remote.rpartition('/')[0]}/{beside}", str(path.with_name(beside)))
-        part = path.with_name("part")
-        system.get_file(remote, str(part))
-        size = part.stat().st_size
-        if info["size"] is not None and size != info["size"]:
-            raise OSError(f"{size} bytes came of {info['size']}")
-        os.replace(part, path)
+        with whole(path) as part:
+            system.get_file(remote, str(part))
+            size = part.stat().st_size
+            if info["size"] is not None and size != info["size"]:
+                raise OSError(f"{size} bytes came of {info['size']}")
 
     def _make_room(self, folder: Path, stamp: str) -> None:
         """Deletes other shards, but those that are being fetched or opened, until this one fits; begins its folder."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property
@@ -28,12 +27,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from ldm.data.shard.content import digest_of, shard_content
+from ldm.data.shard.content import shard_content
 from ldm.data.shard.fetch import CACHE, Fetch, is_remote
 from ldm.data.shard.recent import Recent
 from ldm.data.shard.record import describe
 from ldm.data.shard.tar import Damaged
 from ldm.errors import NotWritten, Refusal
+from ldm.files.content import digest_of
+from ldm.files.whole import whole
 
 VERSION = 4  # of the columns and the digest; another one is made anew
 OPEN_TABLES = 256
@@ -244,12 +245,9 @@ def _write(table: pa.Table, path: Path) -> None:
     Raises:
         OSError: it cannot; names the setting to change.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with whole(path) as part, pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table.combine_chunks())
-        os.replace(part, path)
     except OSError as error:
         raise NotWritten(
             f"The index of the shards cannot be written into {path.parent}: {error}. Name a folder that it can be written into: "

@@ -18,6 +18,7 @@ from ldm.data.shard.record import records_of
 from ldm.data.shard.tar import Damaged, read_headers, salvage
 from ldm.data.shard.write import write_shard
 from ldm.errors import AlreadyThere
+from ldm.files.folder import read_json, write_json
 
 SOURCE, LOST = "repair-of.json", "left-out.txt"  # beside the shards
 
@@ -30,11 +31,11 @@ def claim(out: Path, index: Index, fields: dict[str, str]) -> None:
     """
     wanted = {"shards": _all_shards(index), "fields": fields}
     if out.exists():
-        found = json.loads((out / SOURCE).read_text(encoding="utf-8")) if (out / SOURCE).is_file() else None
+        found = read_json(out / SOURCE) if (out / SOURCE).is_file() else None
         if found != wanted:
             raise AlreadyThere(f"{out} is there already, and no repair of these shards; remove it, or write to another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    (out / SOURCE).write_text(json.dumps(wanted, indent=2), encoding="utf-8")
+    write_json(wanted, out / SOURCE)
 
 
 def repair(index: Index, fields: dict[str, str], out: Path) -> tuple[int, int]:

@@ -6,11 +6,7 @@ A shard appears under its name only when it is whole, and so does a folder of th
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,8 @@ from webdataset import TarWriter
 
 from ldm.data.shard.decode import decoder
 from ldm.errors import AlreadyThere, Refusal
+from ldm.files.folder import write_json
+from ldm.files.whole import whole, whole_folder
 
 
 def write_shards(samples: Iterable[Mapping[str, Any]], folder: str | Path, per_shard: int = 1000) -> list[str]:
@@ -38,13 +36,8 @@ def write_shards(samples: Iterable[Mapping[str, Any]], folder: str | Path, per_s
     folder = Path(folder)
     if folder.exists():
         raise AlreadyThere(f"{folder} is there already; remove it, or write to another folder.")
-    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    part.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as part:
         _write_all(samples, part, per_shard)
-        _move(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return sorted(str(path) for path in folder.glob("*.tar"))
 
 
@@ -54,24 +47,17 @@ def write_shard(samples: Iterable[Mapping[str, Any]], path: Path) -> int:
     Raises:
         Refusal: no samples, or a member that could not be read back.
     """
-    start, part, count = time.time(), path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}"), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with part.open("wb") as file:
-            with TarWriter(file, mtime=0) as tar:
-                for sample in samples:
-                    count += 1
-                    for member in sample.keys() - {"__key__"}:
-                        decoder(member)  # refuses what could not be read back
-                    tar.write(dict(sample))
-            file.flush()
-            os.fsync(file.fileno())
+    start, count = time.time(), 0
+    with whole(path) as part:
+        with part.open("wb") as file, TarWriter(file, mtime=0) as tar:
+            for sample in samples:
+                count += 1
+                for member in sample.keys() - {"__key__"}:
+                    decoder(member)  # refuses what could not be read back
+                tar.write(dict(sample))
         if not count:
             raise Refusal(f"There are no samples to write into {path}.")
         _write_statistics(path, count, start)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return count
 
 
@@ -97,13 +83,4 @@ def _write_statistics(path: Path, count: int, start: float) -> None:
         "end_time": time.time(),
         "status_dict": {"success": count},
     }
-    path.with_name(f"{path.stem}_stats.json").write_text(json.dumps(stats, indent=4), encoding="utf-8")
-
-
-def _move(part: Path, folder: Path) -> None:
-    """Gives the finished folder its name, unless another process was faster."""
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
+    write_json(stats, path.with_name(f"{path.stem}_stats.json"))

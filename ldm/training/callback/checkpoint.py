@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, and the search for the newest good one."""
 
-import errno
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,7 +11,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_warn
 
 from ldm.errors import NotFound, NotWritten, Refusal
-from ldm.files.folder import LaterFormat, present, write_whole
+from ldm.files.folder import LaterFormat, present
+from ldm.files.whole import remove_halves, write_whole
 from ldm.training.parallel.sharded import FOLDER, check_folder, read_folder, write_folder
 
 
@@ -40,7 +40,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             self.failed += 1
             if self.failed > self.forgive:
                 raise
-            rank_zero_warn(f"{error.strerror}. Training goes on; {self.forgive - self.failed} more such failures are forgiven.")
+            rank_zero_warn(f"{error}. Training goes on; {self.forgive - self.failed} more such failures are forgiven.")
         else:
             self.failed = 0
 
@@ -59,7 +59,7 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
         torch.save(checkpoint, path)
     except RuntimeError as error:
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise NotWritten(errno.EIO, f"torch.save failed with {free:,.0f} MiB free: {str(error).splitlines()[0]}") from error
+        raise NotWritten(f"torch.save failed with {free:,.0f} MiB free: {str(error).splitlines()[0]}") from error
 
 
 class AtSteps(pl.callbacks.ModelCheckpoint):
@@ -151,8 +151,7 @@ def resume_from(resume: str, folder: Path) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        for half in list(folder.rglob(".*.ckpt.*part")):  # of a process that was killed while saving
-            shutil.rmtree(half, ignore_errors=True) if half.is_dir() else half.unlink(missing_ok=True)
+        remove_halves(folder, "*.ckpt")
         return newest(folder)
     if not Path(resume).exists():
         raise NotFound(f"resume={resume}: there is no such file. Use auto, never, or a path to a .ckpt file.")

@@ -11,7 +11,8 @@ from ldm.errors import Refusal
 from ldm.evaluation.pictures import Drawings, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version, entries, tell
 from ldm.evaluation.run import measure
-from ldm.measure import Metric, weights_sha256
+from ldm.files.weights import weights_hash
+from ldm.measure import Metric
 from ldm.training.callback.ema import averaged
 from ldm.training.parallel.sharded import Sharded
 from ldm.types import Guidance, Sampler
@@ -93,7 +94,7 @@ class Evaluate(pl.Callback):
     def _measure(self, module: pl.LightningModule, step: int) -> dict[str, dict[str, Any]]:
         model = getattr(module, "model", None)
         autoencoder, device = model.autoencoder if model else module.autoencoder, module.device
-        weights, used = weights_sha256(model or autoencoder), {}
+        weights, used = weights_hash(model or autoencoder), {}
 
         def use(kind: str, source: Any) -> Any:
             used[kind] = source

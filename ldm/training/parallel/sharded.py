@@ -4,8 +4,6 @@ A checkpoint is one file, the same as without sharding, so that a run may go on 
 holds, a folder to which every rank writes its part. Either is read on any number of ranks.
 """
 
-import errno
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +24,8 @@ from torch.optim import Optimizer
 
 from ldm.errors import NotWritten, Refusal
 from ldm.files.folder import present
+from ldm.files.process import rank
+from ldm.files.whole import END, replace_folder
 from ldm.training.callback.compile import blocks_of
 
 FOLDER = "folder"  # what the strategy tells the checkpoint plugin where all ranks write
@@ -139,7 +139,7 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: nothing could be written, on all ranks alike; what stood at `path` before still stands.
     """
-    part, tensors = path.with_name(f".{path.name}.part"), {}
+    part, tensors = path.with_name(f".{path.name}{END}"), {}  # one name on all ranks
 
     def put(place: str, tensor: Tensor) -> Tensor:
         tensors[place] = tensor
@@ -147,7 +147,7 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
 
     plain = mapped(checkpoint, put)
     plain["sharded"] = [place for place, tensor in tensors.items() if isinstance(tensor, DTensor)]
-    first = torch.distributed.get_rank() == 0
+    first = rank() == 0
     try:
         if first:
             shutil.rmtree(part, ignore_errors=True)
@@ -159,18 +159,14 @@ def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
     if reason[0] is not None:
         if first:
             shutil.rmtree(part, ignore_errors=True)
-        raise NotWritten(errno.EIO, f"{path} could not be written ({reason[0]}); nothing that was saved before is lost")
+        raise NotWritten(f"{path} could not be written ({reason[0]}); nothing that was saved before is lost")
 
 
 def _put_in_place(plain: dict[str, Any], part: Path, path: Path) -> str | None:
     """Completes a folder and gives it its name; -> why that could not be."""
     try:
         torch.save(plain, part / PLAIN)
-        old = path.with_name(f".{path.name}.old.part")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(part, path)
     except (OSError, RuntimeError) as error:
         return str(error)
     return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
+from ldm.files.process import world
 from ldm.training.base import clip, reduce_sum
 from ldm.training.callback.guard import skip_where
 from ldm.training.resume import keep_settings
@@ -96,7 +97,6 @@ def balance_of(reconstruction: Tensor, generator: Tensor, last_layer: nn.Paramet
     """
     losses = (reconstruction, generator)
     gradients = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses])
-    if torch.distributed.is_initialized():
-        gradients = reduce_sum(gradients) / torch.distributed.get_world_size()
+    gradients = reduce_sum(gradients) / world()
     first, second = gradients.flatten(1).norm(dim=1)
     return (first / (second + 1e-4)).clamp(max=1e4)

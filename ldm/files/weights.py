@@ -1,0 +1,126 @@
+"""Weights in files: read without ever running code, and known by what is in them."""
+
+import hashlib
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.errors import NotFound, Refusal, Unreachable
+from ldm.files.content import file_content
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+NESTS = ("state_dict", "ema", "model")  # where a training's checkpoint has its weights, the first that is there
+
+
+class Inert:
+    """Stands for a class that an old checkpoint names, such as a callback; holds nothing and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# sd-v1-4.ckpt names Lightning's callback as a key, DiT's training keeps its arguments; anything else that is no tensor or
+# plain container stays refused.
+STUBS: list[Any] = [(Inert, f"pytorch_lightning.callbacks.{place}ModelCheckpoint") for place in ("model_checkpoint.", "")]
+STUBS += [(Inert, "argparse.Namespace")]
+# Numbers that training noted beside the weights, such as a loss: data, and no code.
+STUBS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+STUBS += [np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
+
+
+def read_weights(path: Path, sha256: str | None = None, option: str = "", instead: str = "") -> dict[str, Tensor]:
+    """Tensors by name out of anybody's file: safetensors, or a pickle of tensors, today's or of before torch 1.6.
+
+    They are mapped into memory where the file allows it: load them into a network (which copies), or clone them. What a
+    checkpoint holds beside its weights is left out.
+
+    Args:
+        sha256: what the file must have, in hex, or how that begins; compared before anything is read.
+        option: the setting to name in errors, such as `loss.weights`. instead: what to do about them, a sentence.
+
+    Raises:
+        NotFound: there is no such file. Refusal: its sha256 is another; it is damaged, holds code, or holds no weights.
+    """
+    name, instead = f"{option}={path}" if option else str(path), f" {instead}" if instead else ""
+    if not path.is_file():
+        raise NotFound(f"{name}: there is no such file.{instead}")
+    if path.suffix != ".safetensors" and path.suffix not in PICKLES:
+        raise Refusal(f"{name} is none of .safetensors, {', '.join(PICKLES)}.{instead}")
+    if sha256 is not None and not (found := file_content(path)).startswith(sha256.lower()):
+        raise Refusal(f"{name} has sha256 {found}, not {sha256}: it is damaged, or another network with other numbers.{instead}")
+    return load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path, name, instead)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        Refusal: the file is cut off or no safetensors.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
+
+
+def download(url: str, sha256: str | None = None, instead: str = "") -> dict[str, Tensor]:
+    """Published weights, fetched once into torch's hub folder.
+
+    Args:
+        sha256: what the file must have, each time that it is read; by default what its name ends in, where that is the beginning
+            of its sha256, as torchvision's are (`vgg16-397923af.pth`).
+        instead: what a person without a network can do, a sentence.
+
+    Raises:
+        Unreachable: it could not be fetched. Refusal: it is damaged.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)
+    sha256 = sha256 or (digits and digits[1])
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: what came has another sha256
+            raise Unreachable(f"{url} could not be downloaded ({error}). Copy it to {path}. {instead}") from error
+    return read_weights(path, sha256, instead=f"Remove it, and {url} is fetched again.")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """-> sha256, in hex, over the names, shapes and numbers of a module's weights and statistics, whatever their precision: the
+    same network has the same, wherever it was loaded from. provenance.json holds it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals(STUBS):
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # what damaged bytes may raise has no end
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        reason = f"it names {code[1]}" if code else type(error).__name__
+        raise Refusal(f"{name} does not load as plain tensors ({reason}). It is damaged, or holds code.{instead}") from error
+    kind = type(held).__name__
+    if isinstance(held, dict):
+        held = next((held[nest] for nest in NESTS if isinstance(held.get(nest), dict)), held)
+    weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
+    if not weights:
+        raise Refusal(f"{name} holds a {kind} and no tensors by name: it is no model's weights.{instead}")
+    return weights

@@ -1,0 +1,100 @@
+"""Files and folders appear whole or not at all: they are written beside their place, brought to the disk, and then renamed."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldm.errors import NotWritten
+
+END = ".part"  # of what is being written, or was when its process was killed: `.NAME.SOMETHING.part` beside NAME
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives the block a temporary path; the file that it writes there becomes `path` when the block ends without an exception.
+
+    Raises:
+        OSError: it could not be written; what stood at `path` before still stands.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{END}")
+    try:
+        yield part
+        _to_disk(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """As `whole`, for a folder, which is there, and empty, when the block begins. If another process has finished the same folder
+    by the end of the block, that one stays.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{END}")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
+        try:
+            os.rename(part, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def replace_folder(part: Path, path: Path) -> None:
+    """Gives a finished folder its name; one that has this name is kept until then, and goes.
+
+    Raises:
+        OSError: it could not be renamed; what stood at `path` before still stands.
+    """
+    old = path.with_name(f".{path.name}.old{END}")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(part, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls write(temporary path), flushes it to the disk and renames it to `path`.
+
+    Raises:
+        NotWritten: nothing could be written; what stood at `path` before still stands.
+    """
+    try:
+        with whole(path) as part:
+            write(part)
+    except OSError as error:
+        raise NotWritten(
+            f"{path} could not be written ({error.strerror or error}); nothing that was saved before is lost. Free space, or "
+            "choose another place (runs=FOLDER, out=FOLDER)",
+        ) from error
+
+
+def remove_halves(folder: Path, pattern: str) -> None:
+    """Removes what killed processes left half written, anywhere below a folder, of files and folders called `pattern`."""
+    for half in list(folder.rglob(f".{pattern}*{END}")):
+        shutil.rmtree(half, ignore_errors=True) if half.is_dir() else half.unlink(missing_ok=True)
+
+
+def _to_disk(file: Path) -> None:
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
