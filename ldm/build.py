@@ -154,7 +154,7 @@ def _is_own(path: Path) -> bool:
 def frozen_parts(model: LatentModel) -> list[str]:
     """The parts of a latent model that come from elsewhere: its autoencoder, and what its conditions declare frozen."""
     embedders = model.conditioner.embedders.items()
-    return ["autoencoder", *(f"conditioner.embedders.{n}.{part}" for n, e in embedders for part in getattr(e, "frozen", ()))]
+    return ["autoencoder", *(f"conditioner.embedders.{n}.{part}" for n, e in embedders for part in e.frozen)]
 
 
 def load_autoencoder(path: str) -> nn.Module:

@@ -87,7 +87,7 @@ class Diffusion(Stage):
 
     def _tell_of_cut(self, least: int) -> None:
         for name, embedder in self.model.conditioner.embedders.items() if self.global_rank == 0 else ():
-            cut = getattr(embedder, "cut", None)
+            cut = embedder.cut
             if cut is not None and cut.cut and cut.seen >= least and name not in self.told_of_cut:
                 self.told_of_cut.add(name)
                 print(f"condition.{name}: {cut}", flush=True)
