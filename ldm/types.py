@@ -166,6 +166,13 @@ class Schedule(Protocol):
         """log(sigma / alpha): (*) -> t: (*) in [0, 1]."""
 
 
+@runtime_checkable
+class Terminal(Protocol):
+    """A schedule that can be told to leave no signal at t = 1."""
+
+    zero_terminal_snr: bool
+
+
 class Prediction(Protocol):
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """What the network should say, (B, C, H, W)."""
@@ -229,7 +236,7 @@ class InTraining(Conditioned, Protocol):
 
 
 class Objective(Protocol):
-    """It may also have `frozen`: names of its modules that come from elsewhere. They are not trained, nor in checkpoints."""
+    """It may also be a `Freezes`."""
 
     def __call__(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """batch: what the shards hold; x: (B, C, H, W) its clean latents; cond: its condition, dropped now and then.
@@ -291,6 +298,69 @@ class StandIn(Protocol):
 
     def original(self) -> Autoencoder:
         """That one, read, and compared with what this was told of it."""
+
+
+class Samples(Protocol):
+    """A split of the data."""
+
+    index: Any  # of its shards; `fingerprint()` is theirs
+    selection: Any  # which of the index' samples; `content()` is its hash
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def captions(self) -> list[str]:
+        """All captions, in order."""
+
+
+class DataModule(Protocol):
+    """What stages, evaluation and commands ask of data; beside it, a Lightning data module's hooks."""
+
+    train: Any
+    val: Any
+    train_set: Samples
+    val_set: Samples | None
+    fields: Mapping[str, str]  # batch field -> member of the shards
+    filters: Mapping[str, Any]
+    size: int  # pixels
+    sizes: Sequence[tuple[int, int]]  # of training pictures, height and width
+    trainer: Any
+
+    def prepare_data(self) -> None:
+        """Writes and indexes what must be there, once on each node."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Checks the samples, on every process."""
+
+    def ordered(self, split: str, batch: int, rank: int = 0, world: int = 1) -> Iterable[Batch]:
+        """Every sample of a split once, in order, over all `world` processes."""
+
+    def parts(self, split: str) -> tuple[Sequence[Any], Sequence[tuple[int, int]]]:
+        """-> the selected samples of each bucket, and its height and width."""
+
+    def rows(self, split: str, chosen: Sequence[int]) -> Batch:
+        """The chosen samples of a split as one batch."""
+
+    def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
+        """The same on the device."""
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Pictures and arrays as float32, on the device."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A stage of training that may be of a latent model."""
+
+    def latent_model(self) -> Any | None:
+        """The model with its `autoencoder` and `conditioner`; None where another part is trained."""
+
+
+@runtime_checkable
+class Freezes(Protocol):
+    """An objective, a torch module, some of whose modules come from elsewhere: they are not trained, nor in checkpoints."""
+
+    frozen: tuple[str, ...]
 
 
 class AdversarialLoss(Protocol):

@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.autoencoder.identity import Identity
+from ldm.autoencoder.vq import VQ
 from ldm.command import precompute as command
 from ldm.compose import compose_config
 from ldm.condition.cached_text import CachedText, embed, save_null
 from ldm.conditioner import Conditioner
 from ldm.drawing.request import read_request
 from ldm.embedder import OPTIONAL, Condition, complete
+from ldm.files.lightning import are_logs_due, begin_step_anew, listen_with
+from ldm.training.callback.ema import EMA
+from ldm.training.callback.power_ema import PowerEMA
+from ldm.training.protocols import Average, Quantised, averages_in
 from ldm.types import Cond, Embedder, Widths
 
 NO = torch.zeros(2, dtype=torch.bool)
@@ -83,3 +89,28 @@ def test_a_text_tower_of_the_users_own_is_cached_under_whatever_name(tmp_path, m
     chosen = shlex.split(" ".join(word for word in words))
     load = compose_config("train", chosen).condition.cached_text.load
     assert dict(load) == {"_target_": f"{__name__}.Tower", "_partial_": True, "key": "title", "rows": 128}
+
+
+def test_an_average_is_known_by_what_it_keeps_whatever_its_callback_is_called():
+    kept = {"model.w": torch.ones(2)}
+    states = {
+        "Mine{'decay': 0.9}": {"average": kept, "n": 3},
+        "EMAfter": {"updates": 2},
+        "PowerEMA": {"averages": {"0.050": kept}},
+    }
+    assert averages_in({"callbacks": states}) == kept and averages_in({}) == {}
+    assert isinstance(EMA(), Average) and not isinstance(PowerEMA("x", 1), Average)
+
+
+def test_a_codebook_is_known_by_what_it_does():
+    small = {"channels": 2, "width": 4, "mult": (1,), "res_blocks": 1, "groups": 2, "codes": 4}
+    assert isinstance(VQ(**small), Quantised) and VQ(**small).codes() == 4 and not isinstance(Identity(), Quantised)
+
+
+@pytest.mark.parametrize(
+    ("reach", "name"),
+    [(are_logs_due, "_logger_connector"), (begin_step_anew, "fit_loop"), (lambda t: listen_with(t, print), "_signal_connector")],
+)
+def test_a_lightning_without_what_is_reached_for_is_named(reach, name):
+    with pytest.raises(ValueError, match=rf"needs pytorch-lightning >= 2\.6, < 2\.7; found \d.*SimpleNamespace has no {name}"):
+        reach(SimpleNamespace(accumulate_grad_batches=1))

@@ -36,6 +36,7 @@ from ldm.data.shard.index import Damage, Index
 from ldm.data.shard.selection import Selection
 from ldm.data.shard.source import Sources, expand, owners
 from ldm.errors import Refusal
+from ldm.files.lightning import begin_step_anew
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}
@@ -202,10 +203,7 @@ class Shards(pl.LightningDataModule):
             return batch
         if self.progress.resumed:
             self.progress.resumed = False
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            lost = progress.ready % self.trainer.accumulate_grad_batches
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(progress, name, getattr(progress, name) - lost)
+            begin_step_anew(self.trainer)
         if len(self.sizes) > 1:
             self.report(self.steps, int(batch["position"][0]) // self.batch, self.trainer)
         return batch

@@ -30,7 +30,7 @@ from ldm.data.shard.decode import BadSample, View, is_array, is_image
 from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shard
 from ldm.errors import Refusal
-from ldm.types import Autoencoder, Embedder, StandIn
+from ldm.types import Autoencoder, DataModule, Draws, Embedder, StandIn
 
 RECORD = "provenance.json"
 REST = ("txt", "cls", "json")  # members that go along, where a sample has them
@@ -42,7 +42,7 @@ Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]
 @torch.no_grad()
 def write_latents(
     autoencoder: nn.Module,
-    data: Any,
+    data: DataModule,
     split: str,
     folder: Path,
     batch: int,
@@ -81,7 +81,7 @@ def about(autoencoder: nn.Module, half: bool = False, text: Embedder | None = No
     return {"autoencoder": weights_hash(autoencoder), **_about_text(text), "precision": "float16" if half else "float32"}
 
 
-def shape_of(data: Any) -> dict[str, Any]:
+def shape_of(data: DataModule) -> dict[str, Any]:
     """How a data module brings pictures to size."""
     return {"size": data.size, "buckets": [list(size) for size in data.sizes], "crop": "center"}
 
@@ -95,14 +95,14 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_provenance(data: Any, stage: Any) -> None:
+def check_provenance(data: DataModule, stage: Any) -> None:
     """Compares the latents that a stage is to be trained and validated on with its model, also with what this reads only when
     it draws, and those of several folders with each other.
 
     Raises:
         Refusal: another autoencoder or text tower made them, they are of another size or precision, or are not all there.
     """
-    model, members = getattr(stage, "model", None), data.fields.values()
+    model, members = stage.latent_model() if isinstance(stage, Draws) else None, data.fields.values()
     if model is None or any(is_image(member) for member in members) or not any(is_array(member) for member in members):
         return
     autoencoder = model.autoencoder.original() if isinstance(model.autoencoder, StandIn) else model.autoencoder
@@ -188,7 +188,7 @@ def _places(selections: Sequence[Any], sizes: Sequence[tuple[int, int]], rows: r
 
 def _encoded(
     autoencoder: Autoencoder,
-    data: Any,
+    data: DataModule,
     loaded: Loaded,
     places: Iterator[list[Place]],
     device: Any,
