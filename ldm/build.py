@@ -24,6 +24,7 @@ from ldm.files.moved import moved
 from ldm.model import LatentModel
 from ldm.nn.empty import weighted, weightless
 from ldm.training.callback.checkpoint import newest, read_checkpoint
+from ldm.training.protocols import averages_in
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
@@ -119,13 +120,14 @@ def build_stage(config: DictConfig) -> Any:
             model["condition"] = chosen(model["condition"], "condition")
     stage = build(plain["training"], allowed(config))
     stage.recipe = recipe
-    frozen = frozen_parts(stage.model) if hasattr(stage, "model") else ()
+    model = stage.latent_model()
+    frozen = () if model is None else frozen_parts(model)
     stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)
     if config.model.init is not None:
         from ldm.interop.begin import begin  # which loads open_clip and torchvision
 
-        part = next(name for name in ("model", "autoencoder", "clip") if hasattr(stage, name))
-        print(begin(getattr(stage, part), _beginning(part, config.model.init, recipe), config.model.init, frozen), flush=True)
+        weights = _beginning(stage.trains, config.model.init, recipe)
+        print(begin(stage.get_submodule(stage.trains), weights, config.model.init, frozen), flush=True)
     return stage
 
 
@@ -154,7 +156,7 @@ def _is_own(path: Path) -> bool:
 def frozen_parts(model: LatentModel) -> list[str]:
     """The parts of a latent model that come from elsewhere: its autoencoder, and what its conditions declare frozen."""
     embedders = model.conditioner.embedders.items()
-    return ["autoencoder", *(f"conditioner.embedders.{n}.{part}" for n, e in embedders for part in getattr(e, "frozen", ()))]
+    return ["autoencoder", *(f"conditioner.embedders.{n}.{part}" for n, e in embedders for part in e.frozen)]
 
 
 def load_autoencoder(path: str) -> nn.Module:
@@ -174,7 +176,7 @@ def load_autoencoder(path: str) -> nn.Module:
     weights = {name: x.float() if x.is_floating_point() else x for name, x in read_weights(folder / "model.safetensors").items()}
     with weighted():
         autoencoder.load_state_dict(weights, assign=True)
-    if hasattr(autoencoder, "count") and not autoencoder.count:
+    if "count" in weights and not weights["count"]:
         raise Refusal(
             f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "
             "the end of its training: run its `python train.py ...` command again to finish it, or, for weights from elsewhere, "
@@ -235,7 +237,5 @@ def _from_checkpoint(path: Path, part: str = "model") -> tuple[dict, dict]:
     """The recipe and the weights of a stage's `part`, averaged where the checkpoint has averages."""
     checkpoint, prefix = read_checkpoint(_newest(path)), f"{part}."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.startswith("EMA"):
-            weights |= {k.removeprefix(prefix): v for k, v in state["average"].items() if k.startswith(prefix)}
+    weights |= {k.removeprefix(prefix): v for k, v in averages_in(checkpoint).items() if k.startswith(prefix)}
     return checkpoint["recipe"], weights

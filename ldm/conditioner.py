@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.embedder import complete
 from ldm.errors import Refusal
 from ldm.types import Batch, Cond, Draw, Embedder, Widths
 
@@ -15,6 +16,7 @@ class Conditioner(nn.Module):
 
     The null condition is not another code path: it is dropout of everything that is ever dropped. A rate of 0 means
     that a condition is never dropped, not in the null either. `hole`: the fields of an inpainting model's picture and mask.
+    An embedder may lack the members that embedder.py has defaults for: it gets them here.
 
     Raises:
         Refusal: a rate that is no share.
@@ -25,10 +27,10 @@ class Conditioner(nn.Module):
         for name, embedder in embedders.items():
             if not 0 <= embedder.rate <= 1:
                 raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
-        self.embedders = nn.ModuleDict(embedders)
+        self.embedders = nn.ModuleDict({name: complete(embedder) for name, embedder in embedders.items()})
         self.widths = sum((e.widths for e in self.embedders.values()), Widths())
         self.fields = tuple(dict.fromkeys(field for e in self.embedders.values() for field in self.fields_of(e)))
-        self.hole = next((e.hole for e in self.embedders.values() if hasattr(e, "hole")), None)
+        self.hole = next((e.hole for e in self.embedders.values() if e.hole), None)
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
         """Reads each embedder's fields of the batch.
@@ -55,13 +57,12 @@ class Conditioner(nn.Module):
         """The batch, with the fields that its conditions derive from others where it lacks them."""
         filled = dict(batch)
         for embedder in self.embedders.values():
-            if hasattr(embedder, "derive"):
-                filled |= embedder.derive(filled, draw)
+            filled |= embedder.derive(filled, draw)
         return filled
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
         """What conditions with a picture to them were told, by name: (B, 3, h, w) in [-1, 1] each."""
-        shown = {n: e.show(_value(n, e, self.fill(batch))) for n, e in self.embedders.items() if hasattr(e, "show")}
+        shown = {n: e.show(_value(n, e, self.fill(batch))) for n, e in self.embedders.items()}
         return {name: picture for name, picture in shown.items() if picture is not None}
 
     @staticmethod
@@ -75,7 +76,7 @@ class Conditioner(nn.Module):
     @staticmethod
     def _drop(name: str, embedder: Embedder, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
-            return draw.uniform(f"drop/{getattr(embedder, 'stands_for', name)}") < embedder.rate
+            return draw.uniform(f"drop/{embedder.stands_for or name}") < embedder.rate
         return torch.full((count,), only is not None and name not in only and embedder.rate > 0)
 
 

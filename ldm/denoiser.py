@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
-from ldm.types import Backbone, Cond, Prediction, Schedule, like
+from ldm.types import Backbone, Cond, Prediction, Schedule, Terminal, like
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _fitting(maps: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_terminal(schedule: Schedule, prediction: Prediction) -> None:
-    if not getattr(schedule, "zero_terminal_snr", False):
+    if not (isinstance(schedule, Terminal) and schedule.zero_terminal_snr):
         return
     one = torch.ones((), dtype=torch.float64)
     alpha, sigma = schedule(one)

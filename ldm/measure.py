@@ -52,6 +52,13 @@ class Extractor(Protocol):
         """images: (B, 3, height, width) in [-1, 1] -> `features` (B, D), and whatever else it has to say, (B, ...) each."""
 
 
+@runtime_checkable
+class Published(Protocol):
+    """An extractor of whose features others publish statistics, as `mu` and `sigma` in an .npz."""
+
+    statistics: str  # what these are of, such as `inception`
+
+
 class Metric(Protocol):
     """Numbers about a set of pictures.
 
@@ -79,6 +86,14 @@ class Showing(Protocol):
 
     def show(self, pictures: Callable[[Sequence[int]], Tensor], real: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """Makers of judged and real pictures by number, (B, 3, h, w) in [-1, 1] -> pictures in two rows, (2 B, 3, h, w)."""
+
+
+@runtime_checkable
+class FromMoments(Protocol):
+    """A metric that of a reference needs no more than statistics of its features."""
+
+    def knows(self, statistics: str) -> bool:
+        """Whether statistics of these features, such as `inception`, do."""
 
 
 def transformed(images: Tensor, transform: Callable[[Image.Image], Tensor]) -> Tensor:

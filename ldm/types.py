@@ -17,7 +17,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,13 @@ class Schedule(Protocol):
         """log(sigma / alpha): (*) -> t: (*) in [0, 1]."""
 
 
+@runtime_checkable
+class Terminal(Protocol):
+    """A schedule that can be told to leave no signal at t = 1."""
+
+    zero_terminal_snr: bool
+
+
 class Prediction(Protocol):
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """What the network should say, (B, C, H, W)."""
@@ -229,7 +236,7 @@ class InTraining(Conditioned, Protocol):
 
 
 class Objective(Protocol):
-    """It may also have `frozen`: names of its modules that come from elsewhere. They are not trained, nor in checkpoints."""
+    """It may also be a `Freezes`."""
 
     def __call__(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """batch: what the shards hold; x: (B, C, H, W) its clean latents; cond: its condition, dropped now and then.
@@ -239,21 +246,39 @@ class Objective(Protocol):
 
 
 class Embedder(Protocol):
-    """One condition. It may also have, where it wants more than a field as the shards hold it:
-
-    derive(batch, draw) -> {field: value}     what the batch lacks and other fields tell; draw is None outside training
-    check(asked)                          refuses what a person writes, {field: N of it}, before it is read
-    read(field, asked, size) -> value         what a person writes for a field, N of it, for pictures of size (height, width)
-    show(value) -> (B, 3, h, w)               a picture of what it was told, in [-1, 1]
-    unasked(field, size) -> list | None       what a person means who does not write it; None: it must be written
-    """
+    """One condition. It may leave out all but `key`, `rate`, `widths` and the call: embedder.py has the defaults."""
 
     key: str | tuple[str, ...]  # the batch field it reads, or several
     rate: float
     widths: Widths
+    frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
+    hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
+    stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
+    cut: Any  # counts captions that were cut (`seen`, `cut`) and says so by `str`; None where there is nothing to say
 
     def __call__(self, value: Any, drop: Tensor) -> Cond:
         """value: the field, or one of each; drop: (B) bool, on the CPU, True where nothing must be told."""
+
+    def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
+        """What the batch lacks and other fields tell, by field; draw is None outside training."""
+
+    def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
+        """Refuses what a person writes, by field N of it, before it is read."""
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Any:
+        """What a person writes for a field, N of it, for pictures of size (height, width) -> what a batch of N holds."""
+
+    def show(self, value: Any) -> Tensor | None:
+        """value: as in the call -> a picture of what it was told, (B, 3, h, w) in [-1, 1]."""
+
+    def unasked(self, field: str, size: tuple[int, int]) -> list[Any] | None:
+        """What a person means who does not write a field; None: it must be written."""
+
+    def settings(self) -> dict[str, Any] | None:
+        """Of a text whose embeddings can be kept ahead of time: plain values that decide, besides its weights, what it says."""
+
+    def original(self) -> Embedder | None:
+        """Of one that reads what another said ahead of time: that other one, read and compared with what is kept, or None."""
 
 
 class Autoencoder(Protocol):
@@ -265,6 +290,77 @@ class Autoencoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) whitened -> (B, 3, f * H, f * W) in [-1, 1]."""
+
+
+@runtime_checkable
+class StandIn(Protocol):
+    """An autoencoder that training never runs, for one that encoded the data ahead of time."""
+
+    def original(self) -> Autoencoder:
+        """That one, read, and compared with what this was told of it."""
+
+
+class Samples(Protocol):
+    """A split of the data."""
+
+    index: Any  # of its shards; `fingerprint()` is theirs
+    selection: Any  # which of the index' samples; `content()` is its hash
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def captions(self) -> list[str]:
+        """All captions, in order."""
+
+
+class DataModule(Protocol):
+    """What stages, evaluation and commands ask of data; beside it, a Lightning data module's hooks."""
+
+    train: Any
+    val: Any
+    train_set: Samples
+    val_set: Samples | None
+    fields: Mapping[str, str]  # batch field -> member of the shards
+    filters: Mapping[str, Any]
+    size: int  # pixels
+    sizes: Sequence[tuple[int, int]]  # of training pictures, height and width
+    trainer: Any
+
+    def prepare_data(self) -> None:
+        """Writes and indexes what must be there, once on each node."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Checks the samples, on every process."""
+
+    def ordered(self, split: str, batch: int, rank: int = 0, world: int = 1) -> Iterable[Batch]:
+        """Every sample of a split once, in order, over all `world` processes."""
+
+    def parts(self, split: str) -> tuple[Sequence[Any], Sequence[tuple[int, int]]]:
+        """-> the selected samples of each bucket, and its height and width."""
+
+    def rows(self, split: str, chosen: Sequence[int]) -> Batch:
+        """The chosen samples of a split as one batch."""
+
+    def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
+        """The same on the device."""
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Pictures and arrays as float32, on the device."""
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A stage of training that may be of a latent model."""
+
+    def latent_model(self) -> Any | None:
+        """The model with its `autoencoder` and `conditioner`; None where another part is trained."""
+
+
+@runtime_checkable
+class Freezes(Protocol):
+    """An objective, a torch module, some of whose modules come from elsewhere: they are not trained, nor in checkpoints."""
+
+    frozen: tuple[str, ...]
 
 
 class AdversarialLoss(Protocol):

@@ -15,7 +15,8 @@ ALLOWED = {
     "schedule": set(),
     "prediction": set(),
     "denoiser": {"types"},
-    "conditioner": {"types"},
+    "embedder": {"types"},
+    "conditioner": {"types", "embedder"},
     "model": {"types", "conditioner", "denoiser"},
     "measure": {"types"},
     "check": set(),
@@ -25,6 +26,7 @@ ALLOWED = {
     "nn": set(),
     "tower": {"nn"},
     **{room: {"types", "nn", "tower"} for room in MEMBERS},
+    "condition": {"types", "embedder", "nn", "tower"},
     "metric": {"types", "measure", "tower"},
     "extractor": {"measure", "tower"},
     "data": {"types"},
@@ -33,7 +35,6 @@ ALLOWED = {
     "report": {"evaluation"},
     "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},
     "interop": {"types", "autoencoder", "backbone", "condition", "nn", "tower"},
-    "likelihood": {"types"},
     "__main__": {"check"},
 }
 INSIDE = {  # rooms within a room, each with those beside it that it may know
@@ -50,6 +51,22 @@ CONFINED = {
     "webdataset": {"data"},
     "open_clip": {"condition", "extractor", "loss", "metric", "tower", "training"},
 }
+# getattr(x, "name", default) and hasattr(x, "name"), where x is none of ours, or may be anybody's; `None`: any name
+ASKED_BY_NAME = {
+    ("check.py", None): "what a config names is anything that Python can import",
+    ("command/pack.py", "n_frames"): "Pillow's pictures of one frame have none",
+    ("condition/text.py", "encode"): "open_clip's tokenizers: Hugging Face's have none",
+    ("data/shard/fetch.py", None): "errors of each remote file system's own library",
+    ("extractor/timm.py", "checkpoint_filter_fn"): "timm's modules have one where weights need it",
+    ("files/lightning.py", "scaler"): "Lightning's precision plugins, of which fp16's has one",
+    ("loss/features.py", "transformer"): "open_clip's image towers are of several kinds",
+    ("tower/clip.py", "encode"): "open_clip's tokenizers: Hugging Face's have none",
+    ("tower/clip.py", "token_embedding"): "open_clip's models are of several kinds",
+    ("training/base.py", "_step_supports_amp_scaling"): "torch's fused optimizers alone have it",
+    ("training/callback/bfloat16.py", "bias"): "torch's RMSNorm has none",
+    ("training/callback/compile.py", "blocks"): "any network that callback.compile.parts names; backbones have it",
+    ("training/callback/threads.py", "sched_getaffinity"): "Linux alone has it",
+}
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 
 
@@ -62,7 +79,8 @@ def imports(path):
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     origins = [n for n in nodes if isinstance(n, ast.ImportFrom)]
     assert not any(n.level for n in origins), f"{path}: imports say their full name"
-    return names + [f"ldm.{a.name}" for n in origins if n.module == "ldm" for a in n.names] + [n.module for n in origins]
+    modules = [f"{n.module}.{a.name}" for n in origins if n.module.split(".")[0] == "ldm" for a in n.names]
+    return names + modules + [n.module for n in origins]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LDM)))
@@ -92,6 +110,39 @@ def test_no_mutual_imports():
         if str(path.relative_to(LDM)) not in ALIASES:
             known[room(path)] |= room_names(path) - {room(path)}
     assert not [(a, b) for a in known for b in known[a] if a in known.get(b, ())]
+
+
+def test_no_files_import_in_a_circle():
+    """Imports at the top, under TYPE_CHECKING and within functions alike; an alias of before counts as any other file."""
+    names = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in FILES}
+    left = {name: {n for n in imports(f) if n in names and n != name} for name, f in names.items()}
+    while free := [name for name, known in left.items() if not known & left.keys()]:
+        left = {name: known for name, known in left.items() if name not in free}
+    assert not left, f"in a circle, or on the way to one: {sorted(left)}"
+
+
+def test_nothing_asks_ours_by_name_whether_it_has_a_member():
+    """A Protocol says what is there, embedder.py what is there by default: ask the object."""
+    found = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+                name = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
+                if name is not None and (node.func.id == "hasattr" or len(node.args) == 3):
+                    found.add((str(path.relative_to(LDM)), name))
+    excused = {(file, name) for file, name in found if {(file, name), (file, None)} & ASKED_BY_NAME.keys()}
+    assert found == excused
+    assert {file for file, _ in found} == {file for file, _ in ASKED_BY_NAME}, "an exception that nothing needs any more"
+
+
+def test_lightnings_privates_are_reached_for_in_one_file():
+    """Attributes that begin with an underscore, of anything but self, in the rooms that know Lightning, by word."""
+    words = ("trainer", "strategy", "connector", "plugin", "loop", "progress")
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = ast.unparse(node.value)
+                assert not owner.endswith(words), f"{path}: {ast.unparse(node)} belongs into ldm/files/lightning.py"
 
 
 @pytest.mark.parametrize("path", [*FILES, *ROOT.glob("*.py")], ids=lambda p: str(p.relative_to(ROOT)))

@@ -329,7 +329,7 @@ def test_fewer_shards_than_ranks_and_workers_and_shards_of_one_sample(tmp_path):
     write_shards(samples(), tmp_path / "all", per_shard=COUNT)
     for folder in ("one", "all"):
         data = Shards(tmp_path / folder, tmp_path / folder, size=16, batch=10, window=2, workers=3)
-        data._share = lambda: (4, 5, 1)
+        data.share = lambda: (4, 5, 1)
         assert [len(b["key"]) for b in first(data.train_dataloader(), 4)] == [2] * 4
         assert [p for b in data.val_dataloader() for p in b["position"].tolist()] == [8, 9]
 
@@ -366,7 +366,7 @@ def test_the_stream_has_the_same_fields(folder):
         assert torch.equal(image, sample["image"]) and caption == sample["caption"]
     ranks = []
     for rank in range(2):
-        data._share = lambda rank=rank: (rank, 2, 1)
+        data.share = lambda rank=rank: (rank, 2, 1)
         ranks.append([(p, key) for b in first(data.train_dataloader(), 9) for p, key in zip(b["position"].tolist(), b["key"])])
     assert sorted(p for rank in ranks for p, _ in rank) == list(range(36)) and ranks[0] != ranks[1]
     assert [key for _, key in ranks[0]] != [key for _, key in ranks[1]]

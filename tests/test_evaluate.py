@@ -314,6 +314,8 @@ def test_statistics_alone_do_for_inception_alone(home, folders):
 class Colours:
     """An extractor that takes itself for Inception: the means of the three channels."""
 
+    statistics = "inception"  # as if those in .npz files were of it
+
     def __init__(self):
         self.protocol = {"extractor": "inception of three", "sha256": "0", "resize": "none"}
 
@@ -496,3 +498,20 @@ def test_what_was_seen_of_some_pictures_does_not_serve_for_others(emoji_root):
         for rules in (None, {"caption_length": [None, 6]})
     ]
     assert kept[0] != kept[1]
+
+
+def test_a_card_says_what_was_measured(command, home, tmp_path):
+    """Evaluated beside the model, converted, and read on the card: the number, its error, how it was made."""
+    from ldm.interop.convert import read, write
+
+    shutil.copytree(home / "quickstart" / "diffusion", tmp_path / "model")
+    numbers, _, _ = run(*command, "metric=[nearest]", f"model={tmp_path}/model", "out=null")
+    bundle, _ = read(str(tmp_path / "model"))
+    write(bundle, tmp_path / "converted", "ldm", source=str(tmp_path / "model"))
+    page = (tmp_path / "converted" / "README.md").read_text()
+    for name, value in numbers.items():
+        assert f"- **{name}: {value:.4g}" in page
+    assert " ± " in page and "count: 11" in page and "of: drawing" in page and "Nothing was measured" not in page
+    (tmp_path / "model" / "evaluation" / "metrics.json").write_text('{"fid": 3.0}')
+    write(bundle, tmp_path / "converted", "ldm", source=str(tmp_path / "model"))
+    assert "cannot be read: " in (tmp_path / "converted" / "README.md").read_text()

@@ -41,6 +41,12 @@ class Cached(nn.Module):
             self.kept.append(found.requires_grad_(False))
         return self.kept[0].to(latents.device).decode(latents)
 
+    def original(self) -> Autoencoder:
+        """The autoencoder itself, compared with what this was told of it; it is not kept."""
+        found = self.load()
+        self.compare(found)
+        return found
+
     def compare(self, found: Autoencoder) -> None:
         """Compares the autoencoder that was loaded with what this was told of it.
 

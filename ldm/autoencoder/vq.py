@@ -115,6 +115,18 @@ class VQ(nn.Module):
         share = self._count(numbers.flatten()) / numbers.numel()
         return {"perplexity": torch.special.entr(share).sum().exp(), "usage": (share > 0).float().mean()}
 
+    def codes(self) -> int:
+        """How many vectors the codebook has."""
+        return len(self.codebook)
+
+    def moving(self) -> list[Tensor]:
+        """The tensors that `update` changes."""
+        return [self.codebook.data, self.hits, self.sums]
+
+    def forget(self) -> None:
+        """What was encoded since the last update is not learned from."""
+        self.window.clear()
+
     @torch.no_grad()
     def update(self, step: int, reduce: Callable[[Tensor], Tensor], rank: int = 0, world: int = 1) -> None:
         """Once a training step: counts what its pictures chose, on all ranks, moves the codes, and brings dead ones back.

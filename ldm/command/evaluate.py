@@ -42,6 +42,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     """-> what OUT/metrics.json holds, pictures by kind, the metrics, and what was measured."""
     from ldm.build import allowed, build
     from ldm.command.subject import Subject
+    from ldm.evaluation.pictures import Kept
     from ldm.evaluation.protocol import entries, show, tell
     from ldm.evaluation.run import measure
     from ldm.files.process import meet, rank
@@ -53,7 +54,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     subject = Subject(plain, out)
     numbers, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
     told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
-    kept = {kind: source.pictures() for kind, source in subject.used.items() if hasattr(source, "pictures")}
+    kept = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}
     if rank() == 0:
         tell(told, out)
         show(metrics, subject.used, out)

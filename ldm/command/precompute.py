@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.command.line import command
+from ldm.compose import CONFIGS
 from ldm.errors import Refusal
 from ldm.files.process import process
 
@@ -23,9 +24,9 @@ def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
     from ldm.build import allowed, build, build_members
     from ldm.condition.cached_text import embed, save_null
-    from ldm.condition.text import Text, Texts
     from ldm.data.batch.latents import write_latents
     from ldm.data.usual import KEPT, usual_of
+    from ldm.embedder import complete
     from ldm.files.device import device_of
     from ldm.files.folder import write_json
 
@@ -36,9 +37,12 @@ def precompute(config: DictConfig) -> Path:
     data = build(config.data, allowed(config), batch=1)  # no bucket is too small to be encoded
     data.prepare_data()
     data.setup()
-    members = {name: member.to(device).eval() for name, member in build_members(config, "condition").items()}
-    if len(members) > 1 or not all(isinstance(member, Text | Texts) for member in members.values()):
-        raise Refusal(f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text].")
+    members = {name: complete(member).to(device).eval() for name, member in build_members(config, "condition").items()}
+    if len(members) > 1 or any(member.settings() is None for member in members.values()):
+        raise Refusal(
+            f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text]. One of your "
+            "own says by `settings()` what its text depends on beside its weights (ldm/embedder.py)."
+        )
     text = next(((member, partial(embed, member)) for member in members.values()), None)
     splits = ("train", "val") if data.val_set else ("train",)
     for split in splits:
@@ -64,14 +68,19 @@ def precompute(config: DictConfig) -> Path:
 def _words(name: str, text: Any, config: DictConfig) -> list[str]:
     """The settings of condition=[cached_text] that stand for the text condition `name`."""
     from ldm.condition.cached_text import embed
-    from ldm.condition.text import Text
 
     use = ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
     use += [] if name == "text" else [f"condition.cached_text.stands_for={name}"]
-    if isinstance(text, Text):
-        settings = OmegaConf.to_container(config.condition[name], resolve=True)
-        settings = {key: json.dumps(value) for key, value in settings.items() if key not in OTHERS}
+    use += [] if text.key == "caption" else [f"condition.cached_text.key={text.key}"]
+    node = OmegaConf.to_container(config.condition[name], resolve=True)
+    settings = {key: json.dumps(value) for key, value in node.items() if key not in OTHERS}
+    usual = OmegaConf.load(CONFIGS / "condition" / "cached_text.yaml").cached_text.load._target_
+    if node["_target_"] == usual:
         use += [shlex.quote(f"++condition.cached_text.load.{key}={value}") for key, value in settings.items()]
+    elif not any(isinstance(value, dict) for value in node.values()):
+        made = {"_target_": json.dumps(node["_target_"]), "_partial_": "true", "key": json.dumps(text.key), **settings}
+        made = ", ".join(f"{key}: {value}" for key, value in made.items())
+        use += ["'~condition.cached_text.load'", shlex.quote(f"+condition.cached_text.load={{{made}}}")]
     return use + [f"+data.fields.{text.key}_{member.split('.')[1]}={member}" for member in embed(text, [""])]
 
 

@@ -9,13 +9,14 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from ldm.embedder import Condition
 from ldm.errors import NotFound
 from ldm.types import Cond, Widths
 
 PADDING = "[PAD]"
 
 
-class Bert(nn.Module):
+class Bert(Condition):
     """A caption -> tokens (B, L, D) of a bidirectional transformer (LDM, 2112.10752, appendix E.2.1 and table 17).
 
     `vocabulary` is a folder with BERT's uncased `vocab.txt`. Captions are cut or padded to `length` words; the padding is

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm.condition.text import Text, Texts
+from ldm.embedder import Condition, complete
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import load_tensors, save_tensors
-from ldm.types import Batch, Cond, Draw, Widths
+from ldm.types import Batch, Cond, Draw, Embedder, Widths
 
 PARTS = ("tokens", "mask", "vector")  # of a Cond; in the shards `text.<part>.npy`, in a batch `caption_<part>`
 NULL = "null.safetensors"
@@ -22,7 +22,7 @@ class Embedded(str):
     said: dict[str, Tensor]
 
 
-class CachedText(nn.Module):
+class CachedText(Condition):
     """Stands in for the text condition that the shards' embeddings were made with (`embed`, `save_null`).
 
     path: the folder with null.safetensors, what that text says of a dropped caption.
@@ -34,7 +34,7 @@ class CachedText(nn.Module):
     """
 
     def __init__(
-        self, load: Callable[[], Text | Texts], path: str, key: str = "caption", rate: float = 0.1, stands_for: str = "text"
+        self, load: Callable[[], Embedder], path: str, key: str = "caption", rate: float = 0.1, stands_for: str = "text"
     ) -> None:
         super().__init__()
         if not (Path(path) / NULL).is_file():
@@ -43,7 +43,7 @@ class CachedText(nn.Module):
                 "condition=[text] reads captions themselves."
             )
         self.load, self.key, self.rate, self.stands_for = load, key, rate, stands_for
-        self.kept: list[Text | Texts] = []  # in a list, so that it is no part of this module
+        self.kept: list[Embedder] = []  # in a list, so that it is no part of this module
         found = load_tensors(Path(path) / NULL)
         self.parts = [part for part in PARTS if part in found]
         for part in self.parts:
@@ -92,7 +92,13 @@ class CachedText(nn.Module):
         """-> the prompts; warns of what the tower's context is too short for."""
         return self._text().read(field, asked, size)
 
-    def compare(self, text: Text | Texts) -> None:
+    def original(self) -> Embedder:
+        """The text itself, compared with what the shards came with; it is not kept."""
+        text = complete(self.load()).eval().requires_grad_(False)
+        self.compare(text)
+        return text
+
+    def compare(self, text: Embedder) -> None:
         """Compares a text with what the shards came with.
 
         Raises:
@@ -105,27 +111,27 @@ class CachedText(nn.Module):
                 "dropped caption is not their null. Give it the model, layers, padding and so on that made them."
             )
 
-    def _text(self) -> Text | Texts:
+    def _text(self) -> Embedder:
         """The text itself, checked, on this module's device."""
         if not self.kept:
-            text = self.load().eval().requires_grad_(False).to(self.tokens.device)
+            text = complete(self.load()).eval().requires_grad_(False).to(self.tokens.device)
             self.compare(text)
             self.kept.append(text)
         return self.kept[0].to(self.tokens.device)
 
 
-def embed(text: Text | Texts, captions: Sequence[str]) -> dict[str, Tensor]:
+def embed(text: Embedder, captions: Sequence[str]) -> dict[str, Tensor]:
     """B captions -> what shards keep of each: text.tokens.npy (B, L, D), text.mask.npy (B, L), text.vector.npy (B, E)."""
     return {f"text.{part}.npy": value for part, value in _parts(text, captions, drop=False).items()}
 
 
-def save_null(text: Text | Texts, folder: Path) -> None:
+def save_null(text: Embedder, folder: Path) -> None:
     """Writes FOLDER/null.safetensors, what `text` says of a dropped caption."""
     save_tensors(_parts(text, [""], drop=True), folder / NULL)
 
 
 @torch.no_grad()
-def _parts(text: Text | Texts, captions: Sequence[str], drop: bool) -> dict[str, Tensor]:
+def _parts(text: Embedder, captions: Sequence[str], drop: bool) -> dict[str, Tensor]:
     told = text(captions, torch.full((len(captions),), drop))
     return {part: getattr(told, part).cpu() for part in PARTS if getattr(told, part) is not None}
 

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm.condition._files import read_pictures
+from ldm.embedder import Condition
 from ldm.types import Autoencoder, Cond, Widths
 
 
-class DepthMap(nn.Module):
+class DepthMap(Condition):
     """A grey picture -> one map at latent resolution, by bicubic interpolation, then stretched to [-1, 1] picture by picture.
 
     Near is white (inverse depth, as MiDaS tells it). Never dropped, as published: the null sees it as well.

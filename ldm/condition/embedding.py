@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from ldm.condition._files import read_pictures
+from ldm.embedder import Condition
 from ldm.tower.clip import load_clip, see
 from ldm.types import Cond, Widths
 
 
-class Embedding(nn.Module):
+class Embedding(Condition):
     """A picture -> its unit-length CLIP embedding times sqrt(E), as a vector, or as one token of width E. Dropped: zeros.
 
     `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`.

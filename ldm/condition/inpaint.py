@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm.condition._files import check_shapes, read_masks, read_pictures
 from ldm.condition._masks import key_generator, random_mask
+from ldm.embedder import Condition
 from ldm.errors import Refusal
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
 
-class Inpaint(nn.Module):
+class Inpaint(Condition):
     """-> the mask, by nearest, 1 where to repaint, and the whitened latents of the picture with the hole at mid-grey.
 
     The order and meaning of Stable Diffusion inpainting's channels: 1 + C. The shards' masks are pictures, white where to

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.embedder import Condition
 from ldm.errors import Refusal
 from ldm.types import Cond, Widths
 
 
-class Label(nn.Module):
+class Label(Condition):
     """A class index -> one token (https://arxiv.org/abs/2112.10752, appendix E.2), or a vector (DiT, 2212.09748).
 
     `classes` is their number, or their names, by which they can then be asked. The table's last row means "no label".

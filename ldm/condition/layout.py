@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition._files import painted
+from ldm.embedder import Condition
 from ldm.errors import NotFound, Refusal
 from ldm.types import Batch, Cond, Draw, Widths
 
@@ -17,7 +18,7 @@ CUT = ("target_height", "target_width", "crop_top", "crop_left", "mirrored")  # 
 Box = Sequence[float]  # class, left, top, right, bottom; the last four in [0, 1]
 
 
-class Layout(nn.Module):
+class Layout(Condition):
     """Up to `most` boxes -> one token each: its class, and its four edges on a grid of `bins`, read by a small transformer.
 
     A box is [class, left, top, right, bottom], the edges in [0, 1] of the picture; the field `boxes` has a list of them for each

@@ -4,17 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm.condition._degrade import bicubic
 from ldm.condition._files import numbers, read_pictures
 from ldm.condition._masks import key_generator
+from ldm.embedder import Condition
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
 
-class LowResolution(nn.Module):
+class LowResolution(Condition):
     """A picture `scale` times smaller -> its colours beside the latents, brought to their size where they differ.
 
     Where the batch has no field `low`, it is made from `image` by `degrade(image, scale, generator)`. With `noise` > 0 it is

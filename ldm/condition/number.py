@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.condition._files import numbers
+from ldm.embedder import Condition
 from ldm.errors import Refusal
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Batch, Cond, Draw, Widths
 
 
-class Number(nn.Module):
+class Number(Condition):
     """Each number -> `width` sinusoidal features, joined by width into a vector (SDXL, https://arxiv.org/abs/2307.01952, 2.2).
 
     `fields` names the numbers, in order: batch fields, or else entries of the batch's `json` records. With each stands what a

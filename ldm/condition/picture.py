@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from ldm.condition._files import read_pictures
+from ldm.embedder import Condition
 from ldm.types import Autoencoder, Cond, Widths
 
 
-class Picture(nn.Module):
+class Picture(Condition):
     """A picture -> maps at latent resolution: `encoded` by the model's own autoencoder, or `pooled` by area, channel by channel.
 
     A dropped picture is zeros.

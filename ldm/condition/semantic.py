@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm.condition._files import painted, read_maps
+from ldm.embedder import Condition
 from ldm.errors import Refusal
 from ldm.types import Autoencoder, Cond, Widths
 
 
-class Semantic(nn.Module):
+class Semantic(Condition):
     """A label map -> maps at latent resolution, of each label the share of the area: no thin region vanishes.
 
     With `width`, each label has a learned vector instead, and a latent pixel the mean of its labels' vectors.

@@ -8,6 +8,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ldm.embedder import Condition
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
@@ -35,7 +36,7 @@ class Cut:
         )
 
 
-class Text(nn.Module):
+class Text(Condition):
     """A caption -> tokens (B, L, D) of the text tower's layers, and its pooled vector.
 
     `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`. `layers` counts hidden
@@ -149,7 +150,7 @@ class Text(nn.Module):
         return PublishedTokenizer(length, self.padding, self.learned)
 
 
-class Texts(nn.Module):
+class Texts(Condition):
     """A caption read by several `towers`, whose tokens and vectors are joined by width (https://arxiv.org/abs/2307.01952, 2.1).
 
     Each is a `Text` of its own; `key` and `rate` here are for all of them. The mask is the first tower's.

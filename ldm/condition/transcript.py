@@ -7,11 +7,12 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ldm.embedder import Condition
 from ldm.tower.clip import spoken, warn_of_cut
 from ldm.types import Cond, Widths
 
 
-class Transcript(nn.Module):
+class Transcript(Condition):
     """A caption -> tokens of a bidirectional transformer over CLIP's byte-pair ids (LDM, 2112.10752, appendix E.2.1, "BERT").
 
     The paper's: width 1280, depth 32, 77 tokens, over BERT's words. Padding is masked; a dropped caption is the empty one.

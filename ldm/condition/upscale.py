@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.condition._files import numbers, read_pictures
+from ldm.embedder import Condition
 from ldm.errors import Refusal
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
 
-class Upscale(nn.Module):
+class Upscale(Condition):
     """A picture `scale` times smaller, noised -> its colours beside the latents, and how noisy it is as a vector.
 
     The noise is that of a `step` of DDPM's table (https://arxiv.org/abs/2006.11239, section 4), as it stands after `step` + 1 of

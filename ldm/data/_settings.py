@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ldm.data.shard.decode import decoder, is_array, is_text
 from ldm.data.shard.source import check_sources
 from ldm.errors import Refusal
 
-if TYPE_CHECKING:
-    from ldm.data.shards import Shards
-
 RESERVED = ("key", "position", "bad")
 CHOICES = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "leave_out"), "crop": ("center", "random")}
 
 
-def check_settings(data: Shards) -> None:
-    """Looks at the settings, each alone and together.
+def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any, sizes: Sequence[Any], **words: Any) -> None:
+    """Looks at the settings, each alone and together; `words` are flip and those of CHOICES.
 
     Raises:
         Refusal: one of them means nothing.
     """
-    for option, source in {"data.train": data.train, "data.val": data.val or []}.items():
+    for option, source in {"data.train": train, "data.val": val or []}.items():
         check_sources(source, option)
-    for field, member in data.fields.items():
+    for field, member in fields.items():
         if field in RESERVED:
             raise Refusal(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
         decoder(member)
-    if (data.flip or data.crop != "center") and all(is_array(member) or is_text(member) for member in data.fields.values()):
-        raise Refusal(f"data.flip={data.flip} data.crop={data.crop}: data.fields names no pictures, only {data.fields}.")
-    for name, words in CHOICES.items():
-        if getattr(data, name) not in words:
-            raise Refusal(f"data.{name}={getattr(data, name)!r}; wanted `{words[0]}` or `{words[1]}`.")
-    if data.weights is not None:
-        _check_weights(data.train, data.weights)
-    if data.weights and len(data.sizes) > 1:
+    flip, crop = words["flip"], words["crop"]
+    if (flip or crop != "center") and all(is_array(member) or is_text(member) for member in fields.values()):
+        raise Refusal(f"data.flip={flip} data.crop={crop}: data.fields names no pictures, only {fields}.")
+    for name, choices in CHOICES.items():
+        if words[name] not in choices:
+            raise Refusal(f"data.{name}={words[name]!r}; wanted `{choices[0]}` or `{choices[1]}`.")
+    if weights is not None:
+        _check_weights(train, weights)
+    if weights and len(sizes) > 1:
         raise Refusal("data.weights with data.buckets: a mixture has no buckets; leave one of the two out.")
 
 

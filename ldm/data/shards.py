@@ -28,6 +28,7 @@ from ldm.data.batch.samples import Loaded, Samples, as_is, loading, to_float
 from ldm.data.order.bucket import Report, Size, sizes_of
 from ldm.data.order.filter import select
 from ldm.data.order.order import Batches, Mixture, Once, Place, Steps, Stream
+from ldm.data.order.progress import Progress
 from ldm.data.shard.decode import is_image
 from ldm.data.shard.fetch import CACHE, Fetch
 from ldm.data.shard.index import Damage, Index
@@ -35,6 +36,7 @@ from ldm.data.shard.selection import Selection
 from ldm.data.shard.source import Sources, expand, owners
 from ldm.errors import Refusal
 from ldm.files.content import digest_of
+from ldm.files.lightning import begin_step_anew
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}
@@ -92,12 +94,11 @@ class Shards(pl.LightningDataModule):
         self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
         self.window, self.lanes, self.damaged, self.cache, self.on_mismatch = window, lanes, damaged, cache, on_mismatch
         self.sizes = sizes_of(buckets, size)
-        check_settings(self)
+        words = {"flip": flip, "crop": crop, "damaged": damaged, "on_mismatch": on_mismatch}
+        check_settings(train, val, self.fields, weights, self.sizes, **words)
         self.fetch, self.report = Fetch(cache, cache_gb), Report(self.sizes)
         self.bad = BadSamples(max_bad_fraction)
-        self.consumed = 0  # samples that training had taken where this run begins
-        self._ahead = 0  # consumed samples beyond global_step * batch, after an epoch was begun anew
-        self._resumed = self._begun = False
+        self.progress = Progress(batch)
         self._buckets: dict[Split, list[Selection]] = {}
 
     @cached_property
@@ -132,7 +133,7 @@ class Shards(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Checks that every sample has what `fields` names, and that latents are those of the trained model's autoencoder."""
         _ = self.train_set, self.val_set
-        check_provenance(self, getattr(self.trainer, "lightning_module", None))
+        check_provenance(self, None if self.trainer is None else self.trainer.lightning_module)
 
     def train_dataloader(self) -> Iterable[Batch]:
         """Endless micro-batches of this device, from sample `consumed` on.
@@ -140,23 +141,24 @@ class Shards(pl.LightningDataModule):
         Raises:
             Refusal: a checkpoint that was trained with another kind of data, and `on_mismatch` is "refuse".
         """
-        if self._unsaid():
+        if self.progress.unsaid(self.trainer):
             if self.on_mismatch == "refuse":
                 raise Refusal(
                     f"The checkpoint of step {self.trainer.global_step} was trained with another kind of data than "
                     f"{type(self).__name__}, and its order of samples is not this one's. Take that data=..., begin another run "
                     "(run_id=..., resume=never), or an epoch of this data: data.on_mismatch=restart_epoch."
                 )
-            self._begin(self.steps.first_step(self.steps.epoch_of(self.trainer.global_step)), self.trainer.global_step)
-        self._begun = True
-        rank, world, accumulate = self._share()
-        order = Batches(self.steps, rank, world, accumulate, self.consumed // self.batch)
+            step = self.trainer.global_step
+            self.progress.begin(self.steps.first_step(self.steps.epoch_of(step)), step)
+        self.progress.begun = True
+        rank, world, accumulate = self.share()
+        order = Batches(self.steps, rank, world, accumulate, self.progress.first)
         others = dict(zip(self.sizes, self._buckets["train"]))
         return ahead(self._load(Loaded(self.train_set, others, self.crop, self.flip, self.seed), order), self.trainer)
 
     def val_dataloader(self) -> DataLoader | list:
         """Every validation sample once over all devices, bucket by bucket. Empty without data.val."""
-        rank, world, accumulate = self._share()
+        rank, world, accumulate = self.share()
         return [] if self.val_set is None else self.bucketed("val", self.batch // accumulate, rank, world)
 
     def ordered(self, split: Split, batch: int, rank: int = 0, world: int = 1) -> DataLoader:
@@ -171,6 +173,12 @@ class Shards(pl.LightningDataModule):
         """As `ordered`, but bucket by bucket, each in its size; position counts up."""
         samples = self._split(split)
         return self._load(Loaded(samples), Once(self._buckets[split], self.sizes, batch, rank, world))
+
+    def share(self) -> tuple[int, int, int]:
+        """-> rank, number of ranks, micro-batches of a step; 0, 1 and 1 without a trainer."""
+        if self.trainer is None:
+            return 0, 1, 1
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def parts(self, split: Split) -> tuple[list[Selection], list[Size]]:
         """-> the samples of each bucket, and its height and width in pixels."""
@@ -193,12 +201,9 @@ class Shards(pl.LightningDataModule):
         """
         if self.trainer is None or not self.trainer.training:
             return batch
-        if self._resumed:
-            self._resumed = False
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            lost = progress.ready % self.trainer.accumulate_grad_batches
-            for name in ("ready", "started", "processed", "completed"):
-                setattr(progress, name, getattr(progress, name) - lost)
+        if self.progress.resumed:
+            self.progress.resumed = False
+            begin_step_anew(self.trainer)
         if len(self.sizes) > 1:
             self.report(self.steps, int(batch["position"][0]) // self.batch, self.trainer)
         return batch
@@ -222,7 +227,7 @@ class Shards(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where training stands, the same on every rank, in plain Python."""
         step = self.trainer.global_step if self.trainer else 0
-        consumed = step * self.batch + self._ahead
+        consumed = self.progress.at(step)
         return {
             "consumed": consumed,
             "epoch": self.steps.epoch_of(consumed // self.batch),
@@ -251,7 +256,7 @@ class Shards(pl.LightningDataModule):
             rank_zero_warn("The checkpoint does not say what its data held, so that this run's were not compared with them.")
         there = {name: state_dict.get(name, own) for name, own in mine.items()}
         changes = ", ".join(f"{n} {there[n]!s:.12} there, {own!s:.12} here" for n, own in mine.items() if there[n] != own)
-        self.consumed = state_dict["consumed"]
+        first = state_dict["consumed"] // self.batch
         if changes:
             if self.on_mismatch == "refuse":
                 raise Refusal(
@@ -259,17 +264,9 @@ class Shards(pl.LightningDataModule):
                     "checkpoint had (data.seed, data.batch, data.train with the same pictures and captions, data.filters and so "
                     "on), or begin its epoch anew with these: data.on_mismatch=restart_epoch."
                 )
-            self.consumed = self.steps.first_step(state_dict["epoch"]) * self.batch
+            first = self.steps.first_step(state_dict["epoch"])
             rank_zero_warn(f"Samples are not the checkpoint's: {changes}. Beginning epoch {state_dict['epoch']} anew.")
-        self._begin(self.consumed // self.batch, state_dict["step"])
-
-    def _unsaid(self) -> bool:
-        """Whether training goes on from a checkpoint that says nothing of this kind of data."""
-        return self.trainer is not None and self.trainer.global_step > 0 and not self._begun
-
-    def _begin(self, first: int, step: int) -> None:
-        """Goes on with the samples of step `first` at optimizer step `step`."""
-        self.consumed, self._ahead, self._resumed, self._begun = first * self.batch, (first - step) * self.batch, True, True
+        self.progress.begin(first, state_dict["step"])
 
     def _opened(self, split: Split, source: Sources) -> Samples:
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
@@ -285,12 +282,6 @@ class Shards(pl.LightningDataModule):
         if samples is None:
             raise Refusal("There are no validation samples; set data.val.")
         return samples
-
-    def _share(self) -> tuple[int, int, int]:
-        """-> rank, number of ranks, micro-batches of a step."""
-        if self.trainer is None:
-            return 0, 1, 1
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.accumulate_grad_batches
 
     def _load(self, loaded: Loaded, order: Batches | Once) -> DataLoader:
         again = isinstance(order, Once)  # the other one has no end

@@ -54,14 +54,14 @@ class Streamed(Shards):
     def setup(self, stage: str | None = None) -> None:
         """Names the training shards."""
         _ = self.val_set, expand(self.train)
-        check_provenance(self, getattr(self.trainer, "lightning_module", None))
+        check_provenance(self, None if self.trainer is None else self.trainer.lightning_module)
 
     def train_dataloader(self) -> Iterable[Batch]:
         """Endless micro-batches of this device."""
-        if self._unsaid():
-            self._begin(self.trainer.global_step, self.trainer.global_step)
-        self._begun = True
-        rank, world, accumulate = self._share()
+        if self.progress.unsaid(self.trainer):
+            self.progress.begin(self.trainer.global_step, self.trainer.global_step)
+        self.progress.begun = True
+        rank, world, accumulate = self.share()
         if self.batch % (world * accumulate):
             raise Refusal(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
         drawn = Drawn(self, expand(self.train), rank, self.batch // (world * accumulate), accumulate)
@@ -70,11 +70,11 @@ class Streamed(Shards):
     def state_dict(self) -> dict[str, Any]:
         """How many samples training has taken."""
         step = self.trainer.global_step if self.trainer else 0
-        return {"consumed": step * self.batch + self._ahead, "step": step}
+        return {"consumed": self.progress.at(step), "step": step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with other draws."""
-        self._begin(state_dict["consumed"] // self.batch, state_dict["step"])
+        self.progress.begin(state_dict["consumed"] // self.batch, state_dict["step"])
 
 
 class Drawn(IterableDataset):
@@ -83,7 +83,7 @@ class Drawn(IterableDataset):
     def __init__(self, data: Streamed, shards: Sequence[str], rank: int, size: int, accumulate: int) -> None:
         self.shards, self.fetch, self.leave_out = shards, data.fetch, data.damaged == "leave_out"
         self.fields, self.pixels, self.crop, self.flip = data.fields, data.size, data.crop, data.flip
-        self.shuffle, self.seed, self.start, self.batch = data.shuffle, data.seed, data.consumed // data.batch, data.batch
+        self.shuffle, self.seed, self.start, self.batch = data.shuffle, data.seed, data.progress.first, data.batch
         self.rank, self.size, self.accumulate = rank, size, accumulate
         self.members = (*self.fields.values(), "json")
 

@@ -46,11 +46,10 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     if empty := [field for field, value in asked.items() if not value]:
         raise Refusal(f"ask.{empty[0]}=[]: nothing is asked for.")
     for embedder in model.conditioner.embedders.values():
-        if hasattr(embedder, "check"):
-            embedder.check(asked)
+        embedder.check(asked)
     ask = {field: readers[field].read(field, value, size) for field, value in asked.items()}
     for field in readers.keys() - ask.keys():
-        usual = readers[field].unasked(field, size) if hasattr(readers[field], "unasked") else None
+        usual = readers[field].unasked(field, size)
         ask |= {} if usual is None else {field: readers[field].read(field, usual, size)}
     count = max((len(v) for v in ask.values()), default=1) if config.get("count") is None else config["count"]
     if count < 1:

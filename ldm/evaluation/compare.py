@@ -1,11 +1,10 @@
 """Numbers beside each other, where they were made by one protocol and differ in what was measured alone."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ldm.errors import NotFound, Refusal
+from ldm.errors import Refusal
+from ldm.files.metrics import read_metrics, shown
 
 ASIDE = ("code", "batch")  # told, but no reason to refuse: a later version or a larger device may run the same protocol
 
@@ -16,7 +15,7 @@ def compare(places: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     Raises:
         NotFound: there is no metrics.json. Refusal: nothing in common, or numbers made by different protocols.
     """
-    told = {place: read(place) for place in places}
+    told = {place: read_metrics(place) for place in places}
     if len(told) < 2:
         raise Refusal(f"compare={list(places)}: name two evaluations or more, compare=[A,B].")
     shared = [name for name in next(iter(told.values())) if all(name in entries for entries in told.values())]
@@ -35,22 +34,6 @@ def compare(places: Sequence[str]) -> tuple[list[str], list[list[str]]]:
         more = f" ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise Refusal("These numbers were made by different protocols and do not compare:\n  " + "\n  ".join(wrong[:8]) + more)
     return ["number", *told], [[name, *(shown(entries[name]) for entries in told.values())] for name in shared]
-
-
-def read(place: str) -> dict[str, dict[str, Any]]:
-    """What an evaluation wrote."""
-    path = Path(place) / "metrics.json" if Path(place).is_dir() else Path(place)
-    if not path.is_file():
-        raise NotFound(f"{place}: there is no metrics.json; name the OUT folder of an evaluation.")
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    if not all(isinstance(entry, dict) and {"value", "protocol"} <= entry.keys() for entry in entries.values()):
-        raise Refusal(f"{path} has numbers without their protocol, and what has none compares with nothing.")
-    return entries
-
-
-def shown(entry: Mapping[str, Any]) -> str:
-    """A number with its standard error."""
-    return f"{entry['value']:.4g}" + ("" if entry.get("error") is None else f" ± {entry['error']:.2g}")
 
 
 def differences(one: Any, other: Any, place: str = "") -> list[tuple[str, Any, Any]]:

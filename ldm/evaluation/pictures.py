@@ -18,7 +18,7 @@ from ldm.evaluation.rows import Source, fingerprint
 from ldm.files.picture import from_bytes, open_picture, to_bytes, to_tensor
 from ldm.files.whole import write_whole
 from ldm.model import LatentModel
-from ldm.types import Autoencoder, Batch, Cond, Conditioned, Denoise, Guidance, Sampler
+from ldm.types import Autoencoder, Batch, Cond, Conditioned, DataModule, Denoise, Guidance, Sampler
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
@@ -28,7 +28,7 @@ def on_grid(images: Tensor) -> Tensor:
     return from_bytes(to_bytes(images))
 
 
-def chosen(data: Any, count: int, split: str = "train") -> list[int]:
+def chosen(data: DataModule, count: int, split: str = "train") -> list[int]:
     """`count` evenly chosen samples of a split.
 
     Raises:
@@ -43,7 +43,7 @@ def chosen(data: Any, count: int, split: str = "train") -> list[int]:
 class Split:
     """Samples of a data module: `numbers` of its training or validation set, all by default."""
 
-    def __init__(self, data: Any, split: str, device: Any, numbers: Sequence[int] | None = None) -> None:
+    def __init__(self, data: DataModule, split: str, device: Any, numbers: Sequence[int] | None = None) -> None:
         samples = {"train": data.train_set, "val": data.val_set}[split]
         if not samples:
             raise Refusal(f"The {split} pictures are asked for, and data.{split} is empty; name shards with data.{split}=PATH.")

@@ -8,8 +8,7 @@ from typing import Any
 
 from torchvision.utils import make_grid, save_image
 
-from ldm.evaluation.compare import shown
-from ldm.files.folder import write_json
+from ldm.files.metrics import shown, write_metrics
 from ldm.files.whole import write_whole
 from ldm.measure import Estimate, Metric, Showing
 
@@ -50,7 +49,7 @@ def entries(
 
 def tell(told: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     """Writes OUT/metrics.json and prints the numbers."""
-    write_json(dict(told), out / "metrics.json")
+    write_metrics(told, out)
     for name, entry in told.items():
         print(f"{name:28s} {shown(entry)}")
         if "note" in entry:

@@ -109,6 +109,8 @@ class Archive:
     Either may be missing: pytorch-fid writes statistics alone, ADM's samplers pictures alone.
     """
 
+    features = "inception"  # that the statistics are of
+
     def __init__(self, path: str, device: Any, option: str = "reference") -> None:
         self.path, self.device, self.option = path, device, option
         try:
@@ -141,8 +143,10 @@ class Archive:
         """The pictures themselves."""
         return fields["image"]
 
-    def moments(self) -> Rows:
-        """The statistics that the file brings: mean (D), covariance (D, D) in float64."""
+    def moments(self) -> Rows | None:
+        """The statistics that the file brings: mean (D), covariance (D, D) in float64; None where it brings none."""
+        if self.statistics is None:
+            return None
         mean, covariance = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in self.statistics)
         return {"mean": mean, "covariance": covariance}
 

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -40,6 +40,16 @@ class Source(Protocol):
 
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """-> (B, 3, h, w) in [-1, 1]."""
+
+
+@runtime_checkable
+class Summarised(Protocol):
+    """A source that may bring statistics of its pictures' features."""
+
+    features: str  # of which network, such as `inception`
+
+    def moments(self) -> Rows | None:
+        """mean (D), covariance (D, D) in float64; None where there are none."""
 
 
 def fingerprint(*parts: Any) -> str:

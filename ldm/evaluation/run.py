@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.evaluation.real import Known
-from ldm.evaluation.rows import Seen, fingerprint, see
+from ldm.evaluation.rows import Seen, Summarised, fingerprint, see
 from ldm.files.process import from_first, rank
-from ldm.measure import Estimate, Metric, Reference
+from ldm.measure import Estimate, FromMoments, Metric, Reference
 
 Sources = Mapping[str, Callable[[], Any]]
 
@@ -46,9 +46,9 @@ def key(metric: Metric) -> str:
 
 def _see(source: Any, judges: list[Metric], folder: Path, batch: int, doing: str) -> tuple[int, dict[str, Reference]]:
     """-> how many pictures could not be read, and what the metrics see of the others, by their keys."""
-    given = [m for m in judges if m.protocol["extractor"].startswith("inception") and getattr(m, "enough", "") == "moments"]
-    given = given if getattr(source, "statistics", None) is not None else []
-    known = {key(m): Known(source.moments(), lambda: source.fields([0])) for m in given}
+    statistics = source.moments() if isinstance(source, Summarised) else None
+    given = [m for m in judges if isinstance(m, FromMoments) and m.knows(source.features)] if statistics else []
+    known = {key(m): Known(statistics, lambda: source.fields([0])) for m in given}
     looks = {key(m): m.look for m in judges}
     if source.count == 0:
         if len(given) < len(judges):

@@ -29,6 +29,8 @@ class Inception:
     weights: `fid` downloads the published ones; or a local file of them, held to `sha256` (null: whatever the file holds).
     """
 
+    statistics = "inception"  # of reference batches in .npz files, ADM's and pytorch-fid's
+
     def __init__(self, weights: str = PUBLISHED, sha256: str | None = SHA256) -> None:
         self.net, self.protocol = _load(weights, sha256)
 

@@ -1,18 +1,18 @@
 """The page that travels with a model: what it is, what it was trained on, how it was measured, under which licence."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.errors import Refusal
+from ldm.files.metrics import NAME, read_metrics, shown
 from ldm.interop.bundle import Bundle
 
 
 def card(bundle: Bundle, layout: str, licence: str, source: str) -> str:
     """A model card in Markdown; what lies beside the source (config.yaml, evaluation/metrics.json) is told in it."""
     folder = Path(source) if source else Path()
-    metrics, config = folder / "evaluation" / "metrics.json", folder / "config.yaml"
-    numbers = json.loads(metrics.read_text()) if source and metrics.is_file() else {}
+    metrics, config = folder / "evaluation" / NAME, folder / "config.yaml"
     lines = ["---", f"license: {licence}", f"library_name: {layout}", "---", "", f"# {folder.name or 'model'}", ""]
     lines += [f"Converted from `{source}` to the layout of {layout}." if source else "", ""]
     if bundle.recipe is not None:
@@ -24,9 +24,22 @@ def card(bundle: Bundle, layout: str, licence: str, source: str) -> str:
     else:
         lines += ["Not recorded with the source."]
     lines += ["", "## Measured", ""]
-    lines += [f"- {name}: {value:.4g}" for name, value in numbers.items() if isinstance(value, int | float)]
-    lines += [] if numbers else ["Nothing was measured."]
+    lines += _measured(metrics) if source and metrics.is_file() else ["Nothing was measured."]
     return "\n".join(lines) + "\n"
+
+
+def _measured(path: Path) -> list[str]:
+    """Each number with its standard error, its note, and what of its protocol are plain words and numbers."""
+    try:
+        numbers = read_metrics(path)
+    except Refusal as error:
+        return [f"What was measured cannot be read: {error}"]
+    lines = []
+    for name, entry in numbers.items():
+        plain = {k: v[:12] if k == "sha256" else v for k, v in entry["protocol"].items() if isinstance(v, str | int | float)}
+        told = ", ".join(f"{key}: {value}" for key, value in plain.items())
+        lines += [f"- **{name}: {shown(entry)}**", *([f"  - {entry['note']}"] if entry.get("note") else []), f"  - {told}"]
+    return lines
 
 
 def _short(node: Mapping[str, Any]) -> str:

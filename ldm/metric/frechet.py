@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import Refusal
-from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.measure import Estimate, Extractor, Published, Reference, Rows
 from ldm.types import Batch
 
 
@@ -15,8 +15,6 @@ class Frechet:
 
     Computed in float64. weights: of the extractor, a published name or a local file. name: what the number is called.
     """
-
-    enough = "moments"  # of a reference: statistics that others made of Inception's features do
 
     def __init__(
         self,
@@ -28,6 +26,10 @@ class Frechet:
     ) -> None:
         self.extractor = extractor() if weights is None else extractor(weights=weights)
         self.name, self.of, self.against, self.protocol = name, of, against, self.extractor.protocol
+
+    def knows(self, statistics: str) -> bool:
+        """Whether the extractor's own features are those that statistics were made of by others."""
+        return isinstance(self.extractor, Published) and self.extractor.statistics == statistics
 
     def look(self, images: Tensor, batch: Batch) -> Rows:
         """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""

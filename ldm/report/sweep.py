@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import Refusal
-from ldm.evaluation.compare import shown
+from ldm.files.metrics import shown
 from ldm.report.page import curves, page, table, wall
 
 LOWER = re.compile(r"(r?fid|fd_\w+|kid|lpips)$")  # the less, the better

@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from ldm.errors import Refusal
 from ldm.files.folder import FORMAT
+from ldm.files.lightning import are_logs_due, scaler_of
 from ldm.files.process import met
+from ldm.model import LatentModel
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.parallel.layout import lay_out, lay_state_out
 from ldm.training.parallel.sharded import shard
 from ldm.training.resume import Rates, keep_settings
-from ldm.types import Batch, Draw
+from ldm.types import Batch, DataModule, Draw
 
 
 class Stage(pl.LightningModule):
@@ -29,6 +31,7 @@ class Stage(pl.LightningModule):
     build.py, is the plain config that builds the exported model again.
     """
 
+    trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)
     compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
 
     def __init__(
@@ -50,10 +53,14 @@ class Stage(pl.LightningModule):
         """Scalars to log, among them `loss`."""
         raise NotImplementedError
 
+    def latent_model(self) -> LatentModel | None:
+        """The latent model among this stage's own modules; None where another part is trained."""
+        return next((module for module in self.children() if isinstance(module, LatentModel)), None)
+
     def forget(self) -> None:
         """Undoes what `losses` leaves behind in training, where it was asked for to be measured only."""
 
-    def finish(self, data: Any) -> None:
+    def finish(self, data: DataModule) -> None:
         """Measures what the exported model needs, once, after training, on every rank."""
 
     def export(self, folder: Path) -> None:
@@ -101,7 +108,7 @@ class Stage(pl.LightningModule):
 
     def is_logged(self) -> bool:
         """Whether the loggers want this step's numbers: to give Lightning those of the others costs half a millisecond each."""
-        return self.trainer._logger_connector.should_update_logs
+        return are_logs_due(self.trainer)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Losses at random numbers that are the same at every validation, whatever the run's seed."""
@@ -123,7 +130,7 @@ class Stage(pl.LightningModule):
         """Clips as the trainer says. Lightning refuses that to fused optimizers under autocast, since these unscale fp16's
         gradients in their own step; torch lets it be done before.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = scaler_of(self.trainer)
         if gradient_clip_val and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
         clip(self.trainer, optimizer)

@@ -1,7 +1,6 @@
 """What a run will take, said before it is begun: parameters, FLOPs, memory, time."""
 
 import time
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -10,13 +9,14 @@ from torch import Tensor
 from ldm.errors import Refusal
 from ldm.training.base import Stage
 from ldm.training.callback.throughput import flops, peak_of
-from ldm.types import Batch, Draw
+from ldm.training.parallel.sharded import Sharded
+from ldm.types import Batch, DataModule, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
 TRAINED = {"weight": 4, "gradient": 4, "AdamW": 8, "average": 4}  # bytes a number, in float32
 
 
-def plan(stage: Stage, data: Any, trainer: pl.Trainer, device: str) -> str:
+def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> str:
     """A page about a run of `trainer`, of which no step is made; device: such as H200, or `true` for the one that is here.
 
     FLOPs and activations are counted over one sample of the data, on no device where the stage's conditions allow it.
@@ -34,7 +34,7 @@ def plan(stage: Stage, data: Any, trainer: pl.Trainer, device: str) -> str:
         kept //= 2
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
-    shares = world if hasattr(trainer.strategy, "folders") else 1
+    shares = world if isinstance(trainer.strategy, Sharded) else 1
     states, others = trained * sum(TRAINED.values()) // shares, frozen * 4
     name, speed = _speed(device, trainer)
     seconds = work * stage.batch / (world * speed)

@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,9 +16,10 @@ from ldm.training.callback.checkpoint import newest, resume_from
 from ldm.training.callback.ema import averaged
 from ldm.training.callback.preempt import Preempt, Preempted
 from ldm.training.resume import Changes
+from ldm.types import DataModule
 
 
-def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
+def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
     """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
 
     Raises:
@@ -62,7 +62,7 @@ def fit(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path, resume: str 
     _finish(stage, data, trainer, folder)
 
 
-def _finish(stage: Stage, data: Any, trainer: pl.Trainer, folder: Path) -> None:
+def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path) -> None:
     """Keeps the last checkpoint, measures what the model needs and exports it."""
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
     if not last.exists():

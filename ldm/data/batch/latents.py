@@ -30,7 +30,7 @@ from ldm.errors import Refusal
 from ldm.files.folder import read_json, write_json
 from ldm.files.weights import weights_hash
 from ldm.files.whole import remove_halves
-from ldm.types import Autoencoder
+from ldm.types import Autoencoder, DataModule, Draws, Embedder, StandIn
 
 RECORD = "provenance.json"
 REST = ("txt", "cls", "json")  # members that go along, where a sample has them
@@ -42,7 +42,7 @@ Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]
 @torch.no_grad()
 def write_latents(
     autoencoder: nn.Module,
-    data: Any,
+    data: DataModule,
     split: str,
     folder: Path,
     batch: int,
@@ -51,7 +51,7 @@ def write_latents(
     half: bool = False,
     rank: int = 0,
     world: int = 1,
-    text: tuple[nn.Module, Embed] | None = None,
+    text: tuple[Embedder, Embed] | None = None,
 ) -> None:
     """Encodes a split of a data module into shards; goes on where it stopped. Rank r writes shard r, r + world, ...
 
@@ -72,33 +72,34 @@ def write_latents(
             remove_halves(folder, path.name)
             rows = range(number * per_shard, min((number + 1) * per_shard, len(samples)))
             places = _places(*data.parts(split), rows, batch)
-            write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text and text[1]), path)
+            write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text), path)
 
 
-def about(autoencoder: nn.Module, half: bool = False, text: nn.Module | None = None) -> dict[str, Any]:
+def about(autoencoder: nn.Module, half: bool = False, text: Embedder | None = None) -> dict[str, Any]:
     """What made the latents: the weights, as hashes, the text's settings, and the precision."""
     return {"autoencoder": weights_hash(autoencoder), **_about_text(text), "precision": "float16" if half else "float32"}
 
 
-def shape_of(data: Any) -> dict[str, Any]:
+def shape_of(data: DataModule) -> dict[str, Any]:
     """How a data module brings pictures to size."""
     return {"size": data.size, "buckets": [list(size) for size in data.sizes], "crop": "center"}
 
 
-def check_provenance(data: Any, stage: Any) -> None:
+def check_provenance(data: DataModule, stage: Any) -> None:
     """Compares the latents that a stage is to be trained and validated on with its model, also with what this reads only when
     it draws, and those of several folders with each other.
 
     Raises:
         Refusal: another autoencoder or text tower made them, they are of another size or precision, or are not all there.
     """
-    model, members = getattr(stage, "model", None), data.fields.values()
+    model, members = stage.latent_model() if isinstance(stage, Draws) else None, data.fields.values()
     if model is None or any(is_image(member) for member in members) or not any(is_array(member) for member in members):
         return
-    texts = [e for e in model.conditioner.embedders.values() if hasattr(e, "load") and f"{e.key}_tokens" in data.fields]
-    here = shape_of(data)
-    for part in (model.autoencoder, *texts):
-        here |= _made_by(part)
+    autoencoder = model.autoencoder.original() if isinstance(model.autoencoder, StandIn) else model.autoencoder
+    here = {**shape_of(data), "autoencoder": weights_hash(autoencoder) if list(autoencoder.parameters()) else None}
+    for embedder in model.conditioner.embedders.values():
+        text = embedder.original() if f"{embedder.key}_tokens" in data.fields else None
+        here |= {} if text is None else _about_text(text)
     for source in filter(None, (data.train, data.val)):
         known = [("this run", here)]
         for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in expand(source)):
@@ -112,17 +113,7 @@ def check_provenance(data: Any, stage: Any) -> None:
             _check_whole(Path(folder), there)
 
 
-def _made_by(part: nn.Module) -> dict[str, Any]:
-    """What a part of the model says of itself; one that is read only when it is needed is read, checked and forgotten again."""
-    found = part.load().eval() if hasattr(part, "load") else part
-    if hasattr(part, "compare"):
-        part.compare(found)
-    if hasattr(found, "settings"):
-        return _about_text(found)
-    return {"autoencoder": weights_hash(found) if list(found.parameters()) else None}
-
-
-def _about_text(text: nn.Module | None) -> dict[str, Any]:
+def _about_text(text: Embedder | None) -> dict[str, Any]:
     return {"text": text and weights_hash(text), "text_settings": text and text.settings()}
 
 
@@ -184,12 +175,12 @@ def _places(selections: Sequence[Any], sizes: Sequence[tuple[int, int]], rows: r
 
 def _encoded(
     autoencoder: Autoencoder,
-    data: Any,
+    data: DataModule,
     loaded: Loaded,
     places: Iterator[list[Place]],
     device: Any,
     half: bool,
-    embed: Embed | None,
+    text: tuple[Embedder, Embed] | None,
 ) -> Iterator[dict[str, Any]]:
     seen: Counter[str] = Counter()
     for chosen in places:
@@ -198,7 +189,7 @@ def _encoded(
         fields = data.on_after_batch_transfer(data.transfer_batch_to_device(fields, device, 0), 0)
         moments = autoencoder.encode(fields["image"])
         arrays = {"moments.npy": torch.cat((moments.mean, moments.std), dim=1)}
-        arrays |= embed(fields["caption"]) if embed else {}
+        arrays |= {} if text is None else text[1](fields[text[0].key])
         arrays = {m: (x.half() if half and x.is_floating_point() else x).cpu().numpy() for m, x in arrays.items()}
         for i, (key, position) in enumerate(zip(fields["key"], fields["position"].tolist())):
             kept = _rest(loaded.samples, *at[position])

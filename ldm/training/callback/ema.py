@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ldm.errors import Refusal
 from ldm.training.parallel.sharded import placed_as
+from ldm.training.protocols import Average
 
 
 class EMA(pl.Callback):
@@ -44,10 +45,15 @@ class EMA(pl.Callback):
         weights = [weight.detach().float() for weight in self.weights]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the weights are the average now."""
+        return bool(self.raw)
+
     @torch.no_grad()
     def swap_in(self, module: pl.LightningModule) -> None:
         """Puts the average in the weights' place."""
-        if self.average and not self.raw:
+        if self.average and not self.in_place:
             for name, weight in trained(module).items():
                 self.raw[name] = weight.detach().clone()
                 weight.copy_(self.average[name])
@@ -84,7 +90,7 @@ class EMA(pl.Callback):
 @contextmanager
 def averaged(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Within it, the weights are their average, where the trainer keeps one that is not in place already."""
-    emas = [c for c in trainer.callbacks if isinstance(c, EMA) and not c.raw]
+    emas = [c for c in trainer.callbacks if isinstance(c, Average) and not c.in_place]
     for ema in emas:
         ema.swap_in(module)
     try:
@@ -102,7 +108,7 @@ def average_of(trainer: pl.Trainer, module: pl.LightningModule, part: str) -> nn
     Raises:
         Refusal: the trainer keeps no average, or it is shared out over the ranks.
     """
-    average = next((c.average for c in trainer.callbacks if isinstance(c, EMA)), None)
+    average = next((c.average for c in trainer.callbacks if isinstance(c, Average)), None)
     if average is None:
         raise Refusal("The objective learns from averaged weights, and none are kept: use callback=[checkpoint,bar,ema].")
     if any(isinstance(weight, DTensor) for weight in average.values()):

@@ -13,9 +13,10 @@ from ldm.evaluation.protocol import code_version, entries, tell
 from ldm.evaluation.run import measure
 from ldm.files.weights import weights_hash
 from ldm.measure import Metric
+from ldm.training.base import Stage
 from ldm.training.callback.ema import averaged
 from ldm.training.parallel.sharded import Sharded
-from ldm.types import Guidance, Sampler
+from ldm.types import DataModule, Guidance, Sampler
 
 
 class Evaluate(pl.Callback):
@@ -34,7 +35,7 @@ class Evaluate(pl.Callback):
         folder: str,
         every: int,
         metric: Mapping[str, Metric],
-        data: Any,
+        data: DataModule,
         sampler: Sampler,
         guidance: Guidance,
         count: int = 128,
@@ -91,8 +92,8 @@ class Evaluate(pl.Callback):
         if (state_dict.get("best", self.best), state_dict.get("mode", self.mode)) == (self.best, self.mode):
             self.record = state_dict["record"]
 
-    def _measure(self, module: pl.LightningModule, step: int) -> dict[str, dict[str, Any]]:
-        model = getattr(module, "model", None)
+    def _measure(self, module: Stage, step: int) -> dict[str, dict[str, Any]]:
+        model = module.latent_model()
         autoencoder, device = model.autoencoder if model else module.autoencoder, module.device
         weights, used = weights_hash(model or autoencoder), {}
 

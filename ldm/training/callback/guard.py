@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ldm.errors import Refusal
+from ldm.files.lightning import scaler_of
 from ldm.training.callback.preempt import Preempted
 from ldm.types import Batch
 
@@ -51,7 +52,7 @@ class Guard(pl.Callback):
             Refusal: `patience` updates in a row were skipped.
         """
         batches, self.batches = self.batches, []
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if scaler_of(trainer) is not None:
             return
         norm = gradient_norm(optimizer)
         if module.is_logged():

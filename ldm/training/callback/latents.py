@@ -1,17 +1,17 @@
 """What the latents of all validation pictures are like, as training goes on: to disk, and to the loggers."""
 
-from typing import Any
-
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.files.folder import write_json
 from ldm.files.picture import from_bytes
 from ldm.training.callback.preview import Preview
+from ldm.training.protocols import Quantised, Trainable
+from ldm.types import DataModule
 
 
 class Latents(Preview):
@@ -34,7 +34,7 @@ class Latents(Preview):
 
 
 @torch.no_grad()
-def measure(autoencoder: nn.Module, data: Any, device: torch.device) -> tuple[Tensor, dict[str, float]]:
+def measure(autoencoder: Trainable, data: DataModule, device: torch.device) -> tuple[Tensor, dict[str, float]]:
     """-> sampled latents of the validation pictures (C, N), and numbers: `kl` in nats a picture, or `usage` and `perplexity`."""
     generator, parts, kl, counts, pictures = torch.Generator().manual_seed(0), [], 0.0, 0, 0
     for batch in data.ordered("val", batch=32):
@@ -43,11 +43,11 @@ def measure(autoencoder: nn.Module, data: Any, device: torch.device) -> tuple[Te
         z = told.sample(torch.randn(told.mean.shape, generator=generator))
         parts.append(z.transpose(0, 1).flatten(1).float().cpu())
         pictures += len(images)
-        if hasattr(autoencoder, "quantise"):
-            counts = counts + torch.bincount(autoencoder.quantise(z)[1].flatten(), minlength=len(autoencoder.codebook))
+        if isinstance(autoencoder, Quantised):
+            counts = counts + torch.bincount(autoencoder.quantise(z)[1].flatten(), minlength=autoencoder.codes())
         else:
             kl += 0.5 * (told.mean.square() + told.std.square() - 1 - 2 * told.std.log()).sum().item()
-    if not hasattr(autoencoder, "quantise"):
+    if not isinstance(autoencoder, Quantised):
         return torch.cat(parts, 1), {"kl": kl / pictures}
     share = counts.double() / counts.sum()
     return torch.cat(parts, 1), {

@@ -17,6 +17,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from ldm.errors import Refusal
+from ldm.files.lightning import listen_with
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 WARNING = signal.SIGUSR1  # what SLURM sends ahead of the time limit, with #SBATCH --signal=USR1@300
@@ -56,8 +57,7 @@ class Preempt(pl.callbacks.Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Takes the place of Lightning's handlers."""
-        trainer._signal_connector.register_signal_handlers = self.listen
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        listen_with(trainer, self.listen)
 
     def listen(self) -> None:
         """Sets a flag when a signal comes, and does nothing else."""

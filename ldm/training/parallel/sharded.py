@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 
 from ldm.errors import NotWritten, Refusal
 from ldm.files.folder import present
+from ldm.files.lightning import replace
 from ldm.files.process import rank
 from ldm.files.whole import END, replace_folder
 from ldm.training.callback.compile import blocks_of
@@ -43,7 +45,7 @@ class Sharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """All ranks are one group."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        replace(self, "_data_parallel_size", self.num_nodes * self.num_processes)
         super().setup_environment()
 
     @contextmanager
@@ -64,7 +66,7 @@ class Sharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Each rank's part."""
-        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a file on rank 0, or a folder on all ranks."""

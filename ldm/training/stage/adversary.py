@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
+from ldm.files.lightning import scaler_of
 from ldm.files.process import world
 from ldm.training.base import clip, reduce_sum
 from ldm.training.callback.guard import skip_where
@@ -58,7 +59,7 @@ class Adversary(nn.Module):
         self.network.requires_grad_(True)
         verdicts = self.network(torch.cat((real, fake))).chunk(2)
         loss = self.loss.discriminator(*verdicts)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = scaler_of(trainer)
         share = loss / trainer.accumulate_grad_batches
         (share if scaler is None else scaler.scale(share)).backward()
         self.network.requires_grad_(False)
@@ -79,7 +80,7 @@ class Adversary(nn.Module):
             skip_where(self.optimizer, spoilt | ~gradients.norm().isfinite())
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * self.rate(trainer.global_step)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = scaler_of(trainer)
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         clip(trainer, self.optimizer)

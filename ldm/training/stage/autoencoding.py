@@ -14,8 +14,9 @@ from ldm.errors import Refusal
 from ldm.files.folder import save_model, write_json
 from ldm.training.base import Stage, reduce_sum
 from ldm.training.callback.guard import unless
+from ldm.training.protocols import Quantised, Trainable
 from ldm.training.stage.adversary import Adversary
-from ldm.types import Batch, Draw
+from ldm.types import Batch, DataModule, Draw
 
 
 class Autoencoding(Stage):
@@ -29,11 +30,12 @@ class Autoencoding(Stage):
     a small autoencoder.
     """
 
+    trains = "autoencoder"
     compiled = ("autoencoder.encoder", "autoencoder.decoder.middle", "autoencoder.decoder.levels")
 
     def __init__(
         self,
-        autoencoder: nn.Module,
+        autoencoder: Trainable,
         perceptual: nn.Module | None,
         perceptual_weight: float,
         kl_weight: float,
@@ -91,15 +93,15 @@ class Autoencoding(Stage):
         """The discriminator's gradients, and what a codebook has seen."""
         if self.adversary is not None:
             self.adversary.optimizer.zero_grad()
-        if hasattr(self.autoencoder, "update"):
-            self.autoencoder.window.clear()
+        if isinstance(self.autoencoder, Quantised):
+            self.autoencoder.forget()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Beside the autoencoder's update, those of the discriminator and of a codebook that follows its vectors."""
         if self.adversary is not None:
             self.adversary.step(self.trainer, self.spoilt)
-        if hasattr(self.autoencoder, "update"):
-            with unless(self.spoilt, [self.autoencoder.codebook.data, self.autoencoder.hits, self.autoencoder.sums]):
+        if isinstance(self.autoencoder, Quantised):
+            with unless(self.spoilt, self.autoencoder.moving()):
                 self.autoencoder.update(self.trainer.global_step, reduce_sum, self.trainer.global_rank, self.trainer.world_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -124,7 +126,7 @@ class Autoencoding(Stage):
             self.adversary.network(batch["image"][:1])
 
     @torch.no_grad()
-    def finish(self, data: Any) -> None:
+    def finish(self, data: DataModule) -> None:
         """Measures mean and standard deviation of sampled latents over the training set, per channel, over all ranks.
 
         Exact over the sampling noise: E[z] = E[mean], Var[z] = E[mean^2 + std^2] - E[mean]^2. Sums are float64.
@@ -152,7 +154,8 @@ class Autoencoding(Stage):
 
     def export(self, folder: Path) -> None:
         """Writes model.safetensors, the statistics with it, config.json, and statistics.json: what they are and of what data."""
-        numbers = {name: getattr(self.autoencoder, name).tolist() for name in ("mean", "std", "count")}
+        statistics = {"mean": self.autoencoder.mean, "std": self.autoencoder.std, "count": self.autoencoder.count}
+        numbers = {name: value.tolist() for name, value in statistics.items()}
         write_json({**numbers, **self.measured}, folder / "statistics.json")
         save_model(self.autoencoder.state_dict(), self.recipe, folder)
 

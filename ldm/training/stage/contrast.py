@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from ldm.files.folder import save_tensors, write_text
 from ldm.tower.clip import read, spoken
 from ldm.training.base import Stage
-from ldm.types import Batch, Draw
+from ldm.types import Batch, DataModule, Draw
 
 
 class Contrast(Stage):
@@ -23,6 +23,7 @@ class Contrast(Stage):
     `local-dir:FOLDER`, with the text features' statistics over the training captions beside it.
     """
 
+    trains = "clip"
     compiled = ("clip.visual", "clip.transformer")
 
     def __init__(self, clip: Mapping[str, Any], **stage: Any) -> None:
@@ -45,7 +46,7 @@ class Contrast(Stage):
         self.clip.logit_scale.data.clamp_(max=4.6052)
 
     @torch.no_grad()
-    def finish(self, data: Any) -> None:
+    def finish(self, data: DataModule) -> None:
         """Measures each text layer's and the pooled vector's mean and covariance over the training captions."""
         sums: dict[str, tuple[int, Tensor, Tensor]] = {}
         captions = data.train_set.captions()

@@ -17,7 +17,7 @@ from ldm.training.base import Stage
 from ldm.training.callback.ema import average_of
 from ldm.training.callback.levels import LEVELS, curve, level_errors
 from ldm.training.parallel.sharded import whole
-from ldm.types import Batch, Cond, Draw, Moments, Objective
+from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
 
 CAPTIONS = 1000  # after so many it is said how many the text tower cuts
 EVERY = 100  # batches whose latents are looked at
@@ -35,7 +35,7 @@ class Diffusion(Stage):
         self.model, self.objective = model, objective
         self.weights: dict[str, Tensor] = {}
         self.average: Callable[[], LatentModel] = lambda: self.model
-        for part in getattr(objective, "frozen", ()):
+        for part in objective.frozen if isinstance(objective, Freezes) else ():
             objective.get_submodule(part).eval().requires_grad_(False)
             self.frozen += (f"objective.{part}",)
         self.encoded = 0  # batches in training
@@ -87,7 +87,7 @@ class Diffusion(Stage):
 
     def _tell_of_cut(self, least: int) -> None:
         for name, embedder in self.model.conditioner.embedders.items() if self.global_rank == 0 else ():
-            cut = getattr(embedder, "cut", None)
+            cut = embedder.cut
             if cut is not None and cut.cut and cut.seen >= least and name not in self.told_of_cut:
                 self.told_of_cut.add(name)
                 print(f"condition.{name}: {cut}", flush=True)
@@ -143,7 +143,7 @@ class Diffusion(Stage):
         trained = [m for m in others if isinstance(m, nn.Module) and any(p.requires_grad for p in m.parameters())]
         return [self.model.denoiser.backbone, *trained]
 
-    def finish(self, data: Any) -> None:
+    def finish(self, data: DataModule) -> None:
         """Gathers what is exported."""
         own = {k: v for k, v in self.model.state_dict().items() if not self._is_frozen(f"model.{k}")}
         self.weights = {name: whole(weight, self.global_rank == 0) for name, weight in own.items()}

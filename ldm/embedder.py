@@ -1,0 +1,61 @@
+"""What a condition does where it says nothing else: the members of types.py's `Embedder` that may be left out, with defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.types import Batch, Draw, Embedder
+
+
+class Condition(nn.Module):
+    """The base of our conditions. A condition that does not inherit it gets what it lacks by `complete`."""
+
+    frozen: tuple[str, ...] = ()
+    hole: tuple[str, str] | None = None
+    stands_for: str | None = None
+    cut: Any = None
+
+    def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
+        """Nothing: the batch holds what is read."""
+        return {}
+
+    def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
+        """Refuses nothing."""
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Any:
+        """Numbers -> (N); all else is a list, as it is."""
+        numbers = all(isinstance(a, int | float) for a in asked)
+        return torch.tensor(list(asked)) if numbers else list(asked)
+
+    def show(self, value: Any) -> Tensor | None:
+        """Nothing: there is no picture of it."""
+        return None
+
+    def unasked(self, field: str, size: tuple[int, int]) -> list[Any] | None:
+        """Nothing: it must be written."""
+        return None
+
+    def settings(self) -> dict[str, Any] | None:
+        """Nothing: what it says cannot be kept ahead of time."""
+        return None
+
+    def original(self) -> Embedder | None:
+        """Nothing: it stands in for no other condition."""
+        return None
+
+
+OPTIONAL = tuple(name for name in vars(Condition) if not name.startswith("__"))
+
+
+def complete(embedder: Embedder) -> Embedder:
+    """Gives an embedder what it lacks of `Condition`'s members, on the object itself; one that inherits it lacks nothing."""
+    for name in OPTIONAL:
+        if not hasattr(embedder, name):
+            default = vars(Condition)[name]
+            setattr(embedder, name, MethodType(default, embedder) if isinstance(default, FunctionType) else default)
+    return embedder
