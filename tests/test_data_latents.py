@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_data import picture
 
 from ldm.autoencoder.kl import KL
@@ -18,6 +19,7 @@ from ldm.data.batch.latents import check_provenance, write_latents
 from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
 from ldm.data.stream import Streamed
+from ldm.data.usual import usual_of
 from ldm.files.folder import save_model
 from ldm.types import Draw
 
@@ -169,6 +171,14 @@ def home(tmp_path_factory, clip_folder):
 
 def shared(home):
     return ["data=shards", f"runs={home}", f"data.train={home}/pictures", "data.size=16", "data.workers=0", "condition=[text]"]
+
+
+def test_latents_remember_what_their_pictures_are(home):
+    pictures = OmegaConf.to_container(compose_config("train", shared(home)).data, resolve=True)
+    latents = {"train": f"{home}/square/train", "fields": {"moments": "moments.npy", "caption": "txt"}, "size": 16}
+    assert usual_of(latents) == usual_of(pictures), "so that evaluate.py finds the real ones"
+    assert usual_of(latents)["data"]["train"] == f"{home}/pictures"
+    assert usual_of(latents | {"train": f"{home}/elsewhere"})["data"]["fields"] == latents["fields"]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from ldm.run_id import VOLATILE
 HOME = Path("runs/quickstart")
 USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
 EXPERIMENTS = {"clip": "emoji/clip", "autoencoder": "emoji/autoencoder", "diffusion": "emoji/text"}
-STEPS = {"clip": 150, "autoencoder": 1000, "diffusion": 900}
+STEPS = {"clip": 120, "autoencoder": 900, "diffusion": 900}
 THREADS = "callback@always=[preempt,guard,threads]"
 PROMPTS = [
     "blue apple",

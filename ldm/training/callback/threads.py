@@ -17,7 +17,8 @@ class Threads(pl.Callback):
 
     It begins with one, tries again after a change, and every `every` steps, since other jobs come and go: two threads on two
     cores may take many times as long as one where another job has one of them, and one such step ends the try. `most` is null for
-    all cores that this process may use. The numbers of a run differ by rounding only. Training leaves the process with the number found last.
+    all cores that this process may use. The numbers of a run differ by rounding only. Training leaves the process with the number
+    found last.
     """
 
     def __init__(self, every: int = 200, most: int | None = None) -> None:
