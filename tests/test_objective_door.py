@@ -7,7 +7,7 @@ from torch import nn
 
 from ldm.backbone.dit import DiT
 from ldm.backbone.mlp import MLP
-from ldm.backbone.unet import UNet
+from ldm.backbone.unet import Stage, UNet
 from ldm.objective.regression import Regression
 from ldm.training.callback.checkpoint import read_checkpoint
 from ldm.training.callback.compile import blocks_of
@@ -114,7 +114,7 @@ def test_blocks_are_the_ones_that_were_compiled_one_by_one():
     widths = Widths(tokens=4)
     unet = UNet(3, widths, width=8, mult=(1, 1), res_blocks=1, depth=(0, 1), heads=2, groups=4)
     for net in (unet, MLP(3, widths, size=4, width=8, depth=2), DiT(3, Widths(), size=4, width=8, depth=2, heads=2)):
-        lists = [m for m in net.children() if isinstance(m, nn.ModuleList)]
+        lists = [m for m in net.children() if isinstance(m, nn.ModuleList | Stage)]
         assert list(net.blocks) == blocks_of(net) == [block for each in lists for block in each] and len(blocks_of(net)) > 1
     plain = Plain()
     assert blocks_of(plain) == [plain] and blocks_of(nn.ModuleList([plain])) == [plain]

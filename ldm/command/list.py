@@ -51,5 +51,5 @@ def purpose(text: str) -> str:
     if file is None or not file.is_file():
         return ""
     module = ast.parse(file.read_text(encoding="utf-8"))
-    made = [node for node in module.body if getattr(node, "name", None) == target[2]]
+    made = [node for node in module.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == target[2]]
     return next((said.split("\n")[0] for said in map(ast.get_docstring, [*made, module]) if said), "")

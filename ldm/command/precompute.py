@@ -22,11 +22,10 @@ OTHERS = ("_target_", "_partial_", "key", "rate")  # settings that are not of wh
 
 def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
-    from ldm.build import allowed, build, build_members
+    from ldm.build import allowed, build
     from ldm.condition.cached_text import embed, save_null
     from ldm.data.batch.latents import write_latents
     from ldm.data.usual import KEPT, usual_of
-    from ldm.embedder import complete
     from ldm.files.device import device_of
     from ldm.files.folder import write_json
 
@@ -37,12 +36,7 @@ def precompute(config: DictConfig) -> Path:
     data = build(config.data, allowed(config), batch=1)  # no bucket is too small to be encoded
     data.prepare_data()
     data.setup()
-    members = {name: complete(member).to(device).eval() for name, member in build_members(config, "condition").items()}
-    if len(members) > 1 or any(member.settings() is None for member in members.values()):
-        raise Refusal(
-            f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text]. One of your "
-            "own says by `settings()` what its text depends on beside its weights (ldm/embedder.py)."
-        )
+    members = _text_conditions(config, device)
     text = next(((member, partial(embed, member)) for member in members.values()), None)
     splits = ("train", "val") if data.val_set else ("train",)
     for split in splits:
@@ -63,6 +57,20 @@ def precompute(config: DictConfig) -> Path:
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
     print(" ".join(use))
     return Path(config.out)
+
+
+def _text_conditions(config: DictConfig, device: Any) -> dict[str, Any]:
+    """The one text condition whose embeddings are kept, by name, or none."""
+    from ldm.build import build_members
+    from ldm.embedder import complete
+
+    members = {name: complete(member).to(device).eval() for name, member in build_members(config, "condition").items()}
+    if len(members) > 1 or any(member.settings() is None for member in members.values()):
+        raise Refusal(
+            f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text]. One of your "
+            "own says by `settings()` what its text depends on beside its weights (ldm/embedder.py)."
+        )
+    return members
 
 
 def _words(name: str, text: Any, config: DictConfig) -> list[str]:

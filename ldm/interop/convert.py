@@ -25,6 +25,8 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
         raise NotFound(f"There is nothing at {path}.")
     try:
         return _read(path, prediction)
+    except NotFound:
+        raise
     except ValueError as error:
         raise Refusal(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -129,7 +129,7 @@ def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the settings of members that were not chosen."""
     lists = {group: config.get(group) or {} for group in ("callback", "always", "condition", "logger")}
     kept = {group: {n: v for n, v in lists[group].items() if isinstance(v, str) or "_target_" in (v or {})} for group in lists}
-    return {**config, **kept}
+    return {**{name: value for name, value in config.items() if name != "identity"}, **kept}
 
 
 def _differences(place: str, raw: Any, raw_now: Any, old: Any, new: Any) -> Iterator[Change]:
