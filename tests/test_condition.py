@@ -293,10 +293,10 @@ def test_numbers_are_read_from_the_records_and_told_in_the_null():
 def test_captions_of_a_file_are_judged_at_the_size_drawn(text, tmp_path):
     """Numbers that nobody says are those of the pictures, also where `resolution` is left to the data."""
     (tmp_path / "prompts.txt").write_text("fox\ncat\n")
-    config = OmegaConf.to_container(compose_config("evaluate", [f"prompts={tmp_path}/prompts.txt", "count=2"]), resolve=True)
+    config = compose_config("evaluate", [f"prompts={tmp_path}/prompts.txt", "count=2", "data.size=48"])
+    config = OmegaConf.to_container(config, resolve=True)
     subject = Subject(config, tmp_path)
     subject.model = SimpleNamespace(conditioner=Conditioner({"text": text, "number": Number(SIZES, width=6)}))
-    subject.data = SimpleNamespace(size=48)
     assert subject._requests().ask["original_height"].tolist() == [48.0, 48.0]
 
 

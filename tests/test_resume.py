@@ -125,7 +125,7 @@ def test_what_holds_is_said(override, name, base):
 @pytest.mark.parametrize(
     "override, name",
     [
-        ("optimizer=muon", "optimizer._target_"),
+        ("optimizer=adamw", "optimizer._target_"),
         ("+optimizer.amsgrad=true", "optimizer.amsgrad"),
         ("+groups.decoder={scale: 0.1}", "groups"),
         ("schedule=cosine", "schedule._target_"),

@@ -28,7 +28,6 @@ from ldm.command.train import train as command
 from ldm.compose import CONFIGS, compose_config
 from ldm.data.batch.ahead import Ahead, ahead
 from ldm.schedule import Linear, ScaledLinear
-from ldm.training import layout
 from ldm.training.base import Stage
 from ldm.training.callback.bfloat16 import Bfloat16
 from ldm.training.callback.checkpoint import checkpoint_callback
@@ -40,6 +39,7 @@ from ldm.training.callback.profile import Profile
 from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import Throughput, flops, peak_of
 from ldm.training.optimizer.rate import Constant
+from ldm.training.parallel import layout
 from ldm.training.plan import plan
 from ldm.training.run import fit
 from ldm.training.stage.contrast import Contrast
