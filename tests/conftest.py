@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,21 +9,9 @@ import open_clip
 import pytest
 import torch
 
+from helpers.clip import CLIP
 from ldm.data.emoji import Emoji
 from ldm.files.folder import save_tensors, write_json
-
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
-}
-
-
-def free_port():
-    """-> a port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Every key of the configs that diffusers and transformers write, class by class: what is done with it.
 
 A key is `used` by a reader, or `free` (it changes no number that a trained model computes), or has the `only` values that are
-built here. Anything else is refused by name. tests/test_interop_keys.py walks over the classes' own signatures, so that a key
+built here. Anything else is refused by name. tests/interop/test_keys.py walks over the classes' own signatures, so that a key
 that is new there is noticed.
 """
 
