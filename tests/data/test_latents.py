@@ -84,6 +84,9 @@ class Stage:
     def __init__(self, autoencoder):
         self.model = type("Model", (), {"autoencoder": autoencoder, "conditioner": Conditioner({})})()
 
+    def latent_model(self):
+        return self.model
+
 
 def test_latents_of_another_autoencoder_are_refused(autoencoder, pictures, tmp_path):
     write_latents(autoencoder, pictures, "train", tmp_path / "out", 3, "cpu", 4)
