@@ -157,7 +157,7 @@ def judge(timed: Timer) -> tuple[dict[str, float], dict[str, Any]]:
     numbers, pictures, metrics = timed("evaluate", lambda: evaluate(config))
     prompts = compose_config("sample", [model, f"out={HOME}/samples", "prompt=[" + ",".join(PROMPTS) + "]"])
     samples = timed("sample", lambda: sample(prompts))
-    data = build(config.data)
+    data = build(compose_config("train").data)
     rows = chosen(data, config.count)
     asked = data.on_after_batch_transfer(data.rows("train", rows), 0)
     held_out = data.on_after_batch_transfer(data.rows("val", range(len(data.val_set))), 0)["image"]
