@@ -3,7 +3,7 @@ PYTHON ?= python3
 MINUTES ?= 8
 RUN := .venv/bin/python
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow test-install lint format clean
 
 quickstart: .venv/ready
 	$(RUN) quickstart.py $(MINUTES)
@@ -13,6 +13,13 @@ test: .venv/ready lint
 
 test-slow: .venv/ready
 	$(RUN) -m pytest -m "slow and not gpu"
+
+# `pip install .` from nothing: the command in an empty environment and from another folder.
+test-install:
+	rm -rf .venv-install && $(PYTHON) -m venv .venv-install
+	.venv-install/bin/python -m pip install --quiet --disable-pip-version-check .
+	mkdir -p .venv-install/elsewhere && cd .venv-install/elsewhere && ../bin/ldm && ../bin/ldm list experiment && ../bin/ldm train \
+	  experiment=emoji/clip trainer.max_steps=2 trainer.val_check_interval=2 'callback=[checkpoint]' && ../bin/ldm sample --help > /dev/null
 
 lint: .venv/ready
 	$(RUN) -m ruff check .
