@@ -17,7 +17,7 @@ def sample(config: DictConfig) -> Any:
     from ldm.drawing.request import read_edit, read_request, write_pictures
     from ldm.files.device import device_of
 
-    model = load_model(config.model, allowed(config)).to(device_of(config.device))
+    model = load_model(config.model, allowed(config), config.adapters, config.base).to(device_of(config.device))
     if config.compile:
         compile_backbone(model.denoiser.backbone)
     if config.tile:
@@ -31,7 +31,7 @@ def sample(config: DictConfig) -> Any:
     sampler, guidance = (build(node, allowed(config)) for node in (config.sampler, config.guidance))
     sampler = read_edit(config, model, ask, sampler, size)
     images = draw_all(model, ask, sampler, guidance, seeds, size, config.batch, config.paste)
-    told = {**plain, "seeds": list(seeds), "asked": ask}
+    told = {**plain, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
     write_pictures(images, Path(config.out), told, model.conditioner.show(ask))
     print(f"{count} pictures are in {config.out}")
     return images
