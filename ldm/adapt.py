@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -18,16 +18,33 @@ from ldm.errors import NotFound, Refusal
 from ldm.files.content import file_content
 from ldm.files.folder import from_parts, read_recipe, without_usual
 from ldm.model import LatentModel
-from ldm.types import Adapter
 
 ADAPTED = "ldm.build.adapted"  # the recipe of a model whose adapters alone were trained
 WORDS = re.compile(r"(?:(?P<name>[^=/:]+)=)?(?P<source>.+?)(?::(?P<strength>[^:/]+))?(?::(?P<text>[^:/]+))?", re.S)
 TEXT = "conditioner."  # where the names of a text's tensors begin
 
 
+class Adapter(Protocol):
+    """Something small that is trained beside a finished model, and put to work on it when that draws."""
+
+    wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
+
+    def attach(self, model: LatentModel) -> Sequence[str]:
+        """Before training: gives a model, in place, new weights without effect -> the names of what is trained."""
+
+    def owns(self, name: str) -> bool:
+        """Whether a trained tensor of that name is its."""
+
+    def apply(self, model: LatentModel, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor]) -> None:
+        """To draw: puts trained tensors, by the model's names, to work on it, in place; strength 0 changes nothing.
+
+        base: the model's weights before any adapter, on which several depend alike whatever their order; they stay as they are.
+        """
+
+
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks for: a source, under a name where there is one, at a strength; `text` is that of the text, if another."""
+    """What a person asks for: a source, its name if it has one, its strength; `text` is the strength of its text, if another."""
 
     source: str
     name: str | None = None
@@ -140,8 +157,8 @@ def base_of(path: str | Path, recipe: Mapping[str, Any], base: str | None) -> Pa
     now = file_content(file) if file.is_file() else "nothing"
     if now != told["sha256"]:
         raise Refusal(
-            f"{path} was trained on {told['path']} with sha256 {told['sha256'][:12]}; {place} holds {now[:12]} now. Say base=PATH, "
-            f"or put it on another model on purpose: model=OTHER adapters={path}."
+            f"{path} was trained on {told['path']} with sha256 {told['sha256'][:12]}; {place} holds {now[:12]} now. Say "
+            f"base=PATH, or put it on another model on purpose: model=OTHER adapters={path}."
         )
     return place
 

@@ -23,6 +23,7 @@ from ldm.errors import NotFound, Refusal
 from ldm.files.content import file_content
 from ldm.files.folder import LaterFormat, as_run, from_parts, read_json, read_model, read_recipe, read_weights, without_usual
 from ldm.files.moved import moved
+from ldm.files.process import first
 from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.training.callback.checkpoint import newest, read_checkpoint
@@ -115,9 +116,7 @@ def assemble(
     return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input))
 
 
-def adapted(
-    base: str | None, adapters: Mapping[str, Any] | None = None, rates: Mapping[str, float] | None = None
-) -> LatentModel:
+def adapted(base: str | None, adapters: Mapping[str, Any] | None = None, rates: Mapping[str, float] | None = None) -> LatentModel:
     """A model at rest, frozen, with adapters beside it, which alone are trained; without adapters it is trained as a whole.
 
     Args:
@@ -276,6 +275,7 @@ def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow:
     from ldm.interop.adapters import read_adapter
 
     read, sha256 = read_adapter(one.source, one.name, recipe, own)
+    print(*(read.said if first() else ()), sep="\n", end="\n" if read.said and first() else "", flush=True)
     return Given(one, {read.node["_target_"].split(".")[-2]: build(read.node, narrowed(allow))}, read.tensors, sha256)
 
 

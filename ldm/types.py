@@ -281,24 +281,6 @@ class Embedder(Protocol):
         """Of one that reads what another said ahead of time: that other one, read and compared with what is kept, or None."""
 
 
-class Adapter(Protocol):
-    """Something small that is trained beside a finished model, and put to work on it when that draws."""
-
-    wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
-
-    def attach(self, model: Any) -> Sequence[str]:
-        """Before training: gives a model, in place, new weights without effect -> the names of what is trained."""
-
-    def owns(self, name: str) -> bool:
-        """Whether a trained tensor of that name is its."""
-
-    def apply(self, model: Any, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor]) -> None:
-        """To draw: puts trained tensors, by the model's names, to work on it, in place; strength 0 changes nothing.
-
-        base: the model's weights before any adapter, on which several depend alike whatever their order; they stay as they are.
-        """
-
-
 class Autoencoder(Protocol):
     channels: int
     factor: int

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
@@ -47,10 +46,9 @@ class Update:
         added = (self.up.double().flatten(1) @ self.down.double().flatten(1)).reshape(weight.shape) * self.scale
         if self.magnitude is None:
             return added
-        whole, magnitude = (weight + added).flatten(1), self.magnitude.double()
-        columns = magnitude.ndim == 2 and len(magnitude) == 1
-        norm = whole.norm(dim=0, keepdim=True) if columns else whole.norm(dim=1, keepdim=True)
-        return (magnitude.reshape(norm.shape) * whole / norm).reshape(weight.shape) - weight
+        whole, axis = weight + added, int(self.magnitude.ndim == 2)
+        norm = whole.norm(dim=[i for i in range(whole.ndim) if i != axis], keepdim=True)
+        return self.magnitude.double().reshape(norm.shape) * whole / norm - weight
 
 
 class LoRA:
@@ -182,7 +180,7 @@ class Place:
 
 
 def place_of(module: str, weights: Mapping[str, Any]) -> Place | None:
-    """The weight of a module, or of a part of an attention whose matrices are one; weights: tensors by name. None: there is none."""
+    """The weight of a module, or of a part of an attention whose matrices are one, among tensors by name; None: there is none."""
     if f"{module}.weight" in weights:
         return Place(f"{module}.weight", slice(None))
     owner, _, part = module.rpartition(".")

@@ -33,4 +33,5 @@ def _instead(found: Foreign) -> str:
     """What a source is that is no adapter."""
     names = list(found.weights)
     kinds = ", ".join(kind.word for kind in adapter_kinds())
-    return f"holds {len(names)} tensors that are none of an adapter's, such as {names[0]}; known are: {kinds}. A whole model is model=."
+    held = f"holds {len(names)} tensors that are of no adapter, such as {names[0]}"
+    return f"{held}; known are: {kinds}. A whole model is drawn from by model=..."

@@ -204,10 +204,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Read:
-    """An adapter that was read: the config of its member in ldm/adapter, and its tensors by the model's names."""
+    """An adapter that was read: the config of its member in ldm/adapter, its tensors by the model's names, and what is told."""
 
     node: dict[str, Any]
     tensors: dict[str, Tensor]
+    said: tuple[str, ...] = ()
 
 
 class AdapterKind:
@@ -227,7 +228,7 @@ class AdapterKind:
         raise NotImplementedError
 
     def read(self, source: Foreign, bundle: Bundle, name: str | None) -> Read:
-        """Theirs -> ours. `bundle` is the model that it is put on: its recipe, and all its tensors by their names; `name` is NAME."""
+        """Theirs -> ours. `bundle` is the model that it is put on, its recipe and all its tensors by name; `name` is NAME."""
         raise NotImplementedError
 
     def write(self, adapter: Read, bundle: Bundle, target: Path, layout: str) -> None:
