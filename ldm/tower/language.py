@@ -183,7 +183,7 @@ def _transformers(option: str) -> Any:
         return import_module("transformers")
     except ImportError as error:
         raise Refusal(
-            f"{option} reads a model of transformers, which is not installed: pip install 'transformers>=5'. A T5 v1.1 needs none."
+            f"{option} reads a model by transformers, which is missing: pip install 'transformers>=5'. A T5 v1.1 does without."
         ) from error
 
 

@@ -182,5 +182,5 @@ def test_packages_that_are_missing_are_named_with_their_pip_line(qwen, tmp_path,
     with pytest.raises(ValueError, match=r"holds no tokenizer that transformers reads"):
         load_words(str(tmp_path), "condition.language", False)
     monkeypatch.setattr(language, "import_module", missing)
-    with pytest.raises(ValueError, match=r"condition\.t5 reads a model of transformers.*pip install 'transformers>=5'"):
+    with pytest.raises(ValueError, match=r"condition\.t5 reads a model by transformers.*pip install 'transformers>=5'"):
         tower(qwen)
