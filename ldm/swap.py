@@ -72,13 +72,18 @@ def _alone(group: str, config_name: str, overrides: Sequence[Override], usual: A
     within = {g: name for g, name in usual.items() if str(g).startswith(f"{group}/") and name is not None}
     words = [f"{g}={name}" for g, name in within.items() if not any(o.key_or_group == g for o in overrides)]
     heads = (f"{place}.", f"{group}/")
-    words += [
-        o.input_line for o in overrides if o.key_or_group in (group, "hydra.searchpath") or o.key_or_group.startswith(heads)
-    ]
+    own = [o for o in overrides if o.key_or_group in (group, "hydra.searchpath") or o.key_or_group.startswith(heads)]
+    words += [o.input_line for o in own if not o.is_delete()]
     try:
-        return OmegaConf.select(compose(config_name, overrides=words), place)
+        config = compose(config_name, overrides=words)
     except HydraException as error:
         raise Refusal(f"{group}: {error}") from error
+    for o in own:
+        parent, _, key = o.key_or_group.rpartition(".")
+        if o.is_delete() and parent:  # perhaps of what the recipe gave, and is not there any more
+            with open_dict(config):
+                (OmegaConf.select(config, parent) or {}).pop(key, None)
+    return OmegaConf.select(config, place)
 
 
 def _parts(config: DictConfig, place: str, configs: Path) -> list[str]:

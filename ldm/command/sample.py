@@ -33,7 +33,7 @@ def sample(config: DictConfig) -> Tensor:
 
     meet()
     rank, world, _ = process()
-    model = load_model(config.model, allowed(config)).to(device_of(config.device))
+    model = load_model(config.model, allowed(config), config.adapters, config.base).to(device_of(config.device))
     if config.compile:
         compile_backbone(model.denoiser.backbone)
     if config.tile:
@@ -68,8 +68,8 @@ def draw(
         share: of several processes the number of this one, from 0, and how many there are; each draws some of the pictures.
 
     Returns:
-        This process's pictures, (N, 3, h, w) in [-1, 1] on the CPU, and the config with all pictures' `seeds` and `asked`, the
-        fields that the model was told.
+        This process's pictures, (N, 3, h, w) in [-1, 1] on the CPU, and the config with all pictures' `seeds`, `asked` (the
+        fields that the model was told) and `adapters`.
     """
     import torch
 
@@ -89,11 +89,11 @@ def draw(
     )
     sampler = read_edit(config, model, ask, sampler, size)
     mine = slice(count * share[0] // share[1], count * (share[0] + 1) // share[1])
-    part = {field: value[mine] for field, value in ask.items()}
+    told = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
     if not seeds[mine]:
-        return torch.empty(0, 3, *size), {**config, "seeds": list(seeds), "asked": ask}
-    images = draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch)
-    return images, {**config, "seeds": list(seeds), "asked": ask}
+        return torch.empty(0, 3, *size), told
+    part = {field: value[mine] for field, value in ask.items()}
+    return draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch), told
 
 
 main = command("sample")(sample)
