@@ -120,6 +120,12 @@ CLASSES = {
     ),
     "DiTTransformer2DModel": Keys(DIT_USED, "dropout norm_num_groups upcast_attention", DIT),
     "Transformer2DModel": Keys(DIT_USED, "dropout norm_num_groups upcast_attention use_linear_projection", {**DIT, **OLD_DIT}),
+    "PixArtTransformer2DModel": Keys(
+        "num_attention_heads attention_head_dim in_channels out_channels num_layers cross_attention_dim sample_size patch_size"
+        " caption_channels interpolation_scale use_additional_conditions",
+        "dropout norm_num_groups upcast_attention num_embeds_ada_norm use_linear_projection num_vector_embeds",
+        {**DIT, "norm_type": ("ada_norm_single",), "norm_eps": (1e-6,), "attention_type": ("default",)},
+    ),
     "CLIPTextModel": Keys(CLIP_USED, BOOKS, CLIP),
     "LDMBertModel": Keys(BERT_USED, BOOKS, BERT),
 }

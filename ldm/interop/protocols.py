@@ -57,6 +57,10 @@ class Network:
 
     # ---- with defaults
 
+    def builds(self, bundle: Bundle) -> bool:
+        """Whether a model is built on it."""
+        return bundle.recipe["backbone"]["_target_"] == self.target
+
     def recognise(self, names: Iterable[str]) -> bool:
         """Whether the tensors of a single file are its."""
         return any(name.startswith(self.prefix) for name in names)
