@@ -98,9 +98,9 @@ BERT_USED = (
 
 CLASSES = {
     "AutoencoderKL": Keys(
-        f"{VAE} shift_factor latents_mean latents_std",
+        f"{VAE} shift_factor latents_mean latents_std use_quant_conv use_post_quant_conv",
         "sample_size force_upcast",
-        {**RGB, "use_quant_conv": (True,), "use_post_quant_conv": (True,)},
+        RGB,
     ),
     "VQModel": Keys(
         f"{VAE} num_vq_embeddings vq_embed_dim",

@@ -23,7 +23,7 @@ class Network:
 
     `target` and `made` are how ours is built; `folder` and `classes` where diffusers keeps it and what it is called there;
     `single` is the layout's word for a single file, `prefix` where its tensors begin in one, and `alone` says that such a
-    file holds the network and its tables, and no parts.
+    file holds the network and its tables, and no parts. `shift` is that of its family's latents: z = x / scale + shift.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Network:
     single = "compvis"
     prefix = ""
     alone = False
+    shift = 0.0
 
     def settings_of(self, shapes: Shapes, told: Mapping[str, Any]) -> Built:
         """Their names and shapes in a single file, and what is told beside it -> how it is built."""
