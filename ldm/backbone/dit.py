@@ -18,7 +18,7 @@ from ldm.types import Cond, Widths
 
 
 class DiT(nn.Module):
-    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W), for any H and W that `patch` divides.
+    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W); `patch` divides H and W.
 
     The defaults are DiT-XL/2's for 256 x 256 pixels.
 
@@ -109,7 +109,8 @@ class DiT(nn.Module):
             zero(block.modulate)
             if block.attend_tokens is not None:
                 zero(block.attend_tokens.out)
-        zero(self.last)
+        zero(self.last.modulate)
+        zero(self.last.out)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W).

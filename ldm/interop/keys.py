@@ -120,6 +120,16 @@ CLASSES = {
     ),
     "DiTTransformer2DModel": Keys(DIT_USED, "dropout norm_num_groups upcast_attention", DIT),
     "Transformer2DModel": Keys(DIT_USED, "dropout norm_num_groups upcast_attention use_linear_projection", {**DIT, **OLD_DIT}),
+    "SD3Transformer2DModel": Keys(
+        "sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads joint_attention_dim out_channels"
+        " caption_projection_dim pooled_projection_dim pos_embed_max_size dual_attention_layers",
+        only={"qk_norm": (None, "rms_norm")},
+    ),
+    "FluxTransformer2DModel": Keys(
+        "in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim"
+        " pooled_projection_dim guidance_embeds axes_dims_rope",
+        only={"patch_size": (1,)},
+    ),
     "PixArtTransformer2DModel": Keys(
         "num_attention_heads attention_head_dim in_channels out_channels num_layers cross_attention_dim sample_size patch_size"
         " caption_channels interpolation_scale use_additional_conditions",

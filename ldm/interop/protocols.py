@@ -23,7 +23,8 @@ class Network:
 
     `target` and `made` are how ours is built; `folder` and `classes` where diffusers keeps it and what it is called there;
     `single` is the layout's word for a single file, `prefix` where its tensors begin in one, and `alone` says that such a
-    file holds the network and its tables, and no parts. `shift` is that of its family's latents: z = x / scale + shift.
+    file holds the network and its tables, and no parts. `beside_single` are the kinds of parts that
+    a single file holds, where it is not all; `shift` is that of its family's latents: z = x / scale + shift.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Network:
     single = "compvis"
     prefix = ""
     alone = False
+    beside_single: tuple[str, ...] | None = None
     shift = 0.0
 
     def settings_of(self, shapes: Shapes, told: Mapping[str, Any]) -> Built:

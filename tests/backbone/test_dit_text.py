@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.modern import gradients_of, ours_of, same_waves, their_pixart
+from helpers.modern import exactly, gradients_of, ours_of, their_pixart
 from ldm.backbone.dit import DiT
 from ldm.types import Cond, Widths
 
@@ -39,7 +39,7 @@ def test_pixart_against_diffusers(rows, columns):
     net = ours_of(peer)
     x, t, tokens = torch.randn(2, 4, rows, columns).double(), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 24).double()
     mask = torch.arange(5) < torch.tensor([[5], [3]])
-    with same_waves():
+    with exactly():
         theirs = peer(x, tokens, t, encoder_attention_mask=mask.long()).sample[:, :4]
     ours = net(x, t, Cond(tokens=tokens, mask=mask))
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
@@ -64,6 +64,13 @@ def test_it_starts_as_the_identity_and_every_weight_learns(kind):
     for block in net.blocks:
         block.register_forward_hook(lambda _, given, made: seen.append(torch.equal(given[0], made)))
     assert not net(*ask()).any() and seen == [True, True]
+    for _ in range(3):  # from its start on, as in training: no branch stays silent behind another
+        (net(*ask()) - ask()[0]).square().sum().backward()
+        with torch.no_grad():
+            silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+            [p.sub_(0.01 * p.grad.sign()) for p in net.parameters() if p.grad is not None]
+            net.zero_grad()
+    assert not silent
     net = small(kind)
     net(*ask()).square().sum().backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -90,11 +97,7 @@ def test_a_sample_does_not_see_its_batch_at_any_size(kind):
 
 
 def test_rotary_positions_alone_tell_distances_and_no_places():
-    """Patches of another picture beside a picture: what one hears of the other is the same wherever the two are.
-
-    Without any position of its own, a picture rolled around by whole patches would change only by what meets at the seams; with
-    one row of patches of equal content nothing changes at all.
-    """
+    """In a row of patches of equal content, none can tell which one it is; but which lies beside which is heard."""
     net = small({**MODERN, "registers": 0})
     x, t, cond = ask(2, 16)
     same = x[:, :, :, :2].repeat(1, 1, 1, 8)

@@ -5,6 +5,7 @@ from unittest import mock
 
 import diffusers
 import torch
+from torch.nn.functional import rms_norm
 
 from helpers.family import loud
 from ldm.interop.find import networks
@@ -34,10 +35,24 @@ def ours_of(peer):
 
 
 @contextmanager
-def same_waves():
-    """diffusers' waves of a number, rounded as ours: float32 frequencies differ in their last bits, and are multiplied by 1,000."""
-    with mock.patch("diffusers.models.embeddings.get_timestep_embedding", lambda t, width, **_: sinusoid(t, width)):
+def exactly():
+    """diffusers' networks without the float32 that they turn to on their way: norms of heads, rotary turns, and waves of numbers.
+
+    Those are ours here: their frequencies differ in the last bits, and are multiplied by 1,000.
+    """
+    place = "diffusers.models"
+    with (
+        mock.patch(f"{place}.embeddings.get_timestep_embedding", lambda t, width, **_: sinusoid(t, width)),
+        mock.patch(f"{place}.normalization.RMSNorm.forward", lambda self, x: rms_norm(x, self.dim, self.weight, self.eps)),
+        mock.patch(f"{place}.transformers.transformer_flux.apply_rotary_emb", turn_in_double),
+    ):
         yield
+
+
+def turn_in_double(x, turn, sequence_dim):
+    cos, sin = (part[None, :, None].to(x) for part in turn)
+    left, right = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack((-right, left), dim=-1).flatten(3) * sin
 
 
 def gradients_of(peer):
@@ -45,4 +60,21 @@ def gradients_of(peer):
     network = next(n for n in networks() if type(peer).__name__ in n.classes)
     settings, channels, widths = network.read_config({"_class_name": type(peer).__name__, **peer.config})
     shapes = network.shapes(channels, widths, settings)
-    return bring(network.diffusers_ties(shapes, settings), {n: p.grad for n, p in peer.named_parameters()}, shapes)
+    ties = {n: tie for n, tie in network.diffusers_ties(shapes, settings).items() if n != "position"}
+    return bring(ties, {n: p.grad for n, p in peer.named_parameters()}, shapes)
+
+
+def their_mmdit(again=(), **settings):
+    """SD3Transformer2DModel of 3 blocks, whose positions are a square of 6 x 6 laid over 4 x 4 patches."""
+    torch.manual_seed(12)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32, "num_layers": 3, "in_channels": 4}
+    told = {"joint_attention_dim": 24, "pooled_projection_dim": 20, "sample_size": 8, "pos_embed_max_size": 6, "out_channels": 4}
+    return loud(diffusers.SD3Transformer2DModel(**{**sizes, **told, "dual_attention_layers": tuple(again), **settings}))
+
+
+def their_flux(guided=False, **settings):
+    """FluxTransformer2DModel of 2 blocks of each kind."""
+    torch.manual_seed(13)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "num_single_layers": 2, "in_channels": 16}
+    told = {"joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6), "guidance_embeds": guided}
+    return loud(diffusers.FluxTransformer2DModel(**{**sizes, **told, **settings}))

@@ -1,4 +1,4 @@
-"""Autoencoders without 1x1 convolutions around their latents, with a shift: Stable Diffusion 3's and Flux's, both layouts and ways."""
+"""Autoencoders without 1x1 convolutions around their latents, with a shift: Stable Diffusion 3's and Flux's, in both layouts."""
 
 import json
 
@@ -56,8 +56,10 @@ def test_both_layouts_both_ways(stage):
     write(read(str(home / "ours"))[0], home / "ae.safetensors", "compvis")
     single = load_tensors(home / "ae.safetensors")
     assert "encoder.mid.attn_1.q.weight" in single and not [n for n in single if "quant_conv" in n]
-    converted = convert_ldm_vae_checkpoint(dict(single), {**config, "down_block_types": config["down_block_types"]})
-    assert converted.keys() == theirs.keys() and all(torch.equal(x.reshape(theirs[n].shape), theirs[n]) for n, x in converted.items())
+    converted = convert_ldm_vae_checkpoint(dict(single), config)
+    assert converted.keys() == theirs.keys() and all(
+        torch.equal(x.reshape(theirs[n].shape), theirs[n]) for n, x in converted.items()
+    )
     bundle = read(str(home / "ae.safetensors"))[0]
     assert scale_of(bundle.parts["autoencoder"]) == PUBLISHED["flux"]
     assert bundle.assumed[1:] == ["shift: 0.1159 (Stable Diffusion 3 has 0.0609)"] and "0.3611" in bundle.assumed[0]
