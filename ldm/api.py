@@ -137,12 +137,20 @@ class Pipeline:
         return images if output == "pt" else to_pil(images)
 
 
-def load(model: str | Path, device: str = "auto", allow: Sequence[str] = ()) -> Pipeline:
+def load(
+    model: str | Path,
+    device: str = "auto",
+    allow: Sequence[str] = (),
+    adapters: str | Sequence[str] | None = None,
+    base: str | None = None,
+) -> Pipeline:
     """A model from a run, an exported folder or a checkpoint, also an autoencoder alone.
 
     Args:
         device: `auto` is a GPU where there is one; `cpu`, `cuda:1`, `mps`.
         allow: packages of your own that it may be built from.
+        adapters: LoRAs and others that are put to work on it, such as "style.safetensors:0.8" (docs/finetuning.md).
+        base: where the base of a run of adapters lies, if not where it was.
 
     Raises:
         NotFound: nothing is there. Refusal: it is no such model, or the device is not here.
@@ -150,7 +158,7 @@ def load(model: str | Path, device: str = "auto", allow: Sequence[str] = ()) -> 
     recipe, place = build.recipe_of(model), device_of(device)
     if recipe.get("_target_", "").startswith("ldm.autoencoder."):
         return Pipeline(None, build.load_autoencoder(str(model)).to(place), recipe.get("usual", {}), allow)
-    whole = build.load_model(model, allow).to(place)
+    whole = build.load_model(model, allow, adapters, base).to(place)
     return Pipeline(whole, whole.autoencoder, recipe.get("usual", {}), allow)
 
 

@@ -21,7 +21,19 @@ from ldm.errors import Refusal
 from ldm.files.folder import save_model, write_text
 from ldm.types import Cond, Draw, Widths
 
-ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
+ROOMS = (
+    "adapter",
+    "autoencoder",
+    "backbone",
+    "condition",
+    "data",
+    "extractor",
+    "guidance",
+    "loss",
+    "metric",
+    "objective",
+    "sampler",
+)
 TARGETS = {  # (room, file) of each `_target_`
     found for path in CONFIGS.rglob("*.yaml") for found in re.findall(r"_target_: ldm\.(\w+)\.(\w+)\.", path.read_text())
 }

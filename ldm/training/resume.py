@@ -32,7 +32,7 @@ FATES = (
     ("training._target_", "the checkpoint is of that stage"),
     ("schedule* prediction* level*", "the network learned to read and to answer in it"),
     ("condition.*.rate autoencoder.decay autoencoder.dead autoencoder.commitment *.checkpointing *.dropout", HOLDS),
-    ("backbone* condition* autoencoder* clip*", MODEL),
+    ("backbone* condition* autoencoder* clip* adapter*", MODEL),
     ("*", HOLDS),
 )
 FILES = ("path", "model", "weights", "pretrained", "vocabulary")
@@ -128,7 +128,7 @@ def differences(before: Config, now: Config) -> Iterator[Change]:
 
 def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the settings of members that were not chosen."""
-    lists = {group: config.get(group) or {} for group in ("callback", "always", "condition", "logger")}
+    lists = {group: config.get(group) or {} for group in ("callback", "always", "condition", "adapter", "logger")}
     kept = {group: {n: v for n, v in lists[group].items() if isinstance(v, str) or "_target_" in (v or {})} for group in lists}
     return {**{name: value for name, value in config.items() if name != "identity"}, **kept}
 
