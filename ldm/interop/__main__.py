@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.errors import Refusal
-from ldm.interop.convert import LAYOUTS, add_autoencoder, check, describe, read, write
+from ldm.interop.convert import LAYOUTS, add_autoencoder, add_words, check, describe, read, write
 from ldm.interop.hub import HUB, push
-from ldm.interop.part.bert import read_words
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", required=True, choices=LAYOUTS)
     parser.add_argument("--prediction", choices=KINDS, help="what the network says, where the weights cannot tell")
     parser.add_argument("--autoencoder", help="whose latents the network draws, where SOURCE holds none: as SOURCE")
-    parser.add_argument("--vocabulary", help="folder with BERT's uncased vocab.txt, where SOURCE holds a BERT and no words")
+    parser.add_argument("--vocabulary", help="folder of a T5's tokenizer, or BERT's uncased vocab.txt, where SOURCE holds none")
     parser.add_argument("--licence", default="unknown", help="for the model card, such as apache-2.0")
     parser.add_argument("--push", metavar="ORG/NAME", help="then upload TARGET to the Hugging Face hub")
     told = parser.parse_args(argv)
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if told.autoencoder:
             add_autoencoder(bundle, told.autoencoder, KINDS.get(told.prediction))
         if told.vocabulary:
-            bundle.words = read_words(Path(told.vocabulary))
+            add_words(bundle, Path(told.vocabulary))
         check(bundle, told.source, KINDS.get(told.prediction))
         print(f"{told.source} is in the layout of {layout}:\n{describe(bundle)}")
         write(bundle, told.target, told.to, told.licence, told.source)

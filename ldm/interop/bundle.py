@@ -26,13 +26,15 @@ PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
 class Part:
     """A frozen model: how it is built and its weights, and which kind it is: of the file in `part/` that reads and writes it.
 
-    `scale` is an autoencoder's published scale factor that its source does not say, and that was assumed.
+    `scale` is an autoencoder's published scale factor that its source does not say, and that was assumed; `files` is a
+    tokenizer's, as they are, by name.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     kind: str = "autoencoder"
     scale: float | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """How the autoencoder is built, the defaults filled in."""
@@ -71,6 +73,7 @@ class Bundle:
 
 
 USUAL = {"text.Text": "text", "text.Texts": "text", "bert.Bert": "bert", "label.Label": "label", "number.Number": "number"}
+USUAL |= {"language.Language": "language", "language.Silence": "language"}
 USUAL |= {"inpaint.Inpaint": "inpaint", "depth_map.DepthMap": "depth", "upscale.Upscale": "upscale"}
 
 

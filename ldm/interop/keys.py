@@ -96,7 +96,14 @@ BERT_USED = (
     "num_hidden_layers vocab_size max_position_embeddings encoder_layers encoder_ffn_dim encoder_attention_heads head_dim d_model"
 )
 
+T5_USED = "vocab_size d_model d_kv d_ff num_layers num_heads feed_forward_proj"
+T5_USED += " relative_attention_num_buckets relative_attention_max_distance layer_norm_epsilon"
+T5_FREE = "num_decoder_layers dropout_rate initializer_factor decoder_start_token_id task_specific_params"
+T5_FREE += " scale_decoder_outputs output_past n_positions tie_encoder_decoder"
+T5 = {"model_type": ("t5",), "is_gated_act": (True,), "dense_act_fn": ("gelu_new",), "pad_token_id": (0,), "eos_token_id": (1,)}
+
 CLASSES = {
+    "T5EncoderModel": Keys(T5_USED, f"{BOOKS} {T5_FREE}", T5),
     "AutoencoderKL": Keys(
         f"{VAE} shift_factor latents_mean latents_std use_quant_conv use_post_quant_conv",
         "sample_size force_upcast",

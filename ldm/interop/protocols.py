@@ -200,6 +200,10 @@ class Part:
     def check(self, bundle: Bundle, source: str) -> None:
         """Raises ValueError where something of it is missing."""
 
+    def add_words(self, bundle: Bundle, folder: Path) -> bool:
+        """Gives it the tokenizer in a folder; whether it is one that takes it."""
+        return False
+
     def prefix(self, bundle: Bundle) -> str | None:
         """Where its weights begin among ours, if it was trained with the network."""
         return None
