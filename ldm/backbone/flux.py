@@ -47,8 +47,8 @@ class Flux(nn.Module):
         super().__init__()
         if width % heads or sum(axes) != width // heads or any(n % 2 for n in axes):
             raise Refusal(
-                f"backbone: width={width} must divide into heads={heads}, and axes={list(axes)}, even numbers, add up to a head's "
-                "features."
+                f"backbone: width={width} must divide into heads={heads}, and axes={list(axes)}, even numbers, add up to one "
+                "head's features."
             )
         if not widths.tokens or widths.vector <= 256 * guided:
             raise Refusal(

@@ -1,4 +1,4 @@
-"""The names of MMDiT's, Flux' and PixArt's tensors: there and back in both layouts, and as diffusers' own converters have them."""
+"""The names of MMDiT's, Flux' and PixArt's tensors: there and back in both layouts, and as diffusers' converters have them."""
 
 import inspect
 import textwrap
