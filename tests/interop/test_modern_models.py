@@ -72,7 +72,10 @@ MODELS = {
 SINGLE = {"sd3": "sd3", "sd3.5": "sd3", "schnell": "flux", "dev": "flux", "pixart": "pixart"}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+SLOW = ("sd3.5", "schnell")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in MODELS])
 def model(request, tmp_path_factory):
     """A pipeline by name, and a folder with it and its translation into our layout."""
     home = tmp_path_factory.mktemp(request.param)

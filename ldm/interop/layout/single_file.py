@@ -18,7 +18,7 @@ from ldm.interop.find import network_of, networks, parts, recognised
 from ldm.interop.protocols import Layout, Network
 from ldm.interop.source import PREDICTIONS, File, told_beside
 from ldm.interop.tie import give
-from ldm.interop.weights import check_numbers, open_weights
+from ldm.interop.weights import check_kinds, check_numbers, open_weights
 
 SCALE = 0.18215  # of an autoencoder that comes alone and does not say it
 
@@ -51,6 +51,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     Raises:
         Refusal: names what is missing, unknown, or undecided.
     """
+    check_kinds(weights, path)
     file, network = File(path, weights, told_beside(path)), recognised(weights)
     if network is None:
         bundle = Bundle(None)
