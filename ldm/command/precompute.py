@@ -23,7 +23,7 @@ OTHERS = ("_target_", "_partial_", "key", "rate")  # settings that are not of wh
 def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
     from ldm.build import allowed, build
-    from ldm.condition.cached_text import embed, save_null
+    from ldm.condition.cached_text import save_null, spoken_only
     from ldm.data.batch.latents import write_latents
     from ldm.data.usual import KEPT, usual_of
     from ldm.files.device import device_of
@@ -37,7 +37,7 @@ def precompute(config: DictConfig) -> Path:
     data.prepare_data()
     data.setup()
     members = _text_conditions(config, device)
-    text = next(((member, partial(embed, member)) for member in members.values()), None)
+    text = next(((member, partial(spoken_only, member)) for member in members.values()), None)
     splits = ("train", "val") if data.val_set else ("train",)
     for split in splits:
         folder = Path(config.out) / split
