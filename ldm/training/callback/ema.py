@@ -119,5 +119,6 @@ def average_of(trainer: pl.Trainer, module: pl.LightningModule, part: str) -> nn
 
 
 def trained(module: pl.LightningModule) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The parameters that are trained and averaged, by name."""
+    apart = tuple(f"{part}." for part in module.apart)
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and not name.startswith(apart)}
