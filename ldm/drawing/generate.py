@@ -119,12 +119,13 @@ def draw_all(
     paste: str | None = "latents",
     watch: Watch | None = None,
 ) -> Tensor:
-    """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up and cut to keep one size.
+    """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up to the others' size, and cut.
 
     ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU. `watch` is told the steps of every batch.
     """
     check_paste(model, paste)
     seeds, images = list(seeds), []
+    batch = max(1, min(batch, len(seeds)))
     for start in tqdm(range(0, len(seeds), batch), desc="drawing", disable=len(seeds) <= batch):
         rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]
         part = {name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows] for name, value in ask.items()}
