@@ -132,6 +132,7 @@ def test_uncertainty_learns_the_level_of_the_loss():
     assert (uncertain.u(log_ratio) - each.log()).abs().mean() < 0.2
 
 
+ACROSS = ("contrastive",)  # whose samples see the whole batch
 SMALL = {  # what an objective must be told, to be tried on the network of `listener`
     "align": ["objective.width=8", "objective.layer=1", "objective.hidden=8"],
 }
@@ -160,6 +161,8 @@ def test_every_objective_is_a_scalar_and_the_same_in_parts(name, clip_folder, tm
     batch = {"image": X.float().repeat_interleave(2, 2).repeat_interleave(2, 3)}
     whole = objective(net, batch, X.float(), Cond(), DRAW)
     assert all(value.shape == () and value.isfinite() for value in whole.values())
+    if name in ACROSS:  # test_batch.py has these
+        return
     halves = [
         objective(net, {k: v[r] for k, v in batch.items()}, X[r].float(), Cond(), Draw(0, POSITION[r], 64))["loss"]
         for r in POSITION.split(32)
