@@ -28,6 +28,7 @@ from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.protocols import averages_in
+from ldm.types import Widths
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
@@ -109,11 +110,15 @@ def assemble(
     prediction: Any,
     level: Any,
     unit_input: bool = True,
+    span: int = 0,
 ) -> LatentModel:
-    """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths."""
+    """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths.
+
+    `span`, of a flow map, is the width of what it is told of its second time.
+    """
     conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
-    network = backbone(channels=autoencoder.channels, widths=conditioner.widths)
-    return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input))
+    network = backbone(channels=autoencoder.channels, widths=conditioner.widths + Widths(vector=span))
+    return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input, span))
 
 
 def adapted(base: str | None, adapters: Mapping[str, Any] | None = None, rates: Mapping[str, float] | None = None) -> LatentModel:

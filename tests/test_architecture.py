@@ -14,7 +14,7 @@ ALLOWED = {
     "types": set(),
     "schedule": set(),
     "prediction": set(),
-    "denoiser": {"types"},
+    "denoiser": {"types", "nn"},
     "embedder": {"types"},
     "conditioner": {"types", "embedder"},
     "model": {"types", "conditioner", "denoiser"},
