@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.check import nearest
 from ldm.errors import Refusal
 from ldm.run_id import check_sweep, name_run, searched
+from ldm.swap import swapped
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, or in a clone
@@ -131,6 +132,9 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             _check_choice(override, groups[override.key_or_group], multirun)
         plain = [o.input_line for o in chosen if not o.is_sweep_override()]
         config = compose(config_name, overrides=[*search, *plain])
+        heads = tuple(f"{o.key_or_group.replace('/', '.')}." for o in chosen)
+        if any(o.key_or_group.startswith(heads) for o in parsed):  # settings of a choice that may take the place of a recipe's
+            config = swapped(config, config_name, [o for o in parsed if o.input_line in (*search, *plain)], CONFIGS)
     for override in parsed:
         if override not in chosen and not override.key_or_group.startswith("hydra."):
             _check_value(override, config)
@@ -142,7 +146,17 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     overrides = with_local(quote(overrides))
     check_overrides(config_name, overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return name_run(compose(config_name, overrides=list(overrides)), CONFIGS, overrides)
+        return settled(compose(config_name, overrides=list(overrides)), config_name, overrides)
+
+
+def settled(config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = ()) -> DictConfig:
+    """A composed config as a command works with it: choices in place of a recipe's own stand alone, and a run has its name.
+
+    Args:
+        swept: the settings that a multirun gives several values.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return name_run(swapped(config, config_name, parsed, CONFIGS, say=True), CONFIGS, overrides, swept)
 
 
 def _options(loader: Any, group: str, more: Sequence[Path] = ()) -> list[str]:
@@ -184,6 +198,10 @@ def _check_value(override: Override, config: DictConfig) -> None:
             place = ".".join(path[:i]) or "the config"
             more = f" What {node['_target_']} takes besides: +{override.key_or_group}=..." if "_target_" in node else ""
             raise Refusal(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}{more}")
+        if override.is_add() and i == len(path) - 1:
+            raise Refusal(
+                f"+{override.key_or_group}: there is such a setting already; say {override.key_or_group}=... without the +."
+            )
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             return
         node = node[key]

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,13 +19,19 @@ def main() -> None:
     group = parser.parse_args().group
     groups = sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."})
     if group is None:
-        print("\n".join(groups))
-        return
+        return _say(groups)
     rows = dict(choices(group))
     if not rows:
         sys.exit(f"error: there is no group `{group}`.{nearest(group, groups)}")
     width = max(map(len, rows)) + 2
-    print("\n".join(f"{name:{width}s}{purpose}".rstrip() for name, purpose in sorted(rows.items())))
+    _say([f"{name:{width}s}{purpose}".rstrip() for name, purpose in sorted(rows.items())])
+
+
+def _say(lines: list[str]) -> None:
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `| head` has read enough; what Python flushes on its way out goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def roots() -> list[Path]:
