@@ -134,7 +134,9 @@ def build_stage(config: DictConfig) -> Any:
 def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
     from ldm.interop.begin import weights_for
+    from ldm.interop.cache import is_named
 
+    source = str(at_rest(source)) if is_named(source) else source
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
     if unfinished or (path.suffix == ".ckpt" and _is_own(path)):
@@ -187,14 +189,14 @@ def load_autoencoder(path: str) -> nn.Module:
 
 
 def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
-    """A latent model from an exported folder, a run folder or a checkpoint, with its averaged weights where it has them.
+    """A latent model from whatever `at_rest` takes, with its averaged weights where it has them.
 
     `allow` names packages of the user's own that it may be built from.
 
     Raises:
         NotFound: nothing is there. Refusal: its weights do not fit its config.
     """
-    path = Path(path)
+    path = at_rest(path)
     if (path / "model.safetensors").is_file():
         recipe, weights = read_model(path)
         recipe = from_parts(recipe, path)
@@ -215,15 +217,49 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
 
 
 def recipe_of(path: str | Path) -> dict[str, Any]:
-    """What a model at rest, or a run's newest checkpoint, says of itself, as it is kept.
+    """What a model, whatever `at_rest` takes, or a run's newest checkpoint, says of itself, as it is kept.
 
     Raises:
         NotFound: nothing is there.
     """
-    path = Path(path)
+    path = at_rest(path)
     if (path / "model.safetensors").is_file():
         return read_recipe(path)
     return dict(read_checkpoint(_newest(path), lazily=True)["recipe"])
+
+
+def at_rest(source: str | Path) -> Path:
+    """What `model=` takes -> a run, an exported folder or a checkpoint of ours.
+
+    These are themselves. A folder of diffusers', a single file, hf://org/name or a short name (`ldm list model`) is brought into
+    our layout, once (interop/cache.py).
+
+    Raises:
+        NotFound: it is neither, and there is no such file or folder.
+    """
+    from ldm.interop.cache import brought, is_foreign, is_named
+    from ldm.interop.published import published
+
+    path = Path(source)
+    if path.exists():
+        inside = path.name == "model.safetensors" and (path.parent / "config.json").is_file() and not is_foreign(path.parent)
+        if inside or not is_foreign(path) or (path.suffix == ".ckpt" and _is_own(path)):
+            return path.parent if inside else path
+    elif not is_named(str(source)):
+        word = str(source)
+        close = nearest(word, list(published())) if "/" not in word else ""
+        raise NotFound(
+            f"There is no model in {word}: neither model.safetensors nor a good *.ckpt, nor is it hf://ORG/NAME or a published "
+            f"model's short name.{close}"
+        )
+    return brought(str(source))
+
+
+def autoencoder_of(source: str | Path) -> Path:
+    """What `model=` takes -> the folder of its autoencoder: its own, or the one in it."""
+    folder = at_rest(source)
+    inside = folder / "autoencoder"
+    return inside if (inside / "model.safetensors").is_file() and (inside / "config.json").is_file() else folder
 
 
 def _newest(path: Path) -> Path:
