@@ -24,7 +24,7 @@ PATHS = (
     *("model", "init", "path", "weights", "pretrained", "vocabulary"),  # of what was trained
     *("train", "val", "root", "images", "reference", "mask", "prompts"),  # of what is read
     *("out", "runs", "run_id", "folder", "cache", "checkpoints", "save_dir", "default_root_dir"),  # of what is written
-    *("resume", "sweep", "compare"),
+    *("resume", "sweep", "compare", "adapters", "base"),
 )
 FREE_TEXT = re.compile(
     rf"^(?P<key>\+{{0,2}}(?:(?:prompt|negative|source|callback\.drawings\.captions|ask\.[\w.]+)|(?:[\w.]+\.)?(?:{'|'.join(PATHS)})))"
@@ -33,7 +33,7 @@ FREE_TEXT = re.compile(
 )
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
 UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
-LISTS = ("condition", "metric", "callback", "logger")
+LISTS = ("condition", "adapter", "metric", "callback", "logger")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:

@@ -125,8 +125,8 @@ def _begun_before(config: DictConfig, overrides: Sequence[Override]) -> str | No
             if saved.identity == config.identity:
                 return run_id
             continue
-        found = list(_differing(path, config))
-        if all(before is ABSENT and not _says(overrides, place) for place, before, _ in found):
+        found = [d for d in _differing(path, config) if d[1] is not ABSENT or _says(overrides, d[0])]  # not what is new since
+        if not found:
             return run_id
         near.append((len(found), run_id, found))
     if near:

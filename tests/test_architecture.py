@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LDM = ROOT / "ldm"
 GROUND = {"errors", "files"}  # everybody may import these two; errors imports nothing, files itself and errors
-MEMBERS = ["autoencoder", "backbone", "condition", "guidance", "loss", "objective", "sampler"]
+MEMBERS = ["adapter", "autoencoder", "backbone", "condition", "guidance", "loss", "objective", "sampler"]
 ALLOWED = {
     "types": set(),
     "schedule": set(),
@@ -22,7 +22,8 @@ ALLOWED = {
     "check": set(),
     "run_id": set(),
     "compose": {"check", "run_id"},
-    "build": {"check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training"},
+    "adapt": {"types", "check", "model"},
+    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training"},
     "nn": set(),
     "tower": {"nn"},
     **{room: {"types", "nn", "tower"} for room in MEMBERS},
@@ -50,6 +51,7 @@ CONFINED = {
     "omegaconf": {"api", "build", "command", "compose", "run_id"},
     "pytorch_lightning": {"command", "data", "training"},
     "webdataset": {"data"},
+    "peft": {"adapter"},
     "open_clip": {"condition", "extractor", "loss", "metric", "tower", "training"},
 }
 # getattr(x, "name", default) and hasattr(x, "name"), where x is none of ours, or may be anybody's; `None`: any name

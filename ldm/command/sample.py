@@ -26,7 +26,7 @@ def sample(config: DictConfig) -> Tensor:
     from ldm.files.device import device_of
 
     place = at_rest(config.model)
-    model = load_model(place, allowed(config)).to(device_of(config.device))
+    model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
     if config.compile:
         compile_backbone(model.denoiser.backbone)
     if config.tile:
@@ -56,7 +56,8 @@ def draw(
         watch: as in drawing/generate.py.
 
     Returns:
-        Pictures (N, 3, h, w) in [-1, 1] on the CPU, and the config with `seeds` and `asked`, the fields that the model was told.
+        Pictures (N, 3, h, w) in [-1, 1] on the CPU, and the config with `seeds`, `asked` (the fields that the model was told)
+        and `adapters`.
     """
     from ldm.build import build
     from ldm.command.usual import as_usual
@@ -78,7 +79,7 @@ def draw(
     sampler = read_edit(config, model, ask, sampler, size)
     guidance = in_precision(guidance, config["precision"], device)
     images = draw_all(model, ask, sampler, guidance, seeds, size, config["batch"], config["paste"], watch)
-    return images, {**config, "seeds": list(seeds), "asked": ask}
+    return images, {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
 
 
 main = command("sample")(sample)

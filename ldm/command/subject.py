@@ -48,7 +48,8 @@ class Subject:
     @cached_property
     def model(self) -> Any:
         """The model, on its device."""
-        return load_model(self.place, self.allow).to(self.device)
+        config = self.config
+        return load_model(self.place, self.allow, config["adapters"], config["base"]).to(self.device)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -95,7 +96,8 @@ class Subject:
     def what(self) -> dict[str, Any]:
         """What was measured."""
         models = {kind: source.protocol["model"] for kind, source in self.used.items() if "model" in source.protocol}
-        return {"model": self.config["model"], "images": self.config["images"], "sha256": models}
+        put = {"adapters": list(self.model.adapters)} if self.config["adapters"] else {}
+        return {"model": self.config["model"], "images": self.config["images"], **put, "sha256": models}
 
     def captions(self, count: int) -> list[str]:
         """The captions of the first drawings, where they have some."""

@@ -47,7 +47,7 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     if config.plan:
         trainer = build(config.trainer, allowed(config), logger=False, callbacks=[])
         with weightless():  # what is reckoned needs no numbers
-            stage = build_stage(OmegaConf.merge(config, {"model": {"init": None}}))
+            stage = build_stage(config, begins=False)
         print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
         return folder, {}
     pl.seed_everything(config.seed, workers=True, verbose=False)

@@ -1,4 +1,4 @@
-"""The networks, parts and layouts that are known: one file each in a folder of theirs, found by listing it."""
+"""The networks, parts, layouts and kinds of adapters that are known: one file each in a folder of theirs, found by listing it."""
 
 import pkgutil
 from collections.abc import Iterable
@@ -6,12 +6,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import ldm.interop.adapter
 import ldm.interop.layout
 import ldm.interop.network
 import ldm.interop.part
 from ldm.errors import Refusal
 from ldm.interop.bundle import Bundle
-from ldm.interop.protocols import Layout, Network, Part
+from ldm.interop.protocols import AdapterKind, Layout, Network, Part
 
 
 def networks() -> list[Network]:
@@ -27,6 +28,11 @@ def parts() -> list[Part]:
 def layouts() -> list[Layout]:
     """Every layout, by the name of its file."""
     return _listed(ldm.interop.layout, "LAYOUT")
+
+
+def adapter_kinds() -> list[AdapterKind]:
+    """Every kind of adapter, by the name of its file."""
+    return _listed(ldm.interop.adapter, "KIND")
 
 
 def network_of(bundle: Bundle) -> Network:

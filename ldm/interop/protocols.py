@@ -3,6 +3,7 @@ model beside it one in `part/`; the layouts, in `layout/`, know folders and pref
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.interop.bundle import DISCRETE, VERSION, Bundle, filled, shapes_of
+from ldm.interop.foreign import Foreign
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, Tie
 from ldm.types import Widths
@@ -198,6 +200,40 @@ class Part:
     def tokens(self, bundle: Bundle) -> dict[str, int]:
         """How wide the tokens are that it makes, by the condition's name."""
         return {}
+
+
+@dataclass(frozen=True)
+class Read:
+    """An adapter that was read: the config of its member in ldm/adapter, its tensors by the model's names, and what is told."""
+
+    node: dict[str, Any]
+    tensors: dict[str, Tensor]
+    said: tuple[str, ...] = ()
+
+
+class AdapterKind:
+    """A kind of adapter in others' files, known by what is in them and never by their names. A new one is a file in `adapter/`.
+
+    `adapter` is its member in ldm/adapter, `word` what it is called in messages, `named` whether NAME= means something for it;
+    `layouts` are what --to calls those that are written.
+    """
+
+    adapter: str
+    word: str
+    named = False
+    layouts: tuple[str, ...] = ()
+
+    def recognise(self, source: Foreign) -> bool:
+        """Whether a file or folder holds such an adapter."""
+        raise NotImplementedError
+
+    def read(self, source: Foreign, bundle: Bundle, name: str | None) -> Read:
+        """Theirs -> ours. `bundle` is the model that it is put on, its recipe and all its tensors by name; `name` is NAME."""
+        raise NotImplementedError
+
+    def write(self, adapter: Read, bundle: Bundle, target: Path, layout: str) -> None:
+        """Ours -> a file or folder in one of `layouts`."""
+        raise NotImplementedError
 
 
 class Layout:
