@@ -29,7 +29,7 @@ from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.protocols import averages_in
 
-ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
+ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
 ROOMS = (
     "autoencoder",
