@@ -47,7 +47,7 @@ class Bundle:
 
     Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
     from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so. `words` is the vocab.txt of a BERT.
-    `assumed` is what its source does not say and its family has, in words, and `scale` the scale factor of the family's latents.
+    `assumed` is what its source does not say and its family has, in words, and `scale` and `shift` those of the family's latents.
     `home` is the folder of our layout that it was read from, where its conditions' other files lie.
     """
 
@@ -59,6 +59,7 @@ class Bundle:
     home: Path | None = None
     assumed: list[str] = field(default_factory=list)
     scale: float | None = None
+    shift: float = 0.0
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""

@@ -51,7 +51,7 @@ def add_autoencoder(bundle: Bundle, source: str, prediction: str | None = None) 
     part = read_part(source, prediction)
     if part.scale is not None:
         scale = part.scale if "codebook" in part.weights else bundle.scale or part.scale
-        part.weights |= published_statistics(part.settings()["channels"], scale)
+        part.weights |= published_statistics(part.settings()["channels"], scale, bundle.shift if bundle.scale else 0.0)
         bundle.assumed.append(
             f"scale: {scale}, of {'this family' if bundle.scale else 'Stable Diffusion 1'}; {source} does not say it"
         )

@@ -99,6 +99,9 @@ class Samples(Dataset[dict[str, Any]]):
         out[:] = mapped[begin:end]
         return True
 
+    def at(self, position: int) -> None:
+        """Told before the sample at this position of the order is read; what lies in shards does not depend on it."""
+
     def where(self, shard: int, row: int) -> Where:
         """Names a sample, for errors."""
         return Where(self.index, shard, row)
@@ -152,6 +155,7 @@ class Loaded(Dataset[dict[str, Any]]):
             for attempt in range(ATTEMPTS):
                 shard, row = self._instead(place, attempt) if attempt else (place.shard, place.row)
                 try:
+                    self.samples.at(place.position)
                     view = cut(place.position, place.height, place.width, self.crop, self.flip, self.seed)
                     for column in columns.values():
                         column.put(len(kept), shard, row, view)
