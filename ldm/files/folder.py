@@ -148,7 +148,22 @@ PART = (
     "statistics.json",
     "vocab.txt",
     "null.safetensors",
+    # a language model's, as transformers writes them: its weights, whole or in pieces, and its tokenizer
+    "model.*safetensors*",
+    "model-*.safetensors",
+    "pytorch_model*.bin*",
+    "token*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
 )
+
+
+def is_part(path: Path) -> bool:
+    """Whether it is a file of a model at rest, by its name."""
+    return any(path.match(part) for part in PART) and path.is_file()
 
 
 def with_parts(config: Any, folder: Path, name: str = "") -> Any:
@@ -156,13 +171,14 @@ def with_parts(config: Any, folder: Path, name: str = "") -> Any:
     if isinstance(config, Mapping):
         parts = {k: name if k in ("path", "model") else f"{name}.{k}".strip(".") for k, v in config.items() if not _apart(k, v)}
         return {k: with_parts(v, folder, parts[k]) if k in parts else v for k, v in config.items()}
-    if not isinstance(config, str) or not any((Path(config.removeprefix(LOCAL)) / part).is_file() for part in PART):
+    source = Path(config.removeprefix(LOCAL)) if isinstance(config, str) else None
+    parts = sorted(filter(is_part, source.iterdir())) if source is not None and source.is_dir() else []
+    if not parts:
         return config
-    source, target = Path(config.removeprefix(LOCAL)), folder / name
+    target = folder / name
     target.mkdir(parents=True, exist_ok=True)
-    for part in PART:
-        if (source / part).is_file():
-            write_whole(target / part, lambda temporary, part=part: shutil.copyfile(source / part, temporary))
+    for path in parts:
+        write_whole(target / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
     return (LOCAL if config.startswith(LOCAL) else "") + f"./{name}"
 
 

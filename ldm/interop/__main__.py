@@ -8,10 +8,9 @@ from pathlib import Path
 from ldm.adapt import asked
 from ldm.errors import Refusal
 from ldm.interop.adapters import base_of, is_adapter, merge, read_any, with_towers, write_adapter
-from ldm.interop.convert import LAYOUTS, add_autoencoder, check, describe, read, write
+from ldm.interop.convert import LAYOUTS, add_autoencoder, add_words, check, describe, read, write
 from ldm.interop.find import adapter_kinds
 from ldm.interop.hub import HUB, push
-from ldm.interop.part.bert import read_words
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", required=True, choices=[*dict.fromkeys([*LAYOUTS, *more])])
     parser.add_argument("--prediction", choices=KINDS, help="what the network says, where the weights cannot tell")
     parser.add_argument("--autoencoder", help="whose latents the network draws, where SOURCE holds none: as SOURCE")
-    parser.add_argument("--vocabulary", help="folder with BERT's uncased vocab.txt, where SOURCE holds a BERT and no words")
+    parser.add_argument("--vocabulary", help="folder of a T5's tokenizer, or BERT's uncased vocab.txt, where SOURCE holds none")
     parser.add_argument("--licence", default="unknown", help="for the model card, such as apache-2.0")
     parser.add_argument("--push", metavar="ORG/NAME", help="then upload TARGET to the Hugging Face hub")
     parser.add_argument("--base", help="the model that an adapter is for, a folder of ours; of a run here the one it names")
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if told.autoencoder:
             add_autoencoder(bundle, told.autoencoder, KINDS.get(told.prediction))
         if told.vocabulary:
-            bundle.words = read_words(Path(told.vocabulary))
+            add_words(bundle, Path(told.vocabulary))
         check(bundle, told.source, KINDS.get(told.prediction))
         if told.adapters:
             merge(bundle, asked(told.adapters))

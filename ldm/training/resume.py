@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import Refusal
-from ldm.files.folder import LOCAL, PART, write_text
+from ldm.files.content import file_content
+from ldm.files.folder import LOCAL, is_part, write_text
 
 # What becomes of a setting that is another one now: the first line with a pattern of its name counts. A reason refuses it.
 HOLDS, FREE, UNUSED = "holds", "free", "unused"
@@ -171,8 +172,8 @@ def same_files(name: str, before: Any, now: Any) -> str:
     old, new = (Path(place.removeprefix(LOCAL)) for place in (before, now))
     if not old.exists() and new.exists():
         return "not compared with what is not there any more"
-    files = [[place] if place.is_file() else [place / part for part in PART if (place / part).is_file()] for place in (old, new)]
-    same = files[0] and [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    files = [[place] if place.is_file() else sorted(filter(is_part, place.glob("*"))) for place in (old, new)]
+    same = files[0] and [file_content(f) for f in files[0]] == [file_content(f) for f in files[1]]
     return "of the same files" if same else ""
 
 

@@ -27,7 +27,7 @@ INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 6
 class Diffusion(Stage):
     """An objective over latents, encoded from `image` on the way, or read from the shards as `moments` (precompute.py)."""
 
-    compiled = ("model.denoiser.backbone",)
+    compiled, apart = ("model.denoiser.backbone",), ("objective",)
 
     def __init__(self, model: LatentModel, objective: Objective, **stage: Any) -> None:
         super().__init__(**stage)
