@@ -23,7 +23,7 @@ ALLOWED = {
     "run_id": set(),
     "compose": {"check", "run_id"},
     "adapt": {"types", "check", "model"},
-    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training"},
+    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training", "types"},
     "nn": set(),
     "tower": {"nn"},
     **{room: {"types", "nn", "tower"} for room in MEMBERS},
