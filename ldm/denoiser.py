@@ -42,6 +42,17 @@ class DataTime:
         return alpha / (alpha + sigma)
 
 
+@dataclass(frozen=True)
+class NoiseTime:
+    """The noise level as the share of noise, steps * sigma / (alpha + sigma): how Stable Diffusion 3 and Flux are told."""
+
+    steps: int = 1000
+
+    def __call__(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """t, alpha, sigma: (*) -> (*) in [0, steps]."""
+        return self.steps * sigma / (alpha + sigma)
+
+
 class Denoiser(nn.Module):
     """x_hat = D(x_t, t, cond). The backbone never learns which schedule or prediction is in use.
 

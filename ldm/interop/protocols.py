@@ -25,7 +25,8 @@ class Network:
 
     `target` and `made` are how ours is built; `folder` and `classes` where diffusers keeps it and what it is called there;
     `single` is the layout's word for a single file, `prefix` where its tensors begin in one, and `alone` says that such a
-    file holds the network and its tables, and no parts.
+    file holds the network and its tables, and no parts. `beside_single` are the kinds of parts that
+    a single file holds, where it is not all; `shift` is that of its family's latents: z = x / scale + shift.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Network:
     single = "compvis"
     prefix = ""
     alone = False
+    beside_single: tuple[str, ...] | None = None
+    shift = 0.0
 
     def settings_of(self, shapes: Shapes, told: Mapping[str, Any]) -> Built:
         """Their names and shapes in a single file, and what is told beside it -> how it is built."""
@@ -58,6 +61,10 @@ class Network:
         raise NotImplementedError
 
     # ---- with defaults
+
+    def builds(self, bundle: Bundle) -> bool:
+        """Whether a model is built on it."""
+        return bundle.recipe["backbone"]["_target_"] == self.target
 
     def recognise(self, names: Iterable[str]) -> bool:
         """Whether the tensors of a single file are its."""
@@ -192,6 +199,10 @@ class Part:
 
     def check(self, bundle: Bundle, source: str) -> None:
         """Raises ValueError where something of it is missing."""
+
+    def add_words(self, bundle: Bundle, folder: Path) -> bool:
+        """Gives it the tokenizer in a folder; whether it is one that takes it."""
+        return False
 
     def prefix(self, bundle: Bundle) -> str | None:
         """Where its weights begin among ours, if it was trained with the network."""

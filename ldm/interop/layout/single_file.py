@@ -68,7 +68,7 @@ def _read_model(file: File, network: Network, prediction: str | None) -> Bundle:
     file.check_prediction(prediction)
     file.weights = network.averaged(file.weights)
     built = settings, channels, widths = network.settings_of(file.below(network.prefix), file.told)
-    bundle = Bundle({"condition": {}}, scale=file.scale() or network.scale(file))
+    bundle = Bundle({"condition": {}}, scale=file.scale() or network.scale(file), shift=network.shift)
     for part in () if network.alone else parts():
         part.take_file(file, bundle, bundle.scale)
     for ours, theirs in network.tables().items():
