@@ -4,23 +4,33 @@ import inspect
 import json
 import os
 import shutil
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
-from transformers import CLIPTextConfig
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase
 
 from helpers.family import their_pipeline, their_tokenizer, their_unet
 from ldm.build import load_autoencoder, load_model
 from ldm.condition.text import Text
+from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, save_tensors, write_json
 from ldm.interop.__main__ import main
 from ldm.interop.convert import read, write
-from ldm.interop.keys import CLASSES
-from ldm.interop.schedulers import DRAWING, GRID, MODEL, REFUSED, SILENT, TAKES, read_schedule
+from ldm.interop.keys import CLASSES, FORM_OF
+from ldm.interop.network._unet_config import unet_settings
+from ldm.interop.network.dit import NETWORK as DIT
+from ldm.interop.part._autoencoder_config import vae_settings
+from ldm.interop.part._transformers import open_clip_config
+from ldm.interop.part.bert import diffusers_settings
+from ldm.interop.schedulers import DRAWING, GRID, MEANS, MODEL, REFUSED, SILENT, TAKES, USUAL, read_schedule
+from ldm.sampler.grid import Karras, Leading, Linspace, Trailing
+from ldm.schedule import ScaledLinear
 
 CONFIGS = {"CLIPTextModel": CLIPTextConfig, "LDMBertModel": LDMBertConfig, "Transformer2DModel": diffusers.DiTTransformer2DModel}
+CONFIGS |= {"CLIPTokenizer": CLIPTokenizer, "BertTokenizer": BertTokenizer}
 
 
 def keys_of(made):
@@ -29,31 +39,172 @@ def keys_of(made):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_key_of_a_class_is_known(kind):
-    """And the value that its class means, where nothing is said, is one that is built."""
+    """And the value that its class means, where nothing is said, is one that is built, or the one that is taken."""
     made = CONFIGS.get(kind) or getattr(diffusers, kind)
     keys = CLASSES[kind]
     theirs = CLIPTextConfig().to_dict() if kind == "CLIPTextModel" else keys_of(made)
+    if kind.endswith("Tokenizer"):
+        special = dict.fromkeys((*PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES, "additional_special_tokens"))
+        theirs = special | theirs | {n: getattr(made, n) for n in ("padding_side", "truncation_side", "model_input_names")}
     assert {name for name in theirs if name[0] != "_"} - keys.known() == set()
-    assert {name: theirs[name] for name, only in keys.only.items() if name in theirs and theirs[name] not in only} == {}
+    wrong = {name: theirs[name] for name, only in keys.only.items() if name in theirs and theirs[name] not in only}
+    assert wrong == {} or (kind == "BertTokenizer" and wrong.keys() == {"bos_token", "eos_token"})  # which it has not
+    assert {name: theirs[name] for name in keys.means} == keys.means
+    blocks = {"block_out_channels", "down_block_types", "up_block_types"}
+    if made is not LDMBertConfig and not kind.endswith("Tokenizer"):
+        read = {name for name in keys.used.split() if name in theirs and name in FORM_OF}
+        sizes = {"num_attention_heads", "attention_head_dim", "num_layers"} if "Transformer" in kind else set()
+        assert read - keys.means.keys() == blocks & read | sizes
+
+
+def test_a_silent_config_means_what_its_class_means():
+    net = {"_class_name": "UNet2DConditionModel", "block_out_channels": [32], "cross_attention_dim": 8}
+    settings, channels, widths = unet_settings(
+        net | {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    )
+    assert (channels, widths["tokens"], settings["res_blocks"], settings["heads"], settings["groups"]) == (4, 8, 2, 8, 32)
+    text = open_clip_config({"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 128}, projects=False)
+    assert text["text_cfg"]["vocab_size"] == 49408 and text["text_cfg"]["layers"] == 12 and text["quick_gelu"]
+    assert open_clip_config({"projection_dim": None}, projects=False)["embed_dim"] == 512
+    with pytest.raises(ValueError, match="projection_dim=None"):
+        open_clip_config({"projection_dim": None}, projects=True)
+
+
+ODD = (None, "x", [], {}, -1, 0, 1.5, [1], ["a"], True, [None], "8", float("nan"))
+READERS = {
+    "unet": lambda told: unet_settings(told),
+    "vae": lambda told: vae_settings(told, Path("vae")),
+    "text_encoder": lambda told: open_clip_config(told, projects=False),
+    "text_encoder_2": lambda told: open_clip_config(told, projects=True),
+    "transformer": lambda told: DIT.read_config(told),
+    "bert": lambda told: diffusers_settings(told),
+}
+
+
+@pytest.mark.parametrize("part", READERS)
+def test_settings_of_another_kind_are_refused_by_name(part):
+    """Whatever stands in the place of a setting that is used: it is built, or named; nothing else is raised."""
+    classes = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "transformer": diffusers.DiTTransformer2DModel,
+    }
+    kind = classes[part].__name__ if part in classes else "LDMBertModel" if part == "bert" else "CLIPTextModel"
+    theirs = keys_of(classes[part]) if part in classes else LDMBertConfig().to_dict() if part == "bert" else CLASSES[kind].means
+    told = {**theirs, "_class_name": kind} | ({"encoder_ffn_dim": 4 * theirs["d_model"]} if part == "bert" else {})
+    READERS[part](told)
+    for name in CLASSES[kind].used.split():
+        for odd in ODD:
+            try:
+                READERS[part]({**told, name: odd})
+            except Refusal as error:
+                assert name in str(error) or name == "architectures", (name, odd, str(error))
+
+
+# ---- schedulers
+
+SPELT = {n: getattr(diffusers, n) for n in dir(diffusers) if n.endswith("Scheduler") and inspect.isclass(getattr(diffusers, n))}
+# Tables of betas that no pipeline of this family is drawn from: another shift, the way back, a table of its own.
+ELSEWHERE = {"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"}
+ELSEWHERE |= {"RePaintScheduler", "UnCLIPScheduler"}
+
+
+def test_every_scheduler_with_betas_is_known():
+    assert {n for n, made in SPELT.items() if "beta_schedule" in keys_of(made)} == (
+        TAKES.keys() | ELSEWHERE
+    ) & SPELT.keys() - OPTIONAL
+
+
+OPTIONAL = {"DPMSolverSDEScheduler"}  # whose signature is hidden where torchsde is not installed
 
 
 @pytest.mark.parametrize("kind", TAKES)
 def test_every_key_of_a_scheduler_is_known(kind, tmp_path):
-    theirs = keys_of(getattr(diffusers, kind))
+    path = tmp_path / "scheduler_config.json"
+    theirs = keys_of(SPELT[kind])
+    means = {**USUAL, **MEANS.get(kind, {})}
+    if "beta_start" not in theirs:
+        pytest.skip("its signature is hidden: torchsde is not installed")
     assert TAKES[kind] == theirs.keys() and TAKES[kind] <= {*MODEL, *GRID, *DRAWING, *SILENT, *REFUSED}
-    write_json({"_class_name": kind}, tmp_path / "scheduler_config.json")
+    assert {name: theirs[name] for name in means if name in theirs} == {n: v for n, v in means.items() if n in theirs}
+    write_json({"_class_name": kind}, path)
     schedule, says, grid, remarks = read_schedule(tmp_path)
-    assert schedule["_target_"] == "ldm.schedule.DDPM" and says == "Noise"
-    assert (schedule["beta_start"], schedule["beta_end"]) == (theirs["beta_start"], theirs["beta_end"])
-    assert grid.split()[0] == theirs.get("timestep_spacing", "linspace") and f"{kind} means {grid.split()[0]}" in remarks[0]
-    write_json({"_class_name": kind, "use_karras_sigmas": True, "thresholding": True}, tmp_path / "scheduler_config.json")
+    assert schedule["_target_"].endswith({"linear": "DDPM", "scaled_linear": "ScaledLinear"}[theirs["beta_schedule"]])
+    assert says == "Noise" and (schedule["beta_start"], schedule["beta_end"]) == (theirs["beta_start"], theirs["beta_end"])
+    assert grid is None or f"{kind} means {grid.split()[0]}" in remarks[0]
+    write_json({"_class_name": kind, "use_karras_sigmas": True, "thresholding": True}, path)
     _, _, again, remarks = read_schedule(tmp_path)
     assert again == ("karras" if "use_karras_sigmas" in theirs else grid)
     assert ("thresholding=True" in str(remarks)) == ("thresholding" in theirs)
     for key, value in (("trained_betas", [0.1]), ("beta_schedule", "sigmoid"), ("prediction_type", "flow"), ("new", 3)):
-        write_json({"_class_name": kind, key: value}, tmp_path / "scheduler_config.json")
+        write_json({"_class_name": kind, key: value}, path)
         with pytest.raises(ValueError, match=key):
             read_schedule(tmp_path)
+    for key in TAKES[kind] & {*MODEL, *GRID}:
+        for odd in ODD:
+            write_json({"_class_name": kind, key: odd}, path)
+            try:
+                read_schedule(tmp_path)
+            except Refusal as error:
+                assert key in str(error) or "betas" in str(error)
+
+
+GRIDS = {"leading": Leading, "linspace": Linspace, "trailing": Trailing, "karras": Karras}
+SAME = sorted(n for n in TAKES if n not in ("LCMScheduler", "TCDScheduler", "PNDMScheduler", *OPTIONAL) and "KDPM2" not in n)
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_steps_are_those_of_the_scheduler(kind, tmp_path):
+    """As it is configured, by whatever spacing, offset and sigmas: the printed words visit the times that it visits."""
+    theirs = keys_of(SPELT[kind])
+    table = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    told = [{"timestep_spacing": s, "steps_offset": o} for s in ("leading", "linspace", "trailing") for o in (0, 1, 2)]
+    told += [{"use_karras_sigmas": True, "timestep_spacing": "linspace"}, {}]
+    for said in told:
+        if said.keys() - theirs.keys():
+            continue
+        write_json({"_class_name": kind, **table, **said}, tmp_path / "scheduler_config.json")
+        node, _, words, _ = read_schedule(tmp_path)
+        name, *settings = words.split()
+        grid = GRIDS[name](**{x.split(".")[-1].split("=")[0]: int(x.split("=")[1]) for x in settings})
+        schedule = ScaledLinear(**{n: v for n, v in node.items() if n[0] != "_"})
+        peer = SPELT[kind](**table, **said)
+        peer.set_timesteps(7)
+        visited = peer.timesteps.double().unique().flip(0)
+        ours = grid(7, schedule)[:-1] * 1000 - 1
+        torch.testing.assert_close(ours, visited, atol=0.51, rtol=0)
+
+
+def test_steps_that_no_grid_here_has_are_said(tmp_path):
+    """Karras' sigmas between the first and last step of a spacing: the ends at 30 steps are the printed ones."""
+    for spacing in ("leading", "trailing"):
+        told = {
+            "_class_name": "EulerDiscreteScheduler",
+            "use_karras_sigmas": True,
+            "timestep_spacing": spacing,
+            "steps_offset": 1,
+        }
+        told |= {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        write_json(told, tmp_path / "scheduler_config.json")
+        node, _, words, remarks = read_schedule(tmp_path)
+        said = [x.removeprefix("sampler.grid.").split("=") for x in remarks[0].split() if x.startswith("sampler")]
+        peer = diffusers.EulerDiscreteScheduler(**{n: v for n, v in told.items() if n[0] != "_"})
+        peer.set_timesteps(30)
+        schedule = ScaledLinear(**{n: v for n, v in node.items() if n[0] != "_"})
+        ends = {name: float(end) for name, end in said}
+        assert words == "karras"
+        torch.testing.assert_close(Karras(**ends)(30, schedule)[:-1] * 1000 - 1, peer.timesteps.double(), atol=0.6, rtol=0)
+
+
+def test_a_scheduler_is_the_class_that_its_pipeline_names(tmp_path):
+    write_json(
+        {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "steps_offset": 0}, tmp_path / "scheduler_config.json"
+    )
+    assert read_schedule(tmp_path)[2] == "leading sampler.grid.offset=0"
+    assert read_schedule(tmp_path, pipeline="StableDiffusionPipeline")[2] == "leading"
+    assert read_schedule(tmp_path, "EulerDiscreteScheduler")[2] == "linspace"
+    with pytest.raises(ValueError, match="a FlowMatchEulerDiscreteScheduler"):
+        read_schedule(tmp_path, "FlowMatchEulerDiscreteScheduler")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +229,8 @@ WRONG = {
     "unet": [{name: "strange"} for name in CLASSES["UNet2DConditionModel"].only],
     "vae": [{name: "strange"} for name in CLASSES["AutoencoderKL"].only] + [{"down_block_types": ["DownEncoderBlock2D"] * 3}],
     "text_encoder": [{name: "strange"} for name in CLASSES["CLIPTextModel"].only] + [{"quantization_config": {"bits": 4}}],
-    "tokenizer": [{"model_max_length": 12}, {"do_lower_case": False}, {"bos_token": "a"}, {"pad_token": "a"}],
+    "tokenizer": [{name: "strange"} for name in CLASSES["CLIPTokenizer"].only]
+    + [{"model_max_length": 12}, {"pad_token": "a"}, {"extra_special_tokens": ["<a>"]}, {"additional_special_tokens": ["<a>"]}],
     "scheduler": [{"rescale_betas_zero_snr": True}, {"num_train_timesteps": 4000}],
 }
 WRONG["unet"] += [{"attention_head_dim": [2, 8]}, {"layers_per_block": [1, 2]}, {"block_out_channels": [32, 80]}]

@@ -11,6 +11,7 @@ from ldm.backbone.unet import UNet
 from ldm.errors import Refusal
 from ldm.interop.bundle import BACKBONE, VERSION, Bundle, Part, shapes_of
 from ldm.interop.conditions import IDENTITY, LABEL, map_node, number_node
+from ldm.interop.files import today
 from ldm.interop.network._unet_config import unet_config, unet_settings
 from ldm.interop.network._unet_index import pipeline_of
 from ldm.interop.network._unet_names import compvis, diffusers, has_transformers, linear, settings_of
@@ -65,6 +66,10 @@ class UNetNetwork(Network):
     def diffusers_ties(self, names: Iterable[str], settings: Mapping[str, Any]) -> Ties:
         """UNet2DConditionModel's, or UNet2DModel's."""
         return diffusers(names, settings)
+
+    def today(self, name: str) -> str:
+        """Attention to the picture alone had other names."""
+        return today(name)
 
     def averaged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """LitEma leaves the dots out of the names of its averages."""
@@ -224,19 +229,6 @@ def _numbers(config: Mapping[str, Any], parts: Mapping[str, Part], scored: bool)
     Raises:
         Refusal: so many are none of theirs.
     """
-    width, last = config["addition_time_embed_dim"], list(parts.values())[-1].config if parts else {}
-    if last.get("text_cfg", {}).get("proj_type") == "none":  # which are another model's; the widths of the tokens say so
-        return number_node(len(parts) == 1, width)
-    pooled = last.get("embed_dim", 0)
-    count, rest = divmod(config["projection_class_embeddings_input_dim"] - pooled, width)
-    if rest or count != (5 if scored or len(parts) == 1 else 6):
-        raise Refusal(
-            f"The unet is told {count} numbers of {width} beside a text of {pooled} "
-            f"(projection_class_embeddings_input_dim={config['projection_class_embeddings_input_dim']}); XL's is told 6, and its "
-            "refiner's 5 (requires_aesthetics_score)."
-        )
-    return number_node(count == 5, width)
-
     width, last = config["addition_time_embed_dim"], list(parts.values())[-1].config if parts else {}
     if last.get("text_cfg", {}).get("proj_type") == "none":  # which are another model's; the widths of the tokens say so
         return number_node(len(parts) == 1, width)
