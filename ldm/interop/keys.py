@@ -128,7 +128,6 @@ OLD_DIT = {"only_cross_attention": (False,), "double_self_attention": (False,), 
 CLIP = {
     "hidden_act": ("gelu", "quick_gelu"),
     "layer_norm_eps": (1e-5,),
-    "bos_token_id": (49406, 0),
     "eos_token_id": (49407, 2),  # what older ones say, where the largest id is the end
 }
 CLIP_USED = "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads"

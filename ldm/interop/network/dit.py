@@ -41,7 +41,7 @@ class DiTNetwork(Network):
     classes = ("DiTTransformer2DModel", "Transformer2DModel")
     single = "dit"
     alone = True
-    left = (ROTARY,)
+    left = (ROTARY, "projectors.")  # REPA's heads, which training alone reads
     diffusers_left = ("pos_embed.pos_embed",)
 
     def recognise(self, names: Iterable[str]) -> bool:

@@ -21,7 +21,7 @@ LEFT = (f"{PREFIX}embeddings.position_ids", "text_projection.weight", "logit_sca
 
 def read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:
     """The text condition, and its towers by sub-folder."""
-    slots = [slot for slot in ("", "_2") if index.get(f"text_encoder{slot}", [None])[0]]
+    slots = [slot for slot in ("", "_2") if class_of(index, f"text_encoder{slot}")]
     names = {"": "large", "_2": "giant"}
     large = "_2" in slots
     nodes, parts = {}, {}

@@ -130,18 +130,22 @@ class Autoencoder(protocols.Part):
 
     def take_file(self, file: File, bundle: Bundle, scale: float) -> None:
         """CompVis' below `first_stage_model.`; one that comes alone has no prefix."""
-        alone = bundle.recipe is None
-        if alone and "encoder.conv_in.weight" not in file.weights:
+        alone, inside = bundle.recipe is None, f"{PREFIX}encoder.conv_in.weight" in file.weights
+        if alone and any("down_blocks." in name for name in file.weights):
+            raise Refusal(f"{file.path} is of diffusers' names; name the folder of its model, where its config.json lies.")
+        if alone and "input_blocks.0.0.weight" in file.weights:
+            raise Refusal(f"{file.path} is a U-Net alone, without what it is told by (a text tower) and its autoencoder.")
+        if alone and not inside and "encoder.conv_in.weight" not in file.weights:
             raise Refusal(
                 f"{file.path} is no model in CompVis' or Stability's layout: it begins with {sorted(file.weights)[:3]}."
             )
         if not alone and not any(name.startswith(PREFIX) and not name.startswith(LEFT) for name in file.weights):
             return
-        prefix = "" if alone else PREFIX
+        prefix = PREFIX if inside or not alone else ""
         config = settings_of(file.below(prefix))
         shapes = autoencoder_shapes(config)
         weights = file.take(compvis(shapes, config), shapes, prefix)
-        said = file.scale()
+        said = file.scale(scale)
         scale = said or (1.0 if "codebook" in weights else scale)  # a VQ is published with 1
         part = Part(config, _measured(config, weights, shapes, scale), scale=None if said else scale)
         bundle.parts[self.kind] = part
