@@ -17,14 +17,18 @@ from ldm.errors import NotFound, Refusal
 from ldm.files.picture import ENDINGS, from_bytes, left_out, open_picture, pictures_in, to_grey, to_srgb, to_tensor, upright
 
 
-def files(field: str, asked: Sequence[Any]) -> list[Path]:
-    """Paths of files, or of folders, whose pictures are taken in natural order -> the pictures' paths.
+def files(field: str, asked: Sequence[Any]) -> list[Path | Image.Image]:
+    """Paths of files, or of folders, whose pictures are taken in natural order -> the pictures' paths; PIL's stay as they are.
 
     Raises:
         NotFound: one is not there, or a folder holds no pictures.
     """
-    found: list[Path] = []
-    for path in map(Path, map(str, asked)):
+    found: list[Path | Image.Image] = []
+    for one in asked:
+        if isinstance(one, Image.Image):
+            found.append(one)
+            continue
+        path = Path(str(one))
         inside, others = pictures_in(path) if path.is_dir() else ([path], {})
         if not inside or not inside[0].is_file():
             raise NotFound(f"ask.{field}={path}: there is no such picture, or folder with pictures ({', '.join(ENDINGS)}).")
@@ -112,8 +116,8 @@ def painted(labels: Tensor, count: int) -> Tensor:
     return torch.tensor([(1.0, 1.0, 1.0), *hues])[labels.cpu()].permute(0, 3, 1, 2).mul(2).sub(1)
 
 
-def _open(field: str, path: Path, read: Callable[[Image.Image], Image.Image] = upright) -> Image.Image:
+def _open(field: str, path: Path | Image.Image, read: Callable[[Image.Image], Image.Image] = upright) -> Image.Image:
     try:
-        return read(open_picture(path.read_bytes()))
+        return read(path if isinstance(path, Image.Image) else open_picture(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise Refusal(f"ask.{field}={path} is no whole picture: {error}") from error

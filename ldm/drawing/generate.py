@@ -47,9 +47,9 @@ def watched(denoise: Denoise, watch: Watch) -> Denoise:
     """The same, telling `watch` once a step: of the first call at each lower time, whatever else a sampler calls it for."""
     step, lowest = 0, math.inf
 
-    def told(x_t: Tensor, t: Tensor) -> Tensor:
+    def told(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
         nonlocal step, lowest
-        x_hat = denoise(x_t, t)
+        x_hat = denoise(x_t, t, *to)
         if (time := float(t.max())) < lowest:
             step, lowest = step + 1, time
             watch(step, time, x_hat)
@@ -119,12 +119,13 @@ def draw_all(
     paste: str | None = "latents",
     watch: Watch | None = None,
 ) -> Tensor:
-    """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up and cut to keep one size.
+    """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up to the others' size, and cut.
 
     ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU. `watch` is told the steps of every batch.
     """
     check_paste(model, paste)
     seeds, images = list(seeds), []
+    batch = max(1, min(batch, len(seeds)))
     for start in tqdm(range(0, len(seeds), batch), desc="drawing", disable=len(seeds) <= batch):
         rows = [min(i, len(seeds) - 1) for i in range(start, start + batch)]
         part = {name: value[rows] if isinstance(value, Tensor) else [value[i] for i in rows] for name, value in ask.items()}

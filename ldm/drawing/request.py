@@ -90,17 +90,18 @@ def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, A
 
     def denoise(count: int) -> Denoise:
         told = model.condition({k: v.repeat(count) if isinstance(v, Tensor) else v * count for k, v in shown.items()})
-        return lambda x_t, t: model.denoiser(x_t, t, told)
+        return lambda x_t, t, *to: model.denoiser(x_t, t, told, *to)
 
     return FromInversion(sampler, picture, denoise, strength)
 
 
-def _read_image(path: str, name: str, mode: str, size: Size) -> Tensor:
-    """A file, cut in its middle to `size` -> (1, 3 or 1, height, width) in [0, 1]."""
-    if not Path(path).is_file():
+def _read_image(path: str | Image.Image, name: str, mode: str, size: Size) -> Tensor:
+    """A file, or a picture of PIL's, cut in its middle to `size` -> (1, 3 or 1, height, width) in [0, 1]."""
+    given = isinstance(path, Image.Image)
+    if not given and not Path(path).is_file():
         raise NotFound(f"{name}={path}: there is no such picture.")
     try:
-        image = (to_srgb if mode == "RGB" else to_grey)(open_picture(Path(path).read_bytes()))
+        image = (to_srgb if mode == "RGB" else to_grey)(path if given else open_picture(Path(path).read_bytes()))
     except ValueError as error:
         raise Refusal(f"{name}={path} is no whole picture: {error}") from error
     return to_tensor(ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC))[None]

@@ -99,7 +99,8 @@ MEANS: dict[str, dict[str, Any]] = {
     **{name: {**EARLY, **LEADING, "beta_schedule": "scaled_linear"} for name in ("LCMScheduler", "TCDScheduler")},
     **{f"{name}Scheduler": {**LEADING, "clip_sample": True} for name in ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel")},
 }
-MULTISTEP = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")  # which spare one step
+MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")  # which spare one step
+MULTISTEP += ("DEISMultistepScheduler", "SASolverScheduler")
 OWN_STEPS = ("LCMScheduler", "TCDScheduler")  # which visit steps that no grid here has
 # Karras' sigmas lie between those of the steps that their spacing visits, and not between the table's ends.
 WITHIN = ("EulerDiscrete", "LMSDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
@@ -130,6 +131,8 @@ def read_schedule(folder: Path, kind: str | None = None, pipeline: str = "") -> 
     means = {**USUAL, **MEANS.get(kind, {}), **said}
     schedule, prediction = _schedule(means, kind, folder)
     grid, remarks = _grid(means, kind, pipeline, folder)
+    if (own := told.get("_class_name", kind)) != kind:
+        remarks.append(f"steps: {kind}, as model_index.json says; the scheduler's own config says {own}")
     if "timestep_spacing" not in said and grid is not None:
         remarks.insert(0, f"steps: {kind} means {means['timestep_spacing']} where timestep_spacing is not said")
     return schedule, prediction, grid, remarks + _drawing(means, kind, pipeline)
@@ -178,14 +181,19 @@ def _grid(means: Mapping[str, Any], kind: str, pipeline: str, folder: Path) -> t
         return "karras", remarks
     words = [spacing]
     words += [f"sampler.grid.offset={offset}"] if spacing == "leading" and offset != 1 else []
-    words += ["sampler.grid.spare=1"] if kind.removesuffix("Scheduler") in MULTISTEP and spacing != "trailing" else []
+    words += ["sampler.grid.spare=1"] if kind in MULTISTEP and spacing != "trailing" else []
     return " ".join(words), remarks
+
+
+def stops(told: Mapping[str, Any], kind: str) -> bool:
+    """Whether the last step of a scheduler, told so, ends at the first step of the table and not at the data."""
+    return "set_alpha_to_one" in TAKES.get(kind, ()) and not {**USUAL, **MEANS.get(kind, {}), **told}["set_alpha_to_one"]
 
 
 def _drawing(means: Mapping[str, Any], kind: str, pipeline: str) -> list[str]:
     """What of its own way of drawing is not taken over."""
     remarks = []
-    if "set_alpha_to_one" in TAKES[kind] and not means["set_alpha_to_one"]:
+    if stops(means, kind):
         remarks.append("steps: the last ends at the first step of the table, not at the data: sampler.grid.last=0.001")
     if "clip_sample" in TAKES[kind] and means["clip_sample"] and pipeline not in CLIPS_NOT:
         by = f"by {pipeline}" if pipeline else "there"

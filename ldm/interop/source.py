@@ -22,7 +22,7 @@ HEADER = {"epsilon": "Noise", "v": "Velocity", "v_prediction": "Velocity", "samp
 ARCHITECTURES = {"stable-diffusion-v2-768-v": "Velocity", "stable-diffusion-v2-512": "Noise"}  # modelspec.architecture
 # What a yaml says of the model: what is read, or shows in the weights, or was of training; and what has one value here.
 YAML = """
-parameterization linear_start linear_end scale_factor unet_config first_stage_config cond_stage_config network_config
+parameterization linear_start linear_end scale_factor shift_factor unet_config first_stage_config cond_stage_config network_config
 denoiser_config conditioner_config num_timesteps_cond log_every_t first_stage_key cond_stage_key image_size channels
 cond_stage_trainable conditioning_key monitor use_ema scheduler_config loss_type v_posterior original_elbo_weight
 l_simple_weight learn_logvar logvar_init scale_by_std concat_mode clip_denoised ckpt_path ignore_keys finetune_keys
@@ -90,6 +90,16 @@ class File:
         if said is not None and not (real(said) and said > 0):
             raise Refusal(f"{self.path} says scale_factor={said}; a number above 0 was wanted.")
         return None if said is None else float(said)
+
+    def shift(self, usual: float) -> float:
+        """The shift of the latents: the yaml's, or the family's.
+
+        Raises:
+            Refusal: it is no number.
+        """
+        if not real(said := self.told.get("shift_factor", usual)):
+            raise Refusal(f"{self.path} says shift_factor={said}; a number was wanted.")
+        return float(said)
 
     def prediction(self) -> str | None:
         """What the network says, where a mark, the header or the yaml says it.

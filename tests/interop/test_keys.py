@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
-from transformers import BertTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, T5Config
 
 from helpers.family import their_pipeline, their_tokenizer
 from ldm.build import load_model
@@ -25,7 +25,8 @@ from ldm.interop.part._autoencoder_config import vae_settings
 from ldm.interop.part._transformers import open_clip_config
 from ldm.interop.part.bert import diffusers_settings
 
-CONFIGS = {"CLIPTextModel": CLIPTextConfig, "LDMBertModel": LDMBertConfig, "Transformer2DModel": diffusers.DiTTransformer2DModel}
+OF_TRANSFORMERS = {"CLIPTextModel": CLIPTextConfig(), "T5EncoderModel": T5Config(feed_forward_proj="gated-gelu")}
+CONFIGS = {"LDMBertModel": LDMBertConfig, "Transformer2DModel": diffusers.DiTTransformer2DModel}
 CONFIGS |= {"CLIPTokenizer": CLIPTokenizer, "BertTokenizer": BertTokenizer}
 
 
@@ -36,9 +37,8 @@ def keys_of(made):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_key_of_a_class_is_known(kind):
     """And the value that its class means, where nothing is said, is one that is built, or the one that is taken."""
-    made = CONFIGS.get(kind) or getattr(diffusers, kind)
-    keys = CLASSES[kind]
-    theirs = CLIPTextConfig().to_dict() if kind == "CLIPTextModel" else keys_of(made)
+    keys, of_transformers, made = CLASSES[kind], OF_TRANSFORMERS.get(kind), CONFIGS.get(kind) or getattr(diffusers, kind, None)
+    theirs = keys_of(made) if of_transformers is None else of_transformers.to_dict()
     if kind.endswith("Tokenizer"):
         special = dict.fromkeys((*PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES, "additional_special_tokens"))
         theirs = special | theirs | {n: getattr(made, n) for n in ("padding_side", "truncation_side", "model_input_names")}
@@ -47,7 +47,7 @@ def test_every_key_of_a_class_is_known(kind):
     assert wrong == {} or (kind == "BertTokenizer" and wrong.keys() == {"bos_token", "eos_token"})  # which it has not
     assert {name: theirs[name] for name in keys.means} == keys.means
     blocks = {"block_out_channels", "down_block_types", "up_block_types"}
-    if made is not LDMBertConfig and not kind.endswith("Tokenizer"):
+    if keys.means:
         read = {name for name in keys.used.split() if name in theirs and name in FORM_OF}
         sizes = {"num_attention_heads", "attention_head_dim", "num_layers"} if "Transformer" in kind else set()
         assert read - keys.means.keys() == blocks & read | sizes

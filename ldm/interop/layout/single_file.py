@@ -84,7 +84,8 @@ def _read_model(file: File, network: Network, prediction: str | None) -> Bundle:
     if averages and averages != (wanted := len(file.below(network.prefix))):
         raise Refusal(f"{file.path} holds averages (model_ema) of {averages} tensors of the {network.name}'s {wanted}.")
     built = settings, channels, widths = network.settings_of(file.below(network.prefix), file.told)
-    bundle = Bundle({"condition": {}}, scale=file.scale(network.scale(file)) or network.scale(file))
+    scale = file.scale(network.scale(file)) or network.scale(file)
+    bundle = Bundle({"condition": {}}, scale=scale, shift=network.shift)
     bundle.assumed += [f"weights: {averages} averages (model_ema) in the place of those that were trained"] if averages else []
     bundle.assumed += file.unread()
     for part in () if network.alone else parts():
