@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import Refusal
-from ldm.interop.bundle import BETAS, PREDICTIONS, VERSION
+from ldm.interop.bundle import BETAS, PREDICTIONS, SHARE, STRAIGHT, VERSION
 from ldm.interop.keys import OFF
 from ldm.interop.weights import read_config
 
@@ -87,6 +87,13 @@ TAKES = {
     | {"use_flow_sigmas", "flow_shift", "algorithm_type", "lower_order_final", "lambda_min_clipped", "variance_type"}
     | {"predictor_order", "corrector_order", "tau_func"},
 }
+FLOWS = "FlowMatchEulerDiscreteScheduler"
+# Its keys that are used, and those that have the values under which a sampler here draws the same.
+FLOW_USED = {"shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15}
+FLOW_USED |= {"base_image_seq_len": 256, "max_image_seq_len": 4096, "num_train_timesteps": 1000}
+FLOW_ONLY: dict[str, tuple[Any, ...]] = {f"use_{kind}_sigmas": (False, None) for kind in ("karras", "exponential", "beta")}
+FLOW_ONLY |= {"invert_sigmas": (False,), "shift_terminal": (None,), "time_shift_type": ("exponential",)}
+FLOW_ONLY |= {"stochastic_sampling": (False,)}
 # What a class means by keys that are not said, where that is not what most mean, which is `USUAL`.
 EARLY, LEADING = {"beta_start": 0.00085, "beta_end": 0.012}, {"timestep_spacing": "leading"}
 USUAL = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "linspace", "steps_offset": 0}
@@ -121,8 +128,10 @@ def read_schedule(folder: Path, kind: str | None = None, pipeline: str = "") -> 
     """
     told = read_config(folder / "scheduler_config.json")
     kind = kind or told.get("_class_name", "scheduler without a class")
-    if kind not in TAKES:
-        raise Refusal(f"{folder} has a {kind}; of diffusers' schedulers with a table of betas are known: {', '.join(TAKES)}.")
+    if kind == FLOWS:
+        return dict(STRAIGHT), "Flow", _flow_grid(told, folder), []
+    if kind not in list(TAKES):
+        raise Refusal(f"{folder} has a {kind}; of diffusers' schedulers {', '.join(TAKES)} and {FLOWS} are known.")
     said = {name: value for name, value in told.items() if name in TAKES[kind]}
     wrong = [text for name, (only, text) in REFUSED.items() if said.get(name, only) != only]
     wrong += [f"{n}={v}" for n, v in told.items() if n[0] != "_" and n not in _known() and v not in OFF]
@@ -200,6 +209,39 @@ def _drawing(means: Mapping[str, Any], kind: str, pipeline: str) -> list[str]:
         remarks.append(f"{kind}: clip_sample=True: latents are clipped to [-1, 1] {by}, and not here")
     other = [f"{n}={means[n]}" for n, same in DRAWING.items() if n in TAKES[kind] and n in means and means[n] not in same]
     return remarks + ([f"{kind}: {', '.join(other)} is its own way of drawing, which is not the model's"] if other else [])
+
+
+def _flow_grid(told: Mapping[str, Any], folder: Path) -> str:
+    """How the steps of straight paths are spaced: by a shift, or by one that grows with the picture.
+
+    Raises:
+        Refusal: otherwise.
+    """
+    said = {**FLOW_USED, **{n: v for n, v in told.items() if n[0] != "_"}}
+    wrong = [f"{n}={v}" for n, v in said.items() if n not in FLOW_USED and v not in FLOW_ONLY.get(n, OFF)]
+    if wrong or said["num_train_timesteps"] != 1000:
+        wrong = wrong or [f"num_train_timesteps={said['num_train_timesteps']}"]
+        raise Refusal(f"{folder} has a {FLOWS} with {', '.join(wrong)}, which no model of this family has.")
+    if not said["use_dynamic_shifting"]:
+        return "uniform" if said["shift"] == 1 else f"shifted sampler.grid.shift={said['shift']}"
+    names = {"base_shift": "low", "max_shift": "high", "base_image_seq_len": "few", "max_image_seq_len": "many"}
+    other = [f"sampler.grid.{ours}={said[name]}" for name, ours in names.items() if said[name] != FLOW_USED[name]]
+    return " ".join(["by_size", *other])
+
+
+def flow_config(recipe: Mapping[str, Any], **told: Any) -> dict[str, Any]:
+    """FlowMatchEulerDiscreteScheduler's config, `told` besides.
+
+    Raises:
+        Refusal: the model is not one of straight paths that says flow.
+    """
+    parts = [recipe[name]["_target_"] for name in ("schedule", "prediction", "level")]
+    if parts != [STRAIGHT["_target_"], "ldm.prediction.Flow", SHARE["_target_"]] or recipe["schedule"].get("shift", 1.0) != 1.0:
+        raise Refusal(
+            f"diffusers' pipelines of this network know schedule=linear without a shift, prediction=flow and level=noise_time; "
+            f"this model has {', '.join(parts)}. Train with those to export to diffusers."
+        )
+    return {"_class_name": FLOWS, "_diffusers_version": VERSION, "num_train_timesteps": 1000, "shift": 1.0, **told}
 
 
 def _known() -> set[str]:

@@ -1,5 +1,6 @@
 """What `model=` takes beside our own: brought into our layout once, kept by hash, and drawn as its own pipeline draws it."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace

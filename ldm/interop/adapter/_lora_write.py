@@ -80,7 +80,7 @@ def _is_spelling(name: str, layout: str, family: str | None) -> bool:
 def _split(update: Update, module: Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[int, Piece]]:
     """By the rows of theirs; what one of several leaves at zero is left out."""
     there = [x.ndim for x in module.tie.split(torch.empty_like(module.weight(weights), device="meta"))]
-    ups, rank = module.tie.split(update.up.flatten(1)), len(update.down)
+    ups = module.tie.split(update.up.flatten(1))
     lengths = [None] * len(ups)
     if update.magnitude is not None:
         columns = update.magnitude.ndim == 2

@@ -19,7 +19,7 @@ from ldm.interop.find import network_of, networks, parts, recognised
 from ldm.interop.protocols import Layout, Network
 from ldm.interop.source import PREDICTIONS, File, told_beside
 from ldm.interop.tie import give
-from ldm.interop.weights import check_numbers, open_weights
+from ldm.interop.weights import check_kinds, check_numbers, open_weights
 
 FIRST_STAGE = "encoder.conv_in.weight"  # by which an autoencoder is known
 SCALE = 0.18215  # of an autoencoder that comes alone and does not say it
@@ -54,6 +54,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
         Refusal: names what is missing, unknown, or undecided.
     """
     weights = unwrapped(weights)
+    check_kinds(weights, path)
     file, network = File(path, weights, told_beside(path), metadata_of(path)), recognised(weights)
     if network is None:
         bundle = Bundle(None)
@@ -97,7 +98,7 @@ def _read_model(file: File, network: Network, prediction: str | None) -> Bundle:
     network.conditions(bundle, built, None, {})
     kind = network.says(file, bundle, built, prediction)
     shapes = network.shapes(channels, widths, settings)
-    taken = file.take(network.single_ties(shapes, settings, kind), shapes, network.prefix)
+    taken = network.computed(settings) | file.take(network.single_ties(shapes, settings, kind), shapes, network.prefix)
     bundle.weights |= {BACKBONE + name: x for name, x in taken.items()}
     file.check_left(network.left)
     schedule, level = network.schedule(file, kind)
@@ -142,6 +143,9 @@ def _told(bundle: Bundle, network: Network, settings: Mapping[str, Any]) -> dict
         Refusal: the schedule or the prediction has no place there.
     """
     recipe = bundle.recipe
+    if network.straight:
+        params = {**network.beside(settings, bundle), **{k: v for part in parts() for k, v in part.beside(bundle).items()}}
+        return {"model": {"params": params}}
     kind, schedule = (recipe[name]["_target_"].split(".")[-1] for name in ("prediction", "schedule"))
     words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if kind not in words or schedule != "ScaledLinear" or recipe["schedule"].get("zero_terminal_snr"):
