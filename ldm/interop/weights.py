@@ -100,8 +100,8 @@ def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
         kind = str(x.dtype).removeprefix("torch.")
         if x.dtype.itemsize == 1 and x.dtype != torch.bool:
             raise Refusal(
-                f"{path}: {name} is {kind}, quantised numbers. Take the float32, bfloat16 or float16 file of this model; of one in "
-                "nf4 or int8 diffusers makes it: load it there, dequantize(), save_pretrained."
+                f"{path}: {name} is {kind}, quantised numbers. Take the float32, bfloat16 or float16 file of this model; of one "
+                "in nf4 or int8 diffusers makes it: load it there, dequantize(), save_pretrained."
             )
 
 
