@@ -28,8 +28,9 @@ from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.protocols import averages_in
+from ldm.types import Widths
 
-ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
+ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
 ROOMS = (
     "autoencoder",
@@ -109,11 +110,15 @@ def assemble(
     prediction: Any,
     level: Any,
     unit_input: bool = True,
+    span: int = 0,
 ) -> LatentModel:
-    """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths."""
+    """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths.
+
+    `span`, of a flow map, is the width of what it is told of its second time.
+    """
     conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
-    network = backbone(channels=autoencoder.channels, widths=conditioner.widths)
-    return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input))
+    network = backbone(channels=autoencoder.channels, widths=conditioner.widths + Widths(vector=span))
+    return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input, span))
 
 
 def adapted(base: str | None, adapters: Mapping[str, Any] | None = None, rates: Mapping[str, float] | None = None) -> LatentModel:
@@ -138,6 +143,8 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
         for group, place in (("condition", "condition"), ("adapter", "adapters")):
             if place in model:
                 model[place] = chosen(model[place], group)
+        if model.get("base") is not None:
+            model["base"] = _brought(model["base"])
     stage = build(plain["training"], allowed(config))
     stage.recipe = kept_of(recipe) if recipe.get("_target_") == ADAPTED else recipe
     model = stage.latent_model()
@@ -154,13 +161,22 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
 def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
     from ldm.interop.begin import weights_for
+    from ldm.interop.cache import is_named
 
+    source = _brought(source) if is_named(source) else source
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
     if unfinished or (path.suffix == ".ckpt" and _is_own(path)):
         return _from_checkpoint(path, part)[1]
     kind = recipe["prediction"]["_target_"].split(".")[-1] if "prediction" in recipe else None
     return weights_for(part, source, kind)
+
+
+def _brought(source: str) -> str:
+    """What is there, or has a name elsewhere, in our layout; anything else as it is written."""
+    from ldm.interop.cache import is_named
+
+    return str(at_rest(source)) if Path(source).exists() or is_named(source) else source
 
 
 def _is_own(path: Path) -> bool:
@@ -214,7 +230,7 @@ def load_autoencoder(path: str) -> nn.Module:
 def load_model(
     path: str | Path, allow: Sequence[str] = (), adapters: str | Sequence[str] | None = None, base: str | None = None
 ) -> LatentModel:
-    """A latent model from an exported folder, a run folder or a checkpoint, with its averaged weights where it has them.
+    """A latent model from whatever `at_rest` takes, with its averaged weights where it has them.
 
     Args:
         allow: packages of the user's own that it may be built from.
@@ -224,7 +240,7 @@ def load_model(
     Raises:
         NotFound: nothing is there. Refusal: its weights do not fit its config, or an adapter does not fit it.
     """
-    recipe, weights = _at_rest(Path(path))
+    recipe, weights = _at_rest(path)
     given = []
     if recipe["_target_"] == ADAPTED:
         given = [Given(Asked(str(path)), _members(recipe, allow), weights, _content(Path(path)))]
@@ -256,8 +272,9 @@ def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, An
     return model
 
 
-def _at_rest(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe and the weights of a folder, or of a run's newest checkpoint."""
+def _at_rest(source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe and the weights of whatever `at_rest` takes, of a run those of its newest checkpoint."""
+    path = at_rest(source)
     if (path / "model.safetensors").is_file():
         recipe, weights = read_model(path)
         return from_parts(recipe, path), weights
@@ -299,15 +316,49 @@ def _content(path: Path) -> str:
 
 
 def recipe_of(path: str | Path) -> dict[str, Any]:
-    """What a model at rest, or a run's newest checkpoint, says of itself, as it is kept.
+    """What a model, whatever `at_rest` takes, or a run's newest checkpoint, says of itself, as it is kept.
 
     Raises:
         NotFound: nothing is there.
     """
-    path = Path(path)
+    path = at_rest(path)
     if (path / "model.safetensors").is_file():
         return read_recipe(path)
     return dict(read_checkpoint(_newest(path), lazily=True)["recipe"])
+
+
+def at_rest(source: str | Path) -> Path:
+    """What `model=` takes -> a run, an exported folder or a checkpoint of ours.
+
+    These are themselves. A folder of diffusers', a single file, hf://org/name or a short name (`ldm list model`) is brought into
+    our layout, once (interop/cache.py).
+
+    Raises:
+        NotFound: it is neither, and there is no such file or folder.
+    """
+    from ldm.interop.cache import brought, is_foreign, is_named
+    from ldm.interop.published import published
+
+    path = Path(source)
+    if path.exists():
+        inside = path.name == "model.safetensors" and (path.parent / "config.json").is_file() and not is_foreign(path.parent)
+        if inside or not is_foreign(path) or (path.suffix == ".ckpt" and _is_own(path)):
+            return path.parent if inside else path
+    elif not is_named(str(source)):
+        word = str(source)
+        close = nearest(word, list(published())) if "/" not in word else ""
+        raise NotFound(
+            f"There is no model in {word}: neither model.safetensors nor a good *.ckpt, nor is it hf://ORG/NAME or a published "
+            f"model's short name.{close}"
+        )
+    return brought(str(source))
+
+
+def autoencoder_of(source: str | Path) -> Path:
+    """What `model=` takes -> the folder of its autoencoder: its own, or the one in it."""
+    folder = at_rest(source)
+    inside = folder / "autoencoder"
+    return inside if (inside / "model.safetensors").is_file() and (inside / "config.json").is_file() else folder
 
 
 def _newest(path: Path) -> Path:

@@ -33,17 +33,19 @@ FREE_TEXT = re.compile(
     re.S,
 )
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
+UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
 LISTS = ("condition", "adapter", "metric", "callback", "logger")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
 
-    A value that is one whole list, or one whole quoted string, stays what it is, and so does `null` in the place of a file or
-    folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text.
+    `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
+    in the place of a file or folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text.
     """
     quoted = []
     for argument in arguments:
+        argument = UNCHOSEN.sub(r"~\1", argument)
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)
@@ -190,6 +192,9 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
 def _check_value(override: Override, config: DictConfig) -> None:
     node, path = config, override.key_or_group.split(".")
     for i, key in enumerate(path):
+        if node is None and override.key_or_group.startswith(("sampler.", "guidance.")) and not override.is_add():
+            group = "/".join(path[:i])
+            raise Refusal(f"{override.input_line}: choose a {group} to set it, such as {group}=NAME (ldm list {group}).")
         if not isinstance(node, DictConfig):
             return
         if key not in list(node):

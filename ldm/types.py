@@ -27,8 +27,8 @@ from ldm.errors import Refusal
 # What the shards hold, by field name; `position` (B,) int64 is the sample's place in the global order of training.
 Batch = Mapping[str, Any]
 
-# (x_t: (B, C, H, W), t: () or (B)) -> x_hat: (B, C, H, W)
-Denoise = Callable[[Tensor, Tensor], Tensor]
+# (x_t: (B, C, H, W), t: () or (B)) -> x_hat: (B, C, H, W); a third, `to`, like t, is for flow maps alone: flow_map.py
+Denoise = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,10 @@ class Denoiser(Protocol):
     schedule: Schedule
     prediction: Prediction
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t: (B, C, H, W), t: () or (B) -> x_hat: (B, C, H, W)."""
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, to: Tensor | None = None) -> Tensor:
+        """x_t: (B, C, H, W), t: () or (B), to: as t, where a flow map goes -> x_hat: (B, C, H, W)."""
 
-    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond, to: Tensor | None = None) -> Tensor:
         """The network's own output, before `prediction.to_data`: (B, C, H, W)."""
 
 
@@ -254,6 +254,7 @@ class Embedder(Protocol):
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
+    weighs: bool  # whether it heeds the weights of a caption's parts (embedder.py's Weighted)
     cut: Any  # counts captions that were cut (`seen`, `cut`) and says so by `str`; None where there is nothing to say
 
     def __call__(self, value: Any, drop: Tensor) -> Cond:
@@ -270,6 +271,9 @@ class Embedder(Protocol):
 
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of what it was told, (B, 3, h, w) in [-1, 1]."""
+
+    def skip(self, layers: int | None) -> None:
+        """Reads its text tower's last layer but `layers` - 1, or, told None, its own."""
 
     def unasked(self, field: str, size: tuple[int, int]) -> list[Any] | None:
         """What a person means who does not write a field; None: it must be written."""

@@ -16,7 +16,7 @@ from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
 from ldm.compose import CONFIGS, compose_config
 from ldm.drawing.generate import generate
-from ldm.errors import Refusal
+from ldm.errors import NotFound, Refusal
 from ldm.files.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
@@ -94,6 +94,10 @@ def test_choices_build(room, name, runs):
         node = {**node, "net": "alex", "weights": str(random_alexnet(runs))}
     if name == "scales":
         node = OmegaConf.merge(node, {"scales": {"text": 2.0}})
+    if OmegaConf.is_missing(node.get("teacher") or {}, "path"):
+        with pytest.raises(NotFound, match="no model in"):
+            build(node)
+        return
     with torch.device("meta" if name.startswith(("kl", "vq")) else "cpu"):
         assert build(node) is not None
 

@@ -132,24 +132,39 @@ class LoRA:
         return found
 
     def apply(self, model: nn.Module, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor]) -> None:
-        """Adds strength x each update to the weights, summed in float64.
+        """Adds strength x each update to the weights.
 
         Raises:
             Refusal: an update of another shape, or of nothing here.
         """
+        for name, x in self.merged(tensors, strength, base, base | {n: p.detach() for n, p in model.named_parameters()}).items():
+            model.get_parameter(name).data = x
+
+    def merged(
+        self, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor], present: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The weights that change, each a new tensor, summed in float64.
+
+        Args:
+            base: the weights before any adapter, by name. present: as they are now, with others' updates.
+
+        Raises:
+            Refusal: an update of another shape, or of nothing here.
+        """
+        made: dict[str, Tensor] = {}
         for name, update in self.updates(tensors).items():
             place = place_of(name, base)
             if place is None:
                 raise Refusal(f"{name} is updated, and there is no such module here: the LoRA is of another model.")
             weight = base[place.tensor][place.rows]
-            wanted = (update.up.shape[0], *update.down.shape[1:])
-            if (wanted[0], update.down[0].numel()) != (weight.shape[0], weight[0].numel()):
-                raise Refusal(f"{name} is {tuple(weight.shape)} here, and {wanted} in the LoRA, which is of another model.")
+            there = (len(update.up), *update.down.shape[1:])
+            if (there[0], update.down[0].numel()) != (weight.shape[0], weight[0].numel()):
+                raise Refusal(f"{name} is {there} in the LoRA and {tuple(weight.shape)} here; it is of another model.")
             if strength:
-                parameter = model.get_parameter(place.tensor)
-                whole = parameter.detach().double()
+                whole = made.get(place.tensor, present[place.tensor]).double()
                 whole[place.rows] += strength * update.of(weight.double())
-                parameter.data = whole.to(parameter.dtype)
+                made[place.tensor] = whole.to(weight.dtype)
+        return made
 
     def updates(self, tensors: Mapping[str, Tensor]) -> dict[str, Update]:
         """Tensors by the model's names -> updates by module.

@@ -1,4 +1,4 @@
-"""Lists what can be chosen:  ldm list [GROUP]   such as experiment, sampler, metric, objective/time"""
+"""Lists what can be chosen:  ldm list [GROUP]   such as experiment, sampler, metric, objective/time; or model, published ones"""
 
 import argparse
 import ast
@@ -11,18 +11,19 @@ from pathlib import Path
 from ldm.check import nearest
 from ldm.compose import CONFIGS
 
+MODEL = "model"  # no group of configs: what model= takes by a short name
+
 
 def main() -> None:
     """Prints the groups, or a group's choices, each with the first comment line of its file."""
     parser = argparse.ArgumentParser(prog="ldm list", description=__doc__.splitlines()[0])
     parser.add_argument("group", nargs="?", help="a config group; without it the groups are listed")
     group = parser.parse_args().group
-    groups = sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."})
     if group is None:
-        return _say(groups)
-    rows = dict(choices(group))
+        return _say(groups())
+    rows = dict(models() if group == MODEL else choices(group))
     if not rows:
-        sys.exit(f"error: there is no group `{group}`.{nearest(group, groups)}")
+        sys.exit(f"error: there is no group `{group}`.{nearest(group, groups())}")
     width = max(map(len, rows)) + 2
     _say([f"{name:{width}s}{purpose}".rstrip() for name, purpose in sorted(rows.items())])
 
@@ -32,6 +33,19 @@ def _say(lines: list[str]) -> None:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:  # `| head` has read enough; what Python flushes on its way out goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def groups() -> list[str]:
+    """What can be listed: config groups, and published models."""
+    return [*sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."}), MODEL]
+
+
+def models() -> Iterator[tuple[str, str]]:
+    """-> each published model's short name, with where it lies and its licence."""
+    from ldm.interop.published import published
+
+    for name, row in published().items():
+        yield name, f"{row.source}   licence: {row.licence}{', gated: wants HF_TOKEN' if row.gated else ''}"
 
 
 def roots() -> list[Path]:

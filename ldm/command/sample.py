@@ -25,7 +25,7 @@ def sample(config: DictConfig) -> Tensor:
     import torch
 
     from ldm.autoencoder.tiled import Tiled
-    from ldm.build import allowed, load_model, recipe_of
+    from ldm.build import allowed, at_rest, load_model, recipe_of
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.request import write_pictures
     from ldm.files.device import device_of
@@ -33,13 +33,14 @@ def sample(config: DictConfig) -> Tensor:
 
     meet()
     rank, world, _ = process()
-    model = load_model(config.model, allowed(config), config.adapters, config.base).to(device_of(config.device))
+    place = at_rest(config.model)
+    model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
     if config.compile:
         compile_backbone(model.denoiser.backbone)
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     plain = OmegaConf.to_container(config, resolve=True)
-    usual, say = recipe_of(config.model).get("usual", {}), print if first() else lambda line: None
+    usual, say = recipe_of(place).get("usual", {}), print if first() else lambda line: None
     images, told = draw(model, usual, plain, allowed(config), say, share=(rank, world))
     images = torch.cat(from_all(images))
     if first():
@@ -61,27 +62,32 @@ def draw(
 
     Args:
         usual: how the model is drawn from where the config does not say it (data/usual.py).
-        config: `sampler` and `guidance` may be built already; the pictures that it names may be PIL's.
+        config: what is null in it is as usual. `sampler` and `guidance` may be built already, its pictures may be PIL's.
         allow: the modules that its nodes may be built from.
         say: told what a person should know of the size.
         watch: as in drawing/generate.py.
         share: of several processes the number of this one, from 0, and how many there are; each draws some of the pictures.
 
     Returns:
-        This process's pictures, (N, 3, h, w) in [-1, 1] on the CPU, and the config with all pictures' `seeds`, `asked` (the
-        fields that the model was told) and `adapters`.
+        This process's pictures, (N, 3, h, w) in [-1, 1] on the CPU, and the config with all pictures' `seeds` and `asked`, the
+        fields that the model was told, and with `adapters`.
     """
     import torch
 
     from ldm.build import build
+    from ldm.command.usual import as_usual
     from ldm.data.usual import size_of
     from ldm.drawing.generate import draw_all
-    from ldm.drawing.request import read_edit, read_request
+    from ldm.drawing.precision import in_precision, precision_of
+    from ldm.drawing.request import read_edit, read_request, skip_layers
+    from ldm.drawing.weights import taking_turns
 
     size, lines = size_of(config["resolution"], usual)
     for line in lines:
         say(line)
-    config = {**config, "resolution": list(size)}
+    device = next(model.denoiser.parameters()).device
+    config = {**as_usual(config, usual), "resolution": list(size), "precision": precision_of(config["precision"], usual, device)}
+    skip_layers(model, config["clip_skip"])
     ask, count = read_request(config, model)
     seeds = range(config["seed"], config["seed"] + count)
     sampler, guidance = (
@@ -89,11 +95,13 @@ def draw(
     )
     sampler = read_edit(config, model, ask, sampler, size)
     mine = slice(count * share[0] // share[1], count * (share[0] + 1) // share[1])
+    part = {field: value[mine] for field, value in ask.items()}
     told = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
     if not seeds[mine]:
         return torch.empty(0, 3, *size), told
-    part = {field: value[mine] for field, value in ask.items()}
-    return draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch), told
+    guidance = in_precision(taking_turns(guidance) if config["prompt_weights"] else guidance, config["precision"], device)
+    images = draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch)
+    return images, told
 
 
 main = command("sample")(sample)

@@ -43,14 +43,16 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage
+    from ldm.command.usual import drawn_as
     from ldm.data.usual import usual_of
     from ldm.nn.empty import weightless
     from ldm.training.callback.profile import Profile
     from ldm.training.logging import close
     from ldm.training.plan import plan
     from ldm.training.resume import Changes
-    from ldm.training.run import fit
+    from ldm.training.run import fit, quiet
 
+    quiet()
     folder = Path(config.folder)
     if config.plan:
         trainer = _trainer(config, logger=False, callbacks=[])
@@ -63,7 +65,8 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
         OmegaConf.update(config, "data.workers", 0)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
-    stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True))}
+    drawn = {} if stage.latent_model() is None else drawn_as(config)
+    stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True)) | drawn}
     callbacks, always, loggers = (list(build_members(config, group).values()) for group in ("callback", "always", "logger"))
     profile = [Profile(folder / "profile")] if config.profile else []
     for logger in loggers:

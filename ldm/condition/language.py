@@ -103,3 +103,19 @@ class Language(Condition):
     def settings(self) -> dict[str, Any]:
         """What, besides its weights, decides what it says."""
         return {name: getattr(self, name) for name in ("layer", "length", "padding", "dropped")}
+
+
+class Silence(Condition):
+    """`length` tokens of zeros, which the backbone attends to: where a Stable Diffusion 3 is asked without its T5."""
+
+    def __init__(self, length: int, width: int, key: str = "caption", rate: float = 0.0) -> None:
+        super().__init__()
+        self.key, self.rate, self.length, self.widths = key, rate, length, Widths(tokens=width)
+
+    def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
+        """value: B captions, which are not read -> tokens: (B, L, D), zeros."""
+        return Cond(tokens=torch.zeros(len(value), self.length, self.widths.tokens))
+
+    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+        """-> the prompts."""
+        return [str(a) for a in asked]

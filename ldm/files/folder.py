@@ -18,13 +18,13 @@ from ldm.files.whole import write_whole
 FORMAT = 1  # of config.json and of checkpoints; those without a number are of before there was one, and read as 0
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, and what is said beside its tensors."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
         try:
-            save_file(plain, temporary)
+            save_file(plain, temporary, dict(metadata or {}) or None)
         except SafetensorError as error:
             raise NotWritten(str(error)) from error
 

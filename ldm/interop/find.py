@@ -41,10 +41,10 @@ def network_of(bundle: Bundle) -> Network:
     Raises:
         Refusal: it is none that other layouts know.
     """
-    target = bundle.recipe["backbone"]["_target_"]
     for network in networks():
-        if network.target == target:
+        if network.builds(bundle):
             return network
+    target = bundle.recipe["backbone"]["_target_"]
     names = " and ".join(sorted((network.name for network in networks()), reverse=True))
     raise Refusal(f"backbone={target} has no place in other layouts; {names} have.")
 

@@ -34,6 +34,7 @@ class Stage(pl.LightningModule):
 
     trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)
     compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
+    apart: tuple[str, ...] = ()  # what is trained but serves training alone: no averages of it are kept
 
     def __init__(
         self,

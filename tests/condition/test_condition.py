@@ -14,7 +14,7 @@ from ldm.backbone.unet import UNet
 from ldm.build import build, load_model
 from ldm.command.subject import Subject
 from ldm.compose import compose_config
-from ldm.condition.cached_text import CachedText, embed, save_null
+from ldm.condition.cached_text import CachedText, embed, save_null, spoken_only
 from ldm.condition.label import Label
 from ldm.condition.number import Number
 from ldm.condition.text import Text, Texts, whitening
@@ -373,17 +373,21 @@ def cached(clip_folder, folder, **settings):
 def test_cached_captions_say_what_their_tower_does_and_training_never_reads_it(clip_folder, tmp_path, settings):
     """Through shards, as float16: to its rounding, dropped ones too."""
     text, cache = cached(clip_folder, tmp_path / "text", **settings)
-    made = {member: value.half() if value.is_floating_point() else value for member, value in embed(text, NAMES).items()}
-    rows = [{member: value[i].numpy() for member, value in made.items()} for i in range(3)]
+    made = spoken_only(text, NAMES)
+    rows = [{m: (x.half() if x.is_floating_point() else x).numpy() for m, x in row.items()} for row in made]
+    lengths = [len(row["text.tokens.npy"]) for row in rows]
+    assert lengths == [12] * 3 if settings else lengths == text(NAMES, no(3)).mask.sum(1).tolist(), "only what is spoken"
     samples = [{"__key__": str(i), "txt": name, "json": {}, **row} for i, (name, row) in enumerate(zip(NAMES, rows))]
     write_shards(samples, tmp_path / "shards")
-    fields = {"caption": "txt"} | {f"caption_{member.split('.')[1]}": member for member in made}
+    fields = {"caption": "txt"} | {f"caption_{member.split('.')[1]}": member for member in made[0]}
     data = Shards(str(tmp_path / "shards"), fields=fields, batch=3)
     batch = data.on_after_batch_transfer(data.rows("train", range(3)))
     draw, drop = Draw(0, torch.arange(3), 3), torch.tensor([False, True, False])
     told = cache(cache.derive(batch, draw)["caption"], drop)
     wanted = text(NAMES, drop)
-    torch.testing.assert_close(told.tokens, wanted.tokens, atol=2e-3, rtol=2e-3)
+    spoken = slice(None) if wanted.mask is None else wanted.mask
+    assert told.tokens.shape == wanted.tokens.shape
+    torch.testing.assert_close(told.tokens[spoken], wanted.tokens[spoken], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(told.vector, wanted.vector, atol=2e-3, rtol=2e-3)
     assert (told.mask is None and wanted.mask is None) or torch.equal(told.mask, wanted.mask)
     assert cache.widths == text.widths and not cache.kept and not list(cache.parameters()) and not cache.state_dict()
@@ -447,3 +451,10 @@ def test_captions_that_are_cut_in_training_are_counted(text):
     text.eval()
     assert (text.cut.seen - before[0], text.cut.cut - before[1], text.cut.longest) == (3, 2, 25)
     assert re.search(r"2 of the first 3 captions are longer than the 10 tokens .* the longest 25", str(text.cut))
+
+
+def test_a_usual_number_is_told_where_no_record_says_it():
+    """A guidance scale, in pictures with captions alone: not so a picture's size, which nothing but a record knows."""
+    number = Number({"guidance": 3.5, "original_height": "height"}, width=8, scale=1000.0)
+    assert number.derive({"position": torch.arange(3)}, None) == {"guidance": [3.5] * 3}
+    assert number.derive({"position": torch.arange(3), "guidance": [1.0] * 3}, None) == {}

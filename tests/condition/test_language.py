@@ -2,14 +2,17 @@
 
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from diffusers import FluxPipeline, PRXPipeline, StableDiffusion3Pipeline
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from helpers.family import their_text, their_tokenizer
 from helpers.language import byte_tokenizer, save_qwen, save_t5, t5_tokenizer, their_t5
+from ldm.condition.cached_text import CachedText, save_null, spoken_only
 from ldm.condition.language import Language
 from ldm.condition.text import Text, Texts
 from ldm.conditioner import Conditioner
@@ -17,7 +20,7 @@ from ldm.files.folder import from_parts, save_tensors, with_parts, write_json
 from ldm.interop.part._towers import tower_shapes
 from ldm.interop.part.clip import open_clip_config, transformers
 from ldm.interop.tie import bring
-from ldm.types import Widths
+from ldm.types import Draw, Widths
 
 CAPTIONS = ["a red fox", "", "cats with tears of joy, été", " ".join(["apple"] * 30)]
 LENGTH = 24
@@ -187,3 +190,23 @@ def test_a_model_at_rest_takes_its_language_model_along(tmp_path):
     shutil.rmtree(tmp_path / "home")
     again = from_parts(kept, tmp_path / "rest")
     assert torch.equal(Language(again["model"], tokenizer=again["tokenizer"])(CAPTIONS, no(4)).tokens, said.tokens)
+
+
+@pytest.mark.parametrize("padding", ["masked", "attended"])
+def test_cached_captions_of_a_t5_say_what_it_says(folder, tmp_path, padding):
+    """Of masked ones the shards keep the spoken tokens alone; read again, they are to the bit what the tower says."""
+    text = Language(str(folder), length=LENGTH, padding=padding)
+    save_null(text, tmp_path)
+    kept = spoken_only(text, CAPTIONS)
+    told = text(CAPTIONS, torch.tensor([False, False, True, False]))
+    lengths = [len(row["text.tokens.npy"]) for row in kept]
+    assert lengths == ([4, 1, 13, LENGTH] if padding == "masked" else [LENGTH] * 4)
+    batch = {"caption": CAPTIONS}
+    for member in kept[0]:
+        batch[f"caption_{member.split('.')[1]}"] = pad_sequence([row[member] for row in kept[:3]], batch_first=True)
+    cache = CachedText(partial(Language, str(folder), length=LENGTH, padding=padding), str(tmp_path), stands_for="t5")
+    said = cache(cache.derive({**batch, "caption": CAPTIONS[:3]}, Draw(0, torch.arange(3), 3))["caption"], no(4)[:3])
+    wanted = text(CAPTIONS, no(4))
+    assert torch.equal(said.tokens, wanted.tokens[:3]) and told.tokens.shape[1] == said.tokens.shape[1]
+    assert padding == "attended" or torch.equal(said.mask, wanted.mask[:3])
+    assert cache.widths == text.widths and not cache.kept

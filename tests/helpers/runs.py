@@ -22,7 +22,7 @@ def write_runs(runs, clip_folder):
 
 
 def untrained(config):
-    """A config without the pretrained weights of towers, which would be fetched, and statistics, of which random ones have none."""
+    """A config without the pretrained weights of towers, which would be fetched, and without statistics."""
     for name, condition in config.condition.items():
         for node in (condition, *(condition.get("towers") or {}).values()):
             node.update({"pretrained": None} if "pretrained" in node else {})
