@@ -25,6 +25,14 @@ def test_a_choice_in_a_recipes_place_has_its_own_settings(capsys):
     assert "lr=0.02, adam_lr=0.003 went with muon" in said
 
 
+def test_a_class_recipe_has_another_network_by_one_word():
+    """Its sizes and slots follow from the autoencoder and the condition."""
+    words = ["experiment=emoji/class", "backbone=dit", "backbone.depth=1", "autoencoder=identity"]
+    with weightless():
+        stage = build_stage(compose_config("train", words))
+    assert type(stage.model.denoiser.backbone).__name__ == "DiT"
+
+
 def test_parts_of_a_choice_stay_the_recipes():
     config = compose_config("train", ["experiment=sd/v1", "sampler=heun"])
     assert config.sampler.grid._target_.endswith("Leading") and config.sampler._target_.endswith("Heun")
@@ -50,7 +58,7 @@ RECIPES = sorted(str(p.relative_to(CONFIGS / "experiment").with_suffix("")) for 
 # What cannot be in the nature of things, or for want of another setting, which the refusal names.
 REFUSED = [
     "zero terminal SNR",  # of noise alone nothing tells the data
-    "listens to",  # a backbone without the slot of a condition
+    "listens to|reads tokens",  # a backbone without the slot of a condition, or that needs one
     "tokens of different widths",
     "needs .*guidance",
 ]
