@@ -36,7 +36,7 @@ ALLOWED = {
     "evaluation": {"types", "measure", "model", "drawing", "data"},
     "report": {"evaluation"},
     "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},
-    "interop": {"types", "adapt", "adapter", "autoencoder", "backbone", "condition", "nn", "schedule", "tower"},
+    "interop": {"types", "adapt", "adapter", "autoencoder", "backbone", "condition", "nn", "tower"},
     "__main__": {"check"},
     "api": {"build", "command", "compose", "drawing", "model", "types"},
 }
