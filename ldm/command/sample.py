@@ -21,10 +21,12 @@ def sample(config: DictConfig) -> Tensor:
     """Writes OUT/00000.png ..., OUT/grid.png and OUT/request.json; -> pictures (N, 3, h, w) in [-1, 1]."""
     from ldm.autoencoder.tiled import Tiled
     from ldm.build import allowed, load_model, recipe_of
+    from ldm.check import check_counts
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.request import write_pictures
     from ldm.files.device import device_of
 
+    check_counts(batch=config.batch, tile=config.tile)
     model = load_model(config.model, allowed(config)).to(device_of(config.device))
     if config.compile:
         compile_backbone(model.denoiser.backbone)
