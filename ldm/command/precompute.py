@@ -38,12 +38,18 @@ def precompute(config: DictConfig) -> Path:
     data.setup()
     members = _text_conditions(config, device)
     text = next(((member, partial(embed, member)) for member in members.values()), None)
+    cuts = {name: member.cut for name, member in members.items() if member.cut is not None}
+    for cut in cuts.values():
+        cut.always = True
     splits = ("train", "val") if data.val_set else ("train",)
     for split in splits:
         folder = Path(config.out) / split
         write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
     if rank > 0:
         return Path(config.out)
+    for name, cut in cuts.items():
+        if cut.cut:
+            print(f"condition.{name}: {cut}")
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
     use += [] if data.val_set else ["data.val=null"]

@@ -25,7 +25,6 @@ from ldm.files.folder import without_usual
 from ldm.files.process import rank
 from ldm.files.weights import weights_hash
 
-
 DRAWING = ("requests", "conditioning", "ask", "negative", "count", "seed", "precision", "paste", "keep")  # what it depends on
 
 

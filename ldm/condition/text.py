@@ -12,28 +12,8 @@ from ldm.embedder import Condition
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
+from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
-
-
-class Cut:
-    """Counts the captions of training, and those that are longer than a tower's context, of which the rest is not read."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.seen = self.cut = self.longest = 0
-
-    def count(self, captions: Sequence[str], ids: Tensor, tokenizer: Any) -> None:
-        """B captions and their ids (B, L), on the processor: those that fill the context are looked at again."""
-        full = [caption for caption, last in zip(captions, ids[:, -1].tolist()) if last and hasattr(tokenizer, "encode")]
-        lengths = [n for n in (len(tokenizer.encode(caption)) for caption in full) if n > self.length - 2]
-        self.seen, self.cut = self.seen + sum(caption != "" for caption in captions), self.cut + len(lengths)
-        self.longest = max([self.longest, *lengths])
-
-    def __str__(self) -> str:
-        return (
-            f"{self.cut:,} of the first {self.seen:,} captions are longer than the {self.length - 2} tokens that the text tower "
-            f"reads, the longest {self.longest:,}: what lies behind is cut off."
-        )
 
 
 class Text(Condition):
@@ -119,7 +99,7 @@ class Text(Condition):
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
         ids = self.tokenizer(list(captions))
-        if self.training:
+        if self.training or self.cut.always:
             self.cut.count(captions, ids, self.tokenizer)
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids), self.padding)

@@ -108,7 +108,9 @@ def _check_edit(config: Mapping[str, Any]) -> None:
     """Raises Refusal where a setting is said that nothing would read."""
     for name, goes_with in {"strength": "init", "resamples": "mask"}.items():
         if config.get(name) is not None and config.get(goes_with) is None:
-            raise Refusal(f"{name}={config[name]} goes with {goes_with}=FILE, and there is none: take it out, or name the picture.")
+            raise Refusal(
+                f"{name}={config[name]} goes with {goes_with}=FILE, and there is none: take it out, or name the picture."
+            )
     if isinstance(config.get("source"), list):
         raise Refusal(f"source={config['source']}: one text says what the picture shows.")
 
@@ -171,5 +173,6 @@ def _prompts(config: Mapping[str, Any]) -> list[str]:
     if not found:
         raise Refusal(f"prompts={file} holds no prompt: wanted one a line.")
     if len(found) < len(lines):
-        warn(f"prompts={file}: {len(lines) - len(found):,} empty lines are left out, and the pictures numbered without them.")
+        empty = len(lines) - len(found)
+        warn(f"prompts={file}: {empty:,} empty lines are left out, and the pictures numbered without them.", stacklevel=3)
     return found

@@ -155,9 +155,8 @@ def test_every_key_of_the_configs_that_takes_a_path_is_free_text():
 def test_a_home_is_found_behind_a_setting_and_a_run_is_named_by_others():
     home = Path("~").expanduser()
     said = {"out": "~/a b", "data.train": "[~/a,/b]", "ask.image": "~/x.png", "prompt": "~/x", "negative": "~"}
-    wanted = {"out": f"{home}/a b", "data.train": [f"{home}/a", "/b"], "ask.image": f"{home}/x.png"} | dict(
-        prompt="~/x", negative="~"
-    )
+    wanted = {"out": f"{home}/a b", "data.train": [f"{home}/a", "/b"], "ask.image": f"{home}/x.png"}
+    wanted |= {"prompt": "~/x", "negative": "~"}
     assert {key: parsed(f"{key}={value}").value() for key, value in said.items()} == wanted
     assert compose_config("train", ["run_id=x-${seed}", "seed=2", "runs=a ${b}"]).folder == "a ${b}/x-2"
     for wrong in ("run_id=${no.such}", "runs=null"):

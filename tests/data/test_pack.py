@@ -147,7 +147,10 @@ def test_names_that_no_file_can_have_and_half_characters_are_faults_of_their_row
     write(home / "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert pack.main([str(home / "a.jsonl"), str(home / "out")]) == 1
     said = capsys.readouterr()
-    assert "line 1 of a.jsonl: File name too long" in said.err and "key\\ud83d: -> source_key\\ud83d_, side -> source_side" in said.out
+    assert (
+        "line 1 of a.jsonl: File name too long" in said.err
+        and "key\\ud83d: -> source_key\\ud83d_, side -> source_side" in said.out
+    )
     assert packed_records(home / "out")[0]["record"]["source_side"] == 2, "data.filters has a side of its own"
 
 
@@ -242,7 +245,9 @@ def test_sub_folders_that_are_no_classes_are_said(tmp_path, names, why):
         assert [(row.caption, row.columns) for row in rows] == [("a", {"aesthetic": 5})] * 2
 
 
-@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "Dev"), ("data/train2017", "data/val2017"), ("a/train", "a/val")])
+@pytest.mark.parametrize(
+    "splits", [("train", "test"), ("Train", "Dev"), ("data/train2017", "data/val2017"), ("a/train", "a/val")]
+)
 def test_splits_are_no_classes(tmp_path, splits, capsys):
     put(tmp_path / "in", *(["b/0.jpg"] if splits[0] == "a/train" else []))  # classes that hold splits
     for split in splits:
@@ -291,7 +296,18 @@ def test_what_lies_beside_a_picture_is_its_own_in_any_case(tmp_path):
 
 def test_every_other_file_is_counted(tmp_path):
     home = put(tmp_path / "in", "a/0.png", "b/0.png")
-    for name in (".hidden", "._0.png", ".ipynb_checkpoints/0.png", "@eaDir/0.png/THUMB.jpg", "__MACOSX/0.png", "x.npz", "y.heic", "alone.txt", "list.csv", "README"):
+    for name in (
+        ".hidden",
+        "._0.png",
+        ".ipynb_checkpoints/0.png",
+        "@eaDir/0.png/THUMB.jpg",
+        "__MACOSX/0.png",
+        "x.npz",
+        "y.heic",
+        "alone.txt",
+        "list.csv",
+        "README",
+    ):
         write(home / name, "x")
     (home / "c").symlink_to(home / "a")
     (home / "a" / "up").symlink_to("..")

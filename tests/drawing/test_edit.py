@@ -151,7 +151,7 @@ def test_what_is_asked_of_a_picture(tmp_path):
         with pytest.raises(ValueError, match="one of mask and source"):
             read_edit(config | wrong, model, ask, DDIM(4), (8, 8))
     for unread in ({"init": None}, {"resamples": 3}, {"source": ["red", "green"]}):
-        with pytest.raises(ValueError, match="strength=0.5 goes with init|resamples=3 goes with mask|one text says"):
+        with pytest.raises(ValueError, match=r"strength=0\.5 goes with init|resamples=3 goes with mask|one text says"):
             read_edit(config | unread, model, ask, DDIM(4), (8, 8))
     with pytest.raises(FileNotFoundError, match=r"mask=nothing\.png: there is no such picture"):
         read_edit(config | {"mask": "nothing.png"}, model, ask, DDIM(4), (8, 8))

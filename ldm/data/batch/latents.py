@@ -26,7 +26,7 @@ from ldm.data.order.order import Place
 from ldm.data.shard.decode import BadSample, View, is_array, is_image
 from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shard
-from ldm.errors import Refusal
+from ldm.errors import TOO_LARGE, Refusal
 from ldm.files.folder import read_json, write_json
 from ldm.files.weights import weights_hash
 from ldm.files.whole import remove_halves
@@ -188,6 +188,8 @@ def _encoded(
         fields = loaded.__getitems__(chosen)
         fields = data.on_after_batch_transfer(data.transfer_batch_to_device(fields, device, 0), 0)
         moments = autoencoder.encode(fields["image"])
+        if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
+            raise Refusal(f"The latents of {fields['key'][0]!r} and those beside it are not finite: {TOO_LARGE} (model=FOLDER).")
         arrays = {"moments.npy": torch.cat((moments.mean, moments.std), dim=1)}
         arrays |= {} if text is None else text[1](fields[text[0].key])
         arrays = {m: (x.half() if half and x.is_floating_point() else x).cpu().numpy() for m, x in arrays.items()}

@@ -87,7 +87,9 @@ def say(packed: Packed) -> None:
     if packed.renamed:
         pairs = ", ".join(f"{old} -> {new}" for old, new in packed.renamed.items())
         lines.append(f"columns renamed, since each record has a key of that name: {pairs}")
-    lines += [f"column {n}: {count:,} values left out of the records: JSON has no such value" for n, count in packed.dropped.items()]
+    lines += [
+        f"column {n}: {count:,} values left out of the records: JSON has no such value" for n, count in packed.dropped.items()
+    ]
     lines += [f"passed over: {count:,} {kind}" for kind, count in packed.passed_over.most_common()]
     print("\n".join(lines).encode("utf-8", "backslashreplace").decode(), end="\n" if lines else "")  # half a surrogate pair
 
