@@ -14,12 +14,11 @@ test: .venv/ready lint
 test-slow: .venv/ready
 	$(RUN) -m pytest -m "slow and not gpu"
 
-# `pip install .` from nothing: the command in an empty environment and from another folder.
+# `pip install .` from nothing: what `ldm` can do in an empty environment, from an empty folder.
 test-install:
 	rm -rf .venv-install && $(PYTHON) -m venv .venv-install
 	.venv-install/bin/python -m pip install --quiet --disable-pip-version-check .
-	mkdir -p .venv-install/elsewhere && cd .venv-install/elsewhere && ../bin/ldm && ../bin/ldm list experiment && ../bin/ldm train \
-	  experiment=emoji/clip trainer.max_steps=2 trainer.val_check_interval=2 'callback=[checkpoint]' && ../bin/ldm sample --help > /dev/null
+	mkdir .venv-install/elsewhere && cd .venv-install/elsewhere && PATH="$$PWD/../bin:$$PATH" sh -eux ../../tests/helpers/install.sh
 
 lint: .venv/ready
 	$(RUN) -m ruff check .

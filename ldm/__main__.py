@@ -14,6 +14,7 @@ COMMANDS = {
     "pack": "packs pictures and captions into shards: PICTURES OUT --size 512",
     "doctor": "says what is in shards and what is broken: SHARDS",
     "average": "averages a run's weights over any length: RUN OUT --std 0.07",
+    "cache": "lists the models that were brought from elsewhere, and clears them: clear NAME",
     "list": "lists the choices of a config group: experiment, sampler, ...",
 }
 

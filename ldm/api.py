@@ -34,8 +34,8 @@ Output = Literal["pil", "pt"]
 class Pipeline:
     """A model that is ready to be drawn from; `load` makes it.
 
-    model: the latent model, None for an autoencoder alone. autoencoder: its autoencoder. usual: the size and the data that it
-    was trained at, as its config.json says. allow: packages of the user's own that its settings may be built from.
+    model: the latent model, None for an autoencoder alone. autoencoder: its autoencoder. usual: how it is drawn from, and what it
+    was trained on, as its config.json says. allow: packages of the user's own that its settings may be built from.
     """
 
     def __init__(
@@ -137,20 +137,31 @@ class Pipeline:
         return images if output == "pt" else to_pil(images)
 
 
-def load(model: str | Path, device: str = "auto", allow: Sequence[str] = ()) -> Pipeline:
-    """A model from a run, an exported folder or a checkpoint, also an autoencoder alone.
+def load(
+    model: str | Path,
+    device: str = "auto",
+    allow: Sequence[str] = (),
+    adapters: str | Sequence[str] | None = None,
+    base: str | None = None,
+) -> Pipeline:
+    """A model from a run, a folder or file in any layout, hf://ORG/NAME or a published model's short name.
+
+    It may be an autoencoder alone. What is in another layout than ours is brought into it once, and kept (`ldm cache`).
 
     Args:
         device: `auto` is a GPU where there is one; `cpu`, `cuda:1`, `mps`.
         allow: packages of your own that it may be built from.
+        adapters: LoRAs and others that are put to work on it, such as "style.safetensors:0.8" (docs/finetuning.md).
+        base: where the base of a run of adapters lies, if not where it was.
 
     Raises:
         NotFound: nothing is there. Refusal: it is no such model, or the device is not here.
     """
-    recipe, place = build.recipe_of(model), device_of(device)
+    folder, place = build.at_rest(model), device_of(device)
+    recipe = build.recipe_of(folder)
     if recipe.get("_target_", "").startswith("ldm.autoencoder."):
-        return Pipeline(None, build.load_autoencoder(str(model)).to(place), recipe.get("usual", {}), allow)
-    whole = build.load_model(model, allow).to(place)
+        return Pipeline(None, build.load_autoencoder(str(folder)).to(place), recipe.get("usual", {}), allow)
+    whole = build.load_model(folder, allow, adapters, base).to(place)
     return Pipeline(whole, whole.autoencoder, recipe.get("usual", {}), allow)
 
 

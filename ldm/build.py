@@ -14,19 +14,23 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ldm.adapt import ADAPTED, Asked, Given, asked, attach, base_of, check_base, kept_of, put_on
 from ldm.check import check_nodes, nearest
 from ldm.compose import CONFIGS
 from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser
 from ldm.errors import NotFound, Refusal
-from ldm.files.folder import LaterFormat, as_run, from_parts, read_model, read_recipe, read_weights, without_usual
+from ldm.files.content import file_content
+from ldm.files.folder import LaterFormat, as_run, from_parts, read_json, read_model, read_recipe, read_weights, without_usual
 from ldm.files.moved import moved
+from ldm.files.process import first
 from ldm.model import LatentModel
-from ldm.nn.empty import weighted, weightless
+from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.protocols import averages_in
+from ldm.types import Widths
 
-ALLOWED = ("ldm", "torch.optim", "torch.nn", "pytorch_lightning")
+ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")
 # What a model at rest, perhaps a stranger's, may build: its parts, and nothing that writes, downloads or trains.
 ROOMS = (
     "autoencoder",
@@ -38,6 +42,8 @@ ROOMS = (
     "denoiser",
     "build.assemble",
     "build.load_autoencoder",
+    "build.adapted",
+    "adapter",
 )
 NARROW = tuple(f"ldm.{room}" for room in ROOMS)
 # The list of the build under way: packages that the user trusts hold for the folders it loads too, whatever these say.
@@ -104,26 +110,47 @@ def assemble(
     prediction: Any,
     level: Any,
     unit_input: bool = True,
+    span: int = 0,
 ) -> LatentModel:
-    """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths."""
+    """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths.
+
+    `span`, of a flow map, is the width of what it is told of its second time.
+    """
     conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
-    network = backbone(channels=autoencoder.channels, widths=conditioner.widths)
-    return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input))
+    network = backbone(channels=autoencoder.channels, widths=conditioner.widths + Widths(vector=span))
+    return LatentModel(autoencoder, conditioner, Denoiser(network, schedule, prediction, level, unit_input, span))
 
 
-def build_stage(config: DictConfig) -> Any:
-    """The training stage of a composed train.yaml."""
+def adapted(base: str | None, adapters: Mapping[str, Any] | None = None, rates: Mapping[str, float] | None = None) -> LatentModel:
+    """A model at rest, frozen, with adapters beside it, which alone are trained; without adapters it is trained as a whole.
+
+    Args:
+        base: its folder. adapters: by name. rates: other dropout rates of its conditions while it is trained.
+    """
+    if base is None:
+        raise Refusal("training=finetune begins from a model at rest: model.init=FOLDER.")
+    check_base(base)
+    model = load_model(base, UNDER_WAY.get())
+    attach(model, adapters or {}, rates or {})
+    return model.train()
+
+
+def build_stage(config: DictConfig, begins: bool = True) -> Any:
+    """The training stage of a composed train.yaml, which takes over the weights that model.init names if it `begins`."""
     plain = moved(OmegaConf.to_container(config, resolve=True))
     recipe = plain["training"].pop("recipe")
     for model in (recipe, plain["training"].get("model", {})):
-        if "condition" in model:
-            model["condition"] = chosen(model["condition"], "condition")
+        for group, place in (("condition", "condition"), ("adapter", "adapters")):
+            if place in model:
+                model[place] = chosen(model[place], group)
+        if model.get("base") is not None:
+            model["base"] = _brought(model["base"])
     stage = build(plain["training"], allowed(config))
-    stage.recipe = recipe
+    stage.recipe = kept_of(recipe) if recipe.get("_target_") == ADAPTED else recipe
     model = stage.latent_model()
     frozen = () if model is None else frozen_parts(model)
     stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)
-    if config.model.init is not None:
+    if begins and config.model.init is not None and recipe.get("_target_") != ADAPTED:
         from ldm.interop.begin import begin  # which loads open_clip and torchvision
 
         weights = _beginning(stage.trains, config.model.init, recipe)
@@ -134,13 +161,22 @@ def build_stage(config: DictConfig) -> Any:
 def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
     from ldm.interop.begin import weights_for
+    from ldm.interop.cache import is_named
 
+    source = _brought(source) if is_named(source) else source
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
     if unfinished or (path.suffix == ".ckpt" and _is_own(path)):
         return _from_checkpoint(path, part)[1]
     kind = recipe["prediction"]["_target_"].split(".")[-1] if "prediction" in recipe else None
     return weights_for(part, source, kind)
+
+
+def _brought(source: str) -> str:
+    """What is there, or has a name elsewhere, in our layout; anything else as it is written."""
+    from ldm.interop.cache import is_named
+
+    return str(at_rest(source)) if Path(source).exists() or is_named(source) else source
 
 
 def _is_own(path: Path) -> bool:
@@ -154,7 +190,12 @@ def _is_own(path: Path) -> bool:
 
 
 def frozen_parts(model: LatentModel) -> list[str]:
-    """The parts of a latent model that come from elsewhere: its autoencoder, and what its conditions declare frozen."""
+    """The parts of a latent model that come from elsewhere: its autoencoder, and what its conditions declare frozen.
+
+    Where adapters alone are trained, all other tensors.
+    """
+    if model.trained is not None:
+        return [name for name in model.state_dict() if name not in model.trained]
     embedders = model.conditioner.embedders.items()
     return ["autoencoder", *(f"conditioner.embedders.{n}.{part}" for n, e in embedders for part in e.frozen)]
 
@@ -186,20 +227,36 @@ def load_autoencoder(path: str) -> nn.Module:
     return autoencoder.eval()
 
 
-def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
-    """A latent model from an exported folder, a run folder or a checkpoint, with its averaged weights where it has them.
+def load_model(
+    path: str | Path, allow: Sequence[str] = (), adapters: str | Sequence[str] | None = None, base: str | None = None
+) -> LatentModel:
+    """A latent model from whatever `at_rest` takes, with its averaged weights where it has them.
 
-    `allow` names packages of the user's own that it may be built from.
+    Args:
+        allow: packages of the user's own that it may be built from.
+        adapters: what is put to work on it, as `[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]]` (adapt.py).
+        base: where the base of a run of adapters lies, if not where it was.
 
     Raises:
-        NotFound: nothing is there. Refusal: its weights do not fit its config.
+        NotFound: nothing is there. Refusal: its weights do not fit its config, or an adapter does not fit it.
     """
-    path = Path(path)
-    if (path / "model.safetensors").is_file():
-        recipe, weights = read_model(path)
-        recipe = from_parts(recipe, path)
-    else:
-        recipe, weights = _from_checkpoint(path)
+    recipe, weights = _at_rest(path)
+    given = []
+    if recipe["_target_"] == ADAPTED:
+        given = [Given(Asked(str(path)), _members(recipe, allow), weights, _content(Path(path)))]
+        recipe, weights = _at_rest(base_of(path, recipe, base))
+    elif base is not None:
+        raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
+    model = _whole(path, recipe, weights, allow)
+    own = model.state_dict()
+    given += [_given(one, recipe, own, allow) for one in asked(adapters)]
+    if given:
+        put_on(model, given)
+    return model.eval()
+
+
+def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, Any], allow: Sequence[str]) -> LatentModel:
+    empty = is_weightless()
     with weightless():
         model = build(without_usual(recipe)[0], narrowed(allow))
     if not isinstance(model, LatentModel):
@@ -209,21 +266,99 @@ def load_model(path: str | Path, allow: Sequence[str] = ()) -> LatentModel:
     unknown = sorted(weights.keys() - own.keys())
     if missing or unknown:
         raise Refusal(f"The weights in {path} do not fit its config: missing {sorted(missing)[:3]}, unknown {unknown[:3]}.")
-    whole = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
-    model.load_state_dict(whole, strict=False, assign=True)
-    return model.eval()
+    if not empty:
+        whole = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
+        model.load_state_dict(whole, strict=False, assign=True)
+    return model
+
+
+def _at_rest(source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe and the weights of whatever `at_rest` takes, of a run those of its newest checkpoint."""
+    path = at_rest(source)
+    if (path / "model.safetensors").is_file():
+        recipe, weights = read_model(path)
+        return from_parts(recipe, path), weights
+    return _from_checkpoint(path)
+
+
+def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow: Sequence[str]) -> Given:
+    """An adapter that is asked for, of a run here or in another layout, as a model of that recipe and tensors takes it."""
+    path = Path(one.source)
+    if path.exists() and _holds_ours(path):
+        theirs, tensors = _at_rest(path)
+        if theirs["_target_"] != ADAPTED:
+            raise Refusal(f"adapters={one.source} is a whole model: model={one.source} draws from it.")
+        return Given(one, _members(theirs, allow), tensors, _content(path))
+    from ldm.interop.adapters import read_adapter
+
+    read, sha256 = read_adapter(one.source, one.name, recipe, own)
+    print(*(read.said if first() else ()), sep="\n", end="\n" if read.said and first() else "", flush=True)
+    return Given(one, {read.node["_target_"].split(".")[-2]: build(read.node, narrowed(allow))}, read.tensors, sha256)
+
+
+def _holds_ours(path: Path) -> bool:
+    """Whether there is a run, an exported model or a checkpoint of ours."""
+    if path.is_file():
+        return path.suffix == ".ckpt" and _is_own(path)
+    config = path / "config.json"
+    return newest(path) is not None or (config.is_file() and "_target_" in (read_json(config) or {}))
+
+
+def _members(recipe: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+    """The adapters of a recipe, built."""
+    return {name: build(node, narrowed(allow)) for name, node in recipe["adapters"].items()}
+
+
+def _content(path: Path) -> str:
+    """sha256 of what adapters are read from."""
+    exported = path / "model.safetensors"
+    return file_content(exported if exported.is_file() else _newest(path))
 
 
 def recipe_of(path: str | Path) -> dict[str, Any]:
-    """What a model at rest, or a run's newest checkpoint, says of itself, as it is kept.
+    """What a model, whatever `at_rest` takes, or a run's newest checkpoint, says of itself, as it is kept.
 
     Raises:
         NotFound: nothing is there.
     """
-    path = Path(path)
+    path = at_rest(path)
     if (path / "model.safetensors").is_file():
         return read_recipe(path)
     return dict(read_checkpoint(_newest(path), lazily=True)["recipe"])
+
+
+def at_rest(source: str | Path) -> Path:
+    """What `model=` takes -> a run, an exported folder or a checkpoint of ours.
+
+    These are themselves. A folder of diffusers', a single file, hf://org/name or a short name (`ldm list model`) is brought into
+    our layout, once (interop/cache.py).
+
+    Raises:
+        NotFound: it is neither, and there is no such file or folder.
+    """
+    from ldm.interop.cache import brought, is_foreign, is_named
+    from ldm.interop.published import published
+
+    path = Path(source)
+    if path.exists():
+        inside = path.name == "model.safetensors" and (path.parent / "config.json").is_file() and not is_foreign(path.parent)
+        if inside or not is_foreign(path) or (path.suffix == ".ckpt" and _is_own(path)):
+            return path.parent if inside else path
+    elif not is_named(str(source)):
+        word = str(source)
+        close = nearest(word, list(published())) if "/" not in word else ""
+        raise NotFound(
+            f"There is no model in {word}: neither model.safetensors nor a good *.ckpt, nor is it hf://ORG/NAME or a published "
+            f"model's short name.{close}"
+        )
+    return brought(str(source))
+
+
+def autoencoder_of(source: str | Path) -> Path:
+    """What `model=` takes -> the folder of its autoencoder: its own, or the one in it."""
+    folder = at_rest(source)
+    inside = folder / "autoencoder"
+    return inside if (inside / "model.safetensors").is_file() and (inside / "config.json").is_file() else folder
 
 
 def _newest(path: Path) -> Path:

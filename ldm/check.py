@@ -16,13 +16,15 @@ SPECIAL = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
     """Walks plain containers; every mapping with `_target_` must fit the signature of what it names.
 
+    Parts that a config offers to all members of a group (objective.time, sampler.grid) are taken out of those that have none.
+
     Raises:
         Refusal: what was found, what was wanted, and the line to change.
     """
     if isinstance(node, Mapping):
         if "_target_" in node:
             _check_target(node, allow, place or node["_target_"])
-        for key, value in node.items():
+        for key, value in list(node.items()):
             check_nodes(value, allow, f"{place}.{key}".strip("."))
     elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
@@ -56,14 +58,23 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
         raise Refusal(f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}.")
     names, open_ended = parameters_of(target, place)
     hints = _hints(found)
-    for key, value in node.items():
+    for key, value in list(node.items()):
         if key in SPECIAL:
+            continue
+        if key not in names and not open_ended and _is_offered(key, value):
+            del node[key]
             continue
         if key not in names and not open_ended:
             raise Refusal(f"{place}.{key}: {target} has no such setting.{nearest(key, names)}")
         if key in hints and not _fits(value, hints[key]):
             wanted = str(hints[key]).removeprefix("typing.") if typing.get_args(hints[key]) else hints[key].__name__
             raise Refusal(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
+
+
+def _is_offered(key: str, value: Any) -> bool:
+    """Whether a setting is a part of ours that the config offers to whatever is chosen, such as objective.time, sampler.grid."""
+    target = value.get("_target_") if isinstance(value, Mapping) else None
+    return isinstance(target, str) and target.startswith("ldm.") and target.split(".")[2:3] == [key]
 
 
 def parameters_of(target: str, place: str = "") -> tuple[list[str], bool]:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.check import nearest
 from ldm.errors import Refusal
 from ldm.run_id import check_sweep, name_run, searched
+from ldm.swap import swapped
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, or in a clone
@@ -26,7 +27,7 @@ PATHS = (
     *("model", "init", "path", "weights", "pretrained", "vocabulary"),  # of what was trained
     *("train", "val", "root", "images", "reference", "mask", "prompts"),  # of what is read
     *("out", "runs", "run_id", "folder", "cache", "checkpoints", "save_dir", "default_root_dir"),  # of what is written
-    *("resume", "sweep", "compare"),
+    *("resume", "sweep", "compare", "adapters", "base"),
 )
 FREE_TEXT = re.compile(
     rf"^(?P<key>\+{{0,2}}(?:(?:prompt|negative|source|callback\.drawings\.captions|ask\.[\w.]+)|(?:[\w.]+\.)?(?:{'|'.join(PATHS)})))"
@@ -36,18 +37,21 @@ FREE_TEXT = re.compile(
 DOLLAR = re.compile(r"(\\*)\$\{")  # where an interpolation begins
 NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
-LISTS = ("condition", "metric", "callback", "logger")
+UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
+LISTS = ("condition", "adapter", "metric", "callback", "logger")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
 
-    A value that is one whole list, or one whole quoted string, stays what it is, and so does `null` in the place of a file or
-    folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text. Of a list of prompts each element is text.
-    A path's `~` is the person's home, which shells leave as it is behind a `=`; `${...}` is text, but for a run's own name.
+    `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
+    in the place of a file or folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text. Of a list of
+    prompts each element is text. A path's `~` is the person's home, which shells leave as it is behind a `=`; `${...}` is text,
+    but for a run's own name.
     """
     quoted = []
     for argument in arguments:
+        argument = UNCHOSEN.sub(r"~\1", argument)
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)
@@ -165,6 +169,9 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             _check_choice(override, groups[override.key_or_group], multirun)
         plain = [o.input_line for o in chosen if not o.is_sweep_override()]
         config = compose(config_name, overrides=[*search, *plain])
+        heads = tuple(f"{o.key_or_group.replace('/', '.')}." for o in chosen)
+        if any(o.key_or_group.startswith(heads) for o in parsed):  # settings of a choice that may take the place of a recipe's
+            config = swapped(config, config_name, [o for o in parsed if o.input_line in (*search, *plain)], CONFIGS)
     for override in parsed:
         if override not in chosen and not override.key_or_group.startswith("hydra."):
             _check_value(override, config)
@@ -176,7 +183,17 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     overrides = with_local(quote(overrides))
     check_overrides(config_name, overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return name_run(compose(config_name, overrides=list(overrides)), CONFIGS, overrides)
+        return settled(compose(config_name, overrides=list(overrides)), config_name, overrides)
+
+
+def settled(config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = ()) -> DictConfig:
+    """A composed config as a command works with it: choices in place of a recipe's own stand alone, and a run has its name.
+
+    Args:
+        swept: the settings that a multirun gives several values.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return name_run(swapped(config, config_name, parsed, CONFIGS, say=True), CONFIGS, overrides, swept)
 
 
 def _options(loader: Any, group: str, more: Sequence[Path] = ()) -> list[str]:
@@ -210,6 +227,9 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
 def _check_value(override: Override, config: DictConfig) -> None:
     node, path = config, override.key_or_group.split(".")
     for i, key in enumerate(path):
+        if node is None and override.key_or_group.startswith(("sampler.", "guidance.")) and not override.is_add():
+            group = "/".join(path[:i])
+            raise Refusal(f"{override.input_line}: choose a {group} to set it, such as {group}=NAME (ldm list {group}).")
         if not isinstance(node, DictConfig):
             return
         if key not in list(node):
@@ -218,6 +238,10 @@ def _check_value(override: Override, config: DictConfig) -> None:
             place = ".".join(path[:i]) or "the config"
             more = f" What {node['_target_']} takes besides: +{override.key_or_group}=..." if "_target_" in node else ""
             raise Refusal(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}{more}")
+        if override.is_add() and i == len(path) - 1:
+            raise Refusal(
+                f"+{override.key_or_group}: there is such a setting already; say {override.key_or_group}=... without the +."
+            )
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
             return
         node = node[key]

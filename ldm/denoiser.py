@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
+from ldm.nn.sinusoid import sinusoid
 from ldm.types import Backbone, Cond, Prediction, Schedule, Terminal, like
 
 
@@ -41,11 +42,26 @@ class DataTime:
         return alpha / (alpha + sigma)
 
 
+@dataclass(frozen=True)
+class NoiseTime:
+    """The noise level as the share of noise, steps * sigma / (alpha + sigma): how Stable Diffusion 3 and Flux are told."""
+
+    steps: int = 1000
+
+    def __call__(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """t, alpha, sigma: (*) -> (*) in [0, steps]."""
+        return self.steps * sigma / (alpha + sigma)
+
+
 class Denoiser(nn.Module):
     """x_hat = D(x_t, t, cond). The backbone never learns which schedule or prediction is in use.
 
     `level` tells the noise level. With `unit_input` the network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance
     (the published variance-preserving networks are the same with either).
+
+    `span` > 0 makes it a flow map, which has a second time: the network is told how far it goes, level(t) - level(to), as so
+    many sinusoidal features that join the conditions' vector; without `to` it stays, and x_hat is the plain estimate. The line
+    from x_t through x_hat is where the flow from t is at `to`: x_to = alpha_to x_hat + sigma_to (x_t - alpha x_hat) / sigma.
 
     Raises:
         Refusal: the prediction cannot be read where the schedule ends: noise, at zero terminal SNR.
@@ -58,23 +74,42 @@ class Denoiser(nn.Module):
         prediction: Prediction,
         level: Callable[[Tensor, Tensor, Tensor], Tensor],
         unit_input: bool = True,
+        span: int = 0,
     ) -> None:
         super().__init__()
         _check_terminal(schedule, prediction)
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
-        self.level, self.unit_input = level, unit_input
+        self.level, self.unit_input, self.span = level, unit_input, span
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t: (B, C, H, W), t: () or (B) -> x_hat: (B, C, H, W)."""
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, to: Tensor | None = None) -> Tensor:
+        """x_t: (B, C, H, W), t and to: () or (B) -> x_hat: (B, C, H, W)."""
         alpha, sigma = (like(s, x_t) for s in self.schedule(t))
-        return self.prediction.to_data(self.output(x_t, t, cond), x_t, alpha, sigma)
+        return self.prediction.to_data(self.output(x_t, t, cond, to), x_t, alpha, sigma)
 
-    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t: (B, C, H, W), t: () or (B) -> the network's own output: (B, C, H, W)."""
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond, to: Tensor | None = None) -> Tensor:
+        """x_t: (B, C, H, W), t and to: () or (B) -> the network's own output: (B, C, H, W).
+
+        Raises:
+            Refusal: `to` for a network that knows one time.
+        """
         alpha, sigma = self.schedule(t)
         x = x_t / like(torch.hypot(alpha, sigma), x_t) if self.unit_input else x_t
         x = x if cond.spatial is None else torch.cat((x, _fitting(cond.spatial, x)), dim=1)
-        return self.backbone(x, self.level(t, alpha, sigma).to(x_t, non_blocking=True).expand(len(x_t)), cond).to(x_t)
+        level = self.level(t, alpha, sigma).to(x_t, non_blocking=True).expand(len(x_t))
+        if self.span:
+            cond = cond + Cond(vector=self._way(level, to))
+        elif to is not None:
+            raise Refusal(
+                "This model knows one time, and was asked to go to a second one: sampler=flow_map draws from flow maps "
+                "(objective=mean_flow); such a model is trained with model.span=64, the width of what it is told of the second."
+            )
+        return self.backbone(x, level, cond).to(x_t)
+
+    def _way(self, level: Tensor, to: Tensor | None) -> Tensor:
+        if to is None:
+            return sinusoid(0 * level, self.span).to(level)
+        there = self.level(to, *self.schedule(to)).to(level, non_blocking=True).expand(len(level))
+        return sinusoid(level - there, self.span).to(level)
 
 
 def _fitting(maps: Tensor, x: Tensor) -> Tensor:

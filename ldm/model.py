@@ -1,6 +1,7 @@
 """The artefact: what is trained, saved and sampled from. Knows nothing of losses, data or trainers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,13 +11,19 @@ from ldm.types import Autoencoder, Batch, Cond
 
 
 class LatentModel(nn.Module):
-    """An autoencoder, frozen; a conditioner; a denoiser of the autoencoder's latents."""
+    """An autoencoder, frozen; a conditioner; a denoiser of the autoencoder's latents.
+
+    trained: the names of what is trained where that is adapters alone, and all else is frozen; None of a model that is trained
+    as a whole. adapters: those that were put to work on it, as plain values (source, strength, sha256).
+    """
 
     def __init__(self, autoencoder: Autoencoder, conditioner: Conditioner, denoiser: Denoiser) -> None:
         super().__init__()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.conditioner = conditioner
         self.denoiser = denoiser
+        self.trained: frozenset[str] | None = None
+        self.adapters: tuple[dict[str, Any], ...] = ()
 
     def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
         """request: fields, B of each -> its condition.
@@ -29,4 +36,7 @@ class LatentModel(nn.Module):
         """As in torch, but what is frozen stays in evaluation mode."""
         super().train(mode)
         self.autoencoder.eval()
+        for embedder in self.conditioner.embedders.values():
+            for part in embedder.frozen:
+                embedder.get_submodule(part).eval()
         return self

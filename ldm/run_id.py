@@ -22,7 +22,7 @@ from ldm.files.moved import moved
 from ldm.files.process import first
 
 # What says where, how long and how visibly a run trains, and not what.
-VOLATILE = tuple("run_id identity resume trainer logger callback always plan profile debug optimize runs folder".split())
+VOLATILE = tuple("run_id identity resume trainer logger callback always plan profile debug optimize runs folder hydra".split())
 FILES = ("experiment", "size")  # the groups whose files are a command's words, said ahead
 
 Difference = tuple[tuple[str, ...], Any, Any]  # a setting's path, its value in the run, its value now
@@ -64,7 +64,7 @@ def identity(overrides: Sequence[Override], configs: Path, swept: Sequence[str] 
     """8 hex digits of the overrides, in any order, and of the files that they choose of experiments and sizes."""
     said = {}
     for o in overrides:
-        if o.key_or_group in swept or (_root(o.key_or_group) not in VOLATILE and not _is_hydras(o.key_or_group)):
+        if o.key_or_group in swept or _root(o.key_or_group) not in VOLATILE:
             said[f"{o.key_or_group}@{o.package or ''}"] = "~" if o.is_delete() else o.value()
     chosen = {o.key_or_group: str(o.value()) for o in overrides if o.key_or_group in FILES}
     names = [f"{group}/{name}" for group, name in chosen.items()]
@@ -130,8 +130,8 @@ def _begun_before(config: DictConfig, overrides: Sequence[Override]) -> str | No
             if saved.identity == config.identity:
                 return run_id
             continue
-        found = list(_differing(path, config))
-        if all(before is ABSENT and not _says(overrides, place) for place, before, _ in found):
+        found = [d for d in _differing(path, config) if d[1] is not ABSENT or _says(overrides, d[0])]  # not what is new since
+        if not found:
             return run_id
         near.append((len(found), run_id, found))
     if near:
@@ -178,21 +178,27 @@ def _by_class(node: Any) -> Any:
 
 
 def searched(overrides: Sequence[Override]) -> Iterator[Path]:
-    """The folders that `hydra.searchpath` adds, as far as they can be found."""
+    """The folders that `hydra.searchpath` adds.
+
+    Raises:
+        Refusal: a package that is not there.
+    """
     for place in next((o.value() for o in overrides if o.key_or_group == "hydra.searchpath"), None) or ():
         kind, _, rest = str(place).rpartition("://")
         if kind != "pkg":
             yield Path(rest)
-        elif (spec := find_spec(rest.replace("/", "."))) is not None:
-            yield from map(Path, spec.submodule_search_locations or ())
+            continue
+        try:
+            spec = find_spec(rest.replace("/", "."))
+        except ModuleNotFoundError:
+            spec = None
+        if spec is None:
+            raise Refusal(f"hydra.searchpath={place}: there is no such package here, nor on Python's path (PYTHONPATH).")
+        yield from map(Path, spec.submodule_search_locations or ())
 
 
 def _root(key: str) -> str:
     return re.split("[./@]", key)[0]
-
-
-def _is_hydras(key: str) -> bool:
-    return _root(key) == "hydra" and key != "hydra.searchpath"
 
 
 def _say(text: str) -> None:

@@ -27,8 +27,8 @@ from ldm.errors import Refusal
 # What the shards hold, by field name; `position` (B,) int64 is the sample's place in the global order of training.
 Batch = Mapping[str, Any]
 
-# (x_t: (B, C, H, W), t: () or (B)) -> x_hat: (B, C, H, W)
-Denoise = Callable[[Tensor, Tensor], Tensor]
+# (x_t: (B, C, H, W), t: () or (B)) -> x_hat: (B, C, H, W); a third, `to`, like t, is for flow maps alone: flow_map.py
+Denoise = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,10 @@ class Denoiser(Protocol):
     schedule: Schedule
     prediction: Prediction
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x_t: (B, C, H, W), t: () or (B) -> x_hat: (B, C, H, W)."""
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, to: Tensor | None = None) -> Tensor:
+        """x_t: (B, C, H, W), t: () or (B), to: as t, where a flow map goes -> x_hat: (B, C, H, W)."""
 
-    def output(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond, to: Tensor | None = None) -> Tensor:
         """The network's own output, before `prediction.to_data`: (B, C, H, W)."""
 
 

@@ -9,20 +9,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LDM = ROOT / "ldm"
 GROUND = {"errors", "files"}  # everybody may import these two; errors imports nothing, files itself and errors
-MEMBERS = ["autoencoder", "backbone", "condition", "guidance", "loss", "objective", "sampler"]
+MEMBERS = ["adapter", "autoencoder", "backbone", "condition", "guidance", "loss", "objective", "sampler"]
 ALLOWED = {
     "types": set(),
     "schedule": set(),
     "prediction": set(),
-    "denoiser": {"types"},
+    "denoiser": {"types", "nn"},
     "embedder": {"types"},
     "conditioner": {"types", "embedder"},
     "model": {"types", "conditioner", "denoiser"},
     "measure": {"types"},
     "check": set(),
     "run_id": set(),
-    "compose": {"check", "run_id"},
-    "build": {"check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training"},
+    "swap": {"run_id"},
+    "compose": {"check", "run_id", "swap"},
+    "adapt": {"types", "check", "model"},
+    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training"},
     "nn": set(),
     "tower": {"nn"},
     **{room: {"types", "nn", "tower"} for room in MEMBERS},
@@ -34,7 +36,7 @@ ALLOWED = {
     "evaluation": {"types", "measure", "model", "drawing", "data"},
     "report": {"evaluation"},
     "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},
-    "interop": {"types", "autoencoder", "backbone", "condition", "nn", "tower"},
+    "interop": {"types", "adapt", "adapter", "autoencoder", "backbone", "condition", "nn", "tower"},
     "__main__": {"check"},
     "api": {"build", "command", "compose", "drawing", "model", "types"},
 }
@@ -46,10 +48,11 @@ INSIDE = {  # rooms within a room, each with those beside it that it may know
 }
 ALIASES = ["average.py", "data/doctor.py", "data/pack.py"]  # names of before: three lines each
 CONFINED = {
-    "hydra": {"build", "command", "compose", "run_id"},
-    "omegaconf": {"api", "build", "command", "compose", "run_id"},
+    "hydra": {"build", "command", "compose", "run_id", "swap"},
+    "omegaconf": {"api", "build", "command", "compose", "run_id", "swap"},
     "pytorch_lightning": {"command", "data", "training"},
     "webdataset": {"data"},
+    "peft": {"adapter"},
     "open_clip": {"condition", "extractor", "loss", "metric", "tower", "training"},
 }
 # getattr(x, "name", default) and hasattr(x, "name"), where x is none of ours, or may be anybody's; `None`: any name
@@ -169,6 +172,13 @@ def test_public_things_have_docstrings(path):
 
 def _protocol(node):
     return any(isinstance(b, ast.Name) and b.id == "Protocol" for b in node.bases)
+
+
+def test_test_modules_import_no_test_modules():
+    """What tests share is in tests/helpers/, so that each file can be run, moved and split over processes alone."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = [part for name in imports(path) for part in name.split(".") if part.startswith("test_")]
+        assert not [name for name in names if list((ROOT / "tests").rglob(f"{name}.py"))], f"{path} imports {names}"
 
 
 def test_packages_are_empty():

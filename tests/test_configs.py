@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.models import alexnet
 
+from helpers.language import save_t5
 from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
@@ -20,7 +21,19 @@ from ldm.errors import Refusal
 from ldm.files.folder import save_model, write_text
 from ldm.types import Cond, Draw, Widths
 
-ROOMS = ("autoencoder", "backbone", "condition", "data", "extractor", "guidance", "loss", "metric", "objective", "sampler")
+ROOMS = (
+    "adapter",
+    "autoencoder",
+    "backbone",
+    "condition",
+    "data",
+    "extractor",
+    "guidance",
+    "loss",
+    "metric",
+    "objective",
+    "sampler",
+)
 TARGETS = {  # (room, file) of each `_target_`
     found for path in CONFIGS.rglob("*.yaml") for found in re.findall(r"_target_: ldm\.(\w+)\.(\w+)\.", path.read_text())
 }
@@ -54,7 +67,7 @@ def test_a_config_builds_from_its_own_room(room, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, clip_folder):
-    """runs/quickstart/{clip,autoencoder} as the configs expect them, untrained, and runs/bert, a few words."""
+    """runs/quickstart/{clip,autoencoder} as the configs expect them, untrained; runs/bert, a few words, and runs/language."""
     home = tmp_path_factory.mktemp("runs") / "quickstart"
     home.mkdir()
     (home / "clip").symlink_to(clip_folder)
@@ -62,6 +75,7 @@ def runs(tmp_path_factory, clip_folder):
     save_model(build(recipe).state_dict() | {"count": torch.tensor(1)}, recipe, home / "autoencoder")
     write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fox"]), home.parent / "bert" / "vocab.txt")
     save_null(Text(f"local-dir:{clip_folder}"), home / "latents" / "text")
+    save_t5(home.parent / "language")
     return home.parent
 
 

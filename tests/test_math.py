@@ -135,7 +135,7 @@ def test_maps_join_the_noisy_latents_channels():
 def gaussian(schedule):
     """The exact denoiser of N(MEAN, STD^2) data."""
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         alpha, sigma = schedule(t)
         return MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x_t - alpha * MEAN)
 

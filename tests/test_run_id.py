@@ -47,7 +47,6 @@ def test_digits_are_of_what_is_said():
         "seed=null",
         "backbone=dit",
         "allow=[mine]",
-        "hydra.searchpath=[pkg://mine]",
         "a.b='1'",
         "a.b=1",
     ]
@@ -59,6 +58,7 @@ def test_digits_are_of_what_is_said():
         "logger.csv.x=1",
         "resume=never",
         "hydra.verbose=true",
+        "hydra.searchpath=[file://configs]",
     ]
     assert {digits(o) for o in unsaid} == {digits()}
     assert digits("trainer.max_steps=3", swept=["trainer.max_steps"]) != digits(

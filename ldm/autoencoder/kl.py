@@ -21,7 +21,8 @@ class KL(nn.Module):
 
     `width` * mult[i] features at level i, `res_blocks` residual blocks each, one attention at the smallest size, and one
     after each block of the levels that `attention` names. `checkpointing` computes activations again instead of keeping
-    them. The defaults are Stable Diffusion's KL-f8. `mean` and `std` (channels) hold the statistics of sampled latents,
+    them; without `quant_conv` no 1x1 convolutions stand around the latents (Stable Diffusion 3, Flux). The defaults are Stable
+    Diffusion's KL-f8. `mean` and `std` (channels) hold the statistics of sampled latents,
     `count` the number of pictures that they were measured on: 0 until then.
     """
 
@@ -38,12 +39,14 @@ class KL(nn.Module):
         groups: int = 32,
         attention: Sequence[int] = (),
         checkpointing: bool = False,
+        quant_conv: bool = True,
     ) -> None:
         super().__init__()
         self.channels, self.factor = channels, 2 ** (len(mult) - 1)
         self.encoder = Encoder(2 * channels, width, mult, res_blocks, groups, attention, checkpointing)
         self.decoder = Decoder(channels, width, mult, res_blocks, groups, attention, checkpointing)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if quant_conv else nn.Identity()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))

@@ -1,34 +1,47 @@
-"""The Diffusion Transformer, DiT (https://arxiv.org/abs/2212.09748), and what SiT and LightningDiT made of it.
+"""The Diffusion Transformer, DiT (https://arxiv.org/abs/2212.09748), and what SiT, LightningDiT and PixArt made of it.
 
 Patches are tokens; every block is scaled, shifted and gated by the noise level and the vector (adaLN-Zero).
 """
 
-import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, silu
 
 from ldm.errors import Refusal
-from ldm.nn.layers import identity, mlp, zero
+from ldm.nn.layers import identity, mlp, visible, zero
 from ldm.nn.sinusoid import sinusoid
+from ldm.nn.transformer import Attention, FeedForward, PlainNorm, Reading, RMSNorm, SwiGLU, Turn, grid_waves, rotation
 from ldm.types import Cond, Widths
 
 
 class DiT(nn.Module):
-    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W). It listens to vectors and maps.
+    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W); `patch` divides H and W.
 
-    `depth` blocks of `width` features in `heads` heads over patches of `patch` x `patch` latents; `size`, latent height and
-    width, is what the fixed positions are laid over. `vector` makes the way of a vector into the noise level's embedding.
-    `learn_range` is for published DiT weights, which put out as many channels again, the range of the variance between its
-    bounds (https://arxiv.org/abs/2102.09672, equation 15); they are computed and left. LightningDiT
-    (https://arxiv.org/abs/2501.01423): `rms_norm` for LayerNorm, `swiglu` for the feed-forward, `rotary` positions in every
-    attention beside the fixed ones, `norm_heads` for queries and keys of unit variance.
     The defaults are DiT-XL/2's for 256 x 256 pixels.
 
+    Args:
+        size: latent height and width that the fixed positions are laid over; at other sizes they are laid over as much, closer
+            or wider apart, rows and columns each by itself (as PixArt's are, https://arxiv.org/abs/2310.00426).
+        patch: latents of `patch` x `patch` are one token.
+        width, depth, heads: features of a token, blocks, and heads of attention in each.
+        vector: makes the way of the conditions' vector into the noise level's embedding.
+        learn_range: for published DiT weights, which put out as many channels again, the range of the variance between its
+            bounds (https://arxiv.org/abs/2102.09672, equation 15); they are computed and left.
+        rms_norm, swiglu: for LayerNorm and the feed-forward (LightningDiT, https://arxiv.org/abs/2501.01423).
+        rotary: positions in two dimensions in every attention among patches.
+        norm_heads: queries and keys of unit variance.
+        fixed: whether the fixed positions are added to the patches; without them the rotary ones are the only ones.
+        tokens: how the conditions' tokens are read, where there are any: `cross`, each block attends to them (PixArt,
+            https://arxiv.org/abs/2310.00426, section 2.3), or `joint`, they stand beside the patches and go through all blocks.
+        shared: one layer makes the scales, shifts and gates of all blocks, to which each adds its own table (adaLN-single,
+            the same section).
+        registers: learnt tokens beside the patches, that mean nothing (https://arxiv.org/abs/2309.16588).
+
     Raises:
-        Refusal: the heads or the patches do not divide what they should, or the conditions bring tokens.
+        Refusal: the heads or the patches do not divide what they should, or nothing says where a patch lies.
     """
 
     def __init__(
@@ -46,24 +59,36 @@ class DiT(nn.Module):
         swiglu: bool = False,
         rotary: bool = False,
         norm_heads: bool = False,
+        fixed: bool = True,
+        tokens: Literal["cross", "joint"] = "cross",
+        shared: bool = False,
+        registers: int = 0,
     ) -> None:
         super().__init__()
-        if widths.tokens:
-            raise Refusal("backbone=dit listens to vectors and maps, not to tokens (condition.label.slot=vector).")
         if width % heads or size % patch or width % 4 or (rotary and width // heads % 4):
             raise Refusal(
                 f"backbone: width={width} must divide into heads={heads} (with rotary, of a multiple of 4), size={size} into "
                 f"patches of {patch}."
             )
-        self.channels, self.patch = channels, patch
-        norm = RMSNorm if rms_norm else PlainNorm
+        if not (fixed or rotary):
+            raise Refusal("backbone.fixed=false leaves a patch without a position; use backbone.rotary=true with it.")
+        if tokens not in ("cross", "joint"):
+            raise Refusal(f"backbone.tokens={tokens}: cross or joint was wanted.")
+        self.channels, self.patch, self.side, self.fixed = channels, patch, size // patch, fixed
+        self.joint = tokens == "joint"
+        norm, across = RMSNorm if rms_norm else PlainNorm, widths.tokens > 0 and not self.joint
         self.embed = nn.Conv2d(channels + widths.spatial, width, patch, stride=patch)
         self.level = mlp(256, width)
         self.vector = vector(widths.vector, width) if widths.vector else None
-        self.register_buffer("position", grid_waves(size // patch, width))
-        self.head_width = width // heads if rotary else 0
-        self.blocks = nn.ModuleList(Block(width, heads, norm, swiglu, norm_heads) for _ in range(depth))
-        self.last = Last(width, patch * patch * channels * (2 if learn_range else 1), norm)
+        self.read = Caption(widths.tokens, width) if widths.tokens else None
+        self.modulate = nn.Linear(width, 6 * width) if shared else None
+        if fixed:
+            self.register_buffer("position", grid_waves(self.side, self.side, width))
+        if registers:
+            self.registers = nn.Parameter(torch.zeros(registers, width))
+        self.head_width, self.count = width // heads if rotary else 0, registers
+        self.blocks = nn.ModuleList(Block(width, heads, norm, swiglu, norm_heads, across, shared) for _ in range(depth))
+        self.last = Last(width, patch * patch * channels * (2 if learn_range else 1), norm, shared)
         self.start()
 
     def start(self) -> None:
@@ -76,137 +101,135 @@ class DiT(nn.Module):
         nn.init.zeros_(self.embed.bias)
         for i in (0, 2):
             nn.init.normal_(self.level[i].weight, std=0.02)
+        if self.modulate is not None:
+            zero(self.modulate)
+        if self.count:
+            nn.init.normal_(self.registers, std=0.02)
         for block in self.blocks:
             zero(block.modulate)
-        zero(self.last)
+            if block.attend_tokens is not None:
+                zero(block.attend_tokens.out)
+        zero(self.last.modulate)
+        zero(self.last.out)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W).
 
         Raises:
-            Refusal: the latents have another size than the fixed positions.
+            Refusal: the patches do not divide the latents.
         """
-        told = self.level(sinusoid(noise_level, 256).to(x))
-        told = silu(told if self.vector is None else told + self.vector(cond.vector.to(x)))
+        level = self.level(sinusoid(noise_level, 256).to(x))
+        level = level if self.vector is None else level + self.vector(cond.vector.to(x))
+        told = silu(level)
+        h, (rows, columns) = self.patches(x)
+        tokens, mask = (None, None) if self.read is None else visible(cond.tokens.to(x), cond.mask)
+        tokens = None if self.read is None else self.read(tokens)
+        h, before, mask = self.beside(h, tokens, mask)
+        turn = self.turn(rows, columns, before, h) if self.head_width else None
+        each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
+        for block in self.blocks:
+            h = block(h, each, turn, tokens, mask)
+        h = self.last(h[:, before:], last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
+        return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """x: (B, C, H, W) -> patches in their places (B, N, width), and how many rows and columns there are."""
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            raise Refusal(
+                f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
+                "data.size or size=)."
+            )
         h = self.embed(x)
         rows, columns = h.shape[2:]
-        if rows * columns != len(self.position):
-            side = self.patch * math.isqrt(len(self.position))
-            raise Refusal(
-                f"The latents are {x.shape[2]}x{x.shape[3]}; this backbone's positions are for {side}x{side} (backbone.size)."
-            )
-        h = h.flatten(2).transpose(1, 2) + self.position
-        turn = rotation(rows, columns, self.head_width, h) if self.head_width else None
-        for block in self.blocks:
-            h = block(h, told, turn)
-        h = self.last(h, told).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
-        return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        h = h.flatten(2).transpose(1, 2)
+        if not self.fixed:
+            return h, (rows, columns)
+        usual = rows == columns == self.side
+        place = self.position if usual else grid_waves(rows, columns, h.shape[2], (self.side, self.side)).to(h)
+        return h + place, (rows, columns)
+
+    def beside(self, h: Tensor, tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+        """h: (B, N, C), tokens: (B, L, C), mask: (B, 1, 1, L) -> registers, joint tokens and patches (B, M + N, C), M, and the
+        mask of what each block's attention reads: of all these, or of the tokens that it crosses to.
+        """
+        first = [self.registers.to(h).expand(len(h), -1, -1)] if self.count else []
+        joint = self.joint and tokens is not None
+        whole = torch.cat([*first, tokens, h] if joint else [*first, h], dim=1) if first or joint else h
+        if joint and mask is not None:
+            seen = mask.new_ones(len(h), 1, 1, self.count), mask, mask.new_ones(len(h), 1, 1, h.shape[1])
+            mask = torch.cat(seen, dim=3)
+        return whole, whole.shape[1] - h.shape[1], mask
+
+    def turn(self, rows: int, columns: int, before: int, like: Tensor) -> Turn:
+        """Cosines and sines of the patches' places; what stands before them is not turned."""
+        cos, sin = rotation(rows, columns, self.head_width, like)
+        if not before:
+            return cos, sin
+        return torch.cat((cos.new_ones(before, cos.shape[1]), cos)), torch.cat((sin.new_zeros(before, sin.shape[1]), sin))
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward; each is told shift, scale and gate."""
+    """Attention and a feed-forward, each told shift, scale and gate; between them, where asked, attention to the tokens."""
 
-    def __init__(self, width: int, heads: int, norm: Callable[[int], nn.Module], swiglu: bool, norm_heads: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        norm: Callable[[int], nn.Module],
+        swiglu: bool,
+        norm_heads: bool,
+        across: bool,
+        shared: bool,
+    ) -> None:
         super().__init__()
         self.norm_in, self.attend = norm(width), Attention(width, heads, norm_heads)
+        self.attend_tokens = Reading(width, heads, norm_heads) if across else None
         self.norm_out, self.feed = norm(width), SwiGLU(width) if swiglu else FeedForward(width)
-        self.modulate = nn.Linear(width, 6 * width)
+        self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, told: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x: (B, N, C), told: (B, C) -> (B, N, C)."""
+    def forward(self, x: Tensor, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x: (B, N, C), told: (B, C), or with a table (B, 6 C), tokens: (B, L, C), mask: (B, 1, 1, N or L) -> (B, N, C)."""
         shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(told)[:, None].chunk(6, dim=-1)
-        x = x + gate_in * self.attend(self.norm_in(x) * (1 + scale_in) + shift_in, turn)
+        across = self.attend_tokens is not None
+        x = x + gate_in * self.attend(self.norm_in(x) * (1 + scale_in) + shift_in, turn, None if across else mask)
+        if self.attend_tokens is not None:
+            x = x + self.attend_tokens(x, tokens, mask)
         return x + gate_out * self.feed(self.norm_out(x) * (1 + scale_out) + shift_out)
 
 
 class Last(nn.Module):
     """Tokens -> the pixels of their patches."""
 
-    def __init__(self, width: int, outward: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, width: int, outward: int, norm: Callable[[int], nn.Module], shared: bool) -> None:
         super().__init__()
-        self.norm, self.modulate, self.out = norm(width), nn.Linear(width, 2 * width), nn.Linear(width, outward)
+        self.norm, self.modulate = norm(width), Table(2, width) if shared else nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, outward)
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x: (B, N, C), told: (B, C) -> (B, N, P)."""
+        """x: (B, N, C), told: (B, C), or with a table (B, 2 C) -> (B, N, P)."""
         shift, scale = self.modulate(told)[:, None].chunk(2, dim=-1)
         return self.out(self.norm(x) * (1 + scale) + shift)
 
 
-class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself."""
+class Table(nn.Module):
+    """What all blocks are told, and a block's own numbers added to it."""
 
-    def __init__(self, width: int, heads: int, norm_heads: bool) -> None:
+    def __init__(self, parts: int, width: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm_q, self.norm_k = (RMSNorm(width // heads) if norm_heads else nn.Identity() for _ in range(2))
+        self.table = nn.Parameter(torch.zeros(parts, width))
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x: (B, N, C) -> (B, N, C)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.norm_q(q), self.norm_k(k)
-        if turn is not None:
-            q, k = turned(q, *turn), turned(k, *turn)
-        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, told: Tensor) -> Tensor:
+        """(B, parts * C) -> the same."""
+        return told + self.table.flatten()
 
 
-class FeedForward(nn.Module):
-    """Four times as wide, GELU by its tanh formula."""
+class Caption(nn.Module):
+    """Tokens of a text tower, as wide as the patches."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inward: int, width: int) -> None:
         super().__init__()
-        self.wide, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.wide, self.out = nn.Linear(inward, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        return self.out(gelu(self.wide(x), approximate="tanh"))
-
-
-class SwiGLU(nn.Module):
-    """Gated by SiLU (https://arxiv.org/abs/2002.05202), two thirds as wide, so that it has as many weights."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        inner = int(2 / 3 * 4 * width)
-        self.wide, self.out = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        gate, value = self.wide(x).chunk(2, dim=-1)
-        return self.out(silu(gate) * value)
-
-
-class PlainNorm(nn.LayerNorm):
-    """LayerNorm that leaves scale and shift to the block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6, elementwise_affine=False)
-
-
-class RMSNorm(nn.RMSNorm):
-    """Divides by the root mean square (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
-
-
-def grid_waves(side: int, width: int) -> Tensor:
-    """-> (side * side, width): of each place, sines and cosines of its column, then of its row, half the width each."""
-    freqs = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64),) * 2, indexing="ij")
-    angles = [place.flatten()[:, None] * freqs for place in (columns, rows)]
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
-
-
-def rotation(rows: int, columns: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (rows * columns, width) of rotary positions in two dimensions, half the width each (2104.09864)."""
-    freqs = 10_000 ** -(torch.arange(width // 4, device=like.device) / (width // 4))
-    place = torch.meshgrid(torch.arange(rows, device=like.device), torch.arange(columns, device=like.device), indexing="ij")
-    angle = torch.cat([p.flatten()[:, None] * freqs for p in place], dim=1).repeat_interleave(2, dim=1)
-    return angle.cos().to(like), angle.sin().to(like)
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (B, heads, N, D), its neighbouring pairs of features turned by their place's angles."""
-    left, right = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack((-right, left), dim=-1).flatten(-2) * sin
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, C)."""
+        return self.out(gelu(self.wide(tokens), approximate="tanh"))

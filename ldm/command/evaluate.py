@@ -101,10 +101,15 @@ def place(config: Mapping[str, Any]) -> Path:
     """Where the results go, OUT or a folder beside what is measured."""
     if config["out"] is not None:
         return Path(config["out"])
+    from ldm.interop.cache import is_foreign
+
     if config["images"] is not None:
         return Path(f"{config['images'].rstrip('/')}-evaluation")
     model = Path(config["model"] or "runs")
-    return model.with_name(f"{model.stem}-evaluation") if model.suffix == ".ckpt" else model / "evaluation"
+    if not model.exists():  # a name of what is elsewhere
+        return Path(config["runs"]) / f"{model.name}-evaluation"
+    ours = model.is_dir() and not is_foreign(model)
+    return model / "evaluation" if ours else model.with_name(f"{model.stem if model.is_file() else model.name}-evaluation")
 
 
 main = command("evaluate")(run)

@@ -11,9 +11,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.compose import CONFIGS, check_overrides, quote, with_local
+from ldm.compose import CONFIGS, check_overrides, quote, settled, with_local
 from ldm.errors import Refusal
-from ldm.run_id import name_run
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -21,6 +20,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
+            if os.getcwd() not in sys.path:  # the user's own packages lie where the command is called, as with `python -m ldm`
+                sys.path.append(os.getcwd())
             sys.argv[1:] = arguments = with_local(quote(sys.argv[1:]))
             flags = [a for a in arguments if a.startswith("-")]
             multirun, swept = bool({"-m", "--multirun"} & set(flags)), []
@@ -30,15 +31,25 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 except (Refusal, HydraException, OmegaConfBaseException) as error:
                     sys.exit(f"error: {error}")
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # tracebacks of the user's own code are shown whole
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(_guarded(task, multirun, swept))()
+            started: list[DictConfig] = []
+            guarded = _guarded(task, config_name, multirun, swept, started)
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(guarded)()
+            except (HydraException, OmegaConfBaseException) as error:
+                if started:
+                    raise
+                sys.exit(f"error: {error}")  # Hydra's own settings are composed, and refused, here alone
 
         return main
 
     return decorate
 
 
-def _guarded(task: Callable[[DictConfig], Any], multirun: bool, swept: Sequence[str]) -> Callable[[DictConfig], Any]:
+def _guarded(
+    task: Callable[[DictConfig], Any], config_name: str, multirun: bool, swept: Sequence[str], started: list[DictConfig]
+) -> Callable[[DictConfig], Any]:
     def run(config: DictConfig) -> Any:
+        started.append(config)
         launched = "SUBMITIT_EXECUTOR" in os.environ
         if multirun and not launched and OmegaConf.select(config, "trainer.devices") not in (None, 1):
             sys.exit(
@@ -52,7 +63,8 @@ def _guarded(task: Callable[[DictConfig], Any], multirun: bool, swept: Sequence[
         try:
             job = HydraConfig.get()
             several = [*swept, *(job.sweeper.get("params") or ())] if multirun else []
-            return task(name_run(config, CONFIGS, job.overrides.task, several))
+            search = [word for word in job.overrides.hydra if word.startswith("hydra.searchpath=")]
+            return task(settled(config, config_name, [*search, *job.overrides.task], several))
         except Refusal as error:
             if multirun or config.get("debug"):
                 raise

@@ -1,7 +1,8 @@
-"""Lists what can be chosen:  ldm list [GROUP]   such as experiment, sampler, metric, objective/time"""
+"""Lists what can be chosen:  ldm list [GROUP]   such as experiment, sampler, metric, objective/time; or model, published ones"""
 
 import argparse
 import ast
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from ldm.check import nearest
 from ldm.compose import CONFIGS
+
+MODEL = "model"  # no group of configs: what model= takes by a short name
 
 
 def main() -> None:
@@ -18,13 +21,27 @@ def main() -> None:
     group = parser.parse_args().group
     groups = sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."})
     if group is None:
-        print("\n".join(groups))
-        return
-    rows = dict(choices(group))
+        return _say([*groups, MODEL])
+    rows = dict(models() if group == MODEL else choices(group))
     if not rows:
-        sys.exit(f"error: there is no group `{group}`.{nearest(group, groups)}")
+        sys.exit(f"error: there is no group `{group}`.{nearest(group, [*groups, MODEL])}")
     width = max(map(len, rows)) + 2
-    print("\n".join(f"{name:{width}s}{purpose}".rstrip() for name, purpose in sorted(rows.items())))
+    _say([f"{name:{width}s}{purpose}".rstrip() for name, purpose in sorted(rows.items())])
+
+
+def _say(lines: list[str]) -> None:
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `| head` has read enough; what Python flushes on its way out goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def models() -> Iterator[tuple[str, str]]:
+    """-> each published model's short name, with where it lies and its licence."""
+    from ldm.interop.published import published
+
+    for name, row in published().items():
+        yield name, f"{row.source}   licence: {row.licence}{', gated: wants HF_TOKEN' if row.gated else ''}"
 
 
 def roots() -> list[Path]:

@@ -22,8 +22,8 @@ OTHERS = ("_target_", "_partial_", "key", "rate")  # settings that are not of wh
 
 def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
-    from ldm.build import allowed, build
-    from ldm.condition.cached_text import embed, save_null
+    from ldm.build import allowed, autoencoder_of, build
+    from ldm.condition.cached_text import save_null, spoken_only
     from ldm.data.batch.latents import write_latents
     from ldm.data.usual import KEPT, usual_of
     from ldm.files.device import device_of
@@ -31,32 +31,32 @@ def precompute(config: DictConfig) -> Path:
 
     rank, world, _ = process()
     device = device_of(config.device)
-    trained = {"_target_": "ldm.build.load_autoencoder", "path": config.model}
+    place = autoencoder_of(config.model)
+    trained = {"_target_": "ldm.build.load_autoencoder", "path": str(place)}
     autoencoder = build(trained, allowed(config)).to(device)
     data = build(config.data, allowed(config), batch=1)  # no bucket is too small to be encoded
     data.prepare_data()
     data.setup()
     members = _text_conditions(config, device)
-    text = next(((member, partial(embed, member)) for member in members.values()), None)
-    cuts = {name: member.cut for name, member in members.items() if member.cut is not None}
-    for cut in cuts.values():
-        cut.always = True
+    text = next(((member, partial(spoken_only, member)) for member in members.values()), None)
     splits = ("train", "val") if data.val_set else ("train",)
     for split in splits:
         folder = Path(config.out) / split
         write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
     if rank > 0:
         return Path(config.out)
-    for name, cut in cuts.items():
-        if cut.cut:
-            print(f"condition.{name}: {cut}")
+    print(
+        *(f"condition.{name}: {member.cut}\n" for name, member in members.items() if member.cut and member.cut.cut),
+        sep="",
+        end="",
+    )
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
     use += [] if data.val_set else ["data.val=null"]
     if len(data.sizes) > 1:
         use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")]
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
-    use += [f"autoencoder.load.path={config.model}"]
+    use += [f"autoencoder.load.path={place}"]
     for name, member in members.items():
         save_null(member, Path(config.out) / "text")
         use += _words(name, member, config)
@@ -76,6 +76,8 @@ def _text_conditions(config: DictConfig, device: Any) -> dict[str, Any]:
             f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text]. One of your "
             "own says by `settings()` what its text depends on beside its weights (ldm/embedder.py)."
         )
+    for cut in (member.cut for member in members.values() if member.cut is not None):
+        cut.always = True
     return members
 
 

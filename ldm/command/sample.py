@@ -1,4 +1,7 @@
-"""Draws pictures:  python sample.py model=runs/quickstart/diffusion prompt='[red apple,fox]' seed=0 out=samples"""
+"""Draws pictures:  python sample.py model=runs/quickstart/diffusion prompt='[red apple,fox]' seed=0 out=samples
+
+On several processes each draws its share of them: torchrun --nproc-per-node 8 sample.py ..., or srun -n 8 python sample.py ...
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,32 @@ if TYPE_CHECKING:
 
 def sample(config: DictConfig) -> Tensor:
     """Writes OUT/00000.png ..., OUT/grid.png and OUT/request.json; -> pictures (N, 3, h, w) in [-1, 1]."""
+    import torch
+
     from ldm.autoencoder.tiled import Tiled
-    from ldm.build import allowed, load_model, recipe_of
+    from ldm.build import allowed, at_rest, load_model, recipe_of
     from ldm.check import check_counts
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.request import write_pictures
     from ldm.files.device import device_of
+    from ldm.files.process import first, from_all, meet, process
 
     check_counts(batch=config.batch, tile=config.tile)
-    model = load_model(config.model, allowed(config)).to(device_of(config.device))
+    meet()
+    rank, world, _ = process()
+    place = at_rest(config.model)
+    model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
     if config.compile:
         compile_backbone(model.denoiser.backbone)
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     plain = OmegaConf.to_container(config, resolve=True)
-    images, told = draw(model, recipe_of(config.model).get("usual", {}), plain, allowed(config))
-    write_pictures(images, Path(config.out), told, model.conditioner.show(told["asked"]))
-    print(f"{len(images)} pictures are in {config.out}")
+    usual, say = recipe_of(place).get("usual", {}), print if first() else lambda line: None
+    images, told = draw(model, usual, plain, allowed(config), say, share=(rank, world))
+    images = torch.cat(from_all(images))
+    if first():
+        write_pictures(images, Path(config.out), told, model.conditioner.show(told["asked"]))
+    say(f"{len(images)} pictures are in {config.out}")
     return images
 
 
@@ -46,36 +58,50 @@ def draw(
     allow: Sequence[str],
     say: Callable[[str], None] = print,
     watch: Watch | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, dict[str, Any]]:
     """Draws what a plain config of sample.yaml asks for.
 
     Args:
         usual: how the model is drawn from where the config does not say it (data/usual.py).
-        config: `sampler` and `guidance` may be built already; the pictures that it names may be PIL's.
+        config: what is null in it is as usual. `sampler` and `guidance` may be built already, its pictures may be PIL's.
         allow: the modules that its nodes may be built from.
         say: told what a person should know of the size.
         watch: as in drawing/generate.py.
+        share: of several processes the number of this one, from 0, and how many there are; each draws some of the pictures.
 
     Returns:
-        Pictures (N, 3, h, w) in [-1, 1] on the CPU, and the config with `seeds` and `asked`, the fields that the model was told.
+        This process's pictures, (N, 3, h, w) in [-1, 1] on the CPU, and the config with all pictures' `seeds` and `asked`, the
+        fields that the model was told, and with `adapters`.
     """
+    import torch
+
     from ldm.build import build
+    from ldm.command.usual import as_usual
     from ldm.data.usual import size_of
     from ldm.drawing.generate import draw_all
+    from ldm.drawing.precision import in_precision, precision_of
     from ldm.drawing.request import read_edit, read_request
 
     size, lines = size_of(config["resolution"], usual)
     for line in lines:
         say(line)
-    config = {**config, "resolution": list(size)}
+    device = next(model.denoiser.parameters()).device
+    config = {**as_usual(config, usual), "resolution": list(size), "precision": precision_of(config["precision"], usual, device)}
     ask, count = read_request(config, model)
     seeds = range(config["seed"], config["seed"] + count)
     sampler, guidance = (
         build(node, allow) if isinstance(node, Mapping) else node for node in (config["sampler"], config["guidance"])
     )
     sampler = read_edit(config, model, ask, sampler, size)
-    images = draw_all(model, ask, sampler, guidance, seeds, size, config["batch"], config["paste"], watch)
-    return images, {**config, "seeds": list(seeds), "asked": ask}
+    mine = slice(count * share[0] // share[1], count * (share[0] + 1) // share[1])
+    part = {field: value[mine] for field, value in ask.items()}
+    told = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
+    if not seeds[mine]:
+        return torch.empty(0, 3, *size), told
+    guidance = in_precision(guidance, config["precision"], device)
+    images = draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch)
+    return images, told
 
 
 main = command("sample")(sample)

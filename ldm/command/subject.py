@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ldm.build import allowed, build, load_autoencoder, load_model, recipe_of
+from ldm.build import allowed, at_rest, build, load_autoencoder, load_model, recipe_of
+from ldm.command.usual import as_usual
 from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
 from ldm.data.shards import Shards
@@ -43,14 +44,20 @@ class Subject:
         self.real = {kind: lambda kind=kind, make=make: self._use(kind, make()) for kind, make in makers.items()}
 
     @cached_property
+    def place(self) -> Path:
+        """Where the model lies, in our layout."""
+        return at_rest(self.config["model"])
+
+    @cached_property
     def model(self) -> Any:
         """The model, on its device."""
-        return load_model(self.config["model"], self.allow).to(self.device)
+        config = self.config
+        return load_model(self.place, self.allow, config["adapters"], config["base"]).to(self.device)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """What the model says of itself; nothing where there is none."""
-        return {} if self.config["model"] is None else recipe_of(self.config["model"])
+        return {} if self.config["model"] is None else recipe_of(self.place)
 
     @cached_property
     def node(self) -> dict[str, Any]:
@@ -86,13 +93,14 @@ class Subject:
     def settings(self) -> dict[str, Any]:
         """What a number depends on beside its metric, pictures and reference."""
         model = self.config["model"]
-        return {"ema": None if model is None else averaged(Path(model)), "code": code_version()}
+        return {"ema": None if model is None else averaged(self.place), "code": code_version()}
 
     @property
     def what(self) -> dict[str, Any]:
         """What was measured."""
         models = {kind: source.protocol["model"] for kind, source in self.used.items() if "model" in source.protocol}
-        return {"model": self.config["model"], "images": self.config["images"], "sha256": models}
+        put = {"adapters": list(self.model.adapters)} if self.config["adapters"] else {}
+        return {"model": self.config["model"], "images": self.config["images"], **put, "sha256": models}
 
     def captions(self, count: int) -> list[str]:
         """The captions of the first drawings, where they have some."""
@@ -103,8 +111,8 @@ class Subject:
     @cached_property
     def _made(self) -> dict[str, str]:
         """The model's weights, and what else makes it what it is: its recipe, and the files that it reads when it draws."""
-        recipe, path = without_usual(self.recipe)[0], self.config["model"]
-        return {"model": weights_hash(self.model), "recipe": fingerprint(recipe, named_content(recipe, Path(path)))}
+        recipe, path = without_usual(self.recipe)[0], self.place
+        return {"model": weights_hash(self.model), "recipe": fingerprint(recipe, named_content(recipe, path))}
 
     @cached_property
     def _size(self) -> int | Sequence[int]:
@@ -131,6 +139,7 @@ class Subject:
             raise Refusal("model=RUN_OR_FOLDER must be said, or images=FOLDER of pictures that were drawn already.")
         size = (self._size, self._size) if isinstance(self._size, int) else tuple(self._size)
         self._say(far(size, self.recipe.get("usual", {})))
+        config = as_usual(config, self.recipe.get("usual", {}))
         told = {name: config[name] for name in ("sampler", "guidance", "batch")}
         if guides := named_content([config["sampler"], config["guidance"]]):
             told["guides"] = guides
@@ -160,7 +169,7 @@ class Subject:
             )
         alone = self.recipe.get("_target_", "").startswith("ldm.autoencoder.")
         self._say(far((self.data.size,) * 2, self.recipe.get("usual", {})))
-        autoencoder = load_autoencoder(self.config["model"]).to(self.device) if alone else self.model.autoencoder
+        autoencoder = load_autoencoder(str(self.place)).to(self.device) if alone else self.model.autoencoder
         return Reconstructions(autoencoder, self._split("val"), weights_hash(autoencoder))
 
     def _split(self, split: str) -> Split:

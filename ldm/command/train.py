@@ -1,5 +1,6 @@
 """Trains one stage:  python train.py experiment=emoji/text  optimizer.lr=3e-4  resume=auto"""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.command.line import command
 from ldm.errors import Refusal
 from ldm.files.moved import moved
+from ldm.files.process import first
 
 
 def train(config: DictConfig) -> Path:
@@ -21,9 +23,16 @@ def run(config: DictConfig) -> float | None:
     Raises:
         Refusal: training logged no such number.
     """
+    from ldm.files.folder import write_text
+
     folder, numbers = _train(config)
     if config.optimize is None or config.plan:
         return None
+    kept = folder / "optimized.json"
+    if numbers and first():
+        write_text(json.dumps(numbers), kept)
+    if not numbers and kept.is_file():  # a sweeper may try the same settings twice, and the run was finished before
+        numbers = json.loads(kept.read_text(encoding="utf-8"))
     if config.optimize not in numbers:
         logged = ", ".join(sorted(numbers)) or "nothing, as the run was finished before"
         raise Refusal(f"optimize={config.optimize}: no such number was logged in {folder}; what was: {logged}.")
@@ -34,6 +43,7 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage
+    from ldm.command.usual import drawn_as
     from ldm.data.usual import usual_of
     from ldm.nn.empty import weightless
     from ldm.training.callback.profile import Profile
@@ -44,9 +54,9 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
 
     folder = Path(config.folder)
     if config.plan:
-        trainer = build(config.trainer, allowed(config), logger=False, callbacks=[])
+        trainer = _trainer(config, logger=False, callbacks=[])
         with weightless():  # what is reckoned needs no numbers
-            stage = build_stage(OmegaConf.merge(config, {"model": {"init": None}}))
+            stage = build_stage(config, begins=False)
         print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
         return folder, {}
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -54,19 +64,31 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
         OmegaConf.update(config, "data.workers", 0)
     data = build(config.data, allowed(config))
     stage = build_stage(config)
-    stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True))}
+    drawn = {} if stage.latent_model() is None else drawn_as(config)
+    stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True)) | drawn}
     callbacks, always, loggers = (list(build_members(config, group).values()) for group in ("callback", "always", "logger"))
     profile = [Profile(folder / "profile")] if config.profile else []
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     changes = Changes(OmegaConf.to_yaml(config), _plain(config), lambda path: _plain(OmegaConf.load(path)), folder)
     debug = {"detect_anomaly": True, "devices": 1, "num_nodes": 1, "strategy": "auto"} if config.debug else {}
-    trainer = build(config.trainer, allowed(config), callbacks=[*callbacks, *always, *profile, changes], logger=loggers, **debug)
+    trainer = _trainer(config, callbacks=[*callbacks, *always, *profile, changes], logger=loggers, **debug)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:
         close(loggers)
     return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _trainer(config: DictConfig, **settings: Any) -> Any:
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from ldm.build import allowed, build
+
+    try:
+        return build(config.trainer, allowed(config), **settings)
+    except MisconfigurationException as error:  # no such device here, settings that do not go together
+        raise Refusal(f"trainer=... (trainer.accelerator={config.trainer.accelerator}): {error}") from error
 
 
 def _plain(config: DictConfig) -> tuple[Any, Any]:

@@ -49,7 +49,7 @@ class Bert(Condition):
         self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
         self.tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)
         self.tokenizer.enable_truncation(length)
-        self.cut = Cut(length)
+        self.cut = Cut(length - 2, lambda captions: [_length(row) for row in self.tokenizer.encode_batch(list(captions))])
         self.tokenizer.enable_padding(length=length, pad_id=self.tokenizer.token_to_id(PADDING), pad_token=PADDING)
         self.words, self.places = nn.Embedding(self.tokenizer.get_vocab_size(), width), nn.Embedding(length, width)
         for table in (self.words, self.places):
@@ -69,7 +69,7 @@ class Bert(Condition):
         """B captions -> (B, L) word ids, cut or padded to the length."""
         rows = self.tokenizer.encode_batch(list(captions))
         if self.training:
-            self.cut.note(captions, [_length(row) for row in rows if row.overflowing])
+            self.cut.count(captions, [bool(row.overflowing) for row in rows])
         return torch.tensor([row.ids for row in rows])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
@@ -77,7 +77,7 @@ class Bert(Condition):
         for prompt, row in zip(asked, self.tokenizer.encode_batch([str(a) for a in asked])):
             if row.overflowing:
                 warn(
-                    f"{_length(row)} words do not fit into {self.cut.length - 2}; cut off: the end of {str(prompt)!r}",
+                    f"{_length(row)} words do not fit into {self.cut.most}; cut off: the end of {str(prompt)!r}",
                     stacklevel=2,
                 )
         return [str(a) for a in asked]

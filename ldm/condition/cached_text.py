@@ -76,7 +76,7 @@ class CachedText(Condition):
                 f"cached_text reads embeddings, data.fields={{{wanted}}}, and there is only {sorted(batch)}; condition=[text] "
                 "reads captions themselves."
             )
-        said = {part: batch[f"{self.key}_{part}"] for part in self.parts}
+        said = {part: self._filled(part, batch[f"{self.key}_{part}"]) for part in self.parts}
         if shapes := [p for p in self.parts if said[p].shape[1:] != getattr(self, p).shape[1:]]:
             found, here = (tuple(x.shape[1:]) for x in (said[shapes[0]], getattr(self, shapes[0])))
             raise Refusal(
@@ -111,6 +111,13 @@ class CachedText(Condition):
                 "dropped caption is not their null. Give it the model, layers, padding and so on that made them."
             )
 
+    def _filled(self, part: str, said: Tensor) -> Tensor:
+        """said: (B, L', ...), of which only the spoken tokens were kept -> (B, L, ...), as many as the text says."""
+        length = getattr(self, part).shape[1]
+        if "mask" not in self.parts or part == "vector" or said.shape[1] >= length:
+            return said
+        return torch.cat((said, said.new_zeros(len(said), length - said.shape[1], *said.shape[2:])), dim=1)
+
     def _text(self) -> Embedder:
         """The text itself, checked, on this module's device."""
         if not self.kept:
@@ -123,6 +130,16 @@ class CachedText(Condition):
 def embed(text: Embedder, captions: Sequence[str]) -> dict[str, Tensor]:
     """B captions -> what shards keep of each: text.tokens.npy (B, L, D), text.mask.npy (B, L), text.vector.npy (B, E)."""
     return {f"text.{part}.npy": value for part, value in _parts(text, captions, drop=False).items()}
+
+
+def spoken_only(text: Embedder, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+    """B captions -> what shards keep of each, its tokens up to the last that is spoken: of a masked text as many as it has."""
+    said = embed(text, captions)
+    if (mask := said.get("text.mask.npy")) is None:
+        return [{member: x[i] for member, x in said.items()} for i in range(len(captions))]
+    ends = [int(row.nonzero().max()) + 1 if row.any() else 1 for row in mask]
+    long = ("text.tokens.npy", "text.mask.npy")
+    return [{member: x[i, :end] if member in long else x[i] for member, x in said.items()} for i, end in enumerate(ends)]
 
 
 def save_null(text: Embedder, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import open_clip
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ldm.embedder import Condition
 from ldm.errors import NotFound, Refusal
@@ -20,8 +21,9 @@ class Text(Condition):
     """A caption -> tokens (B, L, D) of the text tower's layers, and its pooled vector.
 
     `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`. `layers` counts hidden
-    states: 0 before the transformer, k after its k-th block, -1 the last; several are joined by width. `final_norm` puts
-    the tower's last LayerNorm on all but 0. `pooled` adds the projected text feature as a vector.
+    states: 0 before the transformer, k after its k-th block, -1 the last; several are joined by width, and with none there are
+    no tokens. `final_norm` puts the tower's last LayerNorm on all but 0. `pooled` adds the text feature as a vector, which is
+    `projected` as for pictures where the tower can, or as it is before that (Flux).
 
     `padding` is the id behind a caption's end: 0 as open_clip and Stable Diffusion 2 have it, 49407 (the end token) as
     Stable Diffusion 1 has it; the backbone attends to the padding as well. With None, padding is masked.
@@ -53,20 +55,24 @@ class Text(Condition):
         rate: float = 0.1,
         tokenizer: Literal["open_clip", "clip"] = "open_clip",
         learned: Sequence[str] = (),
+        projected: bool = True,
     ) -> None:
         super().__init__()
         self.key, self.rate, self.layers, self.final_norm, self.pooled = key, rate, tuple(layers), final_norm, pooled
-        self.padding, self.dropped, self.whiten = padding, dropped, whiten
+        self.padding, self.dropped, self.whiten, self.projected = padding, dropped, whiten, projected
         self.tower = load_text_tower(model, pretrained, "condition.text")
         self.published, self.learned = tokenizer == "clip", tuple(learned)
         self.tokenizer = self._tokenizer(model)
-        self.cut = Cut(self.tower.context_length)
+        self.cut = Cut(self.tower.context_length - 2, lambda captions: [len(self.tokenizer.encode(c)) for c in captions])
         width, count = self.tower.token_embedding.embedding_dim, len(self.tower.transformer.resblocks) + 1
-        if not layers or not all(-count <= i < count for i in layers):
+        if not (layers or (pooled and not whiten)) or not all(-count <= i < count for i in layers):
             raise Refusal(
-                f"condition.text.layers={list(layers)}: wanted this tower's hidden states, 0 to {count - 1} or -1 to {-count}."
+                f"condition.text.layers={list(layers)}: wanted this tower's hidden states, 0 to {count - 1} or -1 to -{count}; "
+                "or none, with pooled=true and whiten=false."
             )
-        self.widths = Widths(tokens=width * len(self.layers), vector=self.tower.text_projection.shape[1] if pooled else 0)
+        projection = self.tower.text_projection if projected else None
+        vector = width if projection is None else projection.shape[1]
+        self.widths = Widths(tokens=width * len(self.layers), vector=vector if pooled else 0)
         if whiten:
             names = [f"layer.{i % count}" for i in self.layers] + (["pooled"] if pooled else [])
             table = statistics(model)
@@ -83,24 +89,25 @@ class Text(Condition):
         ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())])
         mask = None if self.padding is not None else spoken(ids)
         with torch.no_grad():
-            hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None)
+            hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
         states = [
             self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
         ]
-        tokens = torch.cat(states, dim=2)
+        tokens = torch.cat(states, dim=2) if states else vector[:, None, :0]
         if self.whiten:
             tokens = (tokens - self.token_mean) @ self.token_mix
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
         if self.dropped == "zeros":
             told = (~drop).to(tokens, non_blocking=True)[:, None]
             tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
-        return Cond(tokens=tokens, mask=mask, vector=vector if self.pooled else None)
+        vector = vector if self.pooled else None
+        return Cond(tokens=tokens, mask=mask, vector=vector) if states else Cond(vector=vector)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
         ids = self.tokenizer(list(captions))
-        if self.training or self.cut.always:
-            self.cut.count(captions, ids, self.tokenizer)
+        if (self.training or self.cut.always) and hasattr(self.tokenizer, "encode"):
+            self.cut.count(captions, (ids[:, -1] != 0).tolist())
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
@@ -112,6 +119,7 @@ class Text(Condition):
         """What, besides its weights, decides what it says."""
         names = ("layers", "final_norm", "pooled", "padding", "whiten", "dropped")
         cut = {"tokenizer": "clip", "learned": list(self.learned)} if self.published else {}
+        cut |= {} if self.projected else {"projected": False}
         return {name: getattr(self, name) for name in names} | {"layers": list(self.layers)} | cut
 
     def _tokenizer(self, model: str) -> Any:
@@ -133,10 +141,14 @@ class Text(Condition):
 class Texts(Condition):
     """A caption read by several `towers`, whose tokens and vectors are joined by width (https://arxiv.org/abs/2307.01952, 2.1).
 
-    Each is a `Text` of its own; `key` and `rate` here are for all of them. The mask is the first tower's.
+    Each is a `Text` of its own; `key` and `rate` here are for all of them. The mask is the first tower's. With `width`, tokens
+    are filled up with zeros to it: to stand beside a T5's (https://arxiv.org/abs/2403.03206, figure 2).
+
+    Raises:
+        Refusal: the towers read captions of different lengths, or together are wider than that.
     """
 
-    def __init__(self, towers: Mapping[str, Text], key: str = "caption", rate: float = 0.1) -> None:
+    def __init__(self, towers: Mapping[str, Text], key: str = "caption", rate: float = 0.1, width: int | None = None) -> None:
         super().__init__()
         self.key, self.rate, self.towers = key, rate, nn.ModuleDict(towers)
         self.cut = next(iter(towers.values())).cut
@@ -145,18 +157,23 @@ class Texts(Condition):
         if len(set(lengths.values())) > 1:
             raise Refusal(f"The towers read captions of different lengths, {lengths}; tokens join by width where they agree.")
         each = [tower.widths for tower in towers.values()]
-        self.widths = Widths(tokens=sum(w.tokens for w in each), vector=sum(w.vector for w in each))
+        together = sum(w.tokens for w in each)
+        if width is not None and width < together:
+            raise Refusal(f"condition.text.width={width}: the towers' tokens are {together} wide together; as much, or more.")
+        self.widths = Widths(tokens=width or together, vector=sum(w.vector for w in each))
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
-        """value: B captions, drop: (B) bool -> tokens: (B, L, sum of D), mask: (B, L) or None, vector: (B, sum of E) or None."""
+        """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, sum of E) or None."""
         told = [tower(value, drop) for tower in self.towers.values()]
         vectors = [cond.vector for cond in told if cond.vector is not None]
         vector = torch.cat(vectors, dim=1) if vectors else None
-        return Cond(tokens=torch.cat([cond.tokens for cond in told], dim=2), mask=told[0].mask, vector=vector)
+        tokens = torch.cat([cond.tokens for cond in told], dim=2)
+        return Cond(tokens=pad(tokens, (0, self.widths.tokens - tokens.shape[2])), mask=told[0].mask, vector=vector)
 
     def settings(self) -> dict[str, Any]:
         """What, besides their weights, decides what they say."""
-        return {name: tower.settings() for name, tower in self.towers.items()}
+        wide = {"width": self.widths.tokens} if self.widths.tokens > sum(t.widths.tokens for t in self.towers.values()) else {}
+        return {name: tower.settings() for name, tower in self.towers.items()} | wide
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""

@@ -50,9 +50,9 @@ def watched(denoise: Denoise, watch: Watch) -> Denoise:
     """The same, telling `watch` once a step: of the first call at each lower time, whatever else a sampler calls it for."""
     step, lowest = 0, math.inf
 
-    def told(x_t: Tensor, t: Tensor) -> Tensor:
+    def told(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
         nonlocal step, lowest
-        x_hat = denoise(x_t, t)
+        x_hat = denoise(x_t, t, *to)
         if (time := float(t.max())) < lowest:
             step, lowest = step + 1, time
             watch(step, time, x_hat)

@@ -99,7 +99,7 @@ def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, A
 
     def denoise(count: int) -> Denoise:
         told = model.condition({k: v.repeat(count) if isinstance(v, Tensor) else v * count for k, v in shown.items()})
-        return lambda x_t, t: model.denoiser(x_t, t, told)
+        return lambda x_t, t, *to: model.denoiser(x_t, t, told, *to)
 
     return FromInversion(sampler, picture, denoise, strength)
 

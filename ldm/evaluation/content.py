@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.files.content import file_content, files_content
-from ldm.files.folder import LOCAL, PART
+from ldm.files.folder import LOCAL, is_part
 
 CHECKPOINTS = "*.ckpt"
 
@@ -27,6 +27,5 @@ def named_content(config: Any, home: Path = Path()) -> list[str]:
         return [file_content(path)]
     if not path.is_dir():
         return []
-    files = sorted(file for file in path.rglob("*") if file.name in PART) or sorted(path.rglob(CHECKPOINTS))
-    files = [file for file in files if file.is_file()]
+    files = sorted(filter(is_part, path.rglob("*"))) or sorted(file for file in path.rglob(CHECKPOINTS) if file.is_file())
     return [files_content(files, path)] if files else []

@@ -13,14 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.drawing.generate import check_paste, generate
+from ldm.drawing.precision import PRECISIONS
 from ldm.errors import Refusal
 from ldm.evaluation.rows import Source, fingerprint
 from ldm.files.picture import from_bytes, open_picture, to_bytes, to_tensor
 from ldm.files.whole import write_whole
 from ldm.model import LatentModel
 from ldm.types import Autoencoder, Batch, Cond, Conditioned, DataModule, Denoise, Guidance, Sampler
-
-PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 def on_grid(images: Tensor) -> Tensor:

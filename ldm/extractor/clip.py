@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ldm.extractor._weights import frozen
 from ldm.measure import Rows, transformed
-from ldm.tower.clip import load_clip, settings, transform
+from ldm.tower.clip import load_clip, see, settings, transform
 
 
 class Clip:
@@ -25,3 +25,9 @@ class Clip:
         """images: (B, 3, h, w) in [-1, 1]."""
         self.clip.to(images.device)
         return {"features": self.clip.encode_image(transformed(images, self.transform)).float()}
+
+    @torch.no_grad()
+    def patches(self, images: Tensor) -> Tensor:
+        """images: (B, 3, h, w) in [-1, 1] -> what a vision transformer says of each patch in the end, (B, D, h', w')."""
+        tower = self.clip.to(images.device).visual
+        return tower.forward_intermediates(see(tower, images), indices=1, intermediates_only=True)["image_intermediates"][-1]

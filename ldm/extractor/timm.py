@@ -5,6 +5,7 @@ import inspect
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from ldm.errors import Refusal
 from ldm.extractor._weights import frozen, read_weights
@@ -26,6 +27,7 @@ class Timm:
         config = timm.data.resolve_model_data_config(self.net)
         config |= {} if size is None else {"input_size": (3, size, size)}
         self.transform = timm.data.create_transform(**config, is_training=False)
+        self.size, self.mean, self.std = tuple(config["input_size"][1:]), config["mean"], config["std"]
         resize = f"timm's own to {config['input_size'][-1]}, {config['interpolation']}, antialiased"
         self.protocol = frozen(self.net, f"timm {model}", resize)
 
@@ -33,6 +35,17 @@ class Timm:
     def __call__(self, images: Tensor) -> Rows:
         """images: (B, 3, h, w) in [-1, 1]."""
         return {"features": self.net.to(images.device)(transformed(images, self.transform)).float()}
+
+    @torch.no_grad()
+    def patches(self, images: Tensor) -> Tensor:
+        """images: (B, 3, h, w) in [-1, 1] -> what the network says of each patch in the end, normalised, (B, D, h', w').
+
+        Resized and whitened on the device, without the detour by 8 bits of what pictures are judged by.
+        """
+        mean, std = (images.new_tensor(numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
+        resized = interpolate(images, self.size, mode="bicubic", antialias=True) if images.shape[2:] != self.size else images
+        seen = ((resized + 1) / 2 - mean) / std
+        return self.net.to(images.device).forward_intermediates(seen, indices=1, norm=True, intermediates_only=True)[-1]
 
 
 def _load(net: nn.Module, weights: dict[str, Tensor]) -> None:

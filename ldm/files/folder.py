@@ -18,13 +18,13 @@ from ldm.files.whole import write_whole
 FORMAT = 1  # of config.json and of checkpoints; those without a number are of before there was one, and read as 0
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, and what is said beside its tensors."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
         try:
-            save_file(plain, temporary)
+            save_file(plain, temporary, dict(metadata or {}) or None)
         except SafetensorError as error:
             raise NotWritten(str(error)) from error
 
@@ -148,28 +148,49 @@ PART = (
     "statistics.json",
     "vocab.txt",
     "null.safetensors",
+    # a language model's, as transformers writes them: its weights, whole or in pieces, and its tokenizer
+    "model.*safetensors*",
+    "model-*.safetensors",
+    "pytorch_model*.bin*",
+    "token*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
 )
+
+
+def is_part(path: Path) -> bool:
+    """Whether it is a file of a model at rest, by its name."""
+    return any(path.match(part) for part in PART) and path.is_file()
 
 
 def with_parts(config: Any, folder: Path, name: str = "") -> Any:
     """Copies the model folders that a config names into sub-folders of `folder`; -> the config naming those, as `./name`."""
     if isinstance(config, Mapping):
-        parts = {k: name if k in ("path", "model") else f"{name}.{k}".strip(".") for k in config if k != "usual"}
+        parts = {k: name if k in ("path", "model") else f"{name}.{k}".strip(".") for k, v in config.items() if not _apart(k, v)}
         return {k: with_parts(v, folder, parts[k]) if k in parts else v for k, v in config.items()}
-    if not isinstance(config, str) or not any((Path(config.removeprefix(LOCAL)) / part).is_file() for part in PART):
+    source = Path(config.removeprefix(LOCAL)) if isinstance(config, str) else None
+    parts = sorted(filter(is_part, source.iterdir())) if source is not None and source.is_dir() else []
+    if not parts:
         return config
-    source, target = Path(config.removeprefix(LOCAL)), folder / name
+    target = folder / name
     target.mkdir(parents=True, exist_ok=True)
-    for part in PART:
-        if (source / part).is_file():
-            write_whole(target / part, lambda temporary, part=part: shutil.copyfile(source / part, temporary))
+    for path in parts:
+        write_whole(target / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
     return (LOCAL if config.startswith(LOCAL) else "") + f"./{name}"
 
 
 def from_parts(config: Any, folder: Path) -> Any:
     """The config with every `./name` made a path below `folder`: the inverse of `with_parts`."""
     if isinstance(config, Mapping):
-        return {k: v if k == "usual" else from_parts(v, folder) for k, v in config.items()}
+        return {k: v if _apart(k, v) else from_parts(v, folder) for k, v in config.items()}
     if isinstance(config, str) and config.removeprefix(LOCAL).startswith("./"):
         return (LOCAL if config.startswith(LOCAL) else "") + str(folder / config.removeprefix(LOCAL)[2:])
     return config
+
+
+def _apart(name: str, value: Any) -> bool:
+    """What a recipe names and does not hold: what it was trained on, and a base, by its hash."""
+    return name == "usual" or (isinstance(value, Mapping) and "sha256" in value)

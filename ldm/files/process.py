@@ -84,6 +84,15 @@ def from_first(value: Any) -> Any:
     return words[0]
 
 
+def from_all(value: Any) -> list[Any]:
+    """What each process has, in order of their numbers, on every process."""
+    if not met():
+        return [value]
+    words = [None] * world()
+    sys.modules["torch.distributed"].all_gather_object(words, value)
+    return words
+
+
 def _launcher() -> tuple[str, ...]:
     """The words of who started several processes; of one that started a single process, nothing need be known."""
     return next((names for names in (TORCHRUN, SRUN) if names[0] in os.environ and int(os.environ.get(names[1], 1)) > 1), ())

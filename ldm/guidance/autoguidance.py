@@ -36,7 +36,7 @@ class Autoguidance:
         refuse_negative(ask, "autoguidance")
         cond = model.condition(ask)
         if self.scale == 1:
-            return lambda x_t, t: model.denoiser(x_t, t, cond)
+            return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)
         weak = self.loaded.to(next(model.denoiser.parameters()).device)
         if weak.denoiser.schedule != model.denoiser.schedule:
             raise Refusal(
@@ -45,8 +45,8 @@ class Autoguidance:
             )
         cond_weak = weak.condition(ask)
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            x_strong, x_weak = model.denoiser(x_t, t, cond), weak.denoiser(x_t, t, cond_weak)
+        def denoise(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
+            x_strong, x_weak = model.denoiser(x_t, t, cond, *to), weak.denoiser(x_t, t, cond_weak, *to)
             return x_weak + self.scale * (x_strong - x_weak)
 
         return denoise

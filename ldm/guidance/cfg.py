@@ -25,11 +25,12 @@ class CFG:
         """ask: the request's fields -> Denoise."""
         cond = model.condition(ask)
         if self.scale == 1:
-            return lambda x_t, t: model.denoiser(x_t, t, cond)
+            return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)
         both = cond.stack(model.condition(ask, only=()))
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            x_cond, x_null = model.denoiser(torch.cat((x_t, x_t)), t.expand(len(x_t)).repeat(2), both).chunk(2)
+        def denoise(x_t: Tensor, *times: Tensor) -> Tensor:
+            t, *to = (s.expand(len(x_t)).repeat(2) for s in times)
+            x_cond, x_null = model.denoiser(torch.cat((x_t, x_t)), t, both, *to).chunk(2)
             return rescaled(x_null + self.scale * (x_cond - x_null), x_cond, self.rescale)
 
         return denoise

@@ -26,13 +26,13 @@ class Interval:
         asked = {field: value for field, value in ask.items() if not field.startswith("negative.")}
         guided, plain = self.inner(model, ask), Unguided()(model, asked)
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        def denoise(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
             alpha, sigma = model.denoiser.schedule(t)
             inside = (self.low < sigma / alpha) & (sigma / alpha <= self.high)
             if inside.all():
-                return guided(x_t, t)
+                return guided(x_t, t, *to)
             if not inside.any():
-                return plain(x_t, t)
-            return torch.where(like(inside, x_t) > 0, guided(x_t, t), plain(x_t, t))
+                return plain(x_t, t, *to)
+            return torch.where(like(inside, x_t) > 0, guided(x_t, t, *to), plain(x_t, t, *to))
 
         return denoise

@@ -21,7 +21,7 @@ class Unguided:
         refuse_negative(ask, "none")
         cond = model.condition(ask)
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            return model.denoiser(x_t, t, cond)
+        def denoise(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
+            return model.denoiser(x_t, t, cond, *to)
 
         return denoise

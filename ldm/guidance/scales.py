@@ -33,13 +33,14 @@ class Scales:
         """ask: the request's fields -> Denoise."""
         if all(scale == 1 for scale in self.scales.values()):
             cond = model.condition(ask)
-            return lambda x_t, t: model.denoiser(x_t, t, cond)
+            return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)
         named, others = list(self.scales), [n for n in model.conditioner.embedders if n not in self.scales]
         told = [model.condition(ask, only=[*others, *named[:i]]) for i in range(len(named) + 1)]
         all_told, count = reduce(Cond.stack, told), len(told)
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            x_hat = model.denoiser(torch.cat([x_t] * count), t.expand(len(x_t)).repeat(count), all_told).chunk(count)
+        def denoise(x_t: Tensor, *times: Tensor) -> Tensor:
+            t, *to = (s.expand(len(x_t)).repeat(count) for s in times)
+            x_hat = model.denoiser(torch.cat([x_t] * count), t, all_told, *to).chunk(count)
             return x_hat[0] + sum(s * (x_hat[i + 1] - x_hat[i]) for i, s in enumerate(self.scales.values()))
 
         return denoise

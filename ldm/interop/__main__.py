@@ -5,10 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.adapt import asked
 from ldm.errors import Refusal
-from ldm.interop.convert import LAYOUTS, add_autoencoder, check, describe, read, write
+from ldm.interop.adapters import base_of, is_adapter, merge, read_any, with_towers, write_adapter
+from ldm.interop.convert import LAYOUTS, add_autoencoder, add_words, check, describe, read, write
+from ldm.interop.find import adapter_kinds
 from ldm.interop.hub import HUB, push
-from ldm.interop.part.bert import read_words
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -18,22 +20,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ldm convert", description=__doc__)
     parser.add_argument("source", help=f"a folder, a .safetensors, .ckpt or .pt file, or {HUB}org/name")
     parser.add_argument("target", type=Path, help="a folder; for compvis and dit FILE.safetensors")
-    parser.add_argument("--to", required=True, choices=LAYOUTS)
+    parser.add_argument(
+        "--to", required=True, choices=[*LAYOUTS, *sorted({w for kind in adapter_kinds() for w in kind.layouts} - {*LAYOUTS})]
+    )
     parser.add_argument("--prediction", choices=KINDS, help="what the network says, where the weights cannot tell")
     parser.add_argument("--autoencoder", help="whose latents the network draws, where SOURCE holds none: as SOURCE")
-    parser.add_argument("--vocabulary", help="folder with BERT's uncased vocab.txt, where SOURCE holds a BERT and no words")
+    parser.add_argument("--vocabulary", help="folder of a T5's tokenizer, or BERT's uncased vocab.txt, where SOURCE holds none")
     parser.add_argument("--licence", default="unknown", help="for the model card, such as apache-2.0")
     parser.add_argument("--push", metavar="ORG/NAME", help="then upload TARGET to the Hugging Face hub")
+    parser.add_argument("--base", help="the model that an adapter is for, a folder of ours; of a run here the one it names")
+    parser.add_argument("--adapters", nargs="+", metavar="SOURCE[:STRENGTH]", help="LoRAs that are merged into the model")
     told = parser.parse_args(argv)
     try:
         if told.push and told.push.count("/") != 1:
             raise Refusal(f"--push {told.push}: name a repository as ORG/NAME.")
+        if is_adapter(told.source):
+            _convert_adapter(told)
+            return
+        if told.base is not None:
+            raise Refusal(f"--base {told.base}: {told.source} is a whole model and stands on no base.")
         bundle, layout = read(told.source, KINDS.get(told.prediction))
         if told.autoencoder:
             add_autoencoder(bundle, told.autoencoder, KINDS.get(told.prediction))
         if told.vocabulary:
-            bundle.words = read_words(Path(told.vocabulary))
+            add_words(bundle, Path(told.vocabulary))
         check(bundle, told.source, KINDS.get(told.prediction))
+        if told.adapters:
+            merge(bundle, asked(told.adapters))
         print(f"{told.source} is in the layout of {layout}:\n{describe(bundle)}")
         write(bundle, told.target, told.to, told.licence, told.source)
         print(f"The model is in {told.target}")
@@ -41,6 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"It is on the hub: {push(told.target, told.push)}")
     except Refusal as error:
         sys.exit(f"error: {error}")
+
+
+def _convert_adapter(told: argparse.Namespace) -> None:
+    """An adapter from one layout into another, by the names of its base's weights."""
+    base = told.base or base_of(told.source)
+    if base is None:
+        raise Refusal(f"{told.source} is an adapter, which does not say of which model; name that: --base FOLDER.")
+    bundle = with_towers(read(base)[0])
+    adapter = read_any(told.source, bundle)
+    write_adapter(told.source, adapter, bundle, base, told.target, told.to)
+    print("\n".join([*adapter.said, f"The adapter is in {told.target}"]))
 
 
 if __name__ == "__main__":

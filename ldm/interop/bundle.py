@@ -17,6 +17,8 @@ VERSION = "0.35.0"  # of diffusers, whose configs are written
 BACKBONE = "denoiser.backbone."
 AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
 DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
+SHARE = {"_target_": "ldm.denoiser.NoiseTime", "steps": 1000}  # and those of straight paths
+STRAIGHT = {"_target_": "ldm.schedule.Linear", "floor": 1e-6}  # published ones end at 0
 BETAS = {"ScaledLinear": (0.00085, 0.012), "DDPM": (1e-4, 0.02)}  # what the schedules begin and end with unless told
 WORDS = "condition.bert.vocabulary"  # where the words of a BERT lie, by its usual name
 PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
@@ -26,13 +28,15 @@ PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
 class Part:
     """A frozen model: how it is built and its weights, and which kind it is: of the file in `part/` that reads and writes it.
 
-    `scale` is an autoencoder's published scale factor that its source does not say, and that was assumed.
+    `scale` is an autoencoder's published scale factor that its source does not say, and that was assumed; `files` is a
+    tokenizer's, as they are, by name.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     kind: str = "autoencoder"
     scale: float | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """How the autoencoder is built, the defaults filled in."""
@@ -45,7 +49,7 @@ class Bundle:
 
     Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
     from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so. `words` is the vocab.txt of a BERT.
-    `assumed` is what its source does not say and its family has, in words, and `scale` the scale factor of the family's latents.
+    `assumed` is what its source does not say and its family has, in words, and `scale` and `shift` those of the family's latents.
     `home` is the folder of our layout that it was read from, where its conditions' other files lie.
     """
 
@@ -57,6 +61,7 @@ class Bundle:
     home: Path | None = None
     assumed: list[str] = field(default_factory=list)
     scale: float | None = None
+    shift: float = 0.0
 
     def backbone(self) -> dict[str, Tensor]:
         """The backbone's weights, by its own names."""
@@ -70,6 +75,7 @@ class Bundle:
 
 
 USUAL = {"text.Text": "text", "text.Texts": "text", "bert.Bert": "bert", "label.Label": "label", "number.Number": "number"}
+USUAL |= {"language.Language": "language", "language.Silence": "language"}
 USUAL |= {"inpaint.Inpaint": "inpaint", "depth_map.DepthMap": "depth", "upscale.Upscale": "upscale"}
 
 

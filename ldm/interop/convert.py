@@ -9,6 +9,7 @@ from ldm.interop.card import card
 from ldm.interop.conditions import LABEL, lacks_null
 from ldm.interop.find import layouts, network_of, parts
 from ldm.interop.hub import HUB, download
+from ldm.interop.part.bert import read_words
 from ldm.interop.statistics import published_statistics
 
 LAYOUTS = [word for layout in layouts() for word in layout.words()]
@@ -50,11 +51,17 @@ def add_autoencoder(bundle: Bundle, source: str, prediction: str | None = None) 
     part = read_part(source, prediction)
     if part.scale is not None:
         scale = part.scale if "codebook" in part.weights else bundle.scale or part.scale
-        part.weights |= published_statistics(part.settings()["channels"], scale)
+        part.weights |= published_statistics(part.settings()["channels"], scale, bundle.shift if bundle.scale else 0.0)
         bundle.assumed.append(
             f"scale: {scale}, of {'this family' if bundle.scale else 'Stable Diffusion 1'}; {source} does not say it"
         )
     bundle.parts["autoencoder"] = part
+
+
+def add_words(bundle: Bundle, folder: Path) -> None:
+    """Gives a model the tokenizer, or the words, in a folder."""
+    if not any(part.add_words(bundle, folder) for part in parts()):
+        bundle.words = read_words(folder)
 
 
 def check(bundle: Bundle, source: str, prediction: str | None) -> None:

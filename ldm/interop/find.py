@@ -1,4 +1,4 @@
-"""The networks, parts and layouts that are known: one file each in a folder of theirs, found by listing it."""
+"""The networks, parts, layouts and kinds of adapters that are known: one file each in a folder of theirs, found by listing it."""
 
 import pkgutil
 from collections.abc import Iterable
@@ -6,12 +6,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import ldm.interop.adapter
 import ldm.interop.layout
 import ldm.interop.network
 import ldm.interop.part
 from ldm.errors import Refusal
 from ldm.interop.bundle import Bundle
-from ldm.interop.protocols import Layout, Network, Part
+from ldm.interop.protocols import AdapterKind, Layout, Network, Part
 
 
 def networks() -> list[Network]:
@@ -29,16 +30,21 @@ def layouts() -> list[Layout]:
     return _listed(ldm.interop.layout, "LAYOUT")
 
 
+def adapter_kinds() -> list[AdapterKind]:
+    """Every kind of adapter, by the name of its file."""
+    return _listed(ldm.interop.adapter, "KIND")
+
+
 def network_of(bundle: Bundle) -> Network:
     """The network that a model is built on.
 
     Raises:
         Refusal: it is none that other layouts know.
     """
-    target = bundle.recipe["backbone"]["_target_"]
     for network in networks():
-        if network.target == target:
+        if network.builds(bundle):
             return network
+    target = bundle.recipe["backbone"]["_target_"]
     names = " and ".join(sorted((network.name for network in networks()), reverse=True))
     raise Refusal(f"backbone={target} has no place in other layouts; {names} have.")
 

@@ -9,23 +9,55 @@ HUB = "hf://"
 
 def download(source: str) -> Path:
     """hf://org/name -> the folder of its snapshot: one copy of the weights, and settings, and never code.
+    hf://org/name/FILE -> that file.
 
     Raises:
-        Refusal: the name is no org/name. OSError: the hub is not reached, and the snapshot is not in its cache.
+        Refusal: the name is no org/name. Unreachable: the hub is not reached, or does not give it, and it is not in its cache.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HTTPError  # what a connection that fails raises, where it is no OSError
 
-    name = source.removeprefix(HUB)
-    if name.count("/") != 1:
-        raise Refusal(f"{source}: name a repository of the Hugging Face hub as {HUB}org/name.")
+    name, file = repository(source)
     try:
+        if file:
+            return Path(hf_hub_download(name, file))
         return Path(snapshot_download(name, allow_patterns=_wanted(HfApi().list_repo_files(name))))
     except (OSError, HTTPError) as error:  # offline: what was downloaded before
         try:
-            return Path(snapshot_download(name, local_files_only=True))
+            return Path(
+                hf_hub_download(name, file, local_files_only=True) if file else snapshot_download(name, local_files_only=True)
+            )
         except OSError:
-            raise Unreachable(f"{source} was not fetched before, and is not had now: {' '.join(str(error).split())}") from error
+            why = " ".join(str(error).split())
+            raise Unreachable(f"{source} was not fetched before, and is not had now: {why} {_mend(name, file, error)}") from error
+
+
+def repository(source: str) -> tuple[str, str]:
+    """hf://org/name or hf://org/name/FILE -> "org/name", and FILE or "".
+
+    Raises:
+        Refusal: it is neither.
+    """
+    org, _, rest = source.removeprefix(HUB).partition("/")
+    name, _, file = rest.partition("/")
+    if not org or not name:
+        raise Refusal(
+            f"{source}: name a repository of the Hugging Face hub as {HUB}org/name, or a file of it as {HUB}org/name/FILE."
+        )
+    return f"{org}/{name}", file
+
+
+def _mend(name: str, file: str, error: Exception) -> str:
+    """What a person can do about it."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    page = f"https://huggingface.co/{name}"
+    if isinstance(error, GatedRepoError):
+        return f"It is gated: consent to its licence at {page}, and set HF_TOKEN=TOKEN, your token at the hub."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"Look whether there is a {page}; one that is private wants HF_TOKEN=TOKEN."
+    what = f"`hf download {name}{f' {file}' if file else ''} --local-dir DIR`"
+    return f"Where there is a network, fetch it by {what}, copy DIR here, and name it: model=DIR{f'/{file}' if file else ''}."
 
 
 def _wanted(files: list[str]) -> list[str]:

@@ -96,11 +96,18 @@ BERT_USED = (
     "num_hidden_layers vocab_size max_position_embeddings encoder_layers encoder_ffn_dim encoder_attention_heads head_dim d_model"
 )
 
+T5_USED = "vocab_size d_model d_kv d_ff num_layers num_heads feed_forward_proj"
+T5_USED += " relative_attention_num_buckets relative_attention_max_distance layer_norm_epsilon"
+T5_FREE = "num_decoder_layers dropout_rate initializer_factor decoder_start_token_id task_specific_params"
+T5_FREE += " scale_decoder_outputs output_past n_positions tie_encoder_decoder"
+T5 = {"model_type": ("t5",), "is_gated_act": (True,), "dense_act_fn": ("gelu_new",), "pad_token_id": (0,), "eos_token_id": (1,)}
+
 CLASSES = {
+    "T5EncoderModel": Keys(T5_USED, f"{BOOKS} {T5_FREE}", T5),
     "AutoencoderKL": Keys(
-        f"{VAE} shift_factor latents_mean latents_std",
+        f"{VAE} shift_factor latents_mean latents_std use_quant_conv use_post_quant_conv",
         "sample_size force_upcast",
-        {**RGB, "use_quant_conv": (True,), "use_post_quant_conv": (True,)},
+        RGB,
     ),
     "VQModel": Keys(
         f"{VAE} num_vq_embeddings vq_embed_dim",
@@ -120,6 +127,22 @@ CLASSES = {
     ),
     "DiTTransformer2DModel": Keys(DIT_USED, "dropout norm_num_groups upcast_attention", DIT),
     "Transformer2DModel": Keys(DIT_USED, "dropout norm_num_groups upcast_attention use_linear_projection", {**DIT, **OLD_DIT}),
+    "SD3Transformer2DModel": Keys(
+        "sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads joint_attention_dim out_channels"
+        " caption_projection_dim pooled_projection_dim pos_embed_max_size dual_attention_layers",
+        only={"qk_norm": (None, "rms_norm")},
+    ),
+    "FluxTransformer2DModel": Keys(
+        "in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim"
+        " pooled_projection_dim guidance_embeds axes_dims_rope",
+        only={"patch_size": (1,)},
+    ),
+    "PixArtTransformer2DModel": Keys(
+        "num_attention_heads attention_head_dim in_channels out_channels num_layers cross_attention_dim sample_size patch_size"
+        " caption_channels interpolation_scale use_additional_conditions",
+        "dropout norm_num_groups upcast_attention num_embeds_ada_norm use_linear_projection num_vector_embeds",
+        {**DIT, "norm_type": ("ada_norm_single",), "norm_eps": (1e-6,), "attention_type": ("default",)},
+    ),
     "CLIPTextModel": Keys(CLIP_USED, BOOKS, CLIP),
     "LDMBertModel": Keys(BERT_USED, BOOKS, BERT),
 }

@@ -3,6 +3,7 @@ model beside it one in `part/`; the layouts, in `layout/`, know folders and pref
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ldm.interop.bundle import DISCRETE, VERSION, Bundle, filled, shapes_of
+from ldm.interop.foreign import Foreign
+from ldm.interop.schedulers import scheduler_config
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, Tie
 from ldm.types import Widths
@@ -23,7 +26,8 @@ class Network:
 
     `target` and `made` are how ours is built; `folder` and `classes` where diffusers keeps it and what it is called there;
     `single` is the layout's word for a single file, `prefix` where its tensors begin in one, and `alone` says that such a
-    file holds the network and its tables, and no parts.
+    file holds the network and its tables, and no parts. `shift` is that of its family's latents, z = x / scale + shift;
+    `straight` says that it is published for straight paths and says flow.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Network:
     single = "compvis"
     prefix = ""
     alone = False
+    shift = 0.0
+    straight = False
 
     def settings_of(self, shapes: Shapes, told: Mapping[str, Any]) -> Built:
         """Their names and shapes in a single file, and what is told beside it -> how it is built."""
@@ -56,6 +62,10 @@ class Network:
         raise NotImplementedError
 
     # ---- with defaults
+
+    def builds(self, bundle: Bundle) -> bool:
+        """Whether a model is built on it."""
+        return bundle.recipe["backbone"]["_target_"] == self.target
 
     def recognise(self, names: Iterable[str]) -> bool:
         """Whether the tensors of a single file are its."""
@@ -144,6 +154,14 @@ class Network:
         """What the yaml beside a single file says of it."""
         return {}
 
+    def scheduler(self, bundle: Bundle) -> dict[str, Any]:
+        """The config of diffusers' scheduler that a model on it is drawn with.
+
+        Raises:
+            Refusal: none has its schedule or what it says.
+        """
+        return scheduler_config(bundle.recipe)
+
     def pipeline(self, bundle: Bundle) -> dict[str, Any]:
         """The model_index.json of the pipeline that draws from a model on it."""
         index = {"_class_name": "DiffusionPipeline", "_diffusers_version": VERSION, self.folder: ["diffusers", self.classes[0]]}
@@ -191,6 +209,10 @@ class Part:
     def check(self, bundle: Bundle, source: str) -> None:
         """Raises ValueError where something of it is missing."""
 
+    def add_words(self, bundle: Bundle, folder: Path) -> bool:
+        """Gives it the tokenizer in a folder; whether it is one that takes it."""
+        return False
+
     def prefix(self, bundle: Bundle) -> str | None:
         """Where its weights begin among ours, if it was trained with the network."""
         return None
@@ -198,6 +220,40 @@ class Part:
     def tokens(self, bundle: Bundle) -> dict[str, int]:
         """How wide the tokens are that it makes, by the condition's name."""
         return {}
+
+
+@dataclass(frozen=True)
+class Read:
+    """An adapter that was read: the config of its member in ldm/adapter, its tensors by the model's names, and what is told."""
+
+    node: dict[str, Any]
+    tensors: dict[str, Tensor]
+    said: tuple[str, ...] = ()
+
+
+class AdapterKind:
+    """A kind of adapter in others' files, known by what is in them and never by their names. A new one is a file in `adapter/`.
+
+    `adapter` is its member in ldm/adapter, `word` what it is called in messages, `named` whether NAME= means something for it;
+    `layouts` are what --to calls those that are written.
+    """
+
+    adapter: str
+    word: str
+    named = False
+    layouts: tuple[str, ...] = ()
+
+    def recognise(self, source: Foreign) -> bool:
+        """Whether a file or folder holds such an adapter."""
+        raise NotImplementedError
+
+    def read(self, source: Foreign, bundle: Bundle, name: str | None) -> Read:
+        """Theirs -> ours. `bundle` is the model that it is put on, its recipe and all its tensors by name; `name` is NAME."""
+        raise NotImplementedError
+
+    def write(self, adapter: Read, bundle: Bundle, target: Path, layout: str) -> None:
+        """Ours -> a file or folder in one of `layouts`."""
+        raise NotImplementedError
 
 
 class Layout:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import Refusal
-from ldm.interop.bundle import BETAS, PREDICTIONS, VERSION
+from ldm.interop.bundle import BETAS, PREDICTIONS, SHARE, STRAIGHT, VERSION
 from ldm.interop.keys import OFF
 from ldm.interop.weights import read_config
 
@@ -70,6 +70,13 @@ TAKES = {
     | {"predict_x0", "disable_corrector", "solver_p", "final_sigmas_type", "rescale_betas_zero_snr"}
     | {"sigma_min", "sigma_max", "shift_terminal"},
 }
+FLOWS = "FlowMatchEulerDiscreteScheduler"
+# Its keys that are used, and those that have the values under which a sampler here draws the same.
+FLOW_USED = {"shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15}
+FLOW_USED |= {"base_image_seq_len": 256, "max_image_seq_len": 4096, "num_train_timesteps": 1000}
+FLOW_ONLY: dict[str, tuple[Any, ...]] = {f"use_{kind}_sigmas": (False, None) for kind in ("karras", "exponential", "beta")}
+FLOW_ONLY |= {"invert_sigmas": (False,), "shift_terminal": (None,), "time_shift_type": ("exponential",)}
+FLOW_ONLY |= {"stochastic_sampling": (False,)}
 LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # what is meant by no spacing; the others mean linspace
 MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")  # which spare one step
 STOPS = {"DDIMScheduler": True, "PNDMScheduler": False}  # what `set_alpha_to_one` is unless said
@@ -84,6 +91,8 @@ def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str, list[str]]:
     """
     told = read_config(folder / "scheduler_config.json")
     kind = told.get("_class_name", "scheduler without a class")
+    if kind == FLOWS:
+        return dict(STRAIGHT), "Flow", _flow_grid(told, folder), []
     if kind not in TAKES and not {"beta_schedule", "beta_start", "beta_end"} <= told.keys():
         raise Refusal(f"{folder} has a {kind} with beta_schedule=None; {', '.join(TAKES)} are known.")
     said = {name: value for name, value in told.items() if name in TAKES.get(kind, _known())}
@@ -125,6 +134,39 @@ def _schedule(said: Mapping[str, Any], kind: str, folder: Path) -> tuple[dict[st
         )
     zero = {"zero_terminal_snr": True} if said.get("rescale_betas_zero_snr") else {}
     return {"_target_": f"ldm.schedule.{SCHEDULES[name]}", **betas, **zero}, PREDICTIONS[prediction]
+
+
+def _flow_grid(told: Mapping[str, Any], folder: Path) -> str:
+    """How the steps of straight paths are spaced: by a shift, or by one that grows with the picture.
+
+    Raises:
+        Refusal: otherwise.
+    """
+    said = {**FLOW_USED, **{n: v for n, v in told.items() if n[0] != "_"}}
+    wrong = [f"{n}={v}" for n, v in said.items() if n not in FLOW_USED and v not in FLOW_ONLY.get(n, OFF)]
+    if wrong or said["num_train_timesteps"] != 1000:
+        wrong = wrong or [f"num_train_timesteps={said['num_train_timesteps']}"]
+        raise Refusal(f"{folder} has a {FLOWS} with {', '.join(wrong)}, which no model of this family has.")
+    if not said["use_dynamic_shifting"]:
+        return "uniform" if said["shift"] == 1 else f"shifted sampler.grid.shift={said['shift']}"
+    names = {"base_shift": "low", "max_shift": "high", "base_image_seq_len": "few", "max_image_seq_len": "many"}
+    other = [f"sampler.grid.{ours}={said[name]}" for name, ours in names.items() if said[name] != FLOW_USED[name]]
+    return " ".join(["by_size", *other])
+
+
+def flow_config(recipe: Mapping[str, Any], **told: Any) -> dict[str, Any]:
+    """FlowMatchEulerDiscreteScheduler's config, `told` besides.
+
+    Raises:
+        Refusal: the model is not one of straight paths that says flow.
+    """
+    parts = [recipe[name]["_target_"] for name in ("schedule", "prediction", "level")]
+    if parts != [STRAIGHT["_target_"], "ldm.prediction.Flow", SHARE["_target_"]] or recipe["schedule"].get("shift", 1.0) != 1.0:
+        raise Refusal(
+            f"diffusers' pipelines of this network know schedule=linear without a shift, prediction=flow and level=noise_time; "
+            f"this model has {', '.join(parts)}. Train with those to export to diffusers."
+        )
+    return {"_class_name": FLOWS, "_diffusers_version": VERSION, "num_train_timesteps": 1000, "shift": 1.0, **told}
 
 
 def _known() -> set[str]:

@@ -26,27 +26,29 @@ def published_statistics(
     return {"mean": mean.float().clone(), "std": (std / scale).float(), "count": torch.tensor(-1)}
 
 
-def scale_of(part: Part) -> float | None:
-    """The published scale factor that an autoencoder's statistics are, or None: they are measured, per channel."""
+def scale_of(part: Part) -> tuple[float, float] | None:
+    """The published scale factor and shift that an autoencoder's statistics are, or None: they are measured, per channel."""
     mean, std = part.weights["mean"], part.weights["std"]
-    if bool(mean.any()) or bool((std != std[0]).any()):
+    if bool((mean != mean[0]).any()) or bool((std != std[0]).any()):
         return None
-    scale = 1 / float(std[0])
-    short = float(f"{scale:.6g}")
-    return short if torch.tensor(1 / short) == std[0] else scale
+    scale, shift = 1 / float(std[0]), float(mean[0])
+    short, shorter = float(f"{scale:.6g}"), float(f"{shift:.6g}")
+    return short if torch.tensor(1 / short) == std[0] else scale, shorter if torch.tensor(shorter) == mean[0] else shift
 
 
 def folded(part: Part) -> dict[str, Tensor]:
     """A KL autoencoder's weights with its statistics inside, so that its own latents are white and the scale factor is 1.
 
-    The two 1x1 convolutions around the latents take them up, exactly but for rounding.
+    The two 1x1 convolutions around the latents take them up, exactly but for rounding; one without them gets them.
 
     Raises:
         Refusal: it is a VQ, where other scales by channel would choose other codes.
     """
     if "codebook" in part.weights:
         raise Refusal("A VQ autoencoder's statistics differ by channel; other layouts know one scale factor for all channels.")
-    w = dict(part.weights)
+    w, count = dict(part.weights), len(part.weights["mean"])
+    for name, size in (("quant_conv", 2 * count), ("post_quant_conv", count)) if "quant_conv.weight" not in w else ():
+        w |= {f"{name}.weight": torch.eye(size)[:, :, None, None], f"{name}.bias": torch.zeros(size)}
     mean, std = w["mean"], w["std"]
     scale, move = torch.cat((1 / std, torch.ones_like(std))), torch.cat((mean / std, 2 * std.log()))
     w["quant_conv.weight"] = w["quant_conv.weight"] * scale[:, None, None, None]

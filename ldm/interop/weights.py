@@ -87,12 +87,22 @@ def open_weights(path: Path) -> dict[str, Tensor]:
 
 def check_numbers(weights: Mapping[str, Tensor], path: Path) -> None:
     """Raises ValueError where a tensor holds NaN or infinity, as models saved in half precision sometimes do, or is quantised."""
+    check_kinds(weights, path)
+    for name, x in weights.items():
+        kind = str(x.dtype).removeprefix("torch.")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise Refusal(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
+
+
+def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError where a tensor is quantised, as in files in fp8, int8 or nf4; nothing is read."""
     for name, x in weights.items():
         kind = str(x.dtype).removeprefix("torch.")
         if x.dtype.itemsize == 1 and x.dtype != torch.bool:
-            raise Refusal(f"{path}: {name} is {kind}, quantised numbers. Take the float32 or float16 file of this model.")
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise Refusal(f"{path}: {name} ({kind}) holds numbers that are not finite. Take the float32 file of this model.")
+            raise Refusal(
+                f"{path}: {name} is {kind}, quantised numbers. Take the float32, bfloat16 or float16 file of this model; from one "
+                "in nf4 or int8 diffusers makes it: load it there, dequantize(), save_pretrained. fp8 files lost what it takes."
+            )
 
 
 def _joined(path: Path) -> dict[str, Tensor]:

@@ -37,6 +37,10 @@ class Regression(nn.Module):
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond)
         target = denoiser.prediction.target(x, noise, alpha, sigma)
+        return self.error(denoiser, output - target, t), (sigma / alpha).log().flatten()
+
+    def error(self, denoiser: Denoiser, error: Tensor, t: Tensor) -> Tensor:
+        """error: (B, C, H, W), of the network's output at t: (B) -> each sample's weighted distance: (B)."""
+        alpha, sigma = (like(s, error) for s in denoiser.schedule(t))
         gain = denoiser.prediction.to_data(alpha / alpha, 0 * alpha, alpha, sigma).abs()
-        weight = self.weight(alpha, sigma, gain).flatten()
-        return weight * self.distance(output - target).flatten(1).mean(1), (sigma / alpha).log().flatten()
+        return self.weight(alpha, sigma, gain).flatten() * self.distance(error).flatten(1).mean(1)

@@ -163,17 +163,17 @@ def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
     return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
 
 
-def read(tower: nn.Module, ids: Tensor, end: int | None = None) -> tuple[list[Tensor], Tensor]:
+def read(tower: nn.Module, ids: Tensor, end: int | None = None, projected: bool = True) -> tuple[list[Tensor], Tensor]:
     """ids: (B, L) token ids -> hidden states, (B, L, D) each, from before the transformer to its end; pooled: (B, E).
 
-    `end` is the id that ends a text, the largest one there is with None.
+    `end` is the id that ends a text, the largest one there is with None; `projected`: as pictures' features, where the tower can.
     """
     hidden = [tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]]
     for block in tower.transformer.resblocks:
         hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
     place = ids.argmax(dim=1) if end is None else (ids == end).int().argmax(dim=1)
     pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), place]
-    return hidden, pooled if tower.text_projection is None else pooled @ tower.text_projection
+    return hidden, pooled @ tower.text_projection if projected and tower.text_projection is not None else pooled
 
 
 def spoken(ids: Tensor) -> Tensor:

@@ -1,35 +1,27 @@
-"""Counts the captions that are longer than what reads them: what lies behind a reader's context is lost, and is said."""
+"""How many captions are longer than what a text tower reads."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 
 class Cut:
-    """How many captions were seen, how many of them were cut, and the longest.
+    """Counts the captions of training, and those that are longer than a tower's context, of which the rest is not read.
 
-    length: tokens that are read, the two at the ends among them. `always` counts where nothing is trained too, as precompute.py
-    does.
+    `most` is how many tokens it reads, and `lengths` tells how many captions have. `always` counts where nothing is trained too,
+    as precompute.py does.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length, self.always = length, False
+    def __init__(self, most: int, lengths: Callable[[Sequence[str]], list[int]]) -> None:
+        self.most, self.lengths, self.always = most, lengths, False
         self.seen = self.cut = self.longest = 0
 
-    def count(self, captions: Sequence[str], ids: Tensor, tokenizer: Any) -> None:
-        """B captions and their ids (B, L), on the processor: those that fill the context are looked at again."""
-        full = [caption for caption, last in zip(captions, ids[:, -1].tolist()) if last and hasattr(tokenizer, "encode")]
-        self.note(captions, [len(tokenizer.encode(caption)) for caption in full])
-
-    def note(self, captions: Sequence[str], lengths: Sequence[int]) -> None:
-        """B captions, and the tokens, apart from the ends, of those that may be too long."""
-        cut = [n for n in lengths if n > self.length - 2]
-        self.seen, self.cut = self.seen + sum(caption != "" for caption in captions), self.cut + len(cut)
-        self.longest = max([self.longest, *cut])
+    def count(self, captions: Sequence[str], full: Sequence[bool]) -> None:
+        """B captions, and which of them fill the context: those are looked at."""
+        lengths = [n for n in self.lengths([c for c, f in zip(captions, full) if f]) if n > self.most]
+        self.seen, self.cut = self.seen + sum(caption != "" for caption in captions), self.cut + len(lengths)
+        self.longest = max([self.longest, *lengths])
 
     def __str__(self) -> str:
         return (
-            f"{self.cut:,} of the first {self.seen:,} captions are longer than the {self.length - 2} tokens that the text tower "
+            f"{self.cut:,} of the first {self.seen:,} captions are longer than the {self.most} tokens that the text tower "
             f"reads, the longest {self.longest:,}: what lies behind is cut off."
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Stage(pl.LightningModule):
 
     trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)
     compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
+    apart: tuple[str, ...] = ()  # what is trained but serves training alone: no averages of it are kept
 
     def __init__(
         self,
@@ -141,8 +143,7 @@ class Stage(pl.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds: everything but the frozen parts."""
-        state = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in state.items() if not self._is_frozen(k)}
+        return self.without_frozen(super().state_dict(*args, **kwargs))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a checkpoint; nothing but the frozen parts may be missing.
@@ -187,12 +188,15 @@ class Stage(pl.LightningModule):
 
     @cached_property
     def _frozen_content(self) -> dict[str, str]:
-        """Frozen part -> sha256 of its weights."""
-        parts = {part: self.get_submodule(part) for part in self.frozen if part in dict(self.named_modules())}
-        return {part: weights_hash(module) for part, module in parts.items() if module.state_dict()}
+        """Frozen part -> sha256 of its weights. Of a base that adapters are trained on the recipe has it."""
+        modules = {} if self.recipe.get("base") else dict(self.named_modules())
+        return {part: weights_hash(modules[part]) for part in self.frozen if part in modules and modules[part].state_dict()}
 
-    def _is_frozen(self, name: str) -> bool:
-        return any(name == part or name.startswith(part + ".") for part in self.frozen)
+    def without_frozen(self, state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """A state dict, whose names begin here with `prefix`, without what comes from elsewhere."""
+        frozen = set(self.frozen)
+        begins = {k: accumulate(f"{prefix}{k}".split("."), "{}.{}".format) for k in state}
+        return {k: v for k, v in state.items() if not any(begin in frozen for begin in begins[k])}
 
 
 def reduce_sum(value: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import Refusal
-from ldm.files.folder import LOCAL, PART, write_text
+from ldm.files.content import file_content
+from ldm.files.folder import LOCAL, is_part, write_text
 
 # What becomes of a setting that is another one now: the first line with a pattern of its name counts. A reason refuses it.
 HOLDS, FREE, UNUSED = "holds", "free", "unused"
@@ -31,7 +32,7 @@ FATES = (
     ("training._target_", "the checkpoint is of that stage"),
     ("schedule* prediction* level*", "the network learned to read and to answer in it"),
     ("condition.*.rate autoencoder.decay autoencoder.dead autoencoder.commitment *.checkpointing *.dropout", HOLDS),
-    ("backbone* condition* autoencoder* clip*", MODEL),
+    ("backbone* condition* autoencoder* clip* adapter*", MODEL),
     ("*", HOLDS),
 )
 FILES = ("path", "model", "weights", "pretrained", "vocabulary")
@@ -127,7 +128,7 @@ def differences(before: Config, now: Config) -> Iterator[Change]:
 
 def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the settings of members that were not chosen."""
-    lists = {group: config.get(group) or {} for group in ("callback", "always", "condition", "logger")}
+    lists = {group: config.get(group) or {} for group in ("callback", "always", "condition", "adapter", "logger")}
     kept = {group: {n: v for n, v in lists[group].items() if isinstance(v, str) or "_target_" in (v or {})} for group in lists}
     return {**{name: value for name, value in config.items() if name != "identity"}, **kept}
 
@@ -171,8 +172,8 @@ def same_files(name: str, before: Any, now: Any) -> str:
     old, new = (Path(place.removeprefix(LOCAL)) for place in (before, now))
     if not old.exists() and new.exists():
         return "not compared with what is not there any more"
-    files = [[place] if place.is_file() else [place / part for part in PART if (place / part).is_file()] for place in (old, new)]
-    same = files[0] and [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    files = [[place] if place.is_file() else sorted(filter(is_part, place.glob("*"))) for place in (old, new)]
+    same = files[0] and [file_content(f) for f in files[0]] == [file_content(f) for f in files[1]]
     return "of the same files" if same else ""
 
 

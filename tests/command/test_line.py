@@ -266,47 +266,6 @@ def test_the_same_command_finds_its_run_again():
     assert run("run_id=mine") == "mine"
 
 
-PACKAGE = '''
-import torch
-from torch import nn
-
-
-class Pixels(nn.Module):
-    """Looks at every latent pixel alone."""
-
-    def __init__(self, channels, widths, width=64):
-        super().__init__()
-        self.inp = nn.Conv2d(channels + widths.spatial, width, 1)
-        self.level = nn.Linear(1, width)
-        self.tokens = nn.Linear(widths.tokens, width)
-        self.out = nn.Conv2d(width, channels, 1)
-
-    def forward(self, x, noise_level, cond):
-        told = self.level(noise_level[:, None] / 100) + self.tokens(cond.tokens).mean(1)
-        return self.out(torch.relu(self.inp(x) + told[:, :, None, None]))
-'''
-
-
-def test_a_package_of_the_users_own(tmp_path, monkeypatch):
-    """The README's example: a backbone outside our tree, by search path and allowlist."""
-    readme = (ROOT / "README.md").read_text()
-    assert PACKAGE.strip() in readme
-    configs = tmp_path / "mine" / "configs" / "backbone"
-    configs.mkdir(parents=True)
-    for folder in (tmp_path / "mine", tmp_path / "mine" / "configs"):
-        (folder / "__init__.py").write_text("")
-    (tmp_path / "mine" / "backbone.py").write_text(PACKAGE)
-    (configs / "pixels.yaml").write_text("_target_: mine.backbone.Pixels\n_partial_: true\nwidth: 64\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    search = ["hydra.searchpath=[pkg://mine.configs]", "backbone=pixels"]
-    config = compose_config("train", [*search, "allow=[mine]"])
-    from ldm.build import allowed
-
-    assert build(config.backbone, allowed(config)).func.__name__ == "Pixels"
-    with pytest.raises(ValueError, match=r"mine\.backbone\.Pixels is not among.*allow=\[mine\]"):
-        build(config.backbone)
-
-
 def run(*arguments, **kwargs):
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, **kwargs)

@@ -513,3 +513,24 @@ def test_killed_runs_end_with_the_very_same_weights(numbered, tmp_path, devices)
     run(numbered, killed, 300, devices)
     assert all(torch.equal(weights(killed)[name], weight) for name, weight in weights(tmp_path / "whole").items())
     assert seen(killed) == seen(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tokens_of_several_lengths_share_a_batch(tmp_path, workers):
+    """Filled up with zeros to the longest of it, and their masks with False; whatever came before them."""
+    lengths = [3, 3, 1, 5, 2, 4]
+    rows = [{"t.npy": np.full((n, 4), n, np.float16), "m.npy": np.ones(n, bool)} for n in lengths]
+    write_shards([{"__key__": str(i), "txt": "x", **row} for i, row in enumerate(rows)], tmp_path / "s")
+    data = Shards(tmp_path / "s", fields={"tokens": "t.npy", "mask": "m.npy", "caption": "txt"}, batch=2, workers=workers)
+    data.setup()
+    for _ in range(2):
+        for i, batch in enumerate(data.ordered("train", 2)):
+            pair = lengths[2 * i : 2 * i + 2]
+            assert batch["tokens"].shape == (2, max(pair), 4) and batch["mask"].sum(1).tolist() == pair
+            assert batch["tokens"][..., 0].sum(1).tolist() == [n * n for n in pair]
+    wide = [{"__key__": str(i), "t.npy": np.zeros((n, d), np.float16)} for i, (n, d) in enumerate([(3, 4), (2, 4), (2, 5)])]
+    write_shards(wide, tmp_path / "w")
+    data = Shards(tmp_path / "w", fields={"tokens": "t.npy"}, batch=3)
+    data.setup()
+    with pytest.raises(ValueError, match=r"arrays of shapes \[\(2, 5\), \(3, 4\)\], which share no batch"):
+        data.rows("train", range(3))

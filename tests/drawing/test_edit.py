@@ -23,7 +23,7 @@ def pair(schedule):
     """The exact denoiser of two pixels, side by side: normal, of unit variance and correlation RHO."""
     covariance = torch.tensor([[1.0, RHO], [RHO, 1.0]], dtype=torch.float64)
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         alpha, sigma = schedule(t)
         gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64))
         return torch.einsum("ij,bchj->bchi", gain, x_t)

@@ -11,6 +11,8 @@ from ldm.condition.label import Label
 from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser, LogRatio
 from ldm.model import LatentModel
+from ldm.objective.contrastive import Contrastive
+from ldm.objective.noise import Coupled
 from ldm.objective.regression import Regression
 from ldm.objective.time import LogitNormal
 from ldm.prediction import Flow
@@ -123,7 +125,9 @@ def autoencoder_stage():
 def train_all(emoji_root, folder, clip, **kwargs):
     """Three steps of each stage, and the statistics of an autoencoder; -> tensors by name, on rank 0."""
     told = {}
-    stages = {"diffusion": diffusion(), "contrast": contrast(clip), "autoencoding": autoencoder_stage()}
+    coupled = diffusion()
+    coupled.objective = Contrastive(noise=Coupled())
+    stages = {"diffusion": diffusion(), "coupled": coupled, "contrast": contrast(clip), "autoencoding": autoencoder_stage()}
     for name, stage in stages.items():
         stage, data = exact(stage, captioned(emoji_root) if name == "contrast" else small(emoji_root))
         run = trainer(folder, 3, enable_checkpointing=False, **kwargs)

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, T5Config
 
 from helpers.family import their_pipeline, their_tokenizer, their_unet
 from ldm.build import load_autoencoder, load_model
@@ -20,7 +20,8 @@ from ldm.interop.convert import read, write
 from ldm.interop.keys import CLASSES
 from ldm.interop.schedulers import DRAWING, GRID, MODEL, REFUSED, SILENT, TAKES, read_schedule
 
-CONFIGS = {"CLIPTextModel": CLIPTextConfig, "LDMBertModel": LDMBertConfig, "Transformer2DModel": diffusers.DiTTransformer2DModel}
+OF_TRANSFORMERS = {"CLIPTextModel": CLIPTextConfig(), "T5EncoderModel": T5Config(feed_forward_proj="gated-gelu")}
+CONFIGS = {"LDMBertModel": LDMBertConfig, "Transformer2DModel": diffusers.DiTTransformer2DModel}
 
 
 def keys_of(made):
@@ -30,9 +31,8 @@ def keys_of(made):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_key_of_a_class_is_known(kind):
     """And the value that its class means, where nothing is said, is one that is built."""
-    made = CONFIGS.get(kind) or getattr(diffusers, kind)
-    keys = CLASSES[kind]
-    theirs = CLIPTextConfig().to_dict() if kind == "CLIPTextModel" else keys_of(made)
+    keys, of_transformers = CLASSES[kind], OF_TRANSFORMERS.get(kind)
+    theirs = keys_of(CONFIGS.get(kind) or getattr(diffusers, kind)) if of_transformers is None else of_transformers.to_dict()
     assert {name for name in theirs if name[0] != "_"} - keys.known() == set()
     assert {name: theirs[name] for name, only in keys.only.items() if name in theirs and theirs[name] not in only} == {}
 

@@ -19,7 +19,7 @@ MEANS, WEIGHTS, STD = (-1.2, 0.8), (0.4, 0.6), 0.3
 def gaussian(schedule, mean=0.3, std=0.7):
     """The exact denoiser of N(mean, std^2) data."""
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         alpha, sigma = schedule(t)
         return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mean)
 
@@ -29,7 +29,7 @@ def gaussian(schedule, mean=0.3, std=0.7):
 def mixture(schedule):
     """The exact denoiser of the mixture of two normal distributions: each one's answer, by how likely it is."""
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         answers = torch.stack([gaussian(schedule, mean, STD)(x_t, t) for mean in MEANS])
         odds = torch.stack([math.log(w) + log_normal(schedule, x_t, t, m) for m, w in zip(MEANS, WEIGHTS)])
         return (odds.softmax(0) * answers).sum(0)
@@ -73,6 +73,8 @@ def test_stochastic_samplers_have_the_mean_and_variance_of_the_data(name, settin
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sampler").glob("*.yaml")), ids=lambda p: p.stem)
 def test_samples_of_a_mixture_match_the_data(path):
     """Two-sample Kolmogorov-Smirnov: the distance stays below its 0.1 % critical value, 1.95 sqrt(2 / n)."""
+    if not sampler(path.stem).order:
+        pytest.skip("for consistency models alone")
     n = 4096
     noise = torch.randn(4, 1, 32, 32, dtype=torch.float64)
     drawn = sampler(path.stem, steps=200)(mixture(Cosine()), Cosine(), noise, range(4)).flatten()

@@ -33,7 +33,7 @@ def sampler(config, steps, **settings):
 def stochastic(draw):
     """Whether the seeds alone change what is drawn."""
     noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    return not torch.equal(*(draw(lambda x_t, t: x_t / 2, Linear(), noise, [seed]) for seed in (0, 1)))
+    return not torch.equal(*(draw(lambda x_t, t, *to: x_t / 2, Linear(), noise, [seed]) for seed in (0, 1)))
 
 
 @every_sampler
@@ -45,7 +45,7 @@ def test_data_that_is_one_point_is_reached_exactly(config, schedule, steps):
     start, end = (schedule(torch.tensor(t, dtype=torch.float64)) for t in (1.0, 0.0))
     slope = (torch.hypot(*start) * noise - start[0] * point) / start[1]
     wanted = end[0] * point + end[1] * slope
-    drawn = sampler(config, steps)(lambda x_t, t: point, schedule, noise, range(4))
+    drawn = sampler(config, steps)(lambda x_t, t, *to: point, schedule, noise, range(4))
     if stochastic(sampler(config, 2)):  # fresh noise in the end, of the last time's size
         assert (drawn - end[0] * point).abs().max() < 6 * end[1]
         return
@@ -57,7 +57,7 @@ def test_a_picture_does_not_see_its_batch(config):
     """Nor its place in it: only its own noise and seed."""
     noise, schedule, draw = torch.randn(6, 2, 3, 3), Cosine(), sampler(config, 5)
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         return torch.sin(2 * x_t)
 
     whole = draw(denoise, schedule, noise, range(6))
@@ -73,7 +73,7 @@ def test_few_bits_are_enough_where_hardly_any_signal_is_left(config, dtype, most
     """Nothing of the size sigma / alpha, 4096 and more here, is added and taken away again."""
     schedule = DDPMTable(zero_terminal_snr=True)
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         alpha, sigma = schedule(t)
         return alpha * 0.5 / (alpha**2 * 0.5 + sigma**2) * x_t
 
@@ -122,7 +122,7 @@ def test_there_and_back_again(config):
         pytest.skip("stochastic")
     schedule, x = Cosine(), torch.randn(4, 1, 2, 2, dtype=torch.float64)
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         alpha, sigma = schedule(t)
         return alpha * 0.5 / (alpha**2 * 0.5 + sigma**2) * x_t
 
@@ -139,7 +139,7 @@ def test_there_and_back_again(config):
 def test_the_grid_owns_first_and_last(config):
     asked = []
 
-    def denoise(x_t, t):
+    def denoise(x_t, t, to=None):
         asked.append(t.item())
         return x_t
 
@@ -198,7 +198,7 @@ class Own:
 def model_of_half():
     """Its estimate is half of what it sees; pictures are latents."""
 
-    def denoiser(x_t, t, cond):
+    def denoiser(x_t, t, cond, to=None):
         return x_t / 2
 
     denoiser.schedule, denoiser.parameters = Linear(), lambda: iter([torch.zeros(1)])

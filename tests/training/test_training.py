@@ -566,7 +566,7 @@ def test_a_frozen_part_that_changed_where_it_lies_is_refused_by_name():
 
 def test_captions_that_a_clip_cuts_in_training_are_counted(capsys):
     stage = contrast(CLIP)
-    stage.cut.note(["a"] * 3, [40])
+    stage.cut.count(["a " * 40, "a", "b"], [True, False, False])
     stage.on_train_end()
     stage.on_train_end()
     assert capsys.readouterr().out.count("1 of the first 3 captions are longer than the 10 tokens") == 1
@@ -574,7 +574,7 @@ def test_captions_that_a_clip_cuts_in_training_are_counted(capsys):
 
 def test_cut_captions_are_said_once(capsys):
     stage = diffusion()
-    cut = Cut(12)
+    cut = Cut(10, len)
     cut.seen, cut.cut, cut.longest = 999, 3, 40
     stage.model.conditioner.embedders["label"].cut = cut
     stage.on_train_batch_end()

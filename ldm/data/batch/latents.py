@@ -35,8 +35,8 @@ from ldm.types import Autoencoder, DataModule, Draws, Embedder, StandIn
 RECORD = "provenance.json"
 REST = ("txt", "cls", "json")  # members that go along, where a sample has them
 
-# B captions -> the arrays that are kept of them: member -> (B, ...)
-Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]
+# B captions -> the arrays that are kept of each, by member
+Embed = Callable[[Sequence[str]], Sequence[Mapping[str, Tensor]]]
 
 
 @torch.no_grad()
@@ -56,7 +56,8 @@ def write_latents(
     """Encodes a split of a data module into shards; goes on where it stopped. Rank r writes shard r, r + world, ...
 
     A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text`, a tower and how it
-    embeds, says of its caption, as float32 or float16; its caption and label; its record, with the sizes that SDXL is told.
+    embeds, says of its caption, as float32 or float16, of a masked text only the spoken tokens; its caption and label; its
+    record, with the sizes that SDXL is told.
     With data.buckets each is encoded in its bucket's size.
 
     Raises:
@@ -190,15 +191,15 @@ def _encoded(
         moments = autoencoder.encode(fields["image"])
         if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
             raise Refusal(f"The latents of {fields['key'][0]!r} and those beside it are not finite: {TOO_LARGE} (model=FOLDER).")
-        arrays = {"moments.npy": torch.cat((moments.mean, moments.std), dim=1)}
-        arrays |= {} if text is None else text[1](fields[text[0].key])
-        arrays = {m: (x.half() if half and x.is_floating_point() else x).cpu().numpy() for m, x in arrays.items()}
+        rows = [{"moments.npy": x} for x in torch.cat((moments.mean, moments.std), dim=1).cpu()]
+        said = [{} for _ in rows] if text is None else text[1](fields[text[0].key])
         for i, (key, position) in enumerate(zip(fields["key"], fields["position"].tolist())):
             kept = _rest(loaded.samples, *at[position])
             kept["json"] = {**kept.get("json", {}), **_sizes(fields, i)}
             seen[key] += 1  # another folder's sample may have the same
             name = key if seen[key] == 1 else f"{key}-{seen[key]}"
-            yield {"__key__": name, **kept, **{member: array[i] for member, array in arrays.items()}}
+            arrays = {m: x.half() if half and x.is_floating_point() else x for m, x in {**rows[i], **said[i]}.items()}
+            yield {"__key__": name, **kept, **{member: x.cpu().numpy() for member, x in arrays.items()}}
 
 
 def _rest(samples: Samples, shard: int, row: int) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __init__(self, index: Index, selection: Selection, fields: Mapping[str, str], size: int) -> None:
         self.index, self.selection, self.fields, self.size = index, selection, dict(fields), size
         self.layouts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # of arrays, by member, as they were last
+        self.uneven: set[str] = set()  # members whose arrays are of several lengths
         self._files: Recent[int, FileIO] = Recent(OPEN_FILES, self._open)
         self._maps: Recent[int, memoryview] = Recent(OPEN_FILES, self._map)
 
@@ -97,6 +98,9 @@ class Samples(Dataset[dict[str, Any]]):
             return False
         out[:] = mapped[begin:end]
         return True
+
+    def at(self, position: int) -> None:
+        """Told before the sample at this position of the order is read; what lies in shards does not depend on it."""
 
     def where(self, shard: int, row: int) -> Where:
         """Names a sample, for errors."""
@@ -151,6 +155,7 @@ class Loaded(Dataset[dict[str, Any]]):
             for attempt in range(ATTEMPTS):
                 shard, row = self._instead(place, attempt) if attempt else (place.shard, place.row)
                 try:
+                    self.samples.at(place.position)
                     view = cut(place.position, place.height, place.width, self.crop, self.flip, self.seed)
                     for column in columns.values():
                         column.put(len(kept), shard, row, view)
@@ -191,7 +196,7 @@ class Column:
         self.picture, self.header = is_image(member), b""
         self.values: list[Any] = []
         self.tensor: Tensor | None = None
-        if member in samples.layouts:
+        if member in samples.layouts and member not in samples.uneven:
             self._begin(*samples.layouts[member])
 
     def put(self, i: int, shard: int, row: int, view: View) -> None:
@@ -208,26 +213,41 @@ class Column:
         if self.picture and i == 0:
             self._begin(torch.uint8, (3, view.height, view.width))
         value = self.samples.read(shard, row, self.member, view, self.rows[i] if self.picture else None)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or (self.tensor is None and self.member in self.samples.uneven):
             del self.values[i:]
+            if self.values and isinstance(value, Tensor) and value.shape[1:] != self.values[0].shape[1:]:
+                self._refuse(value.shape, self.values[0].shape, shard, row)
             self.values.append(value)
             return
         if i == 0 and not self.picture:
             self._begin(value.dtype, tuple(value.shape))
+        if value.shape != self.tensor.shape[1:] and is_sequence(value) and value.shape[1:] == self.tensor.shape[2:]:
+            self.samples.uneven.add(self.member)
+            self.values, self.tensor, self.header = [*self.tensor[:i].clone(), value], None, b""
+            return
         if value.shape != self.tensor.shape[1:]:
-            raise Refusal(
-                f"Member {self.member!r} has arrays of shapes {sorted({tuple(value.shape), tuple(self.tensor.shape[1:])})}, "
-                f"which share no batch; the last is of {self.samples.where(shard, row)} (data.fields)."
-            )
+            self._refuse(value.shape, self.tensor.shape[1:], shard, row)
         if value.data_ptr() != self.tensor[i].data_ptr():
             self.tensor[i].copy_(value)
 
     def result(self, count: int) -> Any:
-        """Tensors (count, ...), integers as int64 (count), all else a list."""
+        """Tensors (count, ...), integers as int64 (count), all else a list. Sequences of several lengths are filled up with
+        zeros to the longest."""
         if self.tensor is not None:
             return self.tensor[:count]
         values = self.values[:count]
+        if isinstance(values[0], Tensor):
+            filled = empty([count, max(map(len, values)), *values[0].shape[1:]], values[0].dtype).zero_()
+            for row, value in zip(filled, values):
+                row[: len(value)] = value
+            return filled
         return torch.tensor(values, dtype=torch.int64) if isinstance(values[0], int) else values
+
+    def _refuse(self, one: Sequence[int], other: Sequence[int], shard: int, row: int) -> None:
+        raise Refusal(
+            f"Member {self.member!r} has arrays of shapes {sorted({tuple(one), tuple(other)})}, which share no batch; the last "
+            f"is of {self.samples.where(shard, row)} (data.fields)."
+        )
 
     def _begin(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Pictures lie channels last, as decoders give them and convolutions like them."""
@@ -240,6 +260,11 @@ class Column:
             self.samples.layouts[self.member] = dtype, shape
             self.header, self.each = header_of(dtype, shape), math.prod(shape) * dtype.itemsize
             self.bytes = memoryview(self.tensor.numpy().reshape(-1).view(np.uint8))
+
+
+def is_sequence(x: Tensor) -> bool:
+    """Whether it is tokens, (L, D), or their mask, (L) bool, of which each sample may have as many as it has."""
+    return x.ndim == 2 or (x.ndim == 1 and x.dtype == torch.bool)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

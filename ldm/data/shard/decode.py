@@ -128,6 +128,15 @@ def decode_picture(data: bytes, view: View, out: np.ndarray | None = None, forma
     return _fit(_pixels(image, data, out if as_it_is else None), view, InterpolationMode.BICUBIC)
 
 
+def cut_picture(image: Image.Image, view: View) -> Tensor:
+    """A picture that is read already -> uint8 (3, height, width), channels last, upright, in sRGB.
+
+    Raises:
+        Refusal: its pixels cannot be read, or are numbers of no known range.
+    """
+    return _fit(np.array(to_srgb(image)), view, InterpolationMode.BICUBIC)
+
+
 def _image(data: bytes, view: View, out: np.ndarray | None) -> Tensor:
     return decode_picture(data, view, out)
 

@@ -24,9 +24,10 @@ from aiohttp import ClientError, ClientTimeout
 from filelock import FileLock, Timeout
 
 from ldm.errors import Refusal, Unreachable
+from ldm.files.cache import cache_folder
 from ldm.files.whole import whole
 
-CACHE = os.environ.get("LDM_CACHE", "~/.cache/ldm")
+CACHE = str(cache_folder())
 SCHEMES = ("s3", "gs", "http", "https")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # that fsspec reads them through; it brings the one for http itself
 CREDENTIALS = {

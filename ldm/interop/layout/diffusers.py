@@ -6,11 +6,11 @@ from typing import Any
 
 from ldm.errors import Refusal
 from ldm.files.folder import save_tensors, write_json
-from ldm.interop.bundle import BACKBONE, Bundle, recipe_of, usually_named
+from ldm.interop.bundle import BACKBONE, DISCRETE, SHARE, Bundle, recipe_of, usually_named
 from ldm.interop.files import take_part
 from ldm.interop.find import network_of, networks, parts
 from ldm.interop.protocols import Layout, Network
-from ldm.interop.schedulers import read_schedule, scheduler_config
+from ldm.interop.schedulers import read_schedule
 from ldm.interop.tie import give
 from ldm.interop.weights import Config, read_config
 
@@ -64,7 +64,8 @@ def read_folder(folder: Path) -> Bundle:
     for part in parts():
         part.take_folder(folder, index, bundle)
     network.conditions(bundle, built, config, index)
-    bundle.recipe = recipe_of(network.node(settings), bundle.recipe["condition"], kind, schedule)
+    level = SHARE if kind == "Flow" else DISCRETE
+    bundle.recipe = recipe_of(network.node(settings), bundle.recipe["condition"], kind, schedule, dict(level))
     return bundle
 
 
@@ -80,7 +81,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
         return
     network = network_of(bundle)
     network.check_diffusers(bundle)
-    scheduler = scheduler_config(bundle.recipe)
+    scheduler = network.scheduler(bundle)
     for part in parts():
         part.check_folder(bundle)
     index, settings, backbone = network.pipeline(bundle), network.settings(bundle), bundle.backbone()

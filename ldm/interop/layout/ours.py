@@ -50,7 +50,7 @@ def read_folder(folder: Path) -> Bundle:
         part.take_ours(bundle, folder)
     check_numbers(bundle.weights, path)
     for network in networks():
-        if network.target == recipe["backbone"]["_target_"]:
+        if network.builds(bundle):
             network.check(bundle, str(path))
     return bundle
 

@@ -18,7 +18,7 @@ from ldm.interop.find import network_of, networks, parts, recognised
 from ldm.interop.protocols import Layout, Network
 from ldm.interop.source import PREDICTIONS, File, told_beside
 from ldm.interop.tie import give
-from ldm.interop.weights import check_numbers, open_weights
+from ldm.interop.weights import check_kinds, check_numbers, open_weights
 
 SCALE = 0.18215  # of an autoencoder that comes alone and does not say it
 
@@ -51,6 +51,7 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     Raises:
         Refusal: names what is missing, unknown, or undecided.
     """
+    check_kinds(weights, path)
     file, network = File(path, weights, told_beside(path)), recognised(weights)
     if network is None:
         bundle = Bundle(None)
@@ -68,7 +69,7 @@ def _read_model(file: File, network: Network, prediction: str | None) -> Bundle:
     file.check_prediction(prediction)
     file.weights = network.averaged(file.weights)
     built = settings, channels, widths = network.settings_of(file.below(network.prefix), file.told)
-    bundle = Bundle({"condition": {}}, scale=file.scale() or network.scale(file))
+    bundle = Bundle({"condition": {}}, scale=file.scale() or network.scale(file), shift=network.shift)
     for part in () if network.alone else parts():
         part.take_file(file, bundle, bundle.scale)
     for ours, theirs in network.tables().items():
@@ -78,7 +79,7 @@ def _read_model(file: File, network: Network, prediction: str | None) -> Bundle:
     network.conditions(bundle, built, None, {})
     kind = network.says(file, bundle, built, prediction)
     shapes = network.shapes(channels, widths, settings)
-    taken = file.take(network.single_ties(shapes, settings, kind), shapes, network.prefix)
+    taken = network.computed(settings) | file.take(network.single_ties(shapes, settings, kind), shapes, network.prefix)
     bundle.weights |= {BACKBONE + name: x for name, x in taken.items()}
     file.check_left(network.left)
     schedule, level = network.schedule(file, kind)
@@ -123,6 +124,9 @@ def _told(bundle: Bundle, network: Network, settings: Mapping[str, Any]) -> dict
         Refusal: the schedule or the prediction has no place there.
     """
     recipe = bundle.recipe
+    if network.straight:
+        params = {**network.beside(settings, bundle), **{k: v for part in parts() for k, v in part.beside(bundle).items()}}
+        return {"model": {"params": params}}
     kind, schedule = (recipe[name]["_target_"].split(".")[-1] for name in ("prediction", "schedule"))
     words = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if kind not in words or schedule != "ScaledLinear" or recipe["schedule"].get("zero_terminal_snr"):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.backbone.dit import DiT, grid_waves
+from ldm.backbone.dit import DiT
 from ldm.errors import Refusal
 from ldm.interop.bundle import BETAS, DISCRETE, VERSION, Bundle
 from ldm.interop.conditions import LABEL
@@ -25,10 +25,11 @@ from ldm.interop.network._dit_names import (
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, Tie, check_whole, give
+from ldm.nn.transformer import grid_waves
 
 ROWS = 1001  # of the class table that diffusers' pipeline wants; it knows no label by its last
 CLASS = "ldm.condition.label.Label"
-OURS = ("rms_norm", "swiglu", "rotary", "norm_heads")  # of LightningDiT, which diffusers has not
+OURS = ("rms_norm", "swiglu", "rotary", "norm_heads", "shared", "registers")  # which diffusers has not
 
 
 class DiTNetwork(Network):
@@ -43,6 +44,10 @@ class DiTNetwork(Network):
     alone = True
     left = (ROTARY,)
     diffusers_left = ("pos_embed.pos_embed",)
+
+    def builds(self, bundle: Bundle) -> bool:
+        """One that reads no tokens."""
+        return super().builds(bundle) and "read.wide.weight" not in bundle.backbone()
 
     def recognise(self, names: Iterable[str]) -> bool:
         """By its class table."""
@@ -148,7 +153,8 @@ class DiTNetwork(Network):
 
     def computed(self, settings: Mapping[str, Any]) -> dict[str, Tensor]:
         """Its positions."""
-        return {"position": grid_waves(settings["size"] // settings["patch"], settings["width"])}
+        side = settings["size"] // settings["patch"]
+        return {"position": grid_waves(side, side, settings["width"])}
 
     def conditions(self, bundle: Bundle, built: Built, config: Mapping[str, Any] | None, index: Mapping[str, Any]) -> None:
         """The class."""

@@ -33,13 +33,17 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     ours = {"channels": channels, "width": width, "mult": [ch // width for ch in blocks]}
     ours |= {"res_blocks": config["layers_per_block"], "groups": config.get("norm_num_groups", 32)}
     ours["attention"] = [i for i, attend in enumerate(attends) if attend]
+    around = [config.get(name, True) for name in ("use_quant_conv", "use_post_quant_conv")]
+    if around[0] != around[1]:
+        raise Refusal(f"{folder} has use_quant_conv={around[0]} and use_post_quant_conv={around[1]}; both or neither are known.")
     if kind == "AutoencoderKL":
-        return {"_target_": "ldm.autoencoder.kl.KL", **ours}
+        return {"_target_": "ldm.autoencoder.kl.KL", **ours, **({} if around[0] else {"quant_conv": False})}
     return {"_target_": "ldm.autoencoder.vq.VQ", **ours, "codes": config["num_vq_embeddings"]}
 
 
-def vae_config(ours: Mapping[str, Any], scale: float, quantised: bool) -> dict[str, Any]:
-    """How `KL` or `VQ` is built, the defaults filled in -> AutoencoderKL's or VQModel's config."""
+def vae_config(ours: Mapping[str, Any], scale: float, shift: float, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """How `KL` or `VQ` is built, the defaults filled in, and its tensors -> AutoencoderKL's or VQModel's config."""
+    quantised, around = "codebook" in weights, "quant_conv.weight" in weights
     attends = [i in ours["attention"] for i in range(len(ours["mult"]))]
     return {
         "_class_name": "VQModel" if quantised else "AutoencoderKL",
@@ -55,6 +59,8 @@ def vae_config(ours: Mapping[str, Any], scale: float, quantised: bool) -> dict[s
         "scaling_factor": scale,
         "act_fn": "silu",
         "sample_size": 256,
+        **({"shift_factor": shift} if shift or not around else {}),
+        **({} if around else {"use_quant_conv": False, "use_post_quant_conv": False}),
         **({"num_vq_embeddings": ours["codes"], "vq_embed_dim": ours["channels"]} if quantised else {}),
     }
 

@@ -11,6 +11,7 @@ from ldm.interop.part._transformers import PREFIX, transformers
 from ldm.interop.tie import bring, give, same, taken
 
 TOWERS = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
+SD3 = ("text_encoders.clip_l.", "text_encoders.clip_g.")
 
 
 FULL = {768: 12, 1024: 24, 1280: 32}  # the blocks of the published towers, by width
@@ -18,7 +19,8 @@ FULL = {768: 12, 1024: 24, 1280: 32}  # the blocks of the published towers, by w
 
 def named_as_today(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors; those of transformers' text towers with the prefix that older, and the latest, versions leave out."""
-    bare = tuple(f"{prefix}transformer.{part}." for prefix in TOWERS for part in ("embeddings", "encoder", "final_layer_norm"))
+    places, pieces = (*TOWERS, *SD3), ("embeddings", "encoder", "final_layer_norm")
+    bare = tuple(f"{prefix}transformer.{piece}." for prefix in places for piece in pieces)
     return {n.replace("transformer.", f"transformer.{PREFIX}", 1) if n.startswith(bare) else n: x for n, x in weights.items()}
 
 
@@ -27,7 +29,7 @@ def read_texts(weights: Mapping[str, Tensor], layer: int | None = None) -> tuple
 
     `layer` is the hidden state of Stable Diffusion 2's tower that is read, where something says so.
     """
-    found = [(prefix, _read_tower(weights, prefix)) for prefix in TOWERS if any(n.startswith(prefix) for n in weights)]
+    found = [(prefix, _read_tower(weights, prefix)) for prefix in (*TOWERS, *SD3) if any(n.startswith(prefix) for n in weights)]
     found = [(prefix, part, used) for prefix, (part, used) in found if part is not None]
     read = set().union(*(used for _, _, used in found)) if found else set()
     if [prefix for prefix, _, _ in found] == [TOWERS[0]]:
@@ -37,10 +39,19 @@ def read_texts(weights: Mapping[str, Tensor], layer: int | None = None) -> tuple
             first = {"layers": _last_but_one(part) if layer is None or _trimmed(part) else [layer], "padding": 0}
         node = text_node("condition.text", final_norm=True, **first)
         return {"text": node}, {"condition.text": part}, read
+    if [prefix for prefix, _, _ in found] == [SD3[0]]:  # Flux: a vector alone
+        node = text_node("condition.text", layers=[], pooled=True, projected=False, padding=49407)
+        return {"text": node}, {"condition.text": found[0][1]}, read
     nodes, parts = {}, {}
+    third = any(prefix in SD3 for prefix, _, _ in found)
     for _, part, _ in found:
         name = "large" if part.config["quick_gelu"] else "giant"
         place = f"condition.text.towers.{name}"
+        if third:
+            pads = 49407 if name == "large" else 0
+            nodes[name] = text_node(place, layers=[-2], final_norm=False, pooled=True, padding=pads)
+            parts[place] = part
+            continue
         giant = {"pooled": True, "padding": 0} if name == "giant" else {"padding": 49407}
         nodes[name] = text_node(place, layers=_last_but_one(part), final_norm=False, dropped="zeros", **giant)
         parts[place] = part
@@ -61,7 +72,7 @@ def _last_but_one(part: Part) -> list[int]:
 
 def _read_tower(weights: Mapping[str, Tensor], prefix: str) -> tuple[Part | None, set[str]]:
     """transformers' layout below `transformer.`, with OpenAI's activation, or open_clip's below `model.`."""
-    foreign = any(name.startswith(f"{prefix}transformer.{PREFIX}") for name in weights)
+    foreign, openai = any(name.startswith(f"{prefix}transformer.{PREFIX}") for name in weights), prefix != SD3[1]
     prefix += "transformer." if foreign else "model."
     shapes = {name.removeprefix(prefix): tuple(weights[name].shape) for name in weights if name.startswith(prefix)}
     if not shapes:
@@ -73,12 +84,21 @@ def _read_tower(weights: Mapping[str, Tensor], prefix: str) -> tuple[Part | None
     last = PREFIX + "encoder.layers.{}.layer_norm1.weight" if foreign else "transformer.resblocks.{}.ln_1.weight"
     text = {"context_length": shapes[context][0], "vocab_size": shapes[vocabulary][0], "width": width}
     text |= {"heads": max(1, width // 64), "layers": next(i for i in range(1000) if last.format(i) not in shapes)}
-    config = {"embed_dim": projection[-1] if projection else width, "quick_gelu": foreign, "text_cfg": text}
+    config = {
+        "embed_dim": projection[0 if foreign else -1] if projection else width,
+        "quick_gelu": foreign and openai,
+        "text_cfg": text,
+    }
     if projection is None:
         text["proj_type"] = "none"
     wanted = tower_shapes(config)
     ties = transformers(wanted) if foreign else {name: same(name) for name in wanted}
     return Part(config, bring(ties, weights, wanted, prefix), kind="clip"), taken(ties, prefix)
+
+
+def write_plain(part: Part, prefix: str) -> dict[str, Tensor]:
+    """A tower's tensors below `prefix` in transformers' layout, all of them: as in files of Stable Diffusion 3."""
+    return give(transformers(part.weights), part.weights, f"{prefix}transformer.")
 
 
 def write_tower(part: Part, prefix: str, layers: list[int]) -> dict[str, Tensor]:

@@ -16,9 +16,15 @@ from ldm.interop.weights import read_config
 from ldm.tower.clip import FIRST_LEARNED
 
 
+def slots_of(index: Mapping[str, Any]) -> list[str]:
+    """Where in a pipeline CLIPs are; a T5 is read elsewhere."""
+    named = {slot: index.get(f"text_encoder{slot}") or [None, None] for slot in ("", "_2")}
+    return [slot for slot, (library, kind) in named.items() if library and kind != "T5EncoderModel"]
+
+
 def read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:
     """The text condition, and its towers by sub-folder."""
-    slots = [slot for slot in ("", "_2") if index.get(f"text_encoder{slot}", [None])[0]]
+    slots, third = slots_of(index), "text_encoder_3" in index
     names = {"": "large", "_2": "giant"}
     large = "_2" in slots
     nodes, parts = {}, {}
@@ -28,8 +34,11 @@ def read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], 
         text = parts[place].config["text_cfg"]
         told = read_tokenizer(folder / f"tokenizer{slot}", text["vocab_size"], text["context_length"])
         if large:
-            dropped = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "empty_prompt"
-            told |= {"layers": [-2], "final_norm": False, "dropped": dropped, "pooled": slot == "_2"}
+            zeros = index.get("force_zeros_for_empty_prompt", not third)
+            told |= {"layers": [-2], "final_norm": False, "pooled": third or slot == "_2"}
+            told |= {"dropped": "zeros" if zeros else "empty_prompt"}
+        elif index.get("text_encoder_2"):  # a T5, as Flux has it: of the CLIP the vector alone
+            told |= {"layers": [], "pooled": True, "projected": False}
         nodes[names[slot]] = text_node(place, **({"layers": [-1], "final_norm": True} | told))
     if not large:
         return {"text": nodes["large"]} if nodes else {}, parts
@@ -59,12 +68,15 @@ def texts_of(bundle: Bundle) -> list[tuple[dict[str, Any], Part]]:
     for place, node in towers(bundle.recipe["condition"]).items():
         several = several or ".towers." in place
         layers, norm = list(node.get("layers", [-1])), node.get("final_norm", True)
-        wrong = [f"layers={layers}, final_norm={norm}"] if (layers, norm) not in _readable(several) else []
+        plain = layers == [] and not node.get("projected", True)  # a vector alone, as Flux reads it
+        wrong = [] if plain or (layers, norm) in _readable(several) else [f"layers={layers}, final_norm={norm}"]
         wrong += ["whiten=true"] if node.get("whiten") else []
         wrong += [f"padding={node.get('padding')}"] if node.get("padding") not in PADDING.values() else []
         if wrong:
             raise Refusal(f"diffusers' pipelines do not read text with {', '.join(wrong)} ({place}); padding is 0 or 49407.")
-        found.append((node, _cut(bundle.parts[place], 1 if layers == [-2] and norm else 0, node.get("pooled", False))))
+        found.append(
+            (node, _cut(bundle.parts[place], 1 if layers == [-2] and norm else 0, node.get("pooled", False) and not plain))
+        )
     return found
 
 

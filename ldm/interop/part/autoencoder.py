@@ -12,6 +12,7 @@ from ldm.files.folder import read_recipe, read_weights, save_model, save_tensors
 from ldm.interop import protocols
 from ldm.interop.bundle import AUTOENCODERS, Bundle, Part, autoencoder_shapes, home_of
 from ldm.interop.files import take_part
+from ldm.interop.find import network_of
 from ldm.interop.part import _autoencoder_config
 from ldm.interop.part._autoencoder_config import vae_config, vae_settings
 from ldm.interop.source import LEFT, File
@@ -78,7 +79,7 @@ def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     try:
         width, levels = shapes["encoder.conv_in.weight"][0], 1 + max(_numbers(shapes, r"encoder\.down\.(\d+)\..+"))
         found = {
-            "channels": shapes["post_quant_conv.weight"][1],
+            "channels": shapes.get("post_quant_conv.weight", shapes["decoder.conv_in.weight"])[1],
             "width": width,
             "mult": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // width for i in range(levels)],
             "res_blocks": 1 + max(_numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\..+")),
@@ -89,7 +90,7 @@ def settings_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         raise Refusal(f"This is no autoencoder in CompVis' layout: {found} among its tensors.") from error
     codes = shapes.get("quantize.embedding.weight")
     if codes is None:
-        return {"_target_": "ldm.autoencoder.kl.KL", **found}
+        return {"_target_": "ldm.autoencoder.kl.KL", **found, **({} if "quant_conv.weight" in shapes else {"quant_conv": False})}
     return {"_target_": "ldm.autoencoder.vq.VQ", **found, "codes": codes[0]}
 
 
@@ -117,6 +118,7 @@ def _numbers(names: Iterable[str], pattern: str) -> list[int]:
 
 
 PREFIX = "first_stage_model."
+FLUX = (0.3611, 0.1159)  # scale factor and shift of the autoencoder that is published in a file of its own
 
 
 class Autoencoder(protocols.Part):
@@ -140,13 +142,17 @@ class Autoencoder(protocols.Part):
         config = settings_of(file.below(prefix))
         shapes = autoencoder_shapes(config)
         weights = file.take(compvis(shapes, config), shapes, prefix)
-        said = file.scale()
+        said, shift = file.scale(), float(file.told.get("shift_factor", bundle.shift))
+        if alone and not said and not config.get("quant_conv", True):
+            scale, shift = FLUX
         scale = said or (1.0 if "codebook" in weights else scale)  # a VQ is published with 1
-        part = Part(config, _measured(config, weights, shapes, scale), scale=None if said else scale)
+        part = Part(config, _measured(config, weights, shapes, scale, mean=shift), scale=None if said else scale)
         bundle.parts[self.kind] = part
         if not said:
-            known = " (Stable Diffusion 1's and 2's is 0.18215, XL's 0.13025, a VQ's 1)" if alone else ""
-            bundle.assumed.append(f"scale: {scale:g}{known}")
+            known = " (Stable Diffusion 1's and 2's is 0.18215, XL's 0.13025, a VQ's 1, Stable Diffusion 3's 1.5305)"
+            bundle.assumed.append(f"scale: {scale:g}{known if alone else ''}")
+        if not said and shift:
+            bundle.assumed.append(f"shift: {shift:g}{' (Stable Diffusion 3 has 0.0609)' if alone else ''}")
 
     def give_file(self, bundle: Bundle) -> dict[str, Tensor]:
         """The same; alone, a VQ draws the same whatever its statistics."""
@@ -154,10 +160,10 @@ class Autoencoder(protocols.Part):
         return give(compvis(stage, bundle.parts[self.kind].settings()), stage, "" if bundle.recipe is None else PREFIX)
 
     def beside(self, bundle: Bundle) -> dict[str, Any]:
-        """Its scale factor and sizes."""
-        part = bundle.parts[self.kind]
+        """Its scale factor, shift and sizes."""
+        part, (scale, shift) = bundle.parts[self.kind], self._scale(bundle) or (1.0, 0.0)
         first = _autoencoder_config.beside(part.settings(), "codebook" in part.weights)
-        return {"scale_factor": self._scale(bundle) or 1.0, "first_stage_config": first}
+        return {"scale_factor": scale, **({"shift_factor": shift} if shift else {}), "first_stage_config": first}
 
     def take_folder(self, folder: Path, index: Mapping[str, Any], bundle: Bundle) -> None:
         """diffusers' `vae` or `vqvae`; alone, the folder itself."""
@@ -170,10 +176,10 @@ class Autoencoder(protocols.Part):
 
     def give_folder(self, bundle: Bundle, folder: Path, index: Mapping[str, Any]) -> None:
         """The same. A VQ alone draws the same whatever its statistics, which are left where they differ by channel."""
-        part, scale = bundle.parts[self.kind], self._scale(bundle)
+        part, said = bundle.parts[self.kind], self._scale(bundle)
         place = folder if bundle.recipe is None else folder / ("vqvae" if "vqvae" in index else "vae")
-        weights = part.weights if scale is not None else folded(part)
-        write_json(vae_config(part.settings(), scale or 1.0, "codebook" in weights), place / "config.json")
+        weights = part.weights if said is not None else folded(part)
+        write_json(vae_config(part.settings(), *(said or (1.0, 0.0)), weights), place / "config.json")
         save_tensors(give(diffusers(weights, part.settings()), weights), place / "diffusion_pytorch_model.safetensors")
 
     def take_ours(self, bundle: Bundle, folder: Path) -> None:
@@ -198,9 +204,13 @@ class Autoencoder(protocols.Part):
             part = bundle.parts[self.kind]
             save_model(part.weights, part.config, folder if bundle.recipe is None else folder / self.kind)
 
-    def _scale(self, bundle: Bundle) -> float | None:
+    def _scale(self, bundle: Bundle) -> tuple[float, float] | None:
+        """Scale factor and shift; None where another layout has no word for its statistics, and they must be folded in."""
         part = bundle.parts[self.kind]
-        return scale_of(part) or (1.0 if bundle.recipe is None and "codebook" in part.weights else None)
+        said = scale_of(part)
+        if said is not None and said[1] and bundle.recipe is not None and not network_of(bundle).shift:
+            return None  # pipelines and code of such networks know no shift
+        return said or ((1.0, 0.0) if bundle.recipe is None and "codebook" in part.weights else None)
 
 
 def read_autoencoder(folder: Path, whitened: bool = True) -> Part:

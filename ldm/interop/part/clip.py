@@ -9,11 +9,13 @@ from torch import Tensor
 from ldm.files.folder import LOCAL, load_tensors, save_tensors, write_json
 from ldm.interop import protocols
 from ldm.interop.bundle import Bundle, Part, home_of
-from ldm.interop.part._clip_file import TOWERS, named_as_today, read_texts, write_tower
+from ldm.interop.part._clip_file import SD3, TOWERS, named_as_today, read_texts, write_plain, write_tower
 from ldm.interop.part._clip_folder import read_texts as read_folder
-from ldm.interop.part._clip_folder import texts_of, write_text_tower
+from ldm.interop.part._clip_folder import slots_of, texts_of, write_text_tower
 from ldm.interop.part._towers import CLIP_FILES, tower_shapes, towers
 from ldm.interop.part._transformers import open_clip_config, transformers
+from ldm.interop.part.t5 import SILENCE
+from ldm.interop.part.t5 import TARGET as T5
 from ldm.interop.source import File
 from ldm.interop.tie import check_whole
 from ldm.interop.weights import check_numbers, read_config
@@ -30,7 +32,7 @@ class Clip(protocols.Part):
     folders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
     def take_file(self, file: File, bundle: Bundle, scale: float) -> None:
-        """The towers of Stable Diffusion 1, 2 and XL."""
+        """The towers of Stable Diffusion 1, 2, XL and 3, and of Flux."""
         file.weights = named_as_today(file.weights)
         layer = layer_told(file.told)
         condition, parts, used = read_texts(file.weights, layer)
@@ -39,11 +41,15 @@ class Clip(protocols.Part):
         bundle.parts |= parts
         if layer is None:
             said = "heads there 64 wide, tokens cut as CLIPTokenizer's"
-            bundle.assumed += [f"hidden layer: {n['layers'][0]} of {place}, {said}" for place, n in towers(condition).items()]
+            layers = {place: node["layers"] for place, node in towers(condition).items() if node["layers"]}
+            bundle.assumed += [f"hidden layer: {numbers[0]} of {place}, {said}" for place, numbers in layers.items()]
 
     def give_file(self, bundle: Bundle) -> dict[str, Tensor]:
         """The same."""
         texts = towers(bundle.recipe["condition"])
+        if bundle.made_by(T5) or bundle.made_by(SILENCE):
+            plain = (write_plain(bundle.parts[place], prefix) for place, prefix in zip(texts, SD3))
+            return {name: x for tower in plain for name, x in tower.items()}
         prefixes = TOWERS[:1] if len(texts) == 1 and bundle.made_by("ldm.condition.number.Number") is None else TOWERS[1:]
         theirs: dict[str, Tensor] = {}
         for (place, node), prefix in zip(texts.items(), prefixes):
@@ -59,8 +65,7 @@ class Clip(protocols.Part):
     def give_folder(self, bundle: Bundle, folder: Path, index: Mapping[str, Any]) -> None:
         """The same."""
         texts = texts_of(bundle)
-        slots = [""] if len(texts) == 1 and "text_encoder" in index else ["_2"] if len(texts) == 1 else ["", "_2"]
-        for slot, (node, part) in zip(slots, texts):
+        for slot, (node, part) in zip(slots_of(index), texts, strict=True):
             write_text_tower(node, part, folder, slot)
 
     def check_folder(self, bundle: Bundle) -> None:
@@ -72,7 +77,8 @@ class Clip(protocols.Part):
         made = {}
         for name, node in bundle.recipe["condition"].items():
             each = [(n, bundle.parts[place].config["text_cfg"]["width"]) for place, n in towers({name: node}).items()]
-            made |= {name: sum(len(n.get("layers", [-1])) * width for n, width in each)} if each else {}
+            together = sum(len(n.get("layers", [-1])) * width for n, width in each)
+            made |= {name: node.get("width") or together} if together else {}
         return made
 
     def take_ours(self, bundle: Bundle, folder: Path) -> None:

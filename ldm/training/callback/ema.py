@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ldm.errors import Refusal
+from ldm.training.base import Stage
 from ldm.training.parallel.sharded import placed_as
 from ldm.training.protocols import Average
 
@@ -119,5 +120,6 @@ def average_of(trainer: pl.Trainer, module: pl.LightningModule, part: str) -> nn
 
 
 def trained(module: pl.LightningModule) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The parameters that are trained and averaged, by name."""
+    apart = tuple(f"{part}." for part in module.apart) if isinstance(module, Stage) else ()
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and not name.startswith(apart)}

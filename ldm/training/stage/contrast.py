@@ -32,13 +32,14 @@ class Contrast(Stage):
         self.clip = open_clip.CLIP(**clip, output_dict=False)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.clip.context_length)
         self.statistics: dict[str, Tensor] = {}
-        self.cut, self.told_of_cut = Cut(self.clip.context_length), False
+        self.cut = Cut(self.clip.context_length - 2, lambda captions: [len(self.tokenizer.encode(c)) for c in captions])
+        self.told_of_cut = False
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w), caption -> loss, and top-1 retrieval of captions by pictures within the batch."""
         ids = self.tokenizer(list(batch["caption"]))
         if self.training:
-            self.cut.count(batch["caption"], ids, self.tokenizer)
+            self.cut.count(batch["caption"], (ids[:, -1] != 0).tolist())
         image, text = self.clip.encode_image(batch["image"], True), encode_text(self.clip, ids, self.device)
         world = self.trainer.world_size if self.training else 1
         loss = open_clip.ClipLoss(gather_with_grad=True, rank=self.global_rank, world_size=world)

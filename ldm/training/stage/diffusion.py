@@ -26,7 +26,7 @@ INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 6
 class Diffusion(Stage):
     """An objective over latents, encoded from `image` on the way, or read from the shards as `moments` (precompute.py)."""
 
-    compiled = ("model.denoiser.backbone",)
+    compiled, apart = ("model.denoiser.backbone",), ("objective",)
 
     def __init__(self, model: LatentModel, objective: Objective, **stage: Any) -> None:
         super().__init__(**stage)
@@ -66,8 +66,10 @@ class Diffusion(Stage):
     def train(self, mode: bool = True) -> "Diffusion":
         """As in torch, but what is frozen stays in evaluation mode."""
         super().train(mode)
-        for part in self.frozen:
-            self.get_submodule(part).eval()
+        frozen = set(self.frozen)
+        for name, module in self.named_modules():
+            if name in frozen:
+                module.eval()
         return self
 
     def given(self, batch: Batch, draw: Draw) -> tuple[Tensor, Cond]:
@@ -124,12 +126,18 @@ class Diffusion(Stage):
         return moments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose conditions are others.
+        """Refuses a checkpoint whose conditions, or whose base, are others.
 
         Raises:
-            Refusal: names both models' conditions.
+            Refusal: names both models' conditions, or bases.
         """
         super().on_load_checkpoint(checkpoint)
+        before, now = (recipe.get("base") or {} for recipe in (checkpoint["recipe"], self.recipe))
+        if before.get("sha256") != now.get("sha256"):
+            raise Refusal(
+                f"The checkpoint's adapters were trained on {before or 'no base'}; model.init has {now or 'no base'} now. Name "
+                "the base they were trained on, or begin another run: run_id=NAME (or resume=never)."
+            )
         theirs, ours = (list((recipe.get("condition") or {}).keys()) for recipe in (checkpoint["recipe"], self.recipe))
         if theirs != ours:
             raise Refusal(
@@ -145,7 +153,7 @@ class Diffusion(Stage):
 
     def finish(self, data: DataModule) -> None:
         """Gathers what is exported."""
-        own = {k: v for k, v in self.model.state_dict().items() if not self._is_frozen(f"model.{k}")}
+        own = self.without_frozen(self.model.state_dict(), "model.")
         self.weights = {name: whole(weight, self.global_rank == 0) for name, weight in own.items()}
 
     def export(self, folder: Path) -> None:

@@ -1,0 +1,198 @@
+"""Adapters meet a model: attached to be trained beside it, or put to work on it.
+
+`adapters=[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]]`, one or a list: NAME is the word of an embedding or the field of a control
+picture, SOURCE a run, a folder, a file or hf://org/name, the strengths are 1 where they are not said.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ldm.check import nearest
+from ldm.errors import NotFound, Refusal
+from ldm.files.content import file_content
+from ldm.files.folder import from_parts, read_recipe, without_usual
+from ldm.model import LatentModel
+
+ADAPTED = "ldm.build.adapted"  # the recipe of a model whose adapters alone were trained
+WORDS = re.compile(r"(?:(?P<name>[^=/:]+)=)?(?P<source>.+?)(?::(?P<strength>[^:/]+))?(?::(?P<text>[^:/]+))?", re.S)
+TEXT = "conditioner."  # where the names of a text's tensors begin
+
+
+class Adapter(Protocol):
+    """Something small that is trained beside a finished model, and put to work on it when that draws."""
+
+    wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
+
+    def attach(self, model: LatentModel) -> Sequence[str]:
+        """Before training: gives a model, in place, new weights without effect -> the names of what is trained."""
+
+    def owns(self, name: str) -> bool:
+        """Whether a trained tensor of that name is its."""
+
+    def apply(self, model: LatentModel, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor]) -> None:
+        """To draw: puts trained tensors, by the model's names, to work on it, in place; strength 0 changes nothing.
+
+        base: the model's weights before any adapter, on which several depend alike whatever their order; they stay as they are.
+        """
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person asks for: a source, its name if it has one, its strength; `text` is the strength of its text, if another."""
+
+    source: str
+    name: str | None = None
+    strength: float = 1.0
+    text: float | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is put to work: adapters by name, their tensors by the model's names, and where they are from."""
+
+    asked: Asked
+    adapters: Mapping[str, Adapter]
+    tensors: Mapping[str, Tensor]
+    sha256: str
+
+
+def asked(words: str | Sequence[str] | None) -> list[Asked]:
+    """What `adapters=` says, each in its order.
+
+    Raises:
+        Refusal: a strength that is no number, or two of one name.
+    """
+    listed = [] if words is None else [words] if isinstance(words, str) else list(words)
+    found = [_asked(str(word)) for word in listed]
+    for i, one in enumerate(found):
+        twin = next((other for other in found[:i] if one.name is not None and other.name == one.name), None)
+        if twin is not None:
+            raise Refusal(f"adapters: {twin.source} and {one.source} are both called {one.name}; give each a name of its own.")
+    return found
+
+
+def _asked(word: str) -> Asked:
+    if Path(word).exists():
+        return Asked(word)
+    found = WORDS.fullmatch(word)
+    if found is None:
+        raise Refusal(f"adapters={word!r}: wanted [NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]], such as style.safetensors:0.8.")
+    said = {"strength": found["strength"], "text": found["text"]}
+    strengths = {name: _number(value) for name, value in said.items() if value is not None}
+    if wrong := [said[name] for name, number in strengths.items() if not math.isfinite(number)]:
+        raise Refusal(f"adapters={word}: the strength {wrong[0]!r} is no number; wanted SOURCE:0.8, or SOURCE:0.8:0.5.")
+    return Asked(found["source"], found["name"], **strengths)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def attach(model: LatentModel, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> None:
+    """Freezes a model and attaches adapters, which alone are trained; without any, the model is trained as it was itself.
+
+    rates: other dropout rates of its conditions, by name.
+
+    Raises:
+        Refusal: no such condition; or one that wraps the network beside another.
+    """
+    for name, rate in rates.items():
+        if name not in model.conditioner.embedders:
+            raise Refusal(f"rates.{name}: the base has no such condition.{nearest(name, list(model.conditioner.embedders))}")
+        model.conditioner.embedders[name].rate = rate
+    if not adapters:
+        return
+    wrapping = [name for name, adapter in adapters.items() if adapter.wraps]
+    if wrapping and len(adapters) > 1:
+        raise Refusal(f"adapter=[{','.join(adapters)}]: {wrapping[0]} puts itself around the network and is trained alone.")
+    model.requires_grad_(False)
+    model.trained = frozenset(name for adapter in adapters.values() for name in adapter.attach(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in model.trained)
+
+
+def check_base(base: str) -> None:
+    """Raises Refusal where `base` is no whole model at rest."""
+    if not (Path(base) / "model.safetensors").is_file():
+        raise NotFound(
+            f"model.init={base}: training=finetune begins from an exported model of ours (config.json, model.safetensors); "
+            f"others come by `ldm convert {base} runs/NAME --to ldm`."
+        )
+    if read_recipe(Path(base)).get("_target_") == ADAPTED:
+        raise Refusal(
+            f"model.init={base} holds adapters, and no whole model. Begin from their base, or merge them into it first: "
+            f"ldm convert BASE runs/NAME --to ldm --adapters {base}."
+        )
+
+
+def kept_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run beside a base keeps: which base and which adapters; without adapters, the whole model's own recipe."""
+    base = Path(recipe["base"])
+    if recipe["adapters"]:
+        told = {"path": str(base.absolute()), "sha256": file_content(base / "model.safetensors")}
+        return {"_target_": ADAPTED, "base": told, "adapters": recipe["adapters"]}
+    whole = without_usual(from_parts(read_recipe(base), base))[0]
+    for name, rate in recipe["rates"].items():
+        whole["condition"][name]["rate"] = rate
+    return whole
+
+
+def base_of(path: str | Path, recipe: Mapping[str, Any], base: str | None) -> Path:
+    """The folder of the base that adapters were trained on.
+
+    Raises:
+        Refusal: it is not there, or another is.
+    """
+    told, place = recipe["base"], Path(base or recipe["base"]["path"])
+    file = place / "model.safetensors"
+    now = file_content(file) if file.is_file() else "nothing"
+    if now != told["sha256"]:
+        raise Refusal(
+            f"{path} was trained on {told['path']} with sha256 {told['sha256'][:12]}; {place} holds {now[:12]} now. Say "
+            f"base=PATH, or put it on another model on purpose: model=OTHER adapters={path}."
+        )
+    return place
+
+
+def put_on(model: LatentModel, given: Sequence[Given]) -> None:
+    """Puts adapters to work on a model, in place, those last that wrap its network.
+
+    Raises:
+        Refusal: one does not fit, or a tensor is of no adapter.
+    """
+    base = model.state_dict()
+    work = [(one, name, adapter) for one in given for name, adapter in one.adapters.items()]
+    for one in given:
+        lost = [n for n in one.tensors if not any(adapter.owns(n) for adapter in one.adapters.values())]
+        if lost:
+            raise Refusal(f"{one.asked.source}: {len(lost)} tensors are of none of its adapters, such as {lost[0]}.")
+    for one, name, adapter in sorted(work, key=lambda item: item[2].wraps):
+        tensors = {n: x for n, x in one.tensors.items() if adapter.owns(n)}
+        try:
+            _apply(model, adapter, tensors, one.asked, base)
+        except Refusal as error:
+            raise Refusal(f"adapters={one.asked.source} ({name}): {error}") from error
+    told = [
+        {"source": one.asked.source, "strength": one.asked.strength, "text_strength": one.asked.text, "sha256": one.sha256}
+        for one in given
+    ]
+    model.adapters = (*model.adapters, *({k: v for k, v in each.items() if v is not None} for each in told))
+
+
+def _apply(model: LatentModel, adapter: Adapter, tensors: Mapping[str, Tensor], asked: Asked, base: Mapping[str, Tensor]) -> None:
+    if asked.text is None:
+        adapter.apply(model, tensors, asked.strength, base)
+        return
+    if adapter.wraps:
+        raise Refusal(f"a second strength ({asked.text:g}) is that of a text, and this has none.")
+    adapter.apply(model, {n: x for n, x in tensors.items() if not n.startswith(TEXT)}, asked.strength, base)
+    adapter.apply(model, {n: x for n, x in tensors.items() if n.startswith(TEXT)}, asked.text, base)

@@ -1,0 +1,44 @@
+"""How a model is drawn from where the command does not say it: as its config.json's `usual` has it, or as models are drawn here.
+
+`null` on the command line means usual: a sampler, its grid, a guidance, or one of their settings.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.compose import CONFIGS
+
+SAMPLER, GRID, GUIDANCE = "sampler/dpmpp", "sampler/grid/uniform", "guidance/cfg"  # where a model does not say it
+
+
+def as_usual(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config of sample.yaml or evaluate.yaml, and a model's `usual` -> the same; its sampler, grid and guidance are said.
+
+    One that is built already stays as it is. A chosen sampler takes the model's steps and grid where it does not say its own, and
+    a setting that the model's own has not is one of what models are drawn with here.
+    """
+    defaults = {"sampler": {**_plain(SAMPLER), "grid": _plain(GRID)}, "guidance": _plain(GUIDANCE)}
+    return {**config, **{name: _filled(config[name], usual.get(name), default) for name, default in defaults.items()}}
+
+
+def drawn_as(config: DictConfig) -> dict[str, Any]:
+    """A composed train.yaml -> the sampler and guidance of its previews, for `usual`, but for one that needs another model."""
+    nodes = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("sampler", "guidance") if config.get(name)}
+    return {name: node for name, node in nodes.items() if "path" not in node.get("weak", {})}
+
+
+def _filled(said: Any, usual: Mapping[str, Any] | None, default: Mapping[str, Any]) -> Any:
+    """What is said, and what is usual, or else the default, in the place of each null."""
+    if said is not None and not isinstance(said, Mapping):
+        return said
+    said = {name: value for name, value in (said or {}).items() if value is not None}
+    own = default if usual is None else usual
+    if said.get("_target_") not in (None, own["_target_"]):
+        return {**{name: own[name] for name in ("steps", "grid") if name in own}, **said}
+    return {**(own if said.keys() <= {*own, "_target_"} else default), **said}
+
+
+def _plain(file: str) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{file}.yaml"))

@@ -1,0 +1,166 @@
+"""Datasets of the Hugging Face hub, read by its library `datasets`, which is installed apart: pip install datasets.
+
+Map-style they have our order, position and resume, as `data=torch` has. `streaming` reads them as they come, through a shuffle
+buffer, and after a resume goes on with other samples; crops, noise and dropout, which follow `position`, go on as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ldm.data.batch.ahead import ahead
+from ldm.data.batch.cut import SIZES, cut, told
+from ldm.data.batch.samples import loading
+from ldm.data.dataset import SAMPLE, MapStyle, value_of
+from ldm.data.stream import joined
+from ldm.errors import NotFound, Refusal, Unreachable
+from ldm.types import Batch, mix
+
+FIELDS = {"image": "image", "caption": "text"}
+
+
+class Hub(MapStyle):
+    """A dataset of the hub.
+
+    Args:
+        name: ORG/NAME, or one of the library's readers, such as imagefolder. config: which of its configurations.
+        split, val_split: such as train and test, or slices, train[:90%].
+        streaming: reads training samples as they come; `shuffle` of them wait in the buffer.
+        fields: batch field -> column.
+        data_dir: where a reader such as imagefolder reads.
+        size, batch, seed, workers, crop, flip, on_mismatch: as in Shards.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: str | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        streaming: bool = False,
+        fields: Mapping[str, str | None] | None = None,
+        data_dir: str | None = None,
+        shuffle: int = 1000,
+        size: int = 256,
+        batch: int = 64,
+        seed: int = 0,
+        workers: int = 0,
+        crop: Literal["center", "random"] = "center",
+        flip: float = 0.0,
+        on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
+    ) -> None:
+        make = partial(load, name, config, data_dir=data_dir)
+        val = None if val_split is None else partial(make, split=val_split)
+        fields = FIELDS if fields is None else fields
+        super().__init__(partial(make, split=split), val, fields, size, batch, seed, workers, crop, flip, on_mismatch)
+        self.name, self.streaming, self.shuffle = name, streaming, shuffle
+        self._stream = partial(make, split=split, streaming=True)
+        if streaming and workers > 1:
+            raise Refusal(f"data.workers={workers}: the library shares streams out by their files; use data.workers=1 or 0.")
+
+    def prepare_data(self) -> None:
+        """Fetches what is not here yet, once on each node."""
+        _ = self.val_set if self.streaming else (self.train_set, self.val_set)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Looks at the first sample of a stream; of a dataset that lies here as data=torch does."""
+        if not self.streaming:
+            super().setup(stage)
+            return
+        first = next(iter(self._stream()), None)
+        if first is None:
+            raise NotFound(f"data.name={self.name}: there are no samples in it.")
+        _ = self.val_set
+        self.learn(first, "data.name")
+
+    def train_dataloader(self) -> Iterable[Batch]:
+        """Endless micro-batches of this device."""
+        if not self.streaming:
+            return super().train_dataloader()
+        if self.progress.unsaid(self.trainer):
+            self.progress.begin(self.trainer.global_step, self.trainer.global_step)
+        self.progress.begun = True
+        rank, world, accumulate = self.share()
+        if self.batch % (world * accumulate):
+            raise Refusal(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
+        drawn = Streaming(self, rank, world, accumulate)
+        return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands."""
+        if not self.streaming:
+            return super().state_dict()
+        step = self.trainer.global_step if self.trainer else 0
+        return {"consumed": self.progress.at(step), "step": step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a checkpoint stopped; a stream with other samples."""
+        if not self.streaming:
+            super().load_state_dict(state_dict)
+            return
+        self.progress.begin(state_dict["consumed"] // self.batch, state_dict["step"])
+
+
+class Streaming(IterableDataset):
+    """Micro-batches of a stream for one rank, epoch after epoch, each shuffled otherwise."""
+
+    def __init__(self, data: Hub, rank: int, world: int, accumulate: int) -> None:
+        self.make, self.shuffle, self.seed, self.start = data._stream, data.shuffle, data.seed, data.progress.first
+        self.fields, self.places, self.pixels = data.fields, data.places, data.size
+        self.crop, self.flip, self.batch = data.crop, data.flip, data.batch
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.size = data.batch // (world * accumulate)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        assert (get_worker_info() is None) or get_worker_info().num_workers == 1
+        number, batch = 0, []
+        for sample in self._samples():
+            step, part = divmod(number, self.accumulate)
+            first = (self.start + step) * self.batch + (self.rank * self.accumulate + part) * self.size
+            batch.append(self._sample(sample, first + len(batch)))
+            if len(batch) == self.size:
+                yield joined(batch)
+                number, batch = number + 1, []
+
+    def _samples(self) -> Iterator[Mapping[str, Any]]:
+        from datasets.distributed import split_dataset_by_node
+
+        stream = self.make().shuffle(seed=mix(self.seed, SAMPLE, self.start) % 2**31, buffer_size=self.shuffle)
+        mine, epoch = split_dataset_by_node(stream, rank=self.rank, world_size=self.world), 0
+        while True:
+            mine.set_epoch(epoch)
+            yield from mine
+            epoch += 1
+
+    def _sample(self, sample: Mapping[str, Any], position: int) -> dict[str, Any]:
+        view = cut(position, self.pixels, self.pixels, self.crop, self.flip, self.seed)
+        number = mix(self.seed, SAMPLE, position)
+        values = {f: value_of(sample[self.places[f]], member, view, number) for f, member in self.fields.items()}
+        sizes = dict(zip(SIZES, told(lambda name: np.nan, view, False)))
+        return values | {"key": str(position), "position": position, "mirrored": view.flip, **sizes}
+
+
+def load(name: str, config: str | None, data_dir: str | None, split: str, streaming: bool = False) -> Any:
+    """A dataset by the library `datasets`, with pictures decoded when they are asked for.
+
+    Raises:
+        Refusal: the library is not installed, or knows no such dataset or split. Unreachable: the hub is not had.
+    """
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+    except ModuleNotFoundError as error:
+        raise Refusal(f"data=hf reads by the library `datasets`, which is not here: {error}. pip install datasets") from error
+    try:
+        return load_dataset(name, config, data_dir=data_dir, split=split, streaming=streaming)
+    except DatasetNotFoundError as error:
+        raise NotFound(f"data.name={name}: {error}") from error
+    except ValueError as error:
+        raise Refusal(f"data.name={name} data.split={split}: {error}") from error
+    except (ConnectionError, OSError) as error:
+        raise Unreachable(f"data.name={name} is not had: {' '.join(str(error).split())}") from error

@@ -1,0 +1,138 @@
+"""Adapters in others' files: which kind one is, read and written by the file of that kind in `adapter/`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.adapt import ADAPTED, TEXT, Asked
+from ldm.adapter.lora import LoRA
+from ldm.errors import Refusal
+from ldm.files.content import file_content
+from ldm.files.folder import read_model, read_recipe, save_model
+from ldm.interop.bundle import Bundle
+from ldm.interop.find import adapter_kinds
+from ldm.interop.foreign import Foreign
+from ldm.interop.hub import HUB, download
+from ldm.interop.protocols import Read
+
+
+def read_adapter(source: str, name: str | None, recipe: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Read, str]:
+    """A source in another layout -> the adapter for a model of that recipe and of those weights; and the source's sha256.
+
+    Raises:
+        NotFound: nothing is there. Refusal: it is no adapter that is known, or of another model.
+    """
+    found = Foreign(download(source) if source.startswith(HUB) else Path(source))
+    kind = next((kind for kind in adapter_kinds() if kind.recognise(found)), None)
+    if kind is None:
+        raise Refusal(f"adapters={source} {_instead(found)}")
+    if name is not None and not kind.named:
+        raise Refusal(f"adapters={name}={source}: {kind.word} has no name; name it without {name}=.")
+    return kind.read(found, Bundle(dict(recipe), dict(weights)), name), found.sha256()
+
+
+def _instead(found: Foreign) -> str:
+    """What a source is that is no adapter."""
+    names = list(found.weights)
+    kinds = ", ".join(kind.word for kind in adapter_kinds())
+    held = f"holds {len(names)} tensors that are of no adapter, such as {names[0]}"
+    return f"{held}; known are: {kinds}. A whole model is drawn from by model=..."
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a source is an adapter, of a run here or in another layout."""
+    path = download(source) if source.startswith(HUB) else Path(source)
+    if _is_ours(path):
+        return True
+    if not path.exists() or (path.is_dir() and (path / "model_index.json").is_file()):
+        return False
+    try:
+        found = Foreign(path)
+        return any(kind.recognise(found) for kind in adapter_kinds())
+    except Refusal:
+        return False
+
+
+def base_of(source: str) -> str | None:
+    """The folder of the base that a run of adapters names; None of others' files."""
+    return str(read_recipe(Path(source))["base"]["path"]) if _is_ours(Path(source)) else None
+
+
+def read_any(source: str, bundle: Bundle) -> Read:
+    """An adapter of a run here, or in another layout, for a model whose tensors are whole (`with_towers`).
+
+    Raises:
+        NotFound: nothing is there. Refusal: it is no adapter, several of them, or of another model.
+    """
+    if not _is_ours(Path(source)):
+        return read_adapter(source, None, bundle.recipe, bundle.weights)[0]
+    recipe, tensors = read_model(Path(source))
+    if len(recipe["adapters"]) > 1:
+        raise Refusal(f"{source} holds {', '.join(recipe['adapters'])}: other layouts have one file for each; draw with it here.")
+    return Read(next(iter(recipe["adapters"].values())), tensors)
+
+
+def write_adapter(source: str, adapter: Read, bundle: Bundle, base: str, target: Path, layout: str) -> None:
+    """An adapter into one of its layouts, or, for `ldm`, into a folder like a run's.
+
+    Raises:
+        Refusal: the layout has no place for it.
+    """
+    if layout == "ldm":
+        name, file = adapter.node["_target_"].split(".")[-2], Path(base) / "model.safetensors"
+        told = {"path": str(Path(base).absolute()), "sha256": file_content(file)}
+        save_model(adapter.tensors, {"_target_": ADAPTED, "base": told, "adapters": {name: adapter.node}}, target)
+        return
+    kind = next(kind for kind in adapter_kinds() if adapter.node["_target_"].split(".")[-2] == kind.adapter)
+    if layout not in kind.layouts:
+        raise Refusal(f"--to {layout}: {source} is {kind.word}, which goes into {', '.join((*kind.layouts, 'ldm'))}.")
+    kind.write(adapter, bundle, target, layout)
+
+
+def with_towers(bundle: Bundle) -> Bundle:
+    """The same model with its text towers' tensors among the others, by the names that they have in the model."""
+    towers = {_place(place): part for place, part in bundle.parts.items() if part.kind == "clip"}
+    weights = {f"{prefix}{name}": x for prefix, part in towers.items() for name, x in part.weights.items()}
+    return replace(bundle, weights=bundle.weights | weights)
+
+
+def merge(bundle: Bundle, sources: Sequence[Asked]) -> None:
+    """Adds LoRAs to a model's weights, and to its towers', in place.
+
+    Raises:
+        Refusal: one is no LoRA, or of another model.
+    """
+    base = with_towers(bundle)
+    present = dict(base.weights)
+    for one in sources:
+        read = read_any(one.source, base)
+        if not read.node["_target_"].endswith(".LoRA"):
+            raise Refusal(f"--adapters {one.source}: LoRAs alone can be merged into a model's weights.")
+        lora = LoRA(**{k: v for k, v in read.node.items() if k[0] != "_"})
+        for text, strength in ((False, one.strength), (True, one.strength if one.text is None else one.text)):
+            tensors = {n: x for n, x in read.tensors.items() if n.startswith(TEXT) is text}
+            present |= lora.merged(tensors, strength, base.weights, present)
+    bundle.weights = {name: present[name] for name in bundle.weights}
+    for place, part in bundle.parts.items():
+        if part.kind == "clip":
+            part.weights = {name: present[f"{_place(place)}{name}"] for name in part.weights}
+
+
+def _place(part: str) -> str:
+    """condition.text -> where its tower's tensors begin in a model."""
+    return f"conditioner.embedders.{part.removeprefix('condition.')}.tower."
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether there is an exported run of adapters."""
+    return (path / "config.json").is_file() and (path / "model.safetensors").is_file() and _target(path) == ADAPTED
+
+
+def _target(path: Path) -> str | None:
+    try:
+        return read_recipe(path).get("_target_")
+    except Refusal:
+        return None

@@ -1,0 +1,67 @@
+"""An adapter's file or folder that is being read: its tensors, what is said beside them, and which of them were used."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ldm.errors import NotFound, Refusal
+from ldm.files.content import file_content, files_content
+from ldm.files.folder import read_json
+from ldm.files.weights import PICKLES, read_weights
+
+ENDINGS = (".safetensors", *PICKLES)
+
+
+class Foreign:
+    """A file of tensors, or a folder with such files in it.
+
+    Raises:
+        NotFound: nothing is there. Refusal: there are no tensors in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise NotFound(f"adapters={path}: there is nothing there; name a run, a folder or a file ({', '.join(ENDINGS)}).")
+        self.path = path
+        self.files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in ENDINGS)
+        stems = {f.stem for f in self.files if f.suffix == ".safetensors"}
+        self.files = [f for f in self.files if f.suffix == ".safetensors" or f.stem not in stems]  # the same, older
+        if not self.files:
+            raise Refusal(f"adapters={path}: there are no weights in this folder ({', '.join(ENDINGS)}).")
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of all its files by name."""
+        return {name: x for file in self.files for name, x in read_weights(file).items()}
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What its first file says beside its tensors."""
+        if self.files[0].suffix != ".safetensors":
+            return {}
+        with safe_open(self.files[0], "pt") as held:
+            return dict(held.metadata() or {})
+
+    def config(self, name: str) -> dict[str, Any]:
+        """What a JSON file of its folder says; nothing where there is none."""
+        path = self.path / name
+        return dict(read_json(path)) if self.path.is_dir() and path.is_file() else {}
+
+    def said(self, name: str) -> dict[str, Any]:
+        """What its metadata say as JSON under a name; nothing where they do not.
+
+        Raises:
+            Refusal: it is no JSON.
+        """
+        try:
+            return dict(json.loads(self.metadata.get(name, "{}")))
+        except ValueError as error:
+            raise Refusal(f"{self.path}: its metadata {name} are no JSON ({error}).") from error
+
+    def sha256(self) -> str:
+        """Of the file, or of the folder's files."""
+        return file_content(self.path) if self.path.is_file() else files_content(self.files, self.path)

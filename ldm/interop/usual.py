@@ -1,0 +1,110 @@
+"""How a published model is drawn from unless it is said: its pipeline's own pixels, sampler, steps, grid and guidance."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ldm.files.folder import read_json
+from ldm.interop.bundle import BACKBONE, Bundle
+from ldm.interop.schedulers import MULTISTEP, STOPS
+
+CFG, GRID, SAMPLER = "ldm.guidance.cfg.CFG", "ldm.sampler.grid.", "ldm.sampler."
+# What diffusers' pipelines take unless they are told: steps, and the scale of guidance.
+PIPELINES = {
+    "DiTPipeline": (50, 4.0),
+    "LDMTextToImagePipeline": (50, 1.0),
+    "StableDiffusionUpscalePipeline": (75, 9.0),
+    "StableDiffusionXLPipeline": (50, 5.0),
+    "StableDiffusionXLImg2ImgPipeline": (50, 5.0),
+}
+USUAL = (50, 7.5)  # of the others, which are Stable Diffusion's
+SAMPLERS = {
+    "DDPMScheduler": "ddpm.DDPM",
+    "EulerDiscreteScheduler": "euler.Euler",
+    "LMSDiscreteScheduler": "euler.Euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral.EulerAncestral",
+    "KDPM2AncestralDiscreteScheduler": "euler_ancestral.EulerAncestral",
+    "HeunDiscreteScheduler": "heun.Heun",
+    "KDPM2DiscreteScheduler": "heun.Heun",
+    "DPMSolverMultistepScheduler": "dpmpp.DPMpp",
+    "DPMSolverSinglestepScheduler": "dpmpp.DPMpp",
+    "DEISMultistepScheduler": "dpmpp.DPMpp",
+    "UniPCMultistepScheduler": "unipc.UniPC",
+}
+DDIM = "ddim.DDIM"  # of the others: of PNDM too, whose model is the same and whose steps have no sampler here
+HALVES = {torch.float16: "16", torch.bfloat16: "bf16"}
+
+
+def usual_of(bundle: Bundle, path: Path) -> dict[str, Any]:
+    """A model read from `path`, a folder of diffusers' or a single file -> `usual` of its config.json, as far as it is known."""
+    if bundle.recipe is None:
+        return {}
+    usual: dict[str, Any] = {}
+    kinds = {x.dtype for n, x in bundle.weights.items() if n.startswith(BACKBONE) and x.is_floating_point()}
+    if len(kinds) == 1 and (kind := HALVES.get(kinds.pop())) is not None:
+        usual["precision"] = kind
+    folder = _folder_usual(bundle, path) if (path / "model_index.json").is_file() else _file_usual(bundle)
+    return {**usual, **folder}
+
+
+def _folder_usual(bundle: Bundle, folder: Path) -> dict[str, Any]:
+    """By its pipeline, its scheduler, and the size of its network's latents."""
+    index = read_json(folder / "model_index.json")
+    steps, scale = PIPELINES.get(str(index.get("_class_name")), USUAL)
+    usual = {"sampler": _sampler(bundle, steps, read_json(folder / "scheduler" / "scheduler_config.json"))}
+    usual |= {"guidance": _guidance(bundle, scale)}
+    network = next((folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir()), None)
+    latents = read_json(network).get("sample_size") if network is not None else None
+    if latents is not None and "autoencoder" in bundle.parts:
+        sides = latents if isinstance(latents, list) else [latents] * 2
+        usual["resolution"] = [side * _factor(bundle) for side in sides]
+    return usual
+
+
+def _sampler(bundle: Bundle, steps: int, told: Mapping[str, Any]) -> dict[str, Any]:
+    kind = str(told.get("_class_name"))
+    word, *settings = str(bundle.grid).split()
+    grid: dict[str, Any] = {"_target_": GRID + word.capitalize()}
+    said = (setting.removeprefix("sampler.grid.").split("=") for setting in settings if setting.startswith("sampler.grid."))
+    grid |= {name: yaml.safe_load(value) for name, value in said}
+    if kind in STOPS and not told.get("set_alpha_to_one", STOPS[kind]) and word in ("leading", "trailing", "linspace"):
+        grid["last"] = 0.001
+    sde = kind in MULTISTEP and told.get("algorithm_type") == "sde-dpmsolver++"
+    name = "dpmpp_sde.DPMppSDE" if sde else SAMPLERS.get(kind, DDIM)
+    return {"_target_": SAMPLER + name, "steps": steps, "grid": grid}
+
+
+def _file_usual(bundle: Bundle) -> dict[str, Any]:
+    """By its family: what a single file is drawn at, its own code's settings."""
+    recipe = bundle.recipe
+    condition = {node["_target_"].rpartition(".")[2]: node for node in recipe["condition"].values()}
+    if recipe["schedule"]["_target_"].rpartition(".")[2] not in ("ScaledLinear", "DDPM"):
+        return {}  # of straight paths: as ours are
+    large = "Number" in condition
+    zero = recipe["schedule"].get("zero_terminal_snr", False)
+    grid = {"_target_": GRID + ("Trailing" if zero else "Leading")}
+    sampler = {"_target_": SAMPLER + ("euler.Euler" if large else DDIM), "steps": 50, "grid": grid}
+    if recipe["backbone"]["_target_"].endswith("dit.DiT"):
+        side = recipe["backbone"].get("size", 32) * 8
+        return {"sampler": sampler, "guidance": _guidance(bundle, 4.0), "resolution": [side] * 2}
+    if not {"Text", "Texts"} & condition.keys() or "Upscale" in condition:
+        return {"sampler": sampler}
+    velocity = recipe["prediction"]["_target_"].endswith("Velocity")
+    side = 1024 if large else 768 if velocity else 512
+    return {"sampler": sampler, "guidance": _guidance(bundle, 5.0 if large else 7.5), "resolution": [side] * 2}
+
+
+def _guidance(bundle: Bundle, scale: float) -> dict[str, Any]:
+    """None where there is nothing to leave out."""
+    return (
+        {"_target_": CFG, "scale": scale, "rescale": 0.0}
+        if bundle.recipe["condition"]
+        else {"_target_": "ldm.guidance.none.Unguided"}
+    )
+
+
+def _factor(bundle: Bundle) -> int:
+    return 2 ** (len(bundle.parts["autoencoder"].settings()["mult"]) - 1)

@@ -1,0 +1,129 @@
+"""Layers of transformers over patches: norms, feed-forwards, attention, and where a patch lies."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines of rotary positions, (N, D) each
+
+
+class PlainNorm(nn.LayerNorm):
+    """LayerNorm that leaves scale and shift to the block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6, elementwise_affine=False)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Divides by the root mean square (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+
+class FeedForward(nn.Module):
+    """Four times as wide, GELU by its tanh formula."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        return self.out(gelu(self.wide(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """Gated by SiLU (https://arxiv.org/abs/2002.05202), two thirds as wide, so that it has as many weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = int(2 / 3 * 4 * width)
+        self.wide, self.out = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        gate, value = self.wide(x).chunk(2, dim=-1)
+        return self.out(silu(gate) * value)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to itself."""
+
+    def __init__(self, width: int, heads: int, norm_heads: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm_q, self.norm_k = (RMSNorm(width // heads) if norm_heads else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, turn: Turn | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (B, N, C), mask: (B, 1, 1, N), True where x may be seen -> (B, N, C)."""
+        q, k, v = split(self.qkv(x), 3, self.heads)
+        q, k = self.norm_q(q), self.norm_k(k)
+        if turn is not None:
+            q, k = turned(q, *turn), turned(k, *turn)
+        return self.out(merge(scaled_dot_product_attention(q, k, v, mask)))
+
+
+class Reading(nn.Module):
+    """Multi-head attention of a sequence to another (https://arxiv.org/abs/2310.00426, section 2.3)."""
+
+    def __init__(self, width: int, heads: int, norm_heads: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm_q, self.norm_k = (RMSNorm(width // heads) if norm_heads else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """x: (B, N, C), tokens: (B, L, C), mask: (B, 1, 1, L), True where they may be seen -> (B, N, C)."""
+        (q,), (k, v) = split(self.q(x), 1, self.heads), split(self.kv(tokens), 2, self.heads)
+        return self.out(merge(scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v, mask)))
+
+
+def split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, N, parts * C) -> the parts, each by head: (B, heads, N, C / heads)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def merge(x: Tensor) -> Tensor:
+    """(B, heads, N, D) -> (B, N, heads * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def grid_waves(rows: int, columns: int, width: int, span: tuple[float, float] | None = None) -> Tensor:
+    """-> (rows * columns, width): of each place, sines and cosines of its column, then of its row, half the width each.
+
+    Places are counted from 0; with `span` the rows and columns are laid over so many, whatever their number is.
+    """
+    freqs = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    waves = []
+    for count, over in zip((columns, rows), (span or (rows, columns))[::-1]):
+        angle = (torch.arange(count, dtype=torch.float32) / (count / over)).double()[:, None] * freqs
+        waves.append(torch.cat((angle.sin(), angle.cos()), dim=1).float())
+    across, down = waves[0].expand(rows, -1, -1), waves[1][:, None].expand(-1, columns, -1)
+    return torch.cat((across, down), dim=2).flatten(0, 1)
+
+
+def rotation(rows: int, columns: int, width: int, like: Tensor) -> Turn:
+    """Cosines and sines (rows * columns, width) of rotary positions in two dimensions, half the width each (2104.09864)."""
+    freqs = 10_000 ** -(torch.arange(width // 4, device=like.device) / (width // 4))
+    place = torch.meshgrid(torch.arange(rows, device=like.device), torch.arange(columns, device=like.device), indexing="ij")
+    angle = torch.cat([p.flatten()[:, None] * freqs for p in place], dim=1).repeat_interleave(2, dim=1)
+    return angle.cos().to(like), angle.sin().to(like)
+
+
+def rotary(places: Tensor, widths: Sequence[int], like: Tensor) -> Turn:
+    """places: (N, A), integers -> cosines and sines (N, sum of widths), `widths` of them for each of A dimensions."""
+    axes = []
+    for place, width in zip(places.T, widths, strict=True):
+        axes.append(torch.outer(place.double(), 1 / 10_000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)))
+    angle = torch.cat(axes, dim=1).repeat_interleave(2, dim=1)
+    return angle.cos().float().to(like), angle.sin().float().to(like)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (B, heads, N, D), its neighbouring pairs of features turned by their place's angles."""
+    left, right = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack((-right, left), dim=-1).flatten(-2) * sin

@@ -1,0 +1,150 @@
+"""Hidden states that resemble a frozen network's: REPA (https://arxiv.org/abs/2410.06940), around any objective.
+
+loss = of + align_weight * align,    align = - mean over patches of cos(projector(hidden), teacher)      (equation 8)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, interpolate
+
+from ldm.errors import Refusal
+from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
+from ldm.types import Batch, Cond, Draw, InTraining, Objective, Schedule
+
+
+class Teacher(Protocol):
+    """A frozen network that tells what is where in a picture: extractors of timm and open_clip."""
+
+    def patches(self, images: Tensor) -> Tensor:
+        """images: (B, 3, height, width) in [-1, 1] -> (B, D, h, w), without gradients."""
+
+
+class Align(nn.Module):
+    """Another objective, and hidden states of the backbone that, projected, point where the teacher's features of the picture do.
+
+    The projector is trained with the model and serves for nothing else: it is neither averaged nor exported. The teacher is
+    in no checkpoint. Where the two see another number of patches, the teacher's are resized.
+
+    Args:
+        teacher: makes the frozen network; `weights`, where given, are the argument of that name.
+        width: features of the hidden states: `backbone.width`, times `backbone.mult` at that level of a U-Net.
+        layer: whose hidden states: 1 is the first of the backbone's blocks. The gradient of `align` reaches those up to it.
+        align_weight: of the alignment; 0 leaves it out.
+        until: the step from which on it is left out (https://arxiv.org/abs/2505.16792); None: never.
+        projector: `mlp` has three layers, as in the paper; `convolution` is one of 3 x 3 (iREPA, https://arxiv.org/abs/2512.10794).
+        hidden: features within the `mlp`.
+        of: makes the other objective from `time`, `weight`, `noise` and `distance`.
+
+    Raises:
+        Refusal: there is no such block, or its hidden states have another width, or the batch has no pictures.
+    """
+
+    def __init__(
+        self,
+        teacher: Callable[..., Teacher],
+        width: int,
+        layer: int = 8,
+        align_weight: float = 0.5,
+        until: int | None = None,
+        projector: Literal["mlp", "convolution"] = "mlp",
+        hidden: int = 2048,
+        weights: str | None = None,
+        of: Callable[..., Objective] = Regression,
+        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
+        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
+        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
+        distance: Callable[[Tensor], Tensor] = SQUARE,
+    ) -> None:
+        super().__init__()
+        self.of = of(time=time, weight=weight, noise=noise, distance=distance)
+        self.teacher = teacher() if weights is None else teacher(weights=weights)
+        self.width, self.layer, self.align_weight, self.until = width, layer, align_weight, until
+        outward = self.teacher.patches(torch.zeros(1, 3, 32, 32)).shape[1]
+        self.projector = nn.Conv2d(width, outward, 3, padding=1) if projector == "convolution" else mlp(width, hidden, outward)
+        self.ear = Ear()
+
+    def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+        """x: (B, C, H, W) clean latents of batch's `image` -> what `of` says, with `align` in [-1, 1] in its loss."""
+        if self.align_weight == 0 or (self.until is not None and draw.step >= self.until):
+            losses = self.of(model, batch, x, cond, draw)
+            idle = sum(0 * p.sum() for p in self.projector.parameters())  # several processes wait for every weight's gradient
+            return {**losses, "loss": losses["loss"] + idle}
+        if "image" not in batch:
+            raise Refusal(
+                f"objective=align compares with what a teacher sees in the pictures, and the batch has {sorted(batch)}: encode "
+                "on the way (data=shards), as latents made ahead of time have no `image`."
+            )
+        self.ear.put(self._block(model))
+        losses = self.of(model, batch, x, cond, draw)
+        align = self.alignment(as_map(self.ear.take(), x), self.teacher.patches(batch["image"]))
+        return {**losses, "loss": losses["loss"] + self.align_weight * align, "align": align}
+
+    def alignment(self, hidden: Tensor, wanted: Tensor) -> Tensor:
+        """hidden: (B, C, h, w), wanted: (B, D, h', w') -> (), the mean of -cos over patches."""
+        if hidden.shape[1] != self.width:
+            raise Refusal(
+                f"Block {self.layer} of the backbone says {hidden.shape[1]} features a patch: objective.width={hidden.shape[1]} "
+                f"(found {self.width})."
+            )
+        if wanted.shape[2:] != hidden.shape[2:]:
+            wanted = interpolate(wanted.float(), hidden.shape[2:], mode="bilinear", antialias=True)
+        said = self.projector(hidden)
+        return -cosine_similarity(said.float(), wanted.float(), dim=1).mean()
+
+    def _block(self, model: InTraining) -> nn.Module:
+        blocks = list(model.denoiser.backbone.blocks)
+        if not 1 <= self.layer <= len(blocks):
+            raise Refusal(f"objective.layer={self.layer}: the backbone has {len(blocks)} blocks, 1 to {len(blocks)}.")
+        return blocks[self.layer - 1]
+
+
+class Ear:
+    """Hears what a block says. It stays there: compiled blocks run the hooks that they had when they were first called."""
+
+    def __init__(self) -> None:
+        self.block: nn.Module | None = None
+        self.heard: Any = None
+
+    def put(self, block: nn.Module) -> None:
+        """Listens to this block from now on."""
+        if block is not self.block:
+            self.block = block
+            block.register_forward_hook(self)
+
+    def __call__(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        self.heard = output
+
+    def take(self) -> Tensor:
+        """What was said last: the first tensor of it, once."""
+        heard, self.heard = self.heard, None
+        return heard[0] if isinstance(heard, tuple) else heard
+
+    def __deepcopy__(self, memo: Any) -> "Ear":
+        return Ear()
+
+
+def mlp(inward: int, hidden: int, outward: int) -> nn.Module:
+    """Three layers with SiLU, of each patch alone: (B, inward, h, w) -> (B, outward, h, w)."""
+    first, second, third = nn.Conv2d(inward, hidden, 1), nn.Conv2d(hidden, hidden, 1), nn.Conv2d(hidden, outward, 1)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+
+def as_map(hidden: Tensor, x: Tensor) -> Tensor:
+    """Maps (B, C, h, w), or tokens (B, N, C) of x's (B, _, H, W) patches in rows -> (B, C, h, w).
+
+    Raises:
+        Refusal: these are not one token a square patch.
+    """
+    if hidden.ndim == 4:
+        return hidden
+    side = math.sqrt(x[0, 0].numel() / hidden.shape[1]) if hidden.ndim == 3 else 0.5
+    if side % 1 or x.shape[2] % side or x.shape[3] % side:
+        raise Refusal(
+            f"The block says {tuple(hidden.shape)} of latents {tuple(x.shape)}, which is no feature a patch: choose another "
+            "objective.layer."
+        )
+    return hidden.transpose(1, 2).unflatten(2, (int(x.shape[2] // side), int(x.shape[3] // side)))

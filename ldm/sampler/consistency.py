@@ -1,0 +1,33 @@
+"""A consistency model's steps: to the data, and back up with fresh noise (https://arxiv.org/abs/2303.01469, algorithm 1).
+
+Also how latent consistency models (https://arxiv.org/abs/2310.04378, algorithm 3) and distribution matching draw.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+from torch import Tensor
+
+from ldm.sampler._noise import Streams
+from ldm.sampler._walk import Walk
+from ldm.sampler.grid import UNIFORM
+from ldm.types import Denoise, Schedule
+
+
+@dataclass(frozen=True)
+class Consistency(Walk):
+    """For models whose estimate from any noise is a picture; calls the network once a step. The last estimate stays as it is."""
+
+    order: ClassVar[int] = 0  # of convergence there is none: an estimate of any time is the picture
+    steps: int = 1
+    grid: Callable[[int, Schedule], Tensor] = UNIFORM
+
+    def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
+        """x: (B, C, H, W) at times[0] -> (B, C, H, W) at times[-1], along falling times: (steps + 1)."""
+        draw = Streams(seeds)
+        for t, s in pairwise(times.double().cpu()):
+            x_hat, (alpha, sigma) = denoise(x, t), schedule(s)
+            x = alpha * x_hat + sigma * draw(x) if s > 0 else x_hat
+        return x

@@ -1,0 +1,268 @@
+"""Few-step models against closed forms: Gaussian data's flow map, average velocity and consistency function are known."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.backbone.dit import DiT
+from ldm.backbone.mlp import MLP
+from ldm.backbone.unet import UNet
+from ldm.denoiser import DataTime, Denoiser
+from ldm.guidance.cfg import CFG
+from ldm.objective._jacobian import along
+from ldm.objective.consistency import Consistency, tangent
+from ldm.objective.mean_flow import MeanFlow, mean_velocity
+from ldm.objective.regression import Regression
+from ldm.objective.time import Uniform
+from ldm.prediction import Flow, Noise, Velocity
+from ldm.sampler.consistency import Consistency as ConsistencySteps
+from ldm.sampler.flow_map import FlowMap
+from ldm.schedule import Cosine, Linear
+from ldm.types import Cond, Draw, Widths, like
+
+MEAN, STD = 0.3, 0.7
+COUNT = 4096
+POSITION = torch.arange(COUNT)
+
+
+class Model:
+    """As much of one as these objectives ask for."""
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+
+
+class Exact(nn.Module):
+    """The flow of N(MEAN, STD^2), told as a flow map: its place at `to`, or at the data where there is no second time."""
+
+    def __init__(self, schedule, prediction):
+        super().__init__()
+        self.schedule, self.prediction, self.gain = schedule, prediction, nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def std(self, t):
+        alpha, sigma = self.schedule(t)
+        return (alpha**2 * STD**2 + sigma**2).sqrt()
+
+    def at(self, x_t, t, to):
+        (alpha, _), (alpha_to, _) = self.schedule(t), self.schedule(to)
+        return like(alpha_to * MEAN, x_t) + like(self.std(to) / self.std(t), x_t) * (x_t - like(alpha * MEAN, x_t))
+
+    def velocity(self, x_t, t):
+        """dx/dt of the flow."""
+        return torch.func.jvp(lambda s: self.at(x_t, t, s), (t,), (torch.ones_like(t),))[1]
+
+    def output(self, x_t, t, cond, to=None):
+        (_, sigma), (_, there) = self.schedule(t), self.schedule(to)
+        return self.gain * (x_t - self.at(x_t, t, to)) / like(sigma - there, x_t)
+
+
+class ExactConsistency(Exact):
+    """The same, told as the velocity on the circle that leads to the data, where sigma is taken to be 0."""
+
+    def output(self, x_t, t, cond, to=None):
+        alpha, sigma = (like(s, x_t) for s in self.schedule(t))
+        data = MEAN + STD / like(self.std(t), x_t) * (x_t - alpha * MEAN)
+        return (alpha * x_t - data) / sigma
+
+
+def places(schedule, count=64):
+    """x_t and times t > to."""
+    torch.manual_seed(0)
+    t = 0.1 + 0.85 * torch.rand(count, dtype=torch.float64)
+    alpha, sigma = (like(s, torch.zeros(count, 1, 1, 1)) for s in schedule(t))
+    x = MEAN + STD * torch.randn(count, 1, 2, 2, dtype=torch.float64)
+    noise = torch.randn(count, 1, 2, 2, dtype=torch.float64)
+    return x, noise, alpha * x + sigma * noise, t, t * torch.rand(count, dtype=torch.float64) * 0.9
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Linear(shift=3.0)], ids=repr)
+def test_the_average_velocity_of_gaussian_data_is_its_own_target(schedule):
+    """Along the flow's own velocity, which is the samples' mean: equation 6 holds to rounding."""
+    model, (_, _, x_t, t, to) = Exact(schedule, Flow()), places(schedule)
+    rate = torch.func.jvp(lambda s: schedule(s)[1], (t,), (torch.ones_like(t),))[1]
+    output, target = mean_velocity(model, x_t, t, to, Cond(), model.velocity(x_t, t) / like(rate, x_t))
+    torch.testing.assert_close(output, target, atol=1e-9, rtol=1e-9)
+    assert output.requires_grad and not target.requires_grad
+
+
+def test_there_the_gradient_of_mean_flow_vanishes():
+    """Within 4 standard errors over samples, of a gradient that is far from 0 at a wrong map."""
+    model, (x, noise, x_t, t, to) = Exact(Linear(), Flow()), places(Linear(), COUNT)
+    for gain, wanted in ((1.0, True), (1.1, False)):
+        model.gain.data.fill_(gain)
+        output, target = mean_velocity(model, x_t, t, to, Cond(), noise - x)
+        each = ((output - target) * output).flatten(1).mean(1).detach()
+        assert (each.mean().abs() < 4 * each.std() / COUNT**0.5) == wanted
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_an_exact_map_is_drawn_from_in_any_number_of_steps(steps):
+    model, noise = Exact(Linear(), Flow()), torch.randn(8, 1, 2, 2, dtype=torch.float64)
+
+    def denoise(x_t, t, to):
+        alpha, sigma = model.schedule(t)
+        return Flow().to_data(model.output(x_t, t, Cond(), to), x_t, alpha, sigma).detach()
+
+    sampler = FlowMap(steps)
+    times = sampler.times(Linear())
+    x = torch.hypot(*Linear()(times[0])) * noise
+    torch.testing.assert_close(sampler(denoise, Linear(), noise, range(8)), model.at(x, times[0], times[-1]))
+
+
+def test_with_one_time_it_is_plain_flow_matching_to_the_bit():
+    torch.manual_seed(0)
+    net = Denoiser(MLP(1, Widths(vector=8), size=2, width=16), Linear(), Flow(), DataTime(), span=8)
+    x, draw = torch.randn(64, 1, 2, 2), Draw(0, torch.arange(64), 64)
+    plain = Regression(Uniform())(Model(net), {}, x, Cond(), draw)["loss"]
+    said = MeanFlow(Uniform(), share=0.0, power=0.0)(Model(net), {}, x, Cond(), draw)
+    assert torch.equal(said["loss"], plain) and torch.equal(said["error"], plain)
+    t, velocity = torch.rand(64), torch.randn_like(x)
+    assert torch.equal(mean_velocity(net, x, t, t, Cond(), velocity)[1], velocity)
+    assert torch.equal(net(x, t, Cond()), net(x, t, Cond(), t)) and not torch.equal(net(x, t, Cond()), net(x, t, Cond(), t / 2))
+
+
+def test_two_times_are_drawn_in_order_for_the_share_that_has_them():
+    draw = Draw(0, POSITION, COUNT)
+    t, to = MeanFlow(Uniform(), share=0.25).times(draw, Linear())
+    assert (to <= t).all() and (to < t).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+NETS = {
+    "unet": lambda: UNet(2, Widths(8, 6), width=8, mult=(1, 2), res_blocks=1, depth=(1, 1), heads=2, groups=4),
+    "unet without tokens": lambda: UNet(
+        2, Widths(8), width=8, mult=(1,), res_blocks=1, depth=(1,), heads=2, groups=4, scale_shift=True
+    ),
+    "dit": lambda: DiT(2, Widths(8), size=4, width=8, depth=2, heads=2, vector=nn.Linear),
+    "lightningdit": lambda: DiT(
+        2, Widths(8), 4, 1, 16, 2, 2, nn.Linear, rms_norm=True, swiglu=True, rotary=True, norm_heads=True
+    ),
+    "mlp": lambda: MLP(2, Widths(8, 6), size=4, width=16),
+}
+
+
+@pytest.mark.parametrize("make", NETS.values(), ids=NETS)
+def test_the_derivative_through_every_backbone_is_the_finite_difference(make, monkeypatch):
+    """In float64, to 1e-6 of its size, in x and t at once; and gradients reach the weights."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # waves are float32 otherwise
+    torch.manual_seed(0)
+    net = make().double()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    denoiser = Denoiser(net, Linear(), Flow(), DataTime(), span=8)
+    x, direction = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    t, to = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), torch.tensor([0.1, 0.2, 0.9], dtype=torch.float64)
+    cond = Cond(tokens=torch.randn(3, 5, 6, dtype=torch.float64))
+    output, change = along(denoiser, x, t, cond, (direction, torch.ones_like(t)), to)
+    with torch.no_grad():
+        e = 1e-5
+        there, here = (denoiser.output(x + s * direction, t + s, cond, to) for s in (e, -e))
+    assert (change - (there - here) / (2 * e)).abs().max() < 1e-6 * change.abs().max()
+    torch.testing.assert_close(output, denoiser.output(x, t, cond, to))
+    output.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_the_tangent_of_gaussian_datas_consistency_function_is_zero():
+    schedule = Cosine()
+    model, (x, noise, x_t, t, _) = ExactConsistency(schedule, Velocity()), places(schedule)
+    (_, _), (rate, _) = torch.func.jvp(schedule, (t,), (torch.ones_like(t),))
+    marginal = model.velocity(x_t, t) / like(-rate / schedule(t)[1], x_t)  # dx/da
+    assert tangent(model, x_t, t, Cond(), marginal, 1.0)[1].abs().max() < 1e-9
+    alpha, sigma = (like(s, x) for s in schedule(t))
+    single = alpha * noise - sigma * x
+    output, g = tangent(model, x_t, t, Cond(), single, 0.0)
+    torch.testing.assert_close(g, -(alpha**2) * (output - single))  # at first, flow matching's
+    g = tangent(model, *(z.repeat(64, *[1] * (z.ndim - 1)) for z in (x_t, t)), Cond(), single.repeat(64, 1, 1, 1), 1.0)[1]
+    assert not g.requires_grad and g.abs().max() > 0.1
+
+
+def test_a_consistency_function_draws_in_one_step_and_in_two():
+    """One step is the flow; of two, the noise is fresh and the distribution is the data's."""
+    schedule, noise = Cosine(floor=1e-6), torch.randn(COUNT, 1, 1, 1, dtype=torch.float64)
+    model = ExactConsistency(schedule, Velocity())
+
+    def denoise(x_t, t):
+        return Velocity().to_data(model.output(x_t, t, Cond()), x_t, *schedule(t)).detach()
+
+    one, two = (ConsistencySteps(steps)(denoise, schedule, noise, range(COUNT)) for steps in (1, 2))
+    torch.testing.assert_close(one, MEAN + STD * noise, atol=1e-5, rtol=0)
+    assert (one - two).abs().max() > 0.5
+    assert two.mean().item() == pytest.approx(MEAN, abs=4 * STD / COUNT**0.5)
+    assert two.std().item() == pytest.approx(STD, rel=4 / (2 * COUNT) ** 0.5)
+
+
+def test_consistency_training_leans_on_the_data_first_and_on_the_network_later():
+    torch.manual_seed(0)
+    net = Model(Denoiser(MLP(1, Widths(), size=2, width=16), Cosine(), Velocity(), DataTime()))
+    x, objective = torch.randn(64, 1, 2, 2), Consistency(Uniform(), warmup=10)
+    lengths = [objective(net, {}, x, Cond(), Draw(0, torch.arange(64), 64, step))["tangent"] for step in (0, 5, 10, 20)]
+    assert lengths[2] == lengths[3] and len({round(length.item(), 6) for length in lengths}) == 3
+
+
+def test_what_does_not_fit_is_named():
+    net, x, draw = MLP(1, Widths(), size=2, width=8), torch.zeros(2, 1, 2, 2), Draw(0, torch.arange(2), 2)
+    one_time = Model(Denoiser(net, Linear(), Flow(), DataTime()))
+    with pytest.raises(ValueError, match=r"knows one time.*model\.span=64"):
+        MeanFlow()(one_time, {}, x, Cond(), draw)
+    for schedule, prediction in ((Cosine(), Flow()), (Linear(), Noise())):
+        with pytest.raises(ValueError, match=r"schedule=linear prediction=flow; found schedule="):
+            MeanFlow()(Model(Denoiser(net, schedule, prediction, DataTime())), {}, x, Cond(), draw)
+    with pytest.raises(ValueError, match=r"schedule=cosine prediction=velocity; found schedule=Linear prediction=flow"):
+        Consistency()(one_time, {}, x, Cond(), draw)
+    with pytest.raises(ValueError, match=r"objective\.share=2"):
+        MeanFlow(share=2.0)
+
+
+def test_guidance_tells_both_times():
+    class Said:
+        def __init__(self):
+            self.conditioner, self.seen = None, []
+
+        def condition(self, request, only=None):
+            return Cond(vector=torch.zeros(3, 1))
+
+        def denoiser(self, x_t, t, cond, to=None):
+            self.seen.append((len(x_t), to))
+            return x_t
+
+    model, x = Said(), torch.zeros(3, 1, 2, 2)
+    for scale in (1.0, 2.0):
+        FlowMap(2)(CFG(scale)(model, {}), Linear(), x, range(3))
+    assert [count for count, _ in model.seen] == [3, 3, 6, 6] and [float(to.max()) for _, to in model.seen] == [0.5, 0.0] * 2
+
+
+class Fast(Draw):
+    """Numbers of one generator for the whole batch: as random, and quicker for thousands of steps."""
+
+    def _each(self, stream, draw):
+        shape = draw(torch.Generator()).shape
+        return torch.randn(len(self.position), *shape) if stream == "noise" else torch.rand(len(self.position), *shape)
+
+
+@pytest.mark.slow
+def test_one_step_draws_a_mixture():
+    """A small network learns two modes; one step from noise has the data's distribution, as far as 2,048 numbers tell."""
+    torch.manual_seed(0)
+    net = Denoiser(MLP(1, Widths(vector=16), size=1, width=128), Linear(), Flow(), DataTime(), span=16)
+    optimizer, objective = torch.optim.Adam(net.parameters(), lr=1e-3), MeanFlow(Uniform(), share=0.5)
+
+    def data(count):
+        return (torch.where(torch.rand(count) < 0.4, -1.2, 0.8) + 0.3 * torch.randn(count)).reshape(-1, 1, 1, 1)
+
+    steps, average = 6000, {name: p.detach().clone() for name, p in net.named_parameters()}
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, 2 * (1 - step / steps))
+        loss = objective(Model(net), {}, data(512), Cond(), Fast(0, torch.arange(512), 512, step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for name, p in net.named_parameters():
+            average[name].lerp_(p.detach(), 0.005)
+    net.load_state_dict(average, strict=False)
+    with torch.no_grad():
+        drawn = FlowMap(1)(lambda x, t, to: net(x, t, Cond(), to), Linear(), torch.randn(2048, 1, 1, 1), range(2048)).flatten()
+    real = data(2048).flatten()
+    both = torch.cat((drawn, real)).sort().values
+    cdfs = [torch.searchsorted(sample.sort().values, both, right=True) / 2048 for sample in (drawn, real)]
+    assert (cdfs[0] - cdfs[1]).abs().max() < 1.95 * (2 / 2048) ** 0.5
