@@ -53,8 +53,7 @@ def precompute(config: DictConfig) -> Path:
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
     use += [] if data.val_set else ["data.val=null"]
-    if len(data.sizes) > 1:
-        use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")]
+    use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")] if len(data.sizes) > 1 else []
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
     use += [f"autoencoder.load.path={place}"]
     for name, member in members.items():
