@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ldm.condition._cut import Cut
 from ldm.embedder import Condition, Weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
+from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
 
 
@@ -112,7 +112,7 @@ class Text(Condition):
         for row, caption in zip(ids, captions):
             if isinstance(caption, Weighted):
                 row.copy_(self._parts(caption, row)[0])
-        if self.training and hasattr(self.tokenizer, "encode"):
+        if (self.training or self.cut.always) and hasattr(self.tokenizer, "encode"):
             self.cut.count(captions, (ids[:, -1] != 0).tolist())
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids), self.padding)
