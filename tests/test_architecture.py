@@ -24,7 +24,7 @@ ALLOWED = {
     "swap": {"run_id"},
     "compose": {"check", "run_id", "swap"},
     "adapt": {"types", "check", "model"},
-    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training"},
+    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training", "types"},
     "nn": set(),
     "tower": {"nn"},
     **{room: {"types", "nn", "tower"} for room in MEMBERS},

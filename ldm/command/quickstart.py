@@ -186,7 +186,7 @@ def surroundings() -> dict[str, Any]:
     import torch
     from safetensors import safe_open
 
-    from ldm.training.callback.threads import cores
+    from ldm.files.process import cores
 
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
