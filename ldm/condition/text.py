@@ -88,8 +88,7 @@ class Text(Condition):
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens, their mask, vector."""
         ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())])
         mask = None if self.padding is not None else spoken(ids)
-        with torch.no_grad():
-            hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
+        hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
         states = [
             self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
         ]
