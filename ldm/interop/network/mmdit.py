@@ -9,7 +9,7 @@ from ldm.interop.bundle import SHARE, STRAIGHT, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network._stream_names import depth_of, paired
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
-from ldm.interop.part.t5 import TARGET
+from ldm.interop.part.t5 import SILENCE, TARGET
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.schedulers import flow_config
 from ldm.interop.source import File
@@ -194,7 +194,8 @@ class MMDiTNetwork(Network):
         for i in ("", "_2"):
             index |= {f"text_encoder{i}": ["transformers", "CLIPTextModelWithProjection"]}
             index |= {f"tokenizer{i}": ["transformers", "CLIPTokenizer"]}
-        index |= {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+        third = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+        index |= {name: [None, None] for name in third} if bundle.made_by(SILENCE) else third
         return {**index, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
 
     def describe(self, bundle: Bundle) -> str:
