@@ -38,11 +38,12 @@ DOLLAR = re.compile(r"(\\*)\$\{")  # where an interpolation begins
 NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
 UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
+OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
 LISTS = ("condition", "adapter", "metric", "callback", "logger")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
-    """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
+    """Quotes the raw values of free text, which is not Hydra's grammar; `ask.*`, `groups` and `rates` may add what they name.
 
     `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
     in the place of a file or folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text. Of a list of
@@ -51,7 +52,7 @@ def quote(arguments: Sequence[str]) -> list[str]:
     """
     quoted = []
     for argument in arguments:
-        argument = UNCHOSEN.sub(r"~\1", argument)
+        argument = OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument))
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)

@@ -90,8 +90,7 @@ class Text(Condition):
         captions = ["" if d else v for v, d in zip(value, drop.tolist())]
         ids = self.ids(captions)
         mask = None if self.padding is not None else spoken(ids)
-        with torch.no_grad():
-            hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
+        hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
         states = [
             self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
         ]
