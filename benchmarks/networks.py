@@ -34,7 +34,7 @@ def measure(name, size, backward, asked):
     net, peer, inputs = pair(name, device=asked.device, dtype=getattr(torch, asked.dtype))
     args, theirs, kwargs = inputs(asked.batch, size)
     most = prepare(asked, net.eval(), peer.eval())
-    works = (lambda: (net(*args),), lambda: (peer(*theirs, **kwargs).sample[:, :4],))
+    works = (lambda: (net(*args),), lambda: (peer(*theirs, **kwargs).sample[:, : args[0].shape[1]],))
     if backward:
         works = tuple(with_gradients(work, module) for work, module in zip(works, (net, peer)))
     with torch.set_grad_enabled(backward):
@@ -42,14 +42,14 @@ def measure(name, size, backward, asked):
 
 
 def with_gradients(work, module):
-    """The work, then the gradients of all weights; those of the first and the last convolution are put out too."""
+    """The work, then the gradients of all weights; those of the first and the last convolution, if any, are put out too."""
     weights = [p for p in module.parameters() if p.ndim == 4]
 
     def run():
         module.zero_grad(set_to_none=True)
         (out,) = work()
         out.square().sum().backward()
-        return out.detach(), weights[0].grad, weights[-1].grad
+        return out.detach(), *(weight.grad for weight in weights[:1] + weights[-1:])
 
     return run
 

@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel, FluxPipeline, UNet2DConditionModel
 
 from ldm.backbone.dit import DiT
 from ldm.backbone.unet import UNet
-from ldm.interop.network import dit, unet
+from ldm.interop.bundle import BACKBONE, Bundle, filled
+from ldm.interop.network import dit, flux, mmdit, pixart, unet
 from ldm.interop.network._unet_config import unet_config
 from ldm.interop.tie import give
 from ldm.nn.empty import weightless
@@ -44,11 +47,20 @@ UNETS = {
     "SDXL": Case(Widths(tokens=2048, vector=2816), 128, SDXL),
 }
 DITS = {"DiT-XL/2": Case(Widths(vector=1152), 32, {"width": 1152, "depth": 28, "heads": 16, "learn_range": True})}
-CASES = UNETS | DITS
+# At their published widths, with a few of their blocks, so that both fit into a machine's memory.
+STREAMS = {
+    "SD3 (4 blocks)": Case(Widths(tokens=4096, vector=2048), 128, {"depth": 4}),
+    "SD3.5 medium (4 blocks)": Case(Widths(tokens=4096, vector=2048), 128, {"depth": 4, "again": 3, "norm_heads": True}),
+    "Flux (1 + 2 blocks)": Case(Widths(tokens=4096, vector=768), 128, {"depth": 1, "single": 2}),
+    "PixArt (4 blocks)": Case(Widths(tokens=4096), 64, {"size": 64, "depth": 4, "shared": True}),
+}
+CASES = UNETS | DITS | STREAMS
 
 
 def pair(name, part=1, device="cpu", dtype=torch.float32):
     """-> ours, diffusers', and of a batch size and a latent size the two calls' inputs; `part` divides all widths."""
+    if name in STREAMS:
+        return _streams(name, part, device, dtype)
     return (_unets if name in UNETS else _dits)(CASES[name], part, device, dtype)
 
 
@@ -100,6 +112,51 @@ def _dits(case, part, device, dtype):
         return (x, level, Cond(vector=table[label])), (x, level, label), {}
 
     return net.to(device, dtype), peer.to(device, dtype), inputs
+
+
+def _streams(name, part, device, dtype):
+    """MMDiT, Flux and PixArt; `part` divides the heads."""
+    network = {"SD3": mmdit, "Flu": flux, "Pix": pixart}[name[:3]].NETWORK
+    channels, case = 4 if network is pixart.NETWORK else 16, CASES[name]
+    settings = filled(network.made, case.settings)
+    settings |= {
+        "heads": settings["heads"] // part,
+        "width": settings["width"] // settings["heads"] * (settings["heads"] // part),
+    }
+    with weightless():
+        net = network.made(channels, case.widths, **settings)
+    own = randomised(net, device, dtype)
+    own |= {n: x.to(device, dtype) for n, x in net.named_buffers()}
+    bundle = Bundle({"backbone": network.node(settings)}, {f"{BACKBONE}{n}": x for n, x in own.items()})
+    with weightless():
+        peer = getattr(diffusers, network.classes[0]).from_config(network.config(network.settings(bundle), bundle))
+    peer.load_state_dict(give(network.diffusers_ties(own, settings), own), assign=True)
+    peer = Packed(peer) if network is flux.NETWORK else peer
+
+    def inputs(batch, size):
+        x, level = torch.randn(batch, channels, size, size).to(device, dtype), torch.rand(batch, device=device) * 1000
+        tokens = torch.randn(batch, 154 if channels == 16 else 120, case.widths.tokens).to(device, dtype)
+        if not case.widths.vector:
+            return (x, level, Cond(tokens=tokens)), (x, tokens, level), {}
+        vector = torch.randn(batch, case.widths.vector).to(device, dtype)
+        return (x, level, Cond(tokens=tokens, vector=vector)), (x, tokens, vector, level), {}
+
+    return net.to(device, dtype), peer.to(device, dtype), inputs
+
+
+class Packed(torch.nn.Module):
+    """diffusers' Flux, whose pipeline packs latents and numbers their places."""
+
+    def __init__(self, peer):
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, x, tokens, vector, level):
+        """(B, C, H, W) and what it is told -> .sample (B, C, H, W)."""
+        place = FluxPipeline._prepare_latent_image_ids(len(x), x.shape[2] // 2, x.shape[3] // 2, x.device, torch.float32)
+        told = {"img_ids": place, "txt_ids": torch.zeros(tokens.shape[1], 3, device=x.device)}
+        out = self.peer(FluxPipeline._pack_latents(x, *x.shape), tokens, vector, level / 1000, **told).sample
+        return SimpleNamespace(sample=FluxPipeline._unpack_latents(out, x.shape[2] * 8, x.shape[3] * 8, 8))
 
 
 def randomised(net, device, dtype):

@@ -32,7 +32,7 @@ ALLOWED = {
     "metric": {"types", "measure", "tower"},
     "extractor": {"measure", "tower"},
     "data": {"types"},
-    "drawing": {"types", "model", "sampler"},
+    "drawing": {"types", "embedder", "model", "sampler"},
     "evaluation": {"types", "measure", "model", "drawing", "data"},
     "report": {"evaluation"},
     "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},

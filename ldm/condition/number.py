@@ -34,13 +34,15 @@ class Number(Condition):
         return Cond(vector=vector.masked_fill(drop[:, None], 0.0))
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
-        """The numbers that the batch lacks, from its records, or the one that is usual where a record does not say.
+        """The numbers that the batch lacks, from its records, or the usual ones where a record does not say or is not there.
 
         Raises:
             Refusal: a record lacks one, or has something else there.
         """
         usual = {name: u for name, u in self.usual.items() if isinstance(u, int | float)}
-        lacking = [name for name in self.usual if name not in batch and "json" in batch]
+        lacking = [name for name in self.usual if name not in batch]
+        if "json" not in batch:
+            return {name: [usual[name]] * len(batch["position"]) for name in lacking if name in usual and "position" in batch}
         return {name: [_number(usual | r, name) for r in batch["json"]] for name in lacking}
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:

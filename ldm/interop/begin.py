@@ -57,6 +57,8 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
         else:
             other.append(f"{name}: {tuple(there.shape)} there, {tuple(here.shape)} here")
     wrong = [line for line in other if not line.startswith("conditioner.")]
+    places = [n for n in own.keys() ^ weights.keys() if n.endswith("backbone.position")]
+    wrong += [f"{n}: fixed positions {'there' if n in weights else 'here'} alone (backbone.fixed)" for n in places]
     if wrong or not taken:
         few = "; ".join(wrong[:3]) or f"none of its {len(weights)} tensors is one of these {len(own)}"
         raise Refusal(f"model.init={source} is another network: {few}. Choose the backbone it was trained with.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.interop.bundle import DISCRETE, VERSION, Bundle, filled, shapes_of
 from ldm.interop.foreign import Foreign
+from ldm.interop.schedulers import scheduler_config
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, Tie
 from ldm.types import Widths
@@ -25,8 +26,8 @@ class Network:
 
     `target` and `made` are how ours is built; `folder` and `classes` where diffusers keeps it and what it is called there;
     `single` is the layout's word for a single file, `prefix` where its tensors begin in one, and `alone` says that such a
-    file holds the network and its tables, and no parts. `beside_single` are the kinds of parts that
-    a single file holds, where it is not all; `shift` is that of its family's latents: z = x / scale + shift.
+    file holds the network and its tables, and no parts. `shift` is that of its family's latents, z = x / scale + shift;
+    `straight` says that it is published for straight paths and says flow.
     """
 
     name: str
@@ -37,8 +38,8 @@ class Network:
     single = "compvis"
     prefix = ""
     alone = False
-    beside_single: tuple[str, ...] | None = None
     shift = 0.0
+    straight = False
 
     def settings_of(self, shapes: Shapes, told: Mapping[str, Any]) -> Built:
         """Their names and shapes in a single file, and what is told beside it -> how it is built."""
@@ -127,6 +128,10 @@ class Network:
         """Tensors of ours that diffusers computes."""
         return {}
 
+    def today(self, name: str) -> str:
+        """What a tensor that an older diffusers named is called now."""
+        return name
+
     left: tuple[str, ...] = ()  # names that are left in single files
     diffusers_left: tuple[str, ...] = ()
 
@@ -152,6 +157,14 @@ class Network:
     def beside(self, settings: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
         """What the yaml beside a single file says of it."""
         return {}
+
+    def scheduler(self, bundle: Bundle) -> dict[str, Any]:
+        """The config of diffusers' scheduler that a model on it is drawn with.
+
+        Raises:
+            Refusal: none has its schedule or what it says.
+        """
+        return scheduler_config(bundle.recipe)
 
     def pipeline(self, bundle: Bundle) -> dict[str, Any]:
         """The model_index.json of the pipeline that draws from a model on it."""

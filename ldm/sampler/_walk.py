@@ -1,11 +1,20 @@
 """What all samplers share: a walk along the times of a grid, from noise."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ldm.types import Denoise, Schedule
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A grid whose times depend on how large a picture is."""
+
+    def sized(self, height: int, width: int) -> Callable[[int, Schedule], Tensor]:
+        """The grid for latents of height x width."""
 
 
 class Walk:
@@ -17,7 +26,8 @@ class Walk:
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = self.times(schedule)
+        grid = self.grid.sized(*noise.shape[2:]) if isinstance(self.grid, Sized) else self.grid
+        times = grid(self.steps, schedule)
         return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
     def times(self, schedule: Schedule) -> Tensor:

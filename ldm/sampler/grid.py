@@ -23,7 +23,48 @@ class Uniform:
         """-> (steps + 1) times, float64."""
         _check(steps)
         t = torch.linspace(self.first, self.last, steps + 1, dtype=torch.float64)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return shifted(t, self.shift)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Equal steps in t from 1 to the shifted 1 / total, shifted, then `last`: Stable Diffusion 3's, as diffusers draws from it.
+
+    Its FlowMatchEulerDiscreteScheduler shifts the least time twice (https://arxiv.org/abs/2403.03206, equation 23).
+    """
+
+    shift: float = 3.0
+    total: int = 1000
+    last: float = 0.0
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64."""
+        _check(steps, self.total)
+        t = torch.linspace(1.0, shifted(torch.tensor(1 / self.total), self.shift).item(), steps, dtype=torch.float64)
+        return torch.cat((shifted(t, self.shift), torch.tensor([self.last], dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class BySize:
+    """Equal steps in t, shifted by exp(mu), where mu grows with the number of patches: `low` at `few` of them, `high` at `many`.
+
+    As Flux dev is drawn from (huggingface/diffusers 58eb52c, pipeline_flux.py, calculate_shift); `patch` latents a side are one.
+    """
+
+    low: float = 0.5
+    high: float = 1.15
+    few: int = 256
+    many: int = 4096
+    patch: int = 2
+
+    def sized(self, height: int, width: int) -> Uniform:
+        """The grid for latents of height x width."""
+        count = (height // self.patch) * (width // self.patch)
+        return Uniform(shift=math.exp(self.low + (self.high - self.low) * (count - self.few) / (self.many - self.few)))
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64, for `many` patches: where nothing says how many there are."""
+        return Uniform(shift=math.exp(self.high))(steps, schedule)
 
 
 @dataclass(frozen=True)
@@ -134,6 +175,11 @@ class Listed:
 
 
 UNIFORM = Uniform()
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """t: (*) -> (*), where sigma / alpha is `shift` times as large on straight paths."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def _check(steps: int, most: float = math.inf) -> None:

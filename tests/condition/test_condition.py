@@ -451,3 +451,10 @@ def test_captions_that_are_cut_in_training_are_counted(text):
     text.eval()
     assert (text.cut.seen - before[0], text.cut.cut - before[1], text.cut.longest) == (3, 2, 25)
     assert re.search(r"2 of the first 3 captions are longer than the 10 tokens .* the longest 25", str(text.cut))
+
+
+def test_a_usual_number_is_told_where_no_record_says_it():
+    """A guidance scale, in pictures with captions alone: not so a picture's size, which nothing but a record knows."""
+    number = Number({"guidance": 3.5, "original_height": "height"}, width=8, scale=1000.0)
+    assert number.derive({"position": torch.arange(3)}, None) == {"guidance": [3.5] * 3}
+    assert number.derive({"position": torch.arange(3), "guidance": [1.0] * 3}, None) == {}

@@ -6,8 +6,11 @@ tables are float32, so that outputs which it divides by a small alpha are compar
 """
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from ldm.denoiser import Denoiser, Timestep
 from ldm.prediction import Data, Flow, Noise, Velocity
@@ -18,7 +21,7 @@ from ldm.sampler.dpmpp import DPMpp
 from ldm.sampler.dpmpp_sde import DPMppSDE
 from ldm.sampler.euler import Euler
 from ldm.sampler.euler_ancestral import EulerAncestral
-from ldm.sampler.grid import Karras, Leading, Linspace, Listed, Trailing
+from ldm.sampler.grid import BySize, Karras, Leading, Linspace, Listed, Shifted, Trailing
 from ldm.sampler.heun import Heun
 from ldm.sampler.unipc import UniPC
 from ldm.schedule import DDPM, Linear, ScaledLinear
@@ -184,3 +187,23 @@ def test_stochastic_samplers_given_the_same_noise(peer, only, step, sampler, mon
     monkeypatch.setattr(f"{peer.__module__}.randn_tensor", lambda shape, **_: draw(X))
     scheduler = peer(**SCALED, **only, prediction_type="v_prediction")
     torch.testing.assert_close(ours(sampler, "v_prediction", X), theirs(scheduler, X, **step), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 28])
+def test_grids_of_straight_paths(steps):
+    """Stable Diffusion 3's static shift, and Flux' by the number of patches: the sigmas of FlowMatchEulerDiscreteScheduler."""
+    static, dynamic = FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    static.set_timesteps(steps)
+    torch.testing.assert_close(Shifted(3.0)(steps, Linear()), static.sigmas.double(), atol=1e-6, rtol=0)
+    for height, width in ((32, 32), (96, 160)):
+        dynamic.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(height * width // 4))
+        times = BySize().sized(height, width)(steps, Linear())
+        torch.testing.assert_close(times, dynamic.sigmas.double(), atol=1e-6, rtol=0)
+
+
+def test_a_grid_by_size_is_asked_for_the_pictures_own():
+    """One Euler step from noise: where it begins tells which grid was taken."""
+    seen = []
+    for size in (8, 64):
+        Euler(2, grid=BySize())(lambda x, t: seen.append(float(t)) or x, Linear(), torch.zeros(1, 4, size, size), [0])
+    assert seen[0] == seen[2] == 1.0 and seen[1] < seen[3]

@@ -7,15 +7,18 @@ import torch
 
 from ldm.backbone.flux import Flux
 from ldm.errors import Refusal
-from ldm.interop.bundle import VERSION, Bundle
+from ldm.interop.bundle import SHARE, STRAIGHT, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network._stream_names import depth_of, paired
-from ldm.interop.network.mmdit import flow
+from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
+from ldm.interop.part.t5 import TARGET
 from ldm.interop.protocols import Built, Network, Ties
+from ldm.interop.schedulers import flow_config
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, Tie, renamer, same, tied
 
-HEAD, AXES, WAVES = 128, [16, 56, 56], 256  # features of a published head, how they are turned, and a guidance scale's waves
+HEAD, AXES, WAVES = 128, [16, 56, 56], 256  # a published head's features, how they are turned, and a guidance scale's waves
+GUIDANCE = {"_target_": "ldm.condition.number.Number", "fields": {"guidance": 3.5}, "width": WAVES, "scale": 1000.0}
 ALL = {
     "embed": "img_in",
     "read": "txt_in",
@@ -56,6 +59,7 @@ class FluxNetwork(Network):
     single = "flux"
     alone = True
     shift = 0.1159
+    straight = True
 
     def recognise(self, names: Iterable[str]) -> bool:
         """By its blocks of one sequence."""
@@ -72,7 +76,7 @@ class FluxNetwork(Network):
                 "depth": depth_of(shapes, "double_blocks."),
                 "single": depth_of(shapes, "single_blocks."),
                 "heads": width // head,
-                "axes": AXES if head == HEAD else [head // 8, head // 16 * 7, head // 16 * 7],
+                "axes": [head - 4 * (head * 7 // 32), *[head * 7 // 32 * 2] * 2],  # as AXES
                 "guided": guided,
             }
             widths = {"vector": shapes["vector_in.in_layer.weight"][1] + WAVES * guided, "tokens": shapes["txt_in.weight"][1]}
@@ -160,8 +164,27 @@ class FluxNetwork(Network):
         self._check(bundle)
 
     def _check(self, bundle: Bundle) -> None:
+        flow_config(bundle.recipe)
         if (patch := self.settings(bundle)["patch"]) != 2:
             raise Refusal(f"Other layouts know Flux with patches of 2x2; this one has backbone.patch={patch}.")
+
+    def scheduler(self, bundle: Bundle) -> dict[str, Any]:
+        """Dev's steps are shifted by the picture's size."""
+        guided = self.settings(bundle)["guided"]
+        sizes = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+        return flow_config(bundle.recipe, **({"shift": 3.0, "use_dynamic_shifting": True, **sizes} if guided else {}))
+
+    def conditions(self, bundle: Bundle, built: Built, config: Mapping[str, Any] | None, index: Mapping[str, Any]) -> None:
+        """The guidance scale, and the published text towers by name, of which a single file holds none."""
+        condition = bundle.recipe["condition"]
+        if config is None:
+            text = {"model": "ViT-L-14-quickgelu", "pretrained": "openai", "layers": [], "pooled": True, "projected": False}
+            condition["text"] = {"_target_": "ldm.condition.text.Text", **text, "padding": 49407}
+            length = 512 if built[0]["guided"] else 256  # schnell's pipeline reads as many; its users say 256
+            condition["language"] = {"_target_": TARGET, "model": PUBLISHED_T5, "length": length, "padding": "attended"}
+            bundle.assumed.append(f"text: OpenAI's CLIP L, and {PUBLISHED_T5}, {length} tokens, which the file does not hold")
+        if built[0]["guided"]:
+            condition["guidance"] = dict(GUIDANCE)
 
     def scale(self, file: File) -> float:
         """Flux'."""
@@ -173,7 +196,7 @@ class FluxNetwork(Network):
 
     def schedule(self, file: File | None, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Straight paths."""
-        return flow()
+        return dict(STRAIGHT), dict(SHARE)
 
     def pipeline(self, bundle: Bundle) -> dict[str, Any]:
         """FluxPipeline, of a CLIP and a T5."""

@@ -5,10 +5,13 @@ from typing import Any
 
 from ldm.backbone.mmdit import MMDiT
 from ldm.errors import Refusal
-from ldm.interop.bundle import VERSION, Bundle
+from ldm.interop.bundle import SHARE, STRAIGHT, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network._stream_names import depth_of, paired
+from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
+from ldm.interop.part.t5 import SILENCE, TARGET
 from ldm.interop.protocols import Built, Network, Ties
+from ldm.interop.schedulers import flow_config
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, Tie, renamer, same, tied
 
@@ -37,7 +40,6 @@ PUBLISHED = renamer(
     }
 )
 BASE = 128  # latents' side on which published positions are one apart
-FLOOR = 1e-6  # of sigma and alpha, which are 0 at the ends there
 HEAD = 64  # features of a published head
 
 
@@ -51,16 +53,15 @@ class MMDiTNetwork(Network):
     classes = ("SD3Transformer2DModel",)
     single = "sd3"
     prefix = "model.diffusion_model."
-    beside_single = ("autoencoder",)
     shift = 0.0609
-    left = ("text_encoders.",)  # the published ones, which the conditions name
+    straight = True
 
     def recognise(self, names: Iterable[str]) -> bool:
         """By the way its texts go in."""
         return f"{self.prefix}context_embedder.weight" in names
 
     def settings_of(self, shapes: Shapes, told: Mapping[str, Any]) -> Built:
-        """The published names and shapes; a head's features and the places of positions show in none."""
+        """The published names and shapes; a head's features show in none."""
         try:
             width, channels, patch = shapes["x_embedder.proj.weight"][:3]
             settings = {
@@ -146,13 +147,28 @@ class MMDiTNetwork(Network):
         """As wide as the layer reads by which they go in."""
         return bundle.backbone()["read.weight"].shape[1]
 
+    def scheduler(self, bundle: Bundle) -> dict[str, Any]:
+        """Its steps are shifted by 3."""
+        return flow_config(bundle.recipe, shift=3.0)
+
+    def conditions(self, bundle: Bundle, built: Built, config: Mapping[str, Any] | None, index: Mapping[str, Any]) -> None:
+        """The published text towers by name, where a single file holds none."""
+        condition = bundle.recipe["condition"]
+        if config is None and "text" not in condition:
+            condition |= {"text": published_texts(built[2]["tokens"]), **condition}
+            bundle.assumed.append("text: CLIP L and G by open_clip's names, which the file does not hold")
+        if config is None and "language" not in condition:
+            condition["language"] = {"_target_": TARGET, "model": PUBLISHED_T5, "length": 256, "padding": "attended"}
+            bundle.assumed.append(f"text: {PUBLISHED_T5}, which the file does not hold")
+
     def check_single(self, bundle: Bundle) -> None:
-        """As many heads, and positions where, as published networks have."""
+        """Straight paths, and as many heads as published networks have."""
+        flow_config(bundle.recipe)
         s = self.settings(bundle)
-        if s["width"] != HEAD * s["heads"] or s["size"] != BASE:
+        if s["width"] != HEAD * s["heads"]:
             raise Refusal(
-                f"A file says neither how many heads there are nor where positions lie; published networks have {HEAD} features "
-                f"a head and backbone.size={BASE}, this one {s['width'] // s['heads']} and {s['size']}. Use --to diffusers."
+                f"A file does not say how many heads there are; published networks have {HEAD} features a head, this one "
+                f"{s['width'] // s['heads']}. Use --to diffusers."
             )
 
     def scale(self, file: File) -> float:
@@ -165,12 +181,11 @@ class MMDiTNetwork(Network):
 
     def schedule(self, file: File | None, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Straight paths."""
-        return flow()
+        return dict(STRAIGHT), dict(SHARE)
 
     def assumed(self, file: File, bundle: Bundle, prediction: str | None) -> list[str]:
-        """Heads and positions."""
-        heads = bundle.recipe["backbone"]["heads"]
-        return [f"heads: {heads}, {HEAD} features each", f"positions: one apart on latents of {BASE}x{BASE}"]
+        """Heads."""
+        return [f"heads: {bundle.recipe['backbone']['heads']}, {HEAD} features each"]
 
     def pipeline(self, bundle: Bundle) -> dict[str, Any]:
         """StableDiffusion3Pipeline, of two CLIPs and a T5."""
@@ -179,7 +194,8 @@ class MMDiTNetwork(Network):
         for i in ("", "_2"):
             index |= {f"text_encoder{i}": ["transformers", "CLIPTextModelWithProjection"]}
             index |= {f"tokenizer{i}": ["transformers", "CLIPTokenizer"]}
-        index |= {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+        third = {"text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer_3": ["transformers", "T5TokenizerFast"]}
+        index |= {name: [None, None] for name in third} if bundle.made_by(SILENCE) else third
         return {**index, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
 
     def describe(self, bundle: Bundle) -> str:
@@ -190,9 +206,13 @@ class MMDiTNetwork(Network):
         return f"MMDiT        {count:,} parameters: {', '.join(sizes)}"
 
 
-def flow() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Straight paths from data to noise, and the noise level as 1,000 sigma."""
-    return {"_target_": "ldm.schedule.Linear", "floor": FLOOR}, {"_target_": "ldm.denoiser.NoiseTime", "steps": 1000}
+def published_texts(width: int) -> dict[str, Any]:
+    """The config of Stable Diffusion 3's two CLIPs, whose tokens are filled up to `width`."""
+    told = {"layers": [-2], "final_norm": False, "pooled": True}
+    large = {"model": "ViT-L-14-quickgelu", "pretrained": "openai", "padding": 49407, **told}
+    giant = {"model": "ViT-bigG-14", "pretrained": "laion2b_s39b_b160k", "padding": 0, **told}
+    towers = {name: {"_target_": "ldm.condition.text.Text", **node} for name, node in (("large", large), ("giant", giant))}
+    return {"_target_": "ldm.condition.text.Texts", "towers": towers, "width": width}
 
 
 NETWORK = MMDiTNetwork()

@@ -10,14 +10,15 @@ from ldm.errors import Refusal
 from ldm.interop.bundle import BETAS, DISCRETE, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network.dit import HEADS, DiTNetwork
+from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
+from ldm.interop.part.t5 import TARGET
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, renamer, same, stacked, tied
 from ldm.nn.transformer import grid_waves
 
-LANGUAGE = "ldm.condition.language.Language"
-T5 = {"_target_": LANGUAGE, "model": "DeepFloyd/t5-v1_1-xxl", "length": 300, "padding": "masked", "dropped": "empty_prompt"}
-BASE = 64  # latents' side up to which diffusers lays positions one by one
+T5 = {"_target_": TARGET, "model": PUBLISHED_T5, "length": 300, "padding": "masked"}
+BASE = 64  # latents' side that positions are laid over from 512 pixels on
 DIFFUSERS = renamer(
     {
         "embed": "pos_embed.proj",
@@ -89,7 +90,7 @@ class PixArt(Network):
             raise Refusal(f"This is no PixArt in the published layout: {error} is missing among its tensors.") from error
         if "csize_embedder.mlp.0.weight" in shapes:
             raise Refusal("This PixArt is told sizes and aspects (csize_embedder), Alpha's of 1024 pixels; others are known.")
-        side = int(shapes["pos_embed"][1] ** 0.5) * patch if "pos_embed" in shapes else BASE
+        side = min(BASE, int(shapes["pos_embed"][1] ** 0.5) * patch) if "pos_embed" in shapes else BASE
         depth = sum(name.endswith(".attn.qkv.weight") for name in shapes)
         heads = HEADS.get(width, max(1, width // 64))
         found = {"size": side, "patch": patch, "width": width, "depth": depth, "heads": heads}
@@ -172,8 +173,14 @@ class PixArt(Network):
         return bundle.backbone()["read.wide.weight"].shape[1]
 
     def check_single(self, bundle: Bundle) -> None:
-        """As PixArt's own."""
+        """As PixArt's own, with as many heads, and positions laid over as much, as published networks have."""
         self._check(bundle)
+        s = self.settings(bundle)
+        if s["size"] != BASE or s["heads"] != HEADS.get(s["width"], max(1, s["width"] // 64)):
+            raise Refusal(
+                f"A file says neither how many heads there are nor what positions are laid over; this one has {s['heads']} and "
+                f"backbone.size={s['size']}, not as published ones of its width. Use --to diffusers."
+            )
 
     def check_diffusers(self, bundle: Bundle) -> None:
         """The same."""
@@ -185,7 +192,7 @@ class PixArt(Network):
         settings = self.settings(bundle)
         strange = [f"backbone.{name}={settings[name]}" for name, value in usual.items() if settings[name] != value]
         condition = bundle.recipe["condition"]
-        strange += [f"condition.{name}" for name, node in condition.items() if node.get("_target_") != LANGUAGE]
+        strange += [f"condition.{name}" for name, node in condition.items() if node.get("_target_") != TARGET]
         if strange:
             raise Refusal(f"Other layouts know DiTs that read tokens as PixArt is; this one has {', '.join(strange)}.")
 
