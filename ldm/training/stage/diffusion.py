@@ -232,6 +232,11 @@ class Trained:
         """The model with averaged weights; the model itself before training and in validation, where it is that."""
         return self.averaged()
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """(B, 3, f * H, f * W) in [-1, 1] -> the autoencoder's moments."""
+        return self.model.autoencoder.encode(images)
+
     def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
         """As the model's."""
         return self.model.condition(request, only)
