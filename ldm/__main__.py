@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "says what is in shards and what is broken: SHARDS",
     "average": "averages a run's weights over any length: RUN OUT --std 0.07",
     "cache": "lists the models that were brought from elsewhere, and clears them: clear NAME",
+    "completion": 'completes ldm\'s words in a shell: eval "$(ldm completion bash)"',
     "list": "lists the choices of a config group: experiment, sampler, ...",
 }
 
@@ -28,6 +29,11 @@ def main() -> None:
     else:
         from ldm.check import nearest
 
+        if sys.argv[1:2] in (["--version"], ["-V"]):
+            from importlib.metadata import version
+
+            print(f"ldm {version('ldm')}, torch {version('torch')}, Python {sys.version.split()[0]}")
+            sys.exit(0)
         print("usage: ldm COMMAND ...\n")
         print("\n".join(f"  {name:12s}{purpose}" for name, purpose in COMMANDS.items()))
         print("\n`ldm COMMAND --help` says what a command takes; `ldm list experiment` what can be trained.")

@@ -112,7 +112,7 @@ class Pipeline:
         given |= {"sampler": None if isinstance(sampler, str) else sampler}
         given |= {"guidance": None if isinstance(guidance, int | float | str) else guidance}
         config |= {name: value for name, value in given.items() if value is not None}
-        config |= {"seed": seed, "ask": {**config["ask"], **(ask or {})}}
+        config |= {"allow": list(self.allow), "seed": seed, "ask": {**config["ask"], **(ask or {})}}
         images, _ = run_draw(self.model, self.usual, config, (*build.ALLOWED, *self.allow), lambda line: None, watch)
         return images if output == "pt" else to_pil(images)
 

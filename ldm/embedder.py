@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
 from ldm.types import Batch, Draw, Embedder
+
+
+class Weighted(str):
+    """A caption as plain text, with the weight of each of its `parts`; `turns` are captions that take turns, one a step.
+
+    drawing/weights.py reads it; a condition that `weighs` heeds it.
+    """
+
+    parts: tuple[tuple[str, float], ...]
+    turns: tuple[Weighted, ...] = ()
 
 
 class Condition(nn.Module):
@@ -18,6 +29,7 @@ class Condition(nn.Module):
     frozen: tuple[str, ...] = ()
     hole: tuple[str, str] | None = None
     stands_for: str | None = None
+    weighs: bool = False
     cut: Any = None
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
@@ -39,6 +51,11 @@ class Condition(nn.Module):
     def unasked(self, field: str, size: tuple[int, int]) -> list[Any] | None:
         """Nothing: it must be written."""
         return None
+
+    def skip(self, layers: int | None) -> None:
+        """Refuses to read another layer."""
+        if layers is not None:
+            raise Refusal(f"clip_skip={layers} is for a CLIP that is read in one layer, as Stable Diffusion 1 and 2 read theirs.")
 
     def settings(self) -> dict[str, Any] | None:
         """Nothing: what it says cannot be kept ahead of time."""

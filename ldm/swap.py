@@ -5,6 +5,8 @@
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def swapped(config: DictConfig, config_name: str, overrides: Sequence[Override],
     asked = {o.key_or_group: o for o in overrides if _is_choice(o, config, configs)}
     if not asked:
         return config
-    usual = compose(config_name, overrides=recipe, return_hydra_config=True).hydra.runtime.choices
+    usual = _composed(config_name, *recipe).hydra.runtime.choices
     for group, override in asked.items():
         if usual.get(group) == override.value() or usual.get(group) is None:
             continue
@@ -58,6 +60,16 @@ def swapped(config: DictConfig, config_name: str, overrides: Sequence[Override],
     return config
 
 
+def _composed(config_name: str, *words: str) -> DictConfig:
+    return _composed_in(Path.cwd(), config_name, words)
+
+
+@lru_cache(maxsize=32)
+def _composed_in(_: Path, config_name: str, words: tuple[str, ...]) -> DictConfig:
+    """Composed once for the same words in the same folder, where `configs` may be searched too."""
+    return compose(config_name, overrides=list(words), return_hydra_config=True)
+
+
 def _is_choice(override: Override, config: DictConfig, configs: Path) -> bool:
     """Whether an override chooses one member of a group that has settings."""
     group = override.key_or_group
@@ -72,13 +84,18 @@ def _alone(group: str, config_name: str, overrides: Sequence[Override], usual: A
     within = {g: name for g, name in usual.items() if str(g).startswith(f"{group}/") and name is not None}
     words = [f"{g}={name}" for g, name in within.items() if not any(o.key_or_group == g for o in overrides)]
     heads = (f"{place}.", f"{group}/")
-    words += [
-        o.input_line for o in overrides if o.key_or_group in (group, "hydra.searchpath") or o.key_or_group.startswith(heads)
-    ]
+    own = [o for o in overrides if o.key_or_group in (group, "hydra.searchpath") or o.key_or_group.startswith(heads)]
+    words += [o.input_line for o in own if not o.is_delete()]
     try:
-        return OmegaConf.select(compose(config_name, overrides=words), place)
+        config = deepcopy(_composed(config_name, *words))
     except HydraException as error:
         raise Refusal(f"{group}: {error}") from error
+    for o in own:
+        parent, _, key = o.key_or_group.rpartition(".")
+        if o.is_delete() and parent:  # perhaps of what the recipe gave, and is not there any more
+            with open_dict(config):
+                (OmegaConf.select(config, parent) or {}).pop(key, None)
+    return OmegaConf.select(config, place)
 
 
 def _parts(config: DictConfig, place: str, configs: Path) -> list[str]:

@@ -254,6 +254,7 @@ class Embedder(Protocol):
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
+    weighs: bool  # whether it heeds the weights of a caption's parts (embedder.py's Weighted)
     cut: Any  # counts captions that were cut (`seen`, `cut`) and says so by `str`; None where there is nothing to say
 
     def __call__(self, value: Any, drop: Tensor) -> Cond:
@@ -270,6 +271,9 @@ class Embedder(Protocol):
 
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of what it was told, (B, 3, h, w) in [-1, 1]."""
+
+    def skip(self, layers: int | None) -> None:
+        """Reads its text tower's last layer but `layers` - 1, or, told None, its own."""
 
     def unasked(self, field: str, size: tuple[int, int]) -> list[Any] | None:
         """What a person means who does not write a field; None: it must be written."""

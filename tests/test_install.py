@@ -68,7 +68,7 @@ def test_every_package_and_config_is_in_the_wheel(wheel):
     assert listed == sorted(there | {"ldm.configs"})
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"ldm/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
-    assert configs <= names and "ldm/data/assets/emoji.webp" in names
+    assert configs <= names and {"ldm/data/assets/emoji.webp", "ldm/interop/published.yaml", "ldm/py.typed"} <= names
 
 
 def test_an_installed_ldm_works_from_any_folder(installed, tmp_path):

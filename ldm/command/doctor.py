@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_rules(asked.filters)
         sizes = sizes_of(asked.buckets, asked.size)
+        asked.out = asked.out or Path("runs", "doctor", Path(asked.shards[0]).absolute().name.removesuffix(".tar"))
         index = Index(expand(asked.shards, "SHARDS"), damaged="leave_out")
         fields = dict(asked.fields) or _common(index)
         if asked.repair:
@@ -260,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--filters", type=_mapping, default={}, help="as data.filters: '{side: [256, null]}'")
     parser.add_argument("--buckets", type=_setting, default=None, help="as data.buckets: sdxl, '{step: 64, ratio: 2}', ...")
     parser.add_argument("--quick", action="store_true", help="headers and captions only: no picture is decoded")
-    parser.add_argument("--out", type=Path, default=Path("doctor"), help="folder for report.json and the pictures")
+    parser.add_argument("--out", type=Path, help="folder for report.json and the pictures; by default runs/doctor/NAME")
     parser.add_argument("--repair", type=Path, metavar="OUT", help="writes all that can be read into clean shards; goes on there")
     return parser
 

@@ -19,12 +19,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="ldm list", description=__doc__.splitlines()[0])
     parser.add_argument("group", nargs="?", help="a config group; without it the groups are listed")
     group = parser.parse_args().group
-    groups = sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."})
     if group is None:
-        return _say([*groups, MODEL])
+        return _say(groups())
     rows = dict(models() if group == MODEL else choices(group))
     if not rows:
-        sys.exit(f"error: there is no group `{group}`.{nearest(group, [*groups, MODEL])}")
+        sys.exit(f"error: there is no group `{group}`.{nearest(group, groups())}")
     width = max(map(len, rows)) + 2
     _say([f"{name:{width}s}{purpose}".rstrip() for name, purpose in sorted(rows.items())])
 
@@ -34,6 +33,11 @@ def _say(lines: list[str]) -> None:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:  # `| head` has read enough; what Python flushes on its way out goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def groups() -> list[str]:
+    """What can be listed: config groups, and published models."""
+    return [*sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."}), MODEL]
 
 
 def models() -> Iterator[tuple[str, str]]:

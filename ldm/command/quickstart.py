@@ -69,8 +69,7 @@ def run(minutes: float) -> None:
     from ldm.report.quickstart import write_report
 
     write_report(HOME, metrics, shown)
-    print(json.dumps(metrics, indent=2))
-    print(f"Look at it: {HOME / 'report.html'}")
+    print(f"Took {seconds['total']:,.0f} s; every number is in {HOME / 'metrics.json'}. Look at it: {HOME / 'report.html'}")
 
 
 def recipe_name(experiment: str) -> str:
@@ -114,7 +113,14 @@ def train_one(stage: str, steps: int, overrides: list[str]) -> None:
     lengths = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={often}", f"callback.checkpoint.every={often}"]
     preview = {"autoencoder": "callback.reconstructions.every", "diffusion": "callback.drawings.every"}
     lengths += [f"{preview[stage]}={often}"] if stage in preview else []
-    arguments = [f"experiment={EXPERIMENTS[stage]}", f"run_id=quickstart/{stage}", *overrides, *lengths, THREADS]
+    arguments = [
+        f"experiment={EXPERIMENTS[stage]}",
+        f"run_id=quickstart/{stage}",
+        *overrides,
+        *lengths,
+        THREADS,
+        "callback.bar.summary=false",
+    ]
     print("python train.py", *arguments, flush=True)
     train(compose_config("train", arguments))
 
@@ -179,7 +185,7 @@ def surroundings() -> dict[str, Any]:
     import torch
     from safetensors import safe_open
 
-    from ldm.training.callback.threads import cores
+    from ldm.files.process import cores
 
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()

@@ -79,13 +79,15 @@ def draw(
     from ldm.data.usual import size_of
     from ldm.drawing.generate import draw_all
     from ldm.drawing.precision import in_precision, precision_of
-    from ldm.drawing.request import read_edit, read_request
+    from ldm.drawing.request import read_edit, read_request, skip_layers
+    from ldm.drawing.weights import taking_turns
 
     size, lines = size_of(config["resolution"], usual)
     for line in lines:
         say(line)
     device = next(model.denoiser.parameters()).device
     config = {**as_usual(config, usual), "resolution": list(size), "precision": precision_of(config["precision"], usual, device)}
+    skip_layers(model, config["clip_skip"])
     ask, count = read_request(config, model)
     seeds = range(config["seed"], config["seed"] + count)
     sampler, guidance = (
@@ -97,7 +99,7 @@ def draw(
     told = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
     if not seeds[mine]:
         return torch.empty(0, 3, *size), told
-    guidance = in_precision(guidance, config["precision"], device)
+    guidance = in_precision(taking_turns(guidance) if config["prompt_weights"] else guidance, config["precision"], device)
     images = draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch)
     return images, told
 

@@ -50,8 +50,9 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     from ldm.training.logging import close
     from ldm.training.plan import plan
     from ldm.training.resume import Changes
-    from ldm.training.run import fit
+    from ldm.training.run import fit, quiet
 
+    quiet()
     folder = Path(config.folder)
     if config.plan:
         trainer = _trainer(config, logger=False, callbacks=[])

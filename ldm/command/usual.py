@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.check import check_nodes
 from ldm.compose import CONFIGS
 
 SAMPLER, GRID, GUIDANCE = "sampler/dpmpp", "sampler/grid/uniform", "guidance/cfg"  # where a model does not say it
@@ -18,7 +19,12 @@ def as_usual(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, A
 
     One that is built already stays as it is. A chosen sampler takes the model's steps and grid where it does not say its own, and
     a setting that the model's own has not is one of what models are drawn with here.
+
+    Raises:
+        Refusal: the model's `usual` names something else than a sampler or a guidance.
     """
+    for name in ("sampler", "guidance"):  # a model, perhaps a stranger's, chooses among these alone
+        check_nodes(usual.get(name), ("ldm.sampler", "ldm.guidance", *(config.get("allow") or ())), f"usual.{name}")
     defaults = {"sampler": {**_plain(SAMPLER), "grid": _plain(GRID)}, "guidance": _plain(GUIDANCE)}
     return {**config, **{name: _filled(config[name], usual.get(name), default) for name, default in defaults.items()}}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ldm.condition._cut import Cut
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
@@ -40,6 +40,7 @@ class Text(Condition):
     """
 
     frozen = ("tower",)
+    weighs = True
 
     def __init__(
         self,
@@ -86,7 +87,8 @@ class Text(Condition):
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens, their mask, vector."""
-        ids = self.ids(["" if d else v for v, d in zip(value, drop.tolist())])
+        captions = ["" if d else v for v, d in zip(value, drop.tolist())]
+        ids = self.ids(captions)
         mask = None if self.padding is not None else spoken(ids)
         with torch.no_grad():
             hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
@@ -97,6 +99,7 @@ class Text(Condition):
         if self.whiten:
             tokens = (tokens - self.token_mean) @ self.token_mix
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
+        tokens = self._weighed(tokens, captions)
         if self.dropped == "zeros":
             told = (~drop).to(tokens, non_blocking=True)[:, None]
             tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
@@ -106,14 +109,60 @@ class Text(Condition):
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
         ids = self.tokenizer(list(captions))
+        for row, caption in zip(ids, captions):
+            if isinstance(caption, Weighted):
+                row.copy_(self._parts(caption, row)[0])
         if self.training and hasattr(self.tokenizer, "encode"):
             self.cut.count(captions, (ids[:, -1] != 0).tolist())
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids), self.padding)
 
+    def _parts(self, caption: Weighted, plain: Tensor) -> tuple[Tensor, Tensor]:
+        """plain: (L) ids of the caption as one text -> (L) those of its parts, each cut by itself, and their weights."""
+        if not hasattr(self.tokenizer, "encode"):
+            raise Refusal("prompt_weights=true: this tower's tokenizer does not say which tokens are whose; write plain prompts.")
+        found = [(number, weight) for text, weight in caption.parts for number in self.tokenizer.encode(text)][: len(plain) - 2]
+        ids = torch.full_like(plain, self.tokenizer.padding if self.published else 0)
+        weights = torch.ones(len(plain))
+        ids[0], ids[len(found) + 1] = plain[0], self.tokenizer.end if self.published else plain.max()
+        for i, (number, weight) in enumerate(found, 1):
+            ids[i], weights[i] = number, weight
+        return ids, weights
+
+    def _weighed(self, tokens: Tensor, captions: Sequence[str]) -> Tensor:
+        """tokens: (B, L, D) -> each times its weight, and each caption's mean as it was, as AUTOMATIC1111 has it; whitened
+        tokens, whose mean is next to nothing, stay as they come.
+        """
+        if not any(isinstance(caption, Weighted) for caption in captions):
+            return tokens
+        plain = self.tokenizer(list(captions))
+        ones = torch.ones(plain.shape[1])
+        rows = [self._parts(c, row)[1] if isinstance(c, Weighted) else ones for c, row in zip(captions, plain)]
+        weights = torch.stack(rows).to(tokens)[..., None]
+        weighed = tokens * weights
+        heavy = (weights != 1).any(1, keepdim=True)
+        mended = weighed * tokens.mean((1, 2), keepdim=True) / weighed.mean((1, 2), keepdim=True)
+        return torch.where(heavy, weighed if self.whiten else mended, tokens)
+
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the tower's context is too short for."""
         return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
+
+    def skip(self, layers: int | None) -> None:
+        """Reads another layer, with the last LayerNorm as before: 1 the last, 2 the one before; None its own again.
+
+        Raises:
+            Refusal: it reads several, or whitened ones, or has not as many.
+        """
+        own = self.__dict__.setdefault("own_layers", self.layers)
+        if layers is None:
+            self.layers = own
+            return
+        count = len(self.tower.transformer.resblocks)
+        if len(own) != 1 or self.whiten or not 1 <= layers <= count:
+            kind = "whitened layers" if self.whiten else f"{len(own)} layers" if len(own) != 1 else f"a tower of {count} layers"
+            raise Refusal(f"clip_skip={layers}: this model reads {kind}; clip_skip=null reads what it was trained with.")
+        self.layers = (-layers,)
 
     def settings(self) -> dict[str, Any]:
         """What, besides its weights, decides what it says."""
@@ -147,6 +196,8 @@ class Texts(Condition):
     Raises:
         Refusal: the towers read captions of different lengths, or together are wider than that.
     """
+
+    weighs = True
 
     def __init__(self, towers: Mapping[str, Text], key: str = "caption", rate: float = 0.1, width: int | None = None) -> None:
         super().__init__()

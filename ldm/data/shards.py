@@ -26,7 +26,7 @@ from ldm.data.batch.bad import BadSamples
 from ldm.data.batch.latents import check_provenance
 from ldm.data.batch.samples import Loaded, Samples, as_is, loading, to_float
 from ldm.data.order.bucket import Report, Size, sizes_of
-from ldm.data.order.filter import select
+from ldm.data.order.filter import Count, select
 from ldm.data.order.order import Batches, Mixture, Once, Place, Steps, Stream
 from ldm.data.order.progress import Progress
 from ldm.data.shard.decode import is_image
@@ -55,6 +55,7 @@ class Shards(pl.LightningDataModule):
         workers: processes that decode, on each device; 0 decodes in the training process.
         crop, flip: of training pictures: "center" or "random", and the share that is mirrored.
         filters: what to train on, see filter.py.
+        tokens: counts the tokens of captions for `filters`, such as ldm.tower.counter.Counter.
         buckets: sizes of training pictures, see bucket.py; each batch is of one size.
         weights: the shares that the entries of `train` have in every batch; None joins them into one data set.
         window: shards whose samples are mixed.
@@ -87,8 +88,10 @@ class Shards(pl.LightningDataModule):
         cache: str | Path = CACHE,
         cache_gb: float = 100.0,
         on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
+        tokens: Count | None = None,
     ) -> None:
         super().__init__()
+        self.tokens = tokens
         self.fields = {field: member for field, member in (FIELDS if fields is None else fields).items() if member}
         self.train, self.val, self.size, self.batch, self.seed, self.workers = train, val, size, batch, seed, workers
         self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
@@ -274,7 +277,7 @@ class Shards(pl.LightningDataModule):
             rank_zero_warn(f"{len(index.damage)} damaged shards are left out: {index.damage}")
         pictures = any(is_image(member) for member in self.fields.values())
         least = self.batch if split == "train" and pictures else 1  # latents have the size that they have
-        selection, self._buckets[split] = select(index, self.fields, self.filters, self.sizes, least)
+        selection, self._buckets[split] = select(index, self.fields, self.filters, self.sizes, least, self.tokens)
         return Samples(index, selection, self.fields, self.size)
 
     def _split(self, split: Split) -> Samples:

@@ -13,6 +13,7 @@ from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid, save_image
 
 from ldm.drawing.edit import FromInversion, FromPicture, Inpainting
+from ldm.drawing.weights import weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import write_text
 from ldm.files.lines import read_lines
@@ -61,7 +62,29 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
         if "caption" not in readers:
             raise Refusal(f"negative={config['negative']!r} is for models that read captions; this one is asked by {how}.")
         ask["negative.caption"] = readers["caption"].read("caption", [config["negative"]], size) * count
-    return ask, count
+    return (_weighted(ask, model) if config.get("prompt_weights") else ask), count
+
+
+def skip_layers(model: LatentModel, layers: int | None) -> None:
+    """Lets what reads captions read another layer of its text tower: 1 the last; None its own.
+
+    Raises:
+        Refusal: it cannot, or nothing reads captions.
+    """
+    readers = [e for e in model.conditioner.embedders.values() if "caption" in model.conditioner.fields_of(e)]
+    if layers is not None and not readers:
+        raise Refusal(f"clip_skip={layers}: this model reads no captions.")
+    for embedder in readers:
+        embedder.skip(layers)
+
+
+def _weighted(ask: Mapping[str, Any], model: LatentModel) -> dict[str, Any]:
+    """The captions with the weights that they spell."""
+    readers = {n: e for n, e in model.conditioner.embedders.items() if "caption" in model.conditioner.fields_of(e)}
+    if deaf := [name for name, embedder in readers.items() if not embedder.weighs] or ([] if readers else ["no text"]):
+        raise Refusal(f"prompt_weights=true: {deaf[0]} does not heed weights; CLIP's texts do. Write plain prompts.")
+    spelt = {name: list(map(weighted, ask[name])) for name in ("caption", "negative.caption") if name in ask}
+    return {**ask, **spelt}
 
 
 def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, Any], sampler: Sampler, size: Size) -> Sampler:

@@ -65,6 +65,7 @@ MOVED: dict[str, str] = {
     "ldm.training.recompute": "ldm.training.callback.recompute",
     "ldm.training.sharded": "ldm.training.parallel.sharded",
     "ldm.training.throughput": "ldm.training.callback.throughput",
+    "pytorch_lightning.callbacks.TQDMProgressBar": "ldm.training.callback.bar.Bar",
 }
 # Parameters, by the present path of what takes them: {path: {old: new}}.
 PARAMETERS: dict[str, dict[str, str]] = {}

@@ -43,6 +43,11 @@ def world() -> int:
     return process().world
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def first() -> bool:
     """Whether this is the process that speaks for all; known from the beginning, under Lightning too."""
     return rank() == 0 if met() or _launcher() else all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)

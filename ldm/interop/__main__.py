@@ -20,9 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ldm convert", description=__doc__)
     parser.add_argument("source", help=f"a folder, a .safetensors, .ckpt or .pt file, or {HUB}org/name")
     parser.add_argument("target", type=Path, help="a folder; for compvis and dit FILE.safetensors")
-    parser.add_argument(
-        "--to", required=True, choices=[*LAYOUTS, *sorted({w for kind in adapter_kinds() for w in kind.layouts} - {*LAYOUTS})]
-    )
+    more = [layout for kind in adapter_kinds() for layout in kind.layouts]
+    parser.add_argument("--to", required=True, choices=[*dict.fromkeys([*LAYOUTS, *more])])
     parser.add_argument("--prediction", choices=KINDS, help="what the network says, where the weights cannot tell")
     parser.add_argument("--autoencoder", help="whose latents the network draws, where SOURCE holds none: as SOURCE")
     parser.add_argument("--vocabulary", help="folder of a T5's tokenizer, or BERT's uncased vocab.txt, where SOURCE holds none")

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages of pictures, curves, numbers: no scripts, nothing to load from elsewhere. The quickstart's page."""
+"""Self-contained HTML pages of pictures, curves, numbers: no scripts, nothing from elsewhere; a click enlarges a picture."""
 
 import base64
 import csv
@@ -44,7 +44,13 @@ img { image-rendering: pixelated; max-width: 100%; height: auto; background: #ff
 td, th { text-align: left; padding: .4rem 1.6rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } td { font-variant-numeric: tabular-nums; min-width: 5rem }
 @media (min-width: 40rem) { td:first-child { white-space: nowrap } }
+img[tabindex] { cursor: zoom-in }
+img[tabindex]:focus { position: fixed; inset: 0; margin: auto; z-index: 9; width: 96vw; height: 96vh; max-width: none;
+  object-fit: contain; background: none; box-shadow: 0 0 0 100vmax rgb(0 0 0 / .85); outline: 0; pointer-events: none }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; margin-bottom: 1rem }
+nav a { color: var(--soft) }
 pre { background: var(--card); padding: .9rem 1.1rem; border-radius: 10px; overflow-x: auto; font-size: .85rem }
+pre code { display: block; user-select: all; -webkit-user-select: all; cursor: copy }
 .bar { display: flex; height: 1.4rem; border-radius: 6px; overflow: hidden; margin: .4rem 0 .6rem }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .85rem; margin-bottom: 1rem }
 .legend i { display: inline-block; width: .75rem; height: .75rem; border-radius: 3px; margin-right: .4rem }
@@ -56,12 +62,14 @@ GREY = "#808893"  # an axis of this grey is readable on white and on black
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
     """A whole page; title, lead and headings are text, the sections' bodies HTML. Sections with an empty body are left out."""
-    body = "".join(f"<section><h2>{html.escape(head)}</h2>\n{part}\n</section>\n" for head, part in sections if part)
+    shown = [(f"part-{i}", head, part) for i, (head, part) in enumerate(sections) if part]
+    body = "".join(f'<section id="{i}"><h2>{html.escape(head)}</h2>\n{part}\n</section>\n' for i, head, part in shown)
+    links = "".join(f'<a href="#{i}">{html.escape(head)}</a>' for i, head, _ in shown)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f'<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>\n{body}</body></html>\n'
+        f'<body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>\n<nav>{links}</nav>\n{body}</body></html>\n'
     )
 
 
@@ -100,8 +108,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def code(lines: Sequence[str]) -> str:
-    """Commands, one a line."""
-    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+    """Commands, one a line, and words about them behind a #; a click chooses a whole command, to be copied."""
+    return f"<pre>{''.join(_line(line) for line in lines)}</pre>"
 
 
 def curves(series: Mapping[str, tuple[list[float], list[float]]], x_label: str, y_label: str = "", log_y: bool = False) -> str:
@@ -180,10 +188,15 @@ def tiles(rows: Sequence[tuple[str, str, str, bool | None]]) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>' if rows else ""
 
 
+def _line(line: str) -> str:
+    escaped = html.escape(line)
+    return f'<span class="soft">{escaped}</span>' if line.startswith("#") else f"<code>{escaped}</code>"
+
+
 def _img(png: bytes, zoom: int, alt: str) -> str:
     wide, high = (side * zoom for side in Image.open(io.BytesIO(png)).size)
     data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(alt)}" width="{wide}" height="{high}" src="data:image/png;base64,{data}">'
+    return f'<img tabindex="0" alt="{html.escape(alt)}" width="{wide}" height="{high}" src="data:image/png;base64,{data}">'
 
 
 def _mark(match: bool) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.files.folder import write_text
-from ldm.report.page import code, curves, page, previews, read_curves, stacked_bar, table, tiles, wall
+from ldm.report.page import Curves, code, curves, page, previews, read_curves, stacked_bar, table, tiles, wall
 
 BARS = {"reconstruction_psnr": (24.0, 26.0), "text_match_top1": (0.60, 0.90)}  # bar and aim of the quickstart
 MEASURES = {  # name: (title, unit, digits, what it means)
@@ -27,8 +27,8 @@ make quickstart MINUTES=30
 python sample.py model=runs/quickstart/diffusion prompt='[red apple,fox]' seed=0 out=samples
 python evaluate.py model=runs/quickstart/diffusion
 python train.py experiment=emoji/text trainer.max_steps=20000
-# on shards of your own
-python train.py experiment=emoji/text data=shards data.train=/path/to/shards data.size=64
+# on pictures of your own: a folder with captions beside them, or shards (data=shards)
+python train.py experiment=emoji/text data=folder data.train=/path/to/pictures data.size=64
 # curves and previews in the browser
 tensorboard --logdir runs/quickstart"""
 
@@ -110,8 +110,24 @@ def _stages(folder: Path) -> str:
         for name, log_y in (("loss", True), ("psnr", False)):
             series = {full: found[full] for full in (f"train/{name}", f"val/{name}") if full in found}
             label = "PSNR in dB" if name == "psnr" else name
-            drawings += [f"<figure><h3>{stage}: {label}</h3>{curves(series, 'step', label, log_y)}</figure>"] if series else []
+            said = "".join(f'<p class="soft">{line}</p>' for line in climbs(found) if name == "loss")
+            figure = f"<figure><h3>{stage}: {label}</h3>{curves(series, 'step', label, log_y)}{said}</figure>"
+            drawings += [figure] if series else []
     return f'<div class="charts">{"".join(drawings)}</div>' if drawings else ""
+
+
+def climbs(found: Curves) -> list[str]:
+    """What a validation loss that climbs again while the training loss falls means, in a sentence; nothing where it does not."""
+    steps, losses = found.get("val/loss", ([], []))
+    train = found.get("train/loss", ([], []))[1]
+    if not losses or losses[-1] <= 1.02 * min(losses):
+        return []
+    lowest, falls = steps[losses.index(min(losses))], len(train) > 1 and train[-1] < train[0]
+    why = "learns its training pictures by heart rather than what they have in common" if falls else "has gone astray"
+    return [
+        f"The validation loss is lowest at step {lowest:,.0f} ({min(losses):.3g}) and {losses[-1]:.3g} at the end: from there on "
+        f"the network {why}. More pictures or fewer steps help; with as few as these it is to be expected."
+    ]
 
 
 def _meanings(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

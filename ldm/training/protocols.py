@@ -47,6 +47,13 @@ class Quantised(Protocol):
 
 
 @runtime_checkable
+class Critical(Protocol):
+    """An objective, a torch module, some of whose modules learn from the loss `critic` that it gives, and not from `loss`."""
+
+    critic: tuple[str, ...]  # their names
+
+
+@runtime_checkable
 class Average(Protocol):
     """A callback that keeps a running average of what is trained, and gives it as `average` in its `state_dict`."""
 

@@ -29,11 +29,7 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
     """
     _check_precision(trainer)
     _check_length(trainer)
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message=".*(LeafSpec|overridden `transfer_batch|eval mode at the start|does not have many workers).*"
-    )
+    quiet()
     checkpoint = resume_from(resume, folder)
     for changes in (c for c in trainer.callbacks if isinstance(c, Changes)):
         changes.compare(checkpoint, trainer.is_global_zero)
@@ -60,6 +56,21 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         return
     _finish(stage, data, trainer, folder)
+
+
+def quiet() -> None:
+    """Leaves out what Lightning says of devices, modules, tips and workers at every start; what it warns of besides stays."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    known = (
+        "LeafSpec",
+        "overridden `transfer_batch",
+        "eval mode at the start",
+        "does not have many workers",
+        "Checkpoint directory .* exists and is not empty",
+        "Total length of `list` across ranks is zero",
+    )
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(known)}).*")
 
 
 def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path) -> None:

@@ -31,6 +31,7 @@ from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shard, write_shards
 from ldm.data.shards import Shards
 from ldm.data.stream import Streamed
+from ldm.tower import counter
 
 QUIET = pytest.mark.filterwarnings("ignore")
 
@@ -534,3 +535,18 @@ def test_tokens_of_several_lengths_share_a_batch(tmp_path, workers):
     data.setup()
     with pytest.raises(ValueError, match=r"arrays of shapes \[\(2, 5\), \(3, 4\)\], which share no batch"):
         data.rows("train", range(3))
+
+
+def test_captions_that_a_tower_would_cut_are_left_out(tmp_path, capsys):
+    """Of ends and three byte pairs, by CLIP's own tokenizer; another one's selection is another."""
+    captions = ["a red fox", "a red fox jumps", "", "a red fox, and what it does"]
+    write_shards([{"__key__": str(i), "txt": caption} for i, caption in enumerate(captions)], tmp_path / "s")
+    rules = {"tokens": [None, 5], "caption_length": [1, None]}
+    data = Shards(tmp_path / "s", fields={"caption": "txt"}, filters=rules, tokens=counter.Counter())
+    assert data.train_set.keys == ["0"] and "tokens: [None, 5]" in capsys.readouterr().out
+    letters = counter.Counter()
+    letters.model, letters.rows = "letters", list
+    other = Shards(tmp_path / "s", fields={"caption": "txt"}, filters={**rules, "tokens": [None, 15]}, tokens=letters)
+    assert other.train_set.keys == ["0", "1"]
+    with pytest.raises(ValueError, match=r"data\.filters\.tokens: data\.tokens, which counts them, is null.*Counter"):
+        Shards(tmp_path / "s", fields={"caption": "txt"}, filters=rules).setup()

@@ -44,6 +44,11 @@ def diffusion(seed=0, batch=8):
     return stage
 
 
+def teacher():
+    """A finished model."""
+    return diffusion().model.eval().requires_grad_(False)
+
+
 def small(emoji_root, batch=8, size=8):
     from ldm.data.emoji import Emoji
 

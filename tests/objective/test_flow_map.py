@@ -249,11 +249,11 @@ def test_one_step_draws_a_mixture():
     def data(count):
         return (torch.where(torch.rand(count) < 0.4, -1.2, 0.8) + 0.3 * torch.randn(count)).reshape(-1, 1, 1, 1)
 
-    steps, average = 6000, {name: p.detach().clone() for name, p in net.named_parameters()}
+    steps, average = 3000, {name: p.detach().clone() for name, p in net.named_parameters()}
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, 2 * (1 - step / steps))
-        loss = objective(Model(net), {}, data(512), Cond(), Fast(0, torch.arange(512), 512, step))["loss"]
+        loss = objective(Model(net), {}, data(256), Cond(), Fast(0, torch.arange(256), 256, step))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,7 +12,7 @@ from torchvision.utils import make_grid, save_image
 
 from ldm.files.folder import write_text
 from ldm.report.page import code, curves, page, picture, read_curves, stacked_bar, table, tiles, wall
-from ldm.report.quickstart import quickstart_page
+from ldm.report.quickstart import climbs, quickstart_page
 
 NASTY = "<b>&\"'<script>alert(1)</script>"
 SECTIONS = ["In short", "Drawn from", "New prompts", "Held-out", "As the diffusion", "As the autoencoder", "Curves"]
@@ -131,3 +131,27 @@ def test_missing_parts_are_left_out(tmp_path):
     text = quickstart_page(tmp_path, METRICS, {k: v for k, v in shown().items() if k not in ("drawn", "samples")})
     heads = re.findall(r"<h2>(.*?)</h2>", text)
     assert not any(h.startswith(("Drawn", "New", "As the", "Curves")) for h in heads) and len(heads) == 6
+
+
+def test_a_click_enlarges_a_picture_and_chooses_a_command_without_a_script():
+    text = page("t", "l", [("a", picture(torch.zeros(3, 2, 2))), ("b", code(["# why", "make it"])), ("none", "")])
+    assert "<script" not in text and "onclick" not in text
+    assert '<img tabindex="0"' in text and "img[tabindex]:focus" in text
+    assert '<span class="soft"># why</span><code>make it</code>' in text and "user-select: all" in text
+    assert re.findall(r'<a href="#(.*?)">(.)</a>', text) == [("part-0", "a"), ("part-1", "b")]
+    assert re.findall(r'<section id="(.*?)">', text) == ["part-0", "part-1"]
+
+
+@pytest.mark.parametrize(
+    "val, train, said",
+    [
+        ([2.0, 1.0, 1.5], [3.0, 0.1], r"lowest at step 20 \(1\) and 1\.5 at the end: .* by heart"),
+        ([2.0, 1.0, 1.5], [3.0, 4.0], "has gone astray"),
+        ([2.0, 1.0, 1.01], [3.0, 0.1], None),
+        ([], [3.0, 0.1], None),
+    ],
+)
+def test_a_validation_loss_that_climbs_is_explained(val, train, said):
+    found = {"val/loss": ([10.0, 20.0, 30.0][: len(val)], val), "train/loss": ([1.0, 2.0], train)}
+    lines = climbs(found)
+    assert len(lines) == (said is not None) and (said is None or re.search(said, lines[0]))

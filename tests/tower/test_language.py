@@ -7,6 +7,7 @@ import torch
 
 from helpers.language import VOCABULARY, save_qwen, save_t5, t5_tokenizer, their_t5
 from ldm.files.folder import load_tensors, save_tensors, write_json
+from ldm.tower.counter import Counter
 from ldm.tower.language import folder_of, left, load_language, load_words
 from ldm.tower.t5 import COMMON, SIZES, build_t5
 from ldm.tower.words import from_sentencepiece
@@ -95,6 +96,15 @@ def test_weights_are_read_in_whatever_files_they_lie(folder, tmp_path, how):
     assert own.keys() == wanted.keys() == their_t5().state_dict().keys() - {"encoder.embed_tokens.weight"}
     for name, x in own.items():
         assert torch.equal(x, wanted[name].half().float() if how == "fp16" else wanted[name])
+
+
+def test_tokens_are_counted_without_a_tower(folder, qwen, clip_folder):
+    from ldm.condition.text import Text
+
+    assert Counter(str(folder))(CAPTIONS) == [len(ids) for ids in t5_tokenizer()(CAPTIONS).input_ids]
+    assert Counter(str(qwen))(["été", ""]) == [5, 0] and Counter()([]) == []
+    text = Text(f"local-dir:{clip_folder}")
+    assert Counter()(["a red fox"]) == [int((text.ids(["a red fox"]) != 0).sum())]
 
 
 def test_published_sizes():

@@ -2,8 +2,9 @@
 
 A rule names a number and the range it must lie in, ends included: `data.filters={side: [256, null], watermark: [null, 0.5]}`.
 Numbers are the columns of the index (whatever img2dataset kept), in any case where but one fits, and: `side` and
-`original_side`, the shorter one in pixels; `aspect`, the longer side by the shorter; `caption_length` in characters; and, under
-the names that LAION's releases gave them, `aesthetic`, `watermark`, `unsafe`, `similarity`. Three rules are words:
+`original_side`, the shorter one in pixels; `aspect`, the longer side by the shorter; `caption_length` in characters; `tokens`
+of the caption, counted by `data.tokens`, so that none is cut; and, under the names that LAION's releases gave them, `aesthetic`,
+`watermark`, `unsafe`, `similarity`. Three rules are words:
 `unique: true` keeps the first of those with the same hash, `complete: true` drops samples that lack a member of data.fields,
 `missing: drop` (or `keep`) says what becomes of a sample whose number is not known; otherwise such shards are refused.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.data.order.bucket import Size, assign
-from ldm.data.shard.decode import is_text
+from ldm.data.shard.decode import BadSample, View, decode, is_text
 from ldm.data.shard.index import Index, Table
 from ldm.data.shard.selection import Selection
 from ldm.errors import Refusal
@@ -34,10 +36,18 @@ ALIASES = {
     "similarity": ("similarity", "clip_similarity_vitb32", "clip_similarity", "clip_similarity_vitl14"),
 }
 WORDS = ("unique", "complete", "missing")
+TOKENS = "tokens"
+
+Count = Callable[[Sequence[str]], Sequence[int]]  # captions -> how many tokens each has; it says its `model`
 
 
 def select(
-    index: Index, fields: Mapping[str, str], rules: Mapping[str, Any], sizes: Sequence[Size], least: int = 1
+    index: Index,
+    fields: Mapping[str, str],
+    rules: Mapping[str, Any],
+    sizes: Sequence[Size],
+    least: int = 1,
+    count: Count | None = None,
 ) -> tuple[Selection, list[Selection]]:
     """What the rules keep of an index; -> all of it, and its parts, one for each size.
 
@@ -47,10 +57,11 @@ def select(
         Refusal: a rule is none, a number is not known, or samples lack what `fields` names.
     """
     check_rules(rules)
-    words = json.dumps([index.state, sorted(fields.values()), dict(rules), list(map(list, sizes)), least])
+    known = [index.state, sorted(fields.values()), dict(rules), list(map(list, sizes)), least]
+    words = json.dumps([*known, count.model] if count is not None and TOKENS in rules else known)
     folder = index.folder / f"kept-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
     if not (folder / "report.json").is_file():
-        selected, dropped = apply(index, fields, rules)
+        selected, dropped = apply(index, fields, rules, count)
         parts = assign(index, selected, sizes, least) if len(sizes) > 1 else []
         _save([selected, *parts], {"samples": len(index), "dropped": dropped}, folder)
     report = read_json(folder / "report.json")
@@ -89,7 +100,9 @@ def numbers(table: Table, name: str) -> np.ndarray | None:
     return None
 
 
-def apply(index: Index, fields: Mapping[str, str], rules: Mapping[str, Any]) -> tuple[Selection, dict[str, int]]:
+def apply(
+    index: Index, fields: Mapping[str, str], rules: Mapping[str, Any], count: Count | None = None
+) -> tuple[Selection, dict[str, int]]:
     """Looks at every sample; -> those that the rules keep, and how many each rule dropped, one after the other.
 
     Raises:
@@ -103,7 +116,10 @@ def apply(index: Index, fields: Mapping[str, str], rules: Mapping[str, Any]) -> 
         table = index.table(s)
         keep = np.ones(int(index.counts[s]), dtype=bool)
         for name, (low, high) in ranges.items():
-            passes = _passes(table, name, low, high, rules.get("missing", "refuse"), index.shards[s])
+            values = numbers(table, name)
+            if name == TOKENS and (values is None or count is not None):
+                values = _tokens(index, s, fields, count)
+            passes = _passes(table, values, name, low, high, rules.get("missing", "refuse"), index.shards[s])
             dropped[f"{name}: [{low}, {high}]"] += int((keep & ~passes).sum())
             keep &= passes
         whole = np.logical_and.reduce([table.has(member) for member in fields.values()])
@@ -122,8 +138,31 @@ def apply(index: Index, fields: Mapping[str, str], rules: Mapping[str, Any]) -> 
     return Selection(index.counts) if everything else Selection.of(kept), dropped
 
 
-def _passes(table: Table, name: str, low: float | None, high: float | None, missing: str, shard: str) -> np.ndarray:
-    values = numbers(table, name)
+def _tokens(index: Index, shard: int, fields: Mapping[str, str], count: Count | None) -> np.ndarray:
+    """(rows) the tokens of each caption of a shard, NaN where there is none that can be read."""
+    member = next((member for member in fields.values() if is_text(member)), None)
+    if count is None or member is None:
+        lacking = "data.fields names no text" if member is None else "data.tokens, which counts them, is null"
+        raise Refusal(
+            f"data.filters.{TOKENS}: {lacking}. Name the model whose tokenizer counts, clip or as in condition.t5.model: "
+            "+data.tokens={_target_: ldm.tower.counter.Counter, model: google/t5-v1_1-xxl}."
+        )
+    table, texts = index.table(shard), {}
+    with index.fetch.held(index.shards[shard]) as path, open(path, "rb") as file:
+        for row in table.has(member).nonzero()[0].tolist():
+            offset, size = table.span(row, member)
+            try:
+                texts[row] = decode(member, os.pread(file.fileno(), size, offset), View(1, 1))
+            except BadSample:
+                continue
+    values = np.full(len(table), np.nan)
+    values[list(texts)] = count(list(texts.values()))
+    return values
+
+
+def _passes(
+    table: Table, values: np.ndarray | None, name: str, low: float | None, high: float | None, missing: str, shard: str
+) -> np.ndarray:
     unknown = np.ones(len(table), dtype=bool) if values is None else np.isnan(values)
     if unknown.any() and missing == "refuse":
         raise Refusal(

@@ -34,6 +34,7 @@ from ldm.data.shard.record import describe
 from ldm.data.shard.tar import Damaged
 from ldm.errors import NotWritten, Refusal
 from ldm.files.content import digest_of
+from ldm.files.process import cores
 from ldm.files.whole import whole
 
 VERSION = 4  # of the columns and the digest; another one is made anew
@@ -161,7 +162,7 @@ def _describe_all(shards: Sequence[str], stamps: Sequence[str], fetch: Fetch, ca
     if len(todo) <= FEW:
         made = [_describe_one(work) for work in todo]
     else:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), _processes()) as pool:
+        with ProcessPoolExecutor(cores(), _processes()) as pool:
             made = list(tqdm(pool.map(_describe_one, todo, chunksize=4), total=len(todo), desc="reading shards", unit="shard"))
     fresh = iter(made)
     rows = [next(fresh) if found is None else found for found in kept]

@@ -72,9 +72,8 @@ def _is_spelling(name: str, layout: str, family: str | None) -> bool:
         first = "lora_te1_" if family == "sdxl_base_v1-0" else "lora_te_"
         return name.startswith((f"{first}text_model", "lora_te2_text_model", "lora_te3_"))
     theirs = name.removeprefix("lora_unet_")
-    return theirs != name and (
-        family != "sdxl_base_v1-0" or not theirs.startswith(("down_", "up_", "mid_", "time_embedding", "add_"))
-    )
+    own = ("down_", "up_", "mid_", "conv_", "time_embedding", "add_")  # of diffusers
+    return theirs != name and (family != "sdxl_base_v1-0" or not theirs.startswith(own))
 
 
 def _split(update: Update, module: Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[int, Piece]]:
@@ -125,10 +124,8 @@ def _diffusers(pieces: Mapping[str, Piece], bundle: Bundle) -> tuple[dict[str, T
         if piece.magnitude is not None:
             if len(piece.magnitude) != len(piece.up):
                 raise Refusal(f"{name}: its magnitudes are of input columns, which PEFT and diffusers have not. Use --to kohya.")
-            convolved = piece.magnitude.ndim == 4
-            tensors[f"{name}.lora_magnitude_vector"] = (
-                piece.magnitude.reshape(1, -1, 1, 1) if convolved else piece.magnitude.flatten()
-            )
+            shape = (1, -1, 1, 1) if piece.magnitude.ndim == 4 else (-1,)
+            tensors[f"{name}.lora_magnitude_vector"] = piece.magnitude.reshape(shape)
     if len({len(piece.down) for piece in pieces.values()}) == 1:
         return tensors, {}
     told = {}
@@ -136,13 +133,8 @@ def _diffusers(pieces: Mapping[str, Piece], bundle: Bundle) -> tuple[dict[str, T
         ranks = {n.removeprefix(f"{part}."): len(p.down) for n, p in pieces.items() if n.startswith(f"{part}.")}
         usual = Counter(ranks.values()).most_common(1)[0][0]
         others = {name: rank for name, rank in ranks.items() if rank != usual}
-        settings = {
-            "r": usual,
-            "lora_alpha": usual,
-            "rank_pattern": others,
-            "alpha_pattern": others,
-            "target_modules": list(ranks),
-        }
+        settings = {"r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others}
+        settings |= {"target_modules": list(ranks)}
         settings["use_dora"] = any(p.magnitude is not None for p in pieces.values())
         told |= {f"{part}.{key}": value for key, value in settings.items()}
     return tensors, {"lora_adapter_metadata": json.dumps(told)}

@@ -8,6 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from ldm.files.process import cores
+
 TRIES = 4  # steps with each number of threads; the first, in which libraries lay out anew what they keep, does not count
 FAR = 2.0  # times as long as with the number so far, after which a number is tried no more
 
@@ -22,7 +24,7 @@ class Threads(pl.Callback):
     """
 
     def __init__(self, every: int = 200, most: int | None = None) -> None:
-        self.every, self.most = every, most or cores()
+        self.every, self.most = every, most or allowed()
         self.seconds: dict[int, list[float]] = {}
         self.plan: list[int] = []  # numbers of threads, one for each step to come
         self.best, self.rest, self.begin = 1, 0, 0.0
@@ -72,8 +74,7 @@ def quickest(seconds: dict[int, list[float]]) -> int:
     return min(seconds, key=lambda count: median(seconds[count][1:]))
 
 
-def cores() -> int:
+def allowed() -> int:
     """CPU cores that this process may use, and no more than OMP_NUM_THREADS where it is set."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     said = os.environ.get("OMP_NUM_THREADS", "")
-    return min(here, int(said)) if said.isdigit() and int(said) else here
+    return min(cores(), int(said)) if said.isdigit() and int(said) else cores()

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from ldm.files.lightning import scaler_of
 from ldm.files.process import world
-from ldm.training.base import clip, reduce_sum
-from ldm.training.callback.guard import skip_where
+from ldm.training.base import reduce_sum
 from ldm.training.resume import keep_settings
+from ldm.training.stage.beside import step_beside
 from ldm.types import AdversarialLoss
 
 
@@ -66,29 +65,8 @@ class Adversary(nn.Module):
         return {"discriminator": loss, "real": verdicts[0].mean(), "fake": verdicts[1].mean()}
 
     def step(self, trainer: pl.Trainer, spoilt: Tensor | None = None) -> None:
-        """One update of the discriminator from the gradients of all ranks, clipped as the trainer clips the autoencoder's.
-
-        It is left out where `spoilt`, () bool, says so of the autoencoder's, or where its own gradient is not finite.
-        """
-        parameters = [p for p in self.network.parameters() if p.grad is not None]
-        if not parameters:
-            return
-        gradients = parameters_to_vector(p.grad for p in parameters)
-        gradients = reduce_sum(gradients) / trainer.world_size
-        vector_to_parameters(gradients, [p.grad for p in parameters])
-        if spoilt is not None:
-            skip_where(self.optimizer, spoilt | ~gradients.norm().isfinite())
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * self.rate(trainer.global_step)
-        scaler = scaler_of(trainer)
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        clip(trainer, self.optimizer)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-        self.optimizer.zero_grad()
+        """One update of the discriminator, left out where `spoilt`, () bool, says so of the autoencoder's."""
+        step_beside(self.optimizer, self.rates, self.rate, trainer, spoilt)
 
 
 def balance_of(reconstruction: Tensor, generator: Tensor, last_layer: nn.Parameter) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ldm.errors import Refusal
 from ldm.files.folder import save_model, with_parts
@@ -16,7 +17,11 @@ from ldm.model import LatentModel
 from ldm.training.base import Stage
 from ldm.training.callback.ema import average_of
 from ldm.training.callback.levels import LEVELS, curve, level_errors
+from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.parallel.sharded import whole
+from ldm.training.protocols import Critical
+from ldm.training.resume import keep_settings
+from ldm.training.stage.beside import add_gradients, step_beside
 from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
 
 CAPTIONS = 1000  # after so many it is said how many the text tower cuts
@@ -38,31 +43,72 @@ class Diffusion(Stage):
         for part in objective.frozen if isinstance(objective, Freezes) else ():
             objective.get_submodule(part).eval().requires_grad_(False)
             self.frozen += (f"objective.{part}",)
+        self.critic = self._critic()
+        self.resumed: dict[str, Any] | None = None
         self.encoded = 0  # batches in training
         self.told_of_cut: set[str] = set()
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says.
-
-        Raises:
-            Refusal: it says a loss for a second network, which nothing here steps.
-        """
+        """batch: image (B, 3, h, w) or moments (B, 2C, H, W), and the conditions' fields -> what the objective says."""
         return self.judged(batch, *self.given(batch, draw), draw)
 
     def judged(self, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
-        """x: (B, C, H, W) clean latents of the batch, cond: its condition -> what the objective says."""
+        """x: (B, C, H, W) clean latents of the batch, cond: its condition -> what the objective says.
+
+        Raises:
+            Refusal: it says a loss for a second network, and names no modules that are to learn from it.
+        """
         average = self.average if self.training else lambda: self.model  # which validation puts in the model's place itself
+        learns = self.training and torch.is_grad_enabled()
+        for p in self.critic:
+            p.requires_grad_(learns)
         losses = self.objective(Trained(self.model, average), batch, x, cond, draw)
-        if "critic" in losses:
+        if "critic" in losses and not self.critic:
             raise Refusal(
-                f"{type(self.objective).__name__} gives the loss of a second network (critic), and this stage has one optimizer, "
-                "for the denoiser and what is trained with it: add it to `loss`, or train that network in a stage of its own."
+                f"{type(self.objective).__name__} gives the loss of a second network (critic), and does not say which it is: "
+                "name its modules as `critic = (...)`, or add the loss to `loss`."
             )
+        if "critic" in losses and learns:
+            add_gradients(losses["critic"], self.critic, self.trainer)
+        for p in self.critic:
+            p.requires_grad_(False)  # which the gradient of `loss` only passes through
         return losses
 
+    def _critic(self) -> list[nn.Parameter]:
+        """The weights that the objective's `critic` trains; the main optimizer and averages do not see them."""
+        names = self.objective.critic if isinstance(self.objective, Critical) else ()
+        weights = [p for name in names for p in self.objective.get_submodule(name).parameters() if p.requires_grad]
+        if weights:
+            self.beside = self.optimizer(parameter_groups((str(i), p) for i, p in enumerate(weights)))
+            self.beside.register_load_state_dict_pre_hook(keep_settings)
+            self.rates = [group["lr"] for group in self.beside.param_groups]
+        for p in weights:
+            p.requires_grad_(False)
+        return weights
+
+    def forget(self) -> None:
+        """The critic's gradients."""
+        for p in self.critic:
+            p.grad = None
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Beside the main update, the critic's."""
+        if self.critic:
+            step_beside(self.beside, self.rates, self.rate, self.trainer, self.spoilt)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The critic's optimizer goes with the weights."""
+        super().on_save_checkpoint(checkpoint)
+        if self.critic:
+            checkpoint["critic"] = self.beside.state_dict()
+
     def on_train_start(self) -> None:
-        """From here on there is an average, made at most once."""
+        """From here on there is an average, made at most once; the critic's optimizer goes on where it stopped."""
         self.average = cache(partial(average_of, self.trainer, self, "model"))
+        if self.critic and self.device_mesh is not None:
+            raise Refusal("trainer=fsdp shares out the model's weights and not those of a critic: use trainer=ddp.")
+        if self.critic and self.resumed is not None:
+            self.beside.load_state_dict(self.resumed)
 
     def train(self, mode: bool = True) -> "Diffusion":
         """As in torch, but what is frozen stays in evaluation mode."""
@@ -138,6 +184,7 @@ class Diffusion(Stage):
                 f"The checkpoint's adapters were trained on {before or 'no base'}; model.init has {now or 'no base'} now. Name "
                 "the base they were trained on, or begin another run: run_id=NAME (or resume=never)."
             )
+        self.resumed = checkpoint.get("critic")
         theirs, ours = (list((recipe.get("condition") or {}).keys()) for recipe in (checkpoint["recipe"], self.recipe))
         if theirs != ours:
             raise Refusal(

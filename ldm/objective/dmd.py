@@ -1,0 +1,113 @@
+"""A few-step model whose pictures are distributed as a teacher's: DMD (https://arxiv.org/abs/2311.18828, 2405.14867).
+
+    gradient at a drawn x = (fake(x_t) - real(x_t)) / mean |x - real(x_t)|                                   (equations 7 and 8)
+
+`real` is the teacher's estimate of the data and `fake` that of a network which learns, as x change, to denoise the drawn ones:
+their difference is sigma^2 / alpha times that of the two scores, and so the way that brings the two distributions together.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import Refusal
+from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
+from ldm.types import Batch, Cond, Denoise, Draw, InTraining, Schedule, like, mix
+
+
+class DMD(nn.Module):
+    """Draws by the model's own `steps` and moves what it drew; no picture of the data is looked at. Drawn by sampler=consistency.
+
+    The model begins from the teacher (`model.init`), as `fake` does. `fake` is the critic: it has an optimizer of its own, is in
+    checkpoints, and is neither averaged nor exported. Without DMD2's discriminator.
+
+    Args:
+        teacher: loads a trained model of the same latents and conditions.
+        steps: at times 1, 1 - 1 / steps, ...; each update draws up to one of them, by the model's own steps (DMD2, 4.5).
+        scale: of the teacher's classifier-free guidance, which the model learns.
+        time, weight, noise, distance: as in regression; of the times and of the noise that both look through, and of fake's loss.
+
+    Raises:
+        Refusal: less than one step, or a teacher of another schedule.
+    """
+
+    frozen, critic = ("teacher",), ("fake",)
+
+    def __init__(
+        self,
+        teacher: Callable[[], Any],
+        steps: int = 4,
+        scale: float = 2.0,
+        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
+        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
+        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
+        distance: Callable[[Tensor], Tensor] = SQUARE,
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise Refusal(f"objective.steps={steps}: at least one step makes a picture.")
+        self.teacher, self.steps, self.scale = teacher(), steps, scale
+        self.fake = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
+        self.regression = Regression(time, weight, noise, distance)
+
+    def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+        """x: (B, C, H, W), of which only the shape counts -> {"loss": (), "critic": ()}, the former for its gradient alone."""
+        schedule, told = model.denoiser.schedule, self.teacher.condition(batch)
+        check_schedule(schedule, self.teacher.denoiser.schedule)
+        cond = model.condition(batch)  # nothing is dropped: guidance is learned
+        drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
+        t = self.regression.time(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        with torch.no_grad():
+            alpha, sigma = (like(s, x) for s in schedule(t))
+            x_t = alpha * drawn + sigma * self.regression.noise(draw, x)
+            real = guided(self.teacher, batch, told, self.scale)(x_t, t)
+            way = direction(drawn, real, self.fake(x_t, t, told))
+        loss = (drawn - (drawn - way).detach()).square().mean() / 2
+        fresh = Draw(mix(draw.seed, 1), draw.position, draw.batch, draw.step)
+        return {"loss": loss, "critic": self.regression.each(self.fake, drawn.detach(), told, fresh)[0].mean()}
+
+    def _times(self, draw: Draw) -> list[float]:
+        """The first so many of the times, as many on every process."""
+        count = mix(draw.seed, draw.step) % self.steps + 1
+        return [1 - i / self.steps for i in range(count)]
+
+
+def direction(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """What was drawn and the two estimates, (B, C, H, W) each -> the gradient at what was drawn."""
+    return (fake - real) / like((drawn - real).abs().flatten(1).mean(1).clamp(min=1e-6), drawn)
+
+
+def draw_along(denoise: Denoise, schedule: Schedule, times: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
+    """x: (B, C, H, W), the shape -> the estimate at the last of the times, by sampler=consistency; gradients of that alone."""
+    x_hat = x
+    for i, time in enumerate(times):
+        t = torch.full((len(x),), time, device=x.device, dtype=x.dtype)
+        alpha, sigma = (like(s, x) for s in schedule(t))
+        noise = draw.normal(f"drawn/{i}", x.shape[1:]).to(x, non_blocking=True)
+        x_t = torch.hypot(alpha, sigma) * noise if i == 0 else alpha * x_hat + sigma * noise
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(times) - 1):
+            x_hat = denoise(x_t, t)
+    return x_hat
+
+
+def guided(teacher: Any, batch: Batch, told: Cond, scale: float) -> Denoise:
+    """The teacher's estimate by classifier-free guidance; at scale 1 of its condition alone."""
+    null = teacher.condition(batch, only=()) if scale != 1 else told
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        x_hat = teacher.denoiser(x_t, t, told)
+        if scale == 1:
+            return x_hat
+        x_null = teacher.denoiser(x_t, t, null)
+        return x_null + scale * (x_hat - x_null)
+
+    return denoise
+
+
+def check_schedule(own: Schedule, teachers: Schedule) -> None:
+    """Raises Refusal where the two differ."""
+    if own != teachers:
+        raise Refusal(f"The teacher's schedule is {teachers} and the model's {own}: distil on the teacher's (schedule=...).")
