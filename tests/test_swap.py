@@ -1,7 +1,5 @@
 """A recipe's settings go with the recipe's choice, and every member of every group can take its place."""
 
-import itertools
-
 import pytest
 from omegaconf import OmegaConf
 
@@ -17,7 +15,9 @@ def test_a_choice_in_a_recipes_place_has_its_own_settings(capsys):
     assert config.optimizer.lr == OmegaConf.load(CONFIGS / "optimizer" / "adamw.yaml").lr
     assert config.objective.time.mean == 1.25 and config.training.model.backbone == config.backbone
     said = capsys.readouterr().out
-    assert "backbone=dit, with its own settings: the recipe's width=32" in said and "lr=0.02, adam_lr=0.003 went with muon" in said
+    assert (
+        "backbone=dit, with its own settings: the recipe's width=32" in said and "lr=0.02, adam_lr=0.003 went with muon" in said
+    )
 
 
 def test_parts_of_a_choice_stay_the_recipes():

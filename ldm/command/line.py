@@ -20,6 +20,10 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
+            if sys.platform == "win32":
+                sys.exit(
+                    "error: this is Windows, which has no signals to save a run by, and other rules for files: run it in WSL2"
+                )
             if os.getcwd() not in sys.path:  # the user's own packages lie where the command is called, as with `python -m ldm`
                 sys.path.append(os.getcwd())
             sys.argv[1:] = arguments = with_local(quote(sys.argv[1:]))

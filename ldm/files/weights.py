@@ -10,7 +10,7 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,7 +18,10 @@ from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.content import file_content
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-NESTS = ("state_dict", "ema", "model")  # where a training's checkpoint has its weights, the first that is there
+# Where a training's checkpoint has its weights, the first that is there; averages before what is trained.
+NESTS = ("state_dict", "ema", "model_ema", "params_ema", "model", "model_state_dict", "module", "params", "net")
+# What DDP, torch.compile, FSDP and recomputation put into the names of what they wrap.
+WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 class Inert:
@@ -31,20 +34,35 @@ class Inert:
         pass
 
 
-# sd-v1-4.ckpt names Lightning's callback as a key, DiT's training keeps its arguments; anything else that is no tensor or
-# plain container stays refused.
-STUBS: list[Any] = [(Inert, f"pytorch_lightning.callbacks.{place}ModelCheckpoint") for place in ("model_checkpoint.", "")]
-STUBS += [(Inert, "argparse.Namespace")]
-# Numbers that training noted beside the weights, such as a loss: data, and no code.
+def _without_factory(*_: object) -> dict[Any, Any]:
+    """Stands for `collections.defaultdict`."""
+    return {}
+
+
+# sd-v1-4.ckpt names Lightning's callback as a key, DiT's training keeps its arguments, others the settings and paths of their
+# run; anything else that is no tensor or plain container stays refused.
+INERT = """
+pytorch_lightning.callbacks.ModelCheckpoint pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint
+pytorch_lightning.callbacks.early_stopping.EarlyStopping argparse.Namespace types.SimpleNamespace
+omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig omegaconf.base.ContainerMetadata
+omegaconf.base.Metadata omegaconf.nodes.AnyNode omegaconf.nodes.IntegerNode omegaconf.nodes.FloatNode
+omegaconf.nodes.StringNode omegaconf.nodes.BooleanNode typing.Any pathlib.PosixPath pathlib.WindowsPath
+pathlib._local.PosixPath pathlib._local.WindowsPath datetime.datetime datetime.timedelta
+"""
+STUBS: list[Any] = [(Inert, name) for name in INERT.split()]
+STUBS += [(dict, "pytorch_lightning.utilities.parsing.AttributeDict"), (_without_factory, "collections.defaultdict")]
+STUBS += [(kind, f"builtins.{kind.__name__}") for kind in (int, float, str, bool, list, dict)]
+# Numbers that training noted beside the weights, such as a loss or a generator's state: data, and no code.
 STUBS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-STUBS += [np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
+STUBS += [(np._core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+STUBS += [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
 
 
 def read_weights(path: Path, sha256: str | None = None, option: str = "", instead: str = "") -> dict[str, Tensor]:
     """Tensors by name out of anybody's file: safetensors, or a pickle of tensors, today's or of before torch 1.6.
 
     They are mapped into memory where the file allows it: load them into a network (which copies), or clone them. What a
-    checkpoint holds beside its weights is left out.
+    checkpoint holds beside its weights is left out, and so is what wrappers such as DDP put into the names.
 
     Args:
         sha256: what the file must have, in hex, or how that begins; compared before anything is read.
@@ -60,7 +78,26 @@ def read_weights(path: Path, sha256: str | None = None, option: str = "", instea
         raise Refusal(f"{name} is none of .safetensors, {', '.join(PICKLES)}.{instead}")
     if sha256 is not None and not (found := file_content(path)).startswith(sha256.lower()):
         raise Refusal(f"{name} has sha256 {found}, not {sha256}: it is damaged, or another network with other numbers.{instead}")
-    return load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path, name, instead)
+    weights = load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path, name, instead)
+    bare = {WRAPPERS.sub("", tensor): x for tensor, x in weights.items()}
+    if len(bare) < len(weights):
+        raise Refusal(f"{name} holds tensors with and without their wrappers' names, such as {sorted(weights)[:2]}.{instead}")
+    return bare
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself in its header, by key; nothing of any other file.
+
+    Raises:
+        Refusal: the file is cut off or no safetensors.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as held:
+            return dict(held.metadata() or {})
+    except SafetensorError as error:
+        raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -118,8 +155,8 @@ def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
         reason = f"it names {code[1]}" if code else type(error).__name__
         raise Refusal(f"{name} does not load as plain tensors ({reason}). It is damaged, or holds code.{instead}") from error
     kind = type(held).__name__
-    if isinstance(held, dict):
-        held = next((held[nest] for nest in NESTS if isinstance(held.get(nest), dict)), held)
+    while isinstance(held, dict) and (inner := next((n for n in NESTS if isinstance(held.get(n), dict)), None)) is not None:
+        held = held[inner]
     weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not weights:
         raise Refusal(f"{name} holds a {kind} and no tensors by name: it is no model's weights.{instead}")

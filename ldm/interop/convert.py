@@ -26,12 +26,10 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
         raise NotFound(f"There is nothing at {path}.")
     try:
         return _read(path, prediction)
-    except NotFound:
-        raise
-    except ValueError as error:
-        raise Refusal(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise Refusal(f"{path} holds settings of another kind than were wanted ({type(error).__name__}: {error}).") from error
+    except Refusal as error:
+        if str(path) in str(error):
+            raise
+        raise Refusal(f"{path}: {error}") from error
 
 
 def read_part(source: str, prediction: str | None = None) -> Part:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.errors import Refusal
-from ldm.interop.tie import Shapes, Tie, bring, taken
+from ldm.interop.tie import Shapes, Tie, bring, renamer, taken
 from ldm.interop.weights import check_numbers, open_weights
 
 VARIANTS = ("", "fp32", "fp16", "bf16")  # of the files of a part, the first that is there; then any other, such as non_ema
@@ -36,6 +36,14 @@ def take_part(
         raise Refusal(f"{path} holds {len(over)} tensors that are none of this model's, such as {', '.join(over[:3])}.")
     check_numbers(ours, path)
     return ours
+
+
+OLD = renamer({"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"})
+
+
+def today(name: str) -> str:
+    """What a layer of plain attention, in an autoencoder or a U-Net without tokens, is called that early versions named."""
+    return OLD(name) if ".attentions." in name else name
 
 
 def _file(folder: Path, stem: str) -> Path:

@@ -10,6 +10,7 @@ from ldm.interop.keys import OFF
 from ldm.interop.weights import read_config
 
 SCHEDULES = {"scaled_linear": "ScaledLinear", "linear": "DDPM"}
+SPACINGS = ("leading", "linspace", "trailing")
 MODEL = "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr".split()
 GRID = "timestep_spacing steps_offset use_karras_sigmas".split()
 # Settings of drawing, with the values that are used or under which a sampler here draws the same; others are printed.
@@ -38,9 +39,12 @@ DRAWING: dict[str, tuple[Any, ...]] = {
     "skip_prk_steps": (True,),
     "use_dynamic_shifting": (False,),
     "shift_terminal": (None,),
+    "original_inference_steps": (),
+    "predictor_order": (),
 }
-# Numbers of those that are off.
-SILENT = "dynamic_thresholding_ratio clip_sample_range sample_max_value flow_shift time_shift_type".split()
+# Numbers of those that are off, or that go with one that is printed.
+SILENT = """dynamic_thresholding_ratio clip_sample_range sample_max_value flow_shift time_shift_type timestep_scaling
+corrector_order tau_func noise_sampler_seed""".split()
 # Another schedule than the betas'.
 REFUSED = {"trained_betas": (None, "beta_schedule=trained_betas"), "use_flow_sigmas": (False, "use_flow_sigmas=true")}
 EVERY = {*MODEL[:6], "timestep_spacing", "steps_offset"}
@@ -50,10 +54,17 @@ THRESHOLD = {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
 FLOW = {"use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type"}
 MULTI = EVERY | SIGMAS | THRESHOLD | FLOW | {"solver_order", "solver_type", "lower_order_final"}
 MULTI_PP = {"algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type"}
+DDIM = EVERY | CLIPPED | THRESHOLD | {"set_alpha_to_one", "rescale_betas_zero_snr"}
+DDPM = EVERY | CLIPPED | THRESHOLD | {"variance_type", "rescale_betas_zero_snr"}
+FEW = DDIM | {"original_inference_steps", "timestep_scaling"}
 # What each class takes; a key that it does not take is another's, and has no effect on it.
 TAKES = {
-    "DDIMScheduler": EVERY | CLIPPED | THRESHOLD | {"set_alpha_to_one", "rescale_betas_zero_snr"},
-    "DDPMScheduler": EVERY | CLIPPED | THRESHOLD | {"variance_type", "rescale_betas_zero_snr"},
+    "DDIMScheduler": DDIM,
+    "DDIMParallelScheduler": DDIM,
+    "DDPMScheduler": DDPM,
+    "DDPMParallelScheduler": DDPM,
+    "LCMScheduler": FEW,
+    "TCDScheduler": FEW,
     "PNDMScheduler": EVERY | {"skip_prk_steps", "set_alpha_to_one"},
     "EulerDiscreteScheduler": EVERY
     | SIGMAS
@@ -63,12 +74,18 @@ TAKES = {
     "HeunDiscreteScheduler": EVERY | SIGMAS | CLIPPED,
     "KDPM2DiscreteScheduler": EVERY | SIGMAS,
     "KDPM2AncestralDiscreteScheduler": EVERY | SIGMAS,
+    "DPMSolverSDEScheduler": EVERY | SIGMAS | {"noise_sampler_seed"},
     "DPMSolverMultistepScheduler": MULTI | MULTI_PP | {"euler_at_final", "use_lu_lambdas", "rescale_betas_zero_snr"},
     "DPMSolverSinglestepScheduler": (MULTI | MULTI_PP) - {"timestep_spacing", "steps_offset"},
     "DEISMultistepScheduler": MULTI | {"algorithm_type"},
     "UniPCMultistepScheduler": MULTI
     | {"predict_x0", "disable_corrector", "solver_p", "final_sigmas_type", "rescale_betas_zero_snr"}
     | {"sigma_min", "sigma_max", "shift_terminal"},
+    "SASolverScheduler": EVERY
+    | SIGMAS
+    | THRESHOLD
+    | {"use_flow_sigmas", "flow_shift", "algorithm_type", "lower_order_final", "lambda_min_clipped", "variance_type"}
+    | {"predictor_order", "corrector_order", "tau_func"},
 }
 FLOWS = "FlowMatchEulerDiscreteScheduler"
 # Its keys that are used, and those that have the values under which a sampler here draws the same.
@@ -77,63 +94,121 @@ FLOW_USED |= {"base_image_seq_len": 256, "max_image_seq_len": 4096, "num_train_t
 FLOW_ONLY: dict[str, tuple[Any, ...]] = {f"use_{kind}_sigmas": (False, None) for kind in ("karras", "exponential", "beta")}
 FLOW_ONLY |= {"invert_sigmas": (False,), "shift_terminal": (None,), "time_shift_type": ("exponential",)}
 FLOW_ONLY |= {"stochastic_sampling": (False,)}
-LEADING = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler")  # what is meant by no spacing; the others mean linspace
-MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler")  # which spare one step
-STOPS = {"DDIMScheduler": True, "PNDMScheduler": False}  # what `set_alpha_to_one` is unless said
-EARLY_BETAS = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")  # from 0.00085 to 0.012
+# What a class means by keys that are not said, where that is not what most mean, which is `USUAL`.
+EARLY, LEADING = {"beta_start": 0.00085, "beta_end": 0.012}, {"timestep_spacing": "leading"}
+USUAL = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "linspace", "steps_offset": 0}
+USUAL |= {"prediction_type": "epsilon", "num_train_timesteps": 1000, "rescale_betas_zero_snr": False, "use_karras_sigmas": False}
+USUAL |= {"set_alpha_to_one": True, "clip_sample": False, "skip_prk_steps": True}
+MEANS: dict[str, dict[str, Any]] = {
+    "PNDMScheduler": {**LEADING, "set_alpha_to_one": False, "skip_prk_steps": False},
+    **dict.fromkeys(("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), EARLY),
+    "DPMSolverSDEScheduler": EARLY,
+    **{name: {**EARLY, **LEADING, "beta_schedule": "scaled_linear"} for name in ("LCMScheduler", "TCDScheduler")},
+    **{f"{name}Scheduler": {**LEADING, "clip_sample": True} for name in ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel")},
+}
+MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")  # which spare one step
+MULTISTEP += ("DEISMultistepScheduler", "SASolverScheduler")
+OWN_STEPS = ("LCMScheduler", "TCDScheduler")  # which visit steps that no grid here has
+# Karras' sigmas lie between those of the steps that their spacing visits, and not between the table's ends.
+WITHIN = ("EulerDiscrete", "LMSDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
+# Pipelines that change what is said: `steps_offset` is 1 in all three, and the first two do not clip.
+CLIPS_NOT = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+FROM_ONE = (*CLIPS_NOT, "StableDiffusionInpaintPipeline")
 
 
-def read_schedule(folder: Path) -> tuple[dict[str, Any], str, str, list[str]]:
+def read_schedule(folder: Path, kind: str | None = None, pipeline: str = "") -> tuple[dict[str, Any], str, str | None, list[str]]:
     """A scheduler's folder -> the config of the noise schedule, what the network says, how steps are spaced, and remarks.
+
+    Args:
+        kind: the class that model_index.json names, which counts; by default the one that the folder names.
+        pipeline: the class that draws with it.
 
     Raises:
         Refusal: a schedule that this family does not have.
     """
     told = read_config(folder / "scheduler_config.json")
-    kind = told.get("_class_name", "scheduler without a class")
+    kind = kind or told.get("_class_name", "scheduler without a class")
     if kind == FLOWS:
         return dict(STRAIGHT), "Flow", _flow_grid(told, folder), []
-    if kind not in TAKES and not {"beta_schedule", "beta_start", "beta_end"} <= told.keys():
-        raise Refusal(f"{folder} has a {kind} with beta_schedule=None; {', '.join(TAKES)} are known.")
-    said = {name: value for name, value in told.items() if name in TAKES.get(kind, _known())}
+    if kind not in list(TAKES):
+        raise Refusal(f"{folder} has a {kind}; of diffusers' schedulers {', '.join(TAKES)} and {FLOWS} are known.")
+    said = {name: value for name, value in told.items() if name in TAKES[kind]}
     wrong = [text for name, (only, text) in REFUSED.items() if said.get(name, only) != only]
-    wrong += [f"{n}={v}" for n, v in told.items() if kind in TAKES and n[0] != "_" and n not in _known() and v not in OFF]
+    wrong += [f"{n}={v}" for n, v in told.items() if n[0] != "_" and n not in _known() and v not in OFF]
     if wrong:
         raise Refusal(f"{folder} has a {kind} with {', '.join(wrong)}, which no model of this family has.")
-    schedule, prediction = _schedule(said, kind, folder)
-    spacing, remarks = said.get("timestep_spacing"), []
-    if spacing is None:
-        spacing = "leading" if kind in LEADING else "linspace"
-        remarks.append(f"steps: {kind} means {spacing} where timestep_spacing is not said")
-    words = ["karras"] if said.get("use_karras_sigmas") else [spacing]
-    words += ["sampler.grid.offset=0"] if (words[0], said.get("steps_offset", 0)) == ("leading", 0) else []
-    words += ["sampler.grid.spare=1"] if kind in MULTISTEP and words[0] in ("leading", "linspace") else []
-    grid = " ".join(words)
-    if kind in STOPS and not said.get("set_alpha_to_one", STOPS[kind]):
-        remarks.append("steps: the last ends at the first step of the table, not at the data: sampler.grid.last=0.001")
-    if said.get("clip_sample", "clip_sample" in TAKES.get(kind, ()) and kind in LEADING):
-        remarks.append(f"{kind}: clip_sample=True; latents are not clipped here, nor by the pipelines of Stable Diffusion")
-    other = [f"{name}={said[name]}" for name, same in DRAWING.items() if name in said and said[name] not in same]
-    remarks += [f"{kind}: {', '.join(other)} is its own way of drawing, which is not the model's"] if other else []
-    return schedule, prediction, grid, remarks
+    means = {**USUAL, **MEANS.get(kind, {}), **said}
+    schedule, prediction = _schedule(means, kind, folder)
+    grid, remarks = _grid(means, kind, pipeline, folder)
+    if (own := told.get("_class_name", kind)) != kind:
+        remarks.append(f"steps: {kind}, as model_index.json says; the scheduler's own config says {own}")
+    if "timestep_spacing" not in said and grid is not None:
+        remarks.insert(0, f"steps: {kind} means {means['timestep_spacing']} where timestep_spacing is not said")
+    return schedule, prediction, grid, remarks + _drawing(means, kind, pipeline)
 
 
-def _schedule(said: Mapping[str, Any], kind: str, folder: Path) -> tuple[dict[str, Any], str]:
-    name, prediction = said.get("beta_schedule", "linear"), said.get("prediction_type", "epsilon")
-    if name not in SCHEDULES:
+def _schedule(means: Mapping[str, Any], kind: str, folder: Path) -> tuple[dict[str, Any], str]:
+    name, prediction = means["beta_schedule"], means["prediction_type"]
+    if name not in list(SCHEDULES):
         raise Refusal(f"{folder} has a {kind} with beta_schedule={name}; {', '.join(SCHEDULES)} are known.")
-    if prediction not in PREDICTIONS:
+    if prediction not in list(PREDICTIONS):
         raise Refusal(f"{folder} has prediction_type={prediction}; {', '.join(PREDICTIONS)} are known.")
-    start, end = BETAS["ScaledLinear" if kind in EARLY_BETAS else "DDPM"]
-    betas = {"beta_start": said.get("beta_start", start), "beta_end": said.get("beta_end", end)}
-    if not all(isinstance(beta, int | float) for beta in betas.values()):
-        raise Refusal(f"{folder} has betas from {betas['beta_start']} to {betas['beta_end']}; numbers were wanted.")
-    if said.get("num_train_timesteps", 1000) != 1000:
+    betas = {end: means[end] for end in ("beta_start", "beta_end")}
+    if not all(type(beta) in (int, float) and 0 < beta < 1 for beta in betas.values()):
+        raise Refusal(f"{folder} has betas from {means['beta_start']} to {means['beta_end']}; numbers in (0, 1) were wanted.")
+    if means["num_train_timesteps"] != 1000:
         raise Refusal(
-            f"{folder} has num_train_timesteps={said['num_train_timesteps']}; networks of this family are told of 1000."
+            f"{folder} has num_train_timesteps={means['num_train_timesteps']}; networks of this family are told of 1000."
         )
-    zero = {"zero_terminal_snr": True} if said.get("rescale_betas_zero_snr") else {}
-    return {"_target_": f"ldm.schedule.{SCHEDULES[name]}", **betas, **zero}, PREDICTIONS[prediction]
+    if type(zero := means["rescale_betas_zero_snr"]) is not bool:
+        raise Refusal(f"{folder} has rescale_betas_zero_snr={zero}; true or false was wanted.")
+    schedule = {"_target_": f"ldm.schedule.{SCHEDULES[name]}", **betas, **({"zero_terminal_snr": True} if zero else {})}
+    return schedule, PREDICTIONS[prediction]
+
+
+def _grid(means: Mapping[str, Any], kind: str, pipeline: str, folder: Path) -> tuple[str | None, list[str]]:
+    """The words that choose these steps here, and where they differ."""
+    spacing, offset = means["timestep_spacing"], means["steps_offset"]
+    if spacing not in SPACINGS or type(offset) is not int or not 0 <= offset < 1000:
+        raise Refusal(
+            f"{folder} has timestep_spacing={spacing}, steps_offset={offset}; {', '.join(SPACINGS)} and a whole number are known."
+        )
+    if kind in OWN_STEPS:
+        return None, [f"steps: a {kind} draws in few steps of its own, as none here does; the model is the same"]
+    remarks = []
+    if pipeline in FROM_ONE and offset != 1 and spacing == "leading":
+        remarks.append(f"steps: steps_offset={offset} is said, and {pipeline} takes 1")
+        offset = 1
+    if means["use_karras_sigmas"]:
+        if kind.removesuffix("Scheduler") in WITHIN and spacing != "linspace":
+            first = (29 * 33 + offset + 1) / 1000 if spacing == "leading" else 1.0
+            lowest = (offset + 1) / 1000 if spacing == "leading" else 0.033
+            remarks.append(
+                f"steps: {kind} lays Karras' sigmas between those of {spacing}'s first and last step: at 30 steps "
+                f"sampler.grid.first={first:g} sampler.grid.lowest={lowest:g}"
+            )
+        return "karras", remarks
+    words = [spacing]
+    words += [f"sampler.grid.offset={offset}"] if spacing == "leading" and offset != 1 else []
+    words += ["sampler.grid.spare=1"] if kind in MULTISTEP and spacing != "trailing" else []
+    return " ".join(words), remarks
+
+
+def stops(told: Mapping[str, Any], kind: str) -> bool:
+    """Whether the last step of a scheduler, told so, ends at the first step of the table and not at the data."""
+    return "set_alpha_to_one" in TAKES.get(kind, ()) and not {**USUAL, **MEANS.get(kind, {}), **told}["set_alpha_to_one"]
+
+
+def _drawing(means: Mapping[str, Any], kind: str, pipeline: str) -> list[str]:
+    """What of its own way of drawing is not taken over."""
+    remarks = []
+    if stops(means, kind):
+        remarks.append("steps: the last ends at the first step of the table, not at the data: sampler.grid.last=0.001")
+    if "clip_sample" in TAKES[kind] and means["clip_sample"] and pipeline not in CLIPS_NOT:
+        by = f"by {pipeline}" if pipeline else "there"
+        remarks.append(f"{kind}: clip_sample=True: latents are clipped to [-1, 1] {by}, and not here")
+    other = [f"{n}={means[n]}" for n, same in DRAWING.items() if n in TAKES[kind] and n in means and means[n] not in same]
+    return remarks + ([f"{kind}: {', '.join(other)} is its own way of drawing, which is not the model's"] if other else [])
 
 
 def _flow_grid(told: Mapping[str, Any], folder: Path) -> str:

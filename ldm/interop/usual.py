@@ -9,7 +9,8 @@ import yaml
 
 from ldm.files.folder import read_json
 from ldm.interop.bundle import BACKBONE, Bundle
-from ldm.interop.schedulers import MULTISTEP, STOPS
+from ldm.interop.schedulers import MULTISTEP, stops
+from ldm.interop.weights import class_of
 
 CFG, GRID, SAMPLER = "ldm.guidance.cfg.CFG", "ldm.sampler.grid.", "ldm.sampler."
 # What diffusers' pipelines take unless they are told: steps, and the scale of guidance.
@@ -54,7 +55,9 @@ def _folder_usual(bundle: Bundle, folder: Path) -> dict[str, Any]:
     """By its pipeline, its scheduler, and the size of its network's latents."""
     index = read_json(folder / "model_index.json")
     steps, scale = PIPELINES.get(str(index.get("_class_name")), USUAL)
-    usual = {"sampler": _sampler(bundle, steps, read_json(folder / "scheduler" / "scheduler_config.json"))}
+    told = read_json(folder / "scheduler" / "scheduler_config.json")
+    kind = class_of(index, "scheduler") or str(told.get("_class_name"))
+    usual = {"sampler": _sampler(bundle, steps, told, kind)}
     usual |= {"guidance": _guidance(bundle, scale)}
     network = next((folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir()), None)
     latents = read_json(network).get("sample_size") if network is not None else None
@@ -64,13 +67,12 @@ def _folder_usual(bundle: Bundle, folder: Path) -> dict[str, Any]:
     return usual
 
 
-def _sampler(bundle: Bundle, steps: int, told: Mapping[str, Any]) -> dict[str, Any]:
-    kind = str(told.get("_class_name"))
-    word, *settings = str(bundle.grid).split()
+def _sampler(bundle: Bundle, steps: int, told: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    word, *settings = (bundle.grid or "leading").split()
     grid: dict[str, Any] = {"_target_": GRID + word.capitalize()}
     said = (setting.removeprefix("sampler.grid.").split("=") for setting in settings if setting.startswith("sampler.grid."))
     grid |= {name: yaml.safe_load(value) for name, value in said}
-    if kind in STOPS and not told.get("set_alpha_to_one", STOPS[kind]) and word in ("leading", "trailing", "linspace"):
+    if stops(told, kind) and word in ("leading", "trailing", "linspace"):
         grid["last"] = 0.001
     sde = kind in MULTISTEP and told.get("algorithm_type") == "sde-dpmsolver++"
     name = "dpmpp_sde.DPMppSDE" if sde else SAMPLERS.get(kind, DDIM)

@@ -1,20 +1,16 @@
 """Weights out of strangers' files: never running code, and saying what a file is where it is not what was wanted."""
 
-import pickle
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import NotFound, Refusal
-from ldm.files.folder import load_tensors, read_json
+from ldm.errors import Refusal
+from ldm.files.folder import read_json
+from ldm.files.weights import read_weights
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LORA = ("lora_", "_lora.", ".lora.", "hada_w1", "lokr_w1")
 
 
@@ -44,41 +40,19 @@ def read_config(path: Path) -> Config:
     return Config(read_json(path), path)
 
 
-class Inert:
-    """Stands for a class that an old checkpoint names, such as a callback; holds nothing and does nothing."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-# sd-v1-4.ckpt names Lightning's callback as a key, DiT's training keeps its arguments; anything else that is no tensor or
-# plain container stays refused.
-STUBS = [(Inert, f"pytorch_lightning.callbacks.{place}ModelCheckpoint") for place in ("model_checkpoint.", "")]
-STUBS += [(Inert, "argparse.Namespace")]
-# Numbers that training noted beside the weights, such as a loss: data, and no code.
-STUBS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-STUBS += [np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd")]
+def class_of(index: Mapping[str, Any], part: str) -> str | None:
+    """The class that a model_index.json names for a part, which counts before the one that the part's own config names."""
+    named = index.get(part)
+    return named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else None
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickle of tensors, mapped into memory and not read yet.
+    """Tensors by name: those of one file, or of all files that an index beside them names.
 
     Raises:
-        NotFound: nothing is there. Refusal: the file is damaged, holds code, or is no model.
+        NotFound: nothing is there. Refusal: it is of no kind that is known, damaged, holds code, or holds no whole model.
     """
-    if not path.is_file():
-        raise NotFound(f"There is no file {path}.")
-    if path.suffix == ".json" and ".index." in path.name:
-        weights = _joined(path)
-    elif path.suffix == ".safetensors":
-        weights = load_tensors(path)
-    elif path.suffix in PICKLES:
-        weights = _unpickle(path)
-    else:
-        raise Refusal(f"{path} is none of .safetensors, {', '.join(PICKLES)}.")
+    weights = _joined(path) if path.suffix == ".json" else read_weights(path)
     lora = [name for name in weights if any(word in name for word in LORA)]
     if lora:
         raise Refusal(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model. Merge it into its base first.")
@@ -101,7 +75,7 @@ def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
         if x.dtype.itemsize == 1 and x.dtype != torch.bool:
             raise Refusal(
                 f"{path}: {name} is {kind}, quantised numbers. Take the float32, bfloat16 or float16 file of this model; of one "
-                "in nf4 or int8 diffusers makes it: load it there, dequantize(), save_pretrained."
+                "in nf4 or int8 diffusers makes it: load it there, dequantize(), save_pretrained. fp8 files lost what it takes."
             )
 
 
@@ -113,19 +87,4 @@ def _joined(path: Path) -> dict[str, Tensor]:
         weights |= open_weights(path.parent / Path(name).name)
     if lacking := sorted(places.keys() - weights.keys()):
         raise Refusal(f"{path} tells of {len(lacking)} tensors that its files lack, such as {', '.join(lacking[:3])}.")
-    return weights
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals(STUBS):
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {code[1]}" if code else type(error).__name__
-        raise Refusal(f"{path} does not load as plain tensors ({reason}). It is damaged, or holds code.") from error
-    held = held.get("state_dict", held.get("ema", held.get("model", held))) if isinstance(held, dict) else held
-    weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
-    if not weights:
-        raise Refusal(f"{path} holds a {type(held).__name__} and no tensors by name: it is no model's weights.")
     return weights

@@ -1,14 +1,19 @@
 """The ground floor: files that appear whole, weights that run no code, hashes, and processes that know their number."""
 
+import argparse
 import collections
+import datetime
 import multiprocessing
 import os
+import pathlib
 import socket
 import sys
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping
 from safetensors.torch import save_file
 from torch import nn
 
@@ -85,6 +90,10 @@ class Code:
 
 
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
+# What trainings note beside the weights: data, of classes of which nothing is built.
+BESIDE = {"args": argparse.Namespace(lr=1), "rng": np.random.RandomState(0).get_state(), "path": pathlib.Path("a")}
+BESIDE |= {"date": datetime.datetime(2020, 1, 1), "counts": collections.defaultdict(list, a=[1])}
+BESIDE |= {"best": np.float32(1), "losses": np.arange(3.0), "stop": {EarlyStopping: {"wait": 1}}, "kind": float}
 
 
 @pytest.mark.parametrize(
@@ -96,14 +105,24 @@ WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3)}
         ({"state_dict": WEIGHTS, "epoch": 3, "loss": np.float64(0.5)}, "a.ckpt", False),
         ({"model": WEIGHTS, "ema": WEIGHTS | {"a": WEIGHTS["a"] + 1}, "step": np.int64(7)}, "a.pt", True),
         ({"model": {**WEIGHTS, "note": "text"}, "state_dict": None}, "a.pt", True),
+        ({"model": {"state_dict": WEIGHTS}, "step": 3}, "a.pt", True),
+        ({"module": {f"module._orig_mod.{n}": x for n, x in WEIGHTS.items()}}, "a.pt", True),
+        ({"state_dict": WEIGHTS, "kept": BESIDE}, "a.ckpt", True),
+        ({"state_dict": WEIGHTS, "hyper_parameters": OmegaConf.create({"a": {"b": [1, 0.5, "x", None, True]}})}, "a.ckpt", True),
     ],
-    ids=["state", "legacy", "ordered", "lightning", "average", "model"],
+    ids=["state", "legacy", "ordered", "lightning", "average", "model", "nested", "wrapped", "beside", "settings"],
 )
 def test_weights_are_found_in_what_trainings_save(held, name, zipped, tmp_path):
     torch.save(held, tmp_path / name, _use_new_zipfile_serialization=zipped)
     found = read_weights(tmp_path / name)
     assert found.keys() == WEIGHTS.keys() and found["b"] == 3
     assert torch.equal(found["a"], WEIGHTS["a"] + ("ema" in held))
+
+
+def test_wrapped_and_bare_names_of_one_tensor_are_refused(tmp_path):
+    save_file({"module.a": WEIGHTS["a"], "a": WEIGHTS["a"].clone()}, tmp_path / "a.safetensors")
+    with pytest.raises(Refusal, match="with and without their wrappers' names"):
+        read_weights(tmp_path / "a.safetensors")
 
 
 def test_safetensors_are_read_and_their_hash_is_compared_before(tmp_path):

@@ -1,5 +1,6 @@
 """What `model=` takes beside our own: brought into our layout once, kept by hash, and drawn as its own pipeline draws it."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,9 @@ def test_the_scheduler_says_the_sampler(theirs, tmp_path, scheduler, sampler, gr
         (tmp_path / part.name).symlink_to(part)
     (tmp_path / "scheduler").unlink()
     told.save_pretrained(tmp_path / "scheduler")
+    index = json.loads((tmp_path / "model_index.json").read_text()) | {"scheduler": ["diffusers", scheduler.__name__]}
+    (tmp_path / "model_index.json").unlink()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
     usual = usual_of(read(str(tmp_path))[0], tmp_path)
     assert usual["sampler"] == {"_target_": f"ldm.sampler.{sampler}", "steps": 50, "grid": grid}
 

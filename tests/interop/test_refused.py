@@ -62,14 +62,29 @@ def test_a_folder_that_is_not_whole(models, tmp_path, place):
 
 CONFIGS = {
     "list": ("unet/config.json", lambda told: [told], r"unet/config\.json holds a list; settings by name were wanted"),
-    "bare": ("unet/config.json", lambda told: {"_class_name": "UNet2DConditionModel"}, r"does not say 'block_out_channels'"),
+    "bare": ("unet/config.json", lambda told: {"_class_name": "UNet2DConditionModel"}, r"does not say 'down_block_types'"),
     "word": (
         "unet/config.json",
         lambda told: told | {"block_out_channels": "x"},
-        "sd1 holds settings of another kind",
+        r"sd1: The unet is .* with block_out_channels=x \(whole numbers above 0 in a list was wanted\)",
     ),
-    "zero": ("text_encoder/config.json", lambda told: told | {"hidden_size": 0}, "holds settings of another kind .*Zero"),
-    "flow": ("scheduler/scheduler_config.json", lambda told: {"_class_name": "FlowMatch"}, "FlowMatch with beta_schedule=None"),
+    "zero": (
+        "text_encoder/config.json",
+        lambda told: told | {"hidden_size": 0},
+        r"hidden_size=0 \(a whole number above 0 was wanted\)",
+    ),
+    "flow": ("model_index.json", lambda told: told | {"scheduler": ["diffusers", "FlowMatch"]}, "has a FlowMatch; of diffusers'"),
+    "tower": (
+        "model_index.json",
+        lambda told: told | {"text_encoder": ["transformers", "T5EncoderModel"]},
+        r"text_encoder is of a T5EncoderModel; CLIPTextModel and CLIPTextModelWithProjection are known",
+    ),
+    "classes": (
+        "unet/config.json",
+        lambda told: told | {"num_class_embeds": 10},
+        "num_class_embeds=10, which only the x4 upscaler",
+    ),
+    "shift": ("vae/config.json", lambda told: told | {"shift_factor": 0.1}, "says shift_factor=0.1: .* Take them out of its"),
     "trained": ("scheduler/scheduler_config.json", lambda told: told | {"trained_betas": [0.1]}, "beta_schedule=trained_betas"),
     "none": ("scheduler/scheduler_config.json", lambda told: told | {"beta_end": None}, "betas from 0.00085 to None"),
 }
@@ -87,7 +102,7 @@ def test_linear_betas_of_its_own_are_kept(models, tmp_path):
     place = "scheduler/scheduler_config.json"
     source = changed(models, "sd1", tmp_path, place, lambda told: told | {"beta_schedule": "linear", "steps_offset": 0})
     held = read(source)[0]
-    assert "Noise on DDPM, betas 0.00085 to 0.012" in describe(held) and "sampler.grid.offset=0" in describe(held)
+    assert "Noise on DDPM, betas 0.00085 to 0.012" in describe(held) and "steps_offset=0 is said" in describe(held)
     settings = {k: v for k, v in held.recipe["schedule"].items() if k != "_target_"}
     alpha, _ = DDPM(**settings)((torch.arange(1000, dtype=torch.float64) + 1) / 1000)
     write(held, tmp_path / "back", "diffusers")

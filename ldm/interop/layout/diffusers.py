@@ -12,7 +12,7 @@ from ldm.interop.find import network_of, networks, parts
 from ldm.interop.protocols import Layout, Network
 from ldm.interop.schedulers import read_schedule
 from ldm.interop.tie import give
-from ldm.interop.weights import Config, read_config
+from ldm.interop.weights import Config, class_of, read_config
 
 # Parts that judge or make maps, and change no picture.
 BESIDE = {"safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker", "low_res_scheduler"}
@@ -57,9 +57,10 @@ def read_folder(folder: Path) -> Bundle:
     shapes, rows = network.shapes(channels, widths, settings), network.diffusers_tables(config, built)
     ties = network.diffusers_ties(shapes, settings) | {name: tie for name, (tie, _) in rows.items()}
     wanted = {**shapes, **{name: shape for name, (_, shape) in rows.items()}}
-    taken = take_part(folder / network.folder, ties, wanted, left=network.diffusers_left) | network.computed(settings)
+    left, today = network.diffusers_left, network.today
+    taken = take_part(folder / network.folder, ties, wanted, left=left, today=today) | network.computed(settings)
     weights = {name if name in rows else BACKBONE + name: x for name, x in taken.items()}
-    schedule, kind, grid, assumed = read_schedule(folder / "scheduler")
+    schedule, kind, grid, assumed = read_schedule(folder / "scheduler", class_of(index, "scheduler"), index["_class_name"])
     bundle = Bundle({"condition": {}}, weights, grid=grid, assumed=assumed)
     for part in parts():
         part.take_folder(folder, index, bundle)
@@ -113,6 +114,7 @@ def _network(folder: Path, index: Mapping[str, Any]) -> tuple[Network, Config]:
     if strange := sorted(there - read - BESIDE):
         raise Refusal(f"{folder} is a {kind} with {', '.join(strange)}, which no model here has.")
     config = read_config(folder / known[0].folder / "config.json")
+    config["_class_name"] = class_of(index, known[0].folder) or config.get("_class_name")
     return next((n for n in known if config.get("_class_name") in n.classes), known[-1]), config
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.files.folder import save_tensors, write_text
+from ldm.files.weights import metadata_of
 from ldm.interop.bundle import BACKBONE, BETAS, Bundle, recipe_of, usually_named
 from ldm.interop.conditions import LABEL, with_null, without_null
 from ldm.interop.find import network_of, networks, parts, recognised
@@ -20,6 +21,7 @@ from ldm.interop.source import PREDICTIONS, File, told_beside
 from ldm.interop.tie import give
 from ldm.interop.weights import check_kinds, check_numbers, open_weights
 
+FIRST_STAGE = "encoder.conv_in.weight"  # by which an autoencoder is known
 SCALE = 0.18215  # of an autoencoder that comes alone and does not say it
 
 
@@ -51,8 +53,9 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     Raises:
         Refusal: names what is missing, unknown, or undecided.
     """
+    weights = unwrapped(weights)
     check_kinds(weights, path)
-    file, network = File(path, weights, told_beside(path)), recognised(weights)
+    file, network = File(path, weights, told_beside(path), metadata_of(path)), recognised(weights)
     if network is None:
         bundle = Bundle(None)
         for part in (part for part in parts() if part.alone):
@@ -65,11 +68,27 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
     return bundle, "compvis" if network is None else network.single
 
 
+def unwrapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same tensors without first pieces that all names share, such as `net.`, where a model begins behind them."""
+    inner = weights
+    while recognised(inner) is None and not inner.keys() & {f"{before}{FIRST_STAGE}" for before in ("", "first_stage_model.")}:
+        if len({name.partition(".")[0] for name in inner}) != 1 or not all("." in name for name in inner):
+            return weights
+        inner = {name.partition(".")[2]: x for name, x in inner.items()}
+    return inner
+
+
 def _read_model(file: File, network: Network, prediction: str | None) -> Bundle:
     file.check_prediction(prediction)
-    file.weights = network.averaged(file.weights)
+    trained, file.weights = file.weights, network.averaged(file.weights)
+    averages = sum(file.weights[name] is not x for name, x in trained.items())
+    if averages and averages != (wanted := len(file.below(network.prefix))):
+        raise Refusal(f"{file.path} holds averages (model_ema) of {averages} tensors of the {network.name}'s {wanted}.")
     built = settings, channels, widths = network.settings_of(file.below(network.prefix), file.told)
-    bundle = Bundle({"condition": {}}, scale=file.scale() or network.scale(file), shift=network.shift)
+    scale = file.scale(network.scale(file)) or network.scale(file)
+    bundle = Bundle({"condition": {}}, scale=scale, shift=network.shift)
+    bundle.assumed += [f"weights: {averages} averages (model_ema) in the place of those that were trained"] if averages else []
+    bundle.assumed += file.unread()
     for part in () if network.alone else parts():
         part.take_file(file, bundle, bundle.scale)
     for ours, theirs in network.tables().items():

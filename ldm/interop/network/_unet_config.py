@@ -23,28 +23,37 @@ def unet_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[
     kind = config.get("_class_name")
     if kind not in ("UNet2DModel", "UNet2DConditionModel"):
         raise Refusal(f"The unet is a {kind}; UNet2DConditionModel and UNet2DModel are known.")
-    check_keys(config, kind, "The unet")
+    config = check_keys(config, kind, "The unet")
     if kind == "UNet2DModel":
         return _plain_settings(config)
     width, mult, attends = _levels(config, "CrossAttn")
     levels = len(mult)
-    per_level = _each(config, "transformer_layers_per_block", levels, 1)
+    per_level = _each(config, "transformer_layers_per_block", levels)
     settings = {
         "width": width,
         "mult": mult,
-        "res_blocks": _one(config, "layers_per_block", levels, 2),
+        "res_blocks": _one(config, "layers_per_block", levels),
         "depth": [depth if cross else 0 for depth, cross in zip(per_level, attends)],
         "middle_depth": per_level[-1],
         **_heads(config, [width * m for m in mult], attends),
-        "groups": config.get("norm_num_groups", 32),
-        "tokens_only": [i for i, alone in enumerate(_each(config, "only_cross_attention", levels, False)) if alone],
+        "groups": config["norm_num_groups"],
+        "tokens_only": [i for i, alone in enumerate(_each(config, "only_cross_attention", levels)) if alone],
     }
     channels, vector = config["out_channels"], 0
-    if config.get("addition_embed_type") == "text_time":
-        vector = config["projection_class_embeddings_input_dim"]
-    if config.get("num_class_embeds") is not None:
+    if config["addition_embed_type"] == "text_time":
+        if None in (vector := config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]):
+            raise Refusal(
+                "The unet has addition_embed_type=text_time, and projection_class_embeddings_input_dim="
+                f"{vector}, addition_time_embed_dim={config['addition_time_embed_dim']}; whole numbers were wanted."
+            )
+    if config["num_class_embeds"] is not None:
+        if vector or config["in_channels"] != channels + 3:
+            raise Refusal(
+                f"The unet has num_class_embeds={config['num_class_embeds']}, which only the x4 upscaler's has, with 3 channels "
+                "more than the latents have."
+            )
         vector, settings["vector"] = 4 * width, IDENTITY
-    tokens = _one(config, "cross_attention_dim", levels, 1280)
+    tokens = _one(config, "cross_attention_dim", levels)
     widths = {"vector": vector, "tokens": tokens, "spatial": config["in_channels"] - channels}
     return settings, channels, widths
 
@@ -98,20 +107,20 @@ def _of(condition: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
 
 def _plain_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[str, int]]:
     width, mult, attends = _levels(config, "Attn")
-    heads, groups = config.get("attention_head_dim", 8), config.get("norm_num_groups", 32)
-    shift, resize = config.get("resnet_time_scale_shift", "default"), config.get("downsample_type", "conv")
-    wrong = {"attn_norm_num_groups": config.get("attn_norm_num_groups") not in (None, groups)}
+    heads, groups = config["attention_head_dim"], config["norm_num_groups"]
+    shift, resize = config["resnet_time_scale_shift"], config["downsample_type"]
+    wrong = {"attn_norm_num_groups": config["attn_norm_num_groups"] not in (None, groups)}
     wrong |= {"resnet_time_scale_shift": shift not in ("default", "scale_shift"), "downsample_type": resize not in KINDS}
-    wrong |= {"upsample_type": config.get("upsample_type", "conv") != resize}
+    wrong |= {"upsample_type": config["upsample_type"] != resize}
     if any(wrong.values()):
         name = next(name for name in wrong if wrong[name])
         raise Refusal(f"The unet has {name}={config[name]}, which does not go with the others of this family.")
     settings = {
         "width": width,
         "mult": mult,
-        "res_blocks": _one(config, "layers_per_block", len(mult), 2),
+        "res_blocks": _one(config, "layers_per_block", len(mult)),
         "depth": [int(attend) for attend in attends],
-        "middle_depth": int(config.get("add_attention", True)),
+        "middle_depth": int(config["add_attention"]),
         **({"heads": 1, "head_width": None} if heads is None else {"heads": 8, "head_width": heads}),
         "groups": groups,
         "scale_shift": shift == "scale_shift",
@@ -176,34 +185,34 @@ def _levels(config: Mapping[str, Any], attending: str) -> tuple[int, list[int], 
 
 def _heads(config: Mapping[str, Any], blocks: Sequence[int], attends: Sequence[bool]) -> dict[str, Any]:
     """How many heads there are, or how wide: `attention_head_dim` is their number, whatever it is called."""
-    name = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
-    each = _each(config, name, len(blocks), 8)
+    name = "num_attention_heads" if config["num_attention_heads"] else "attention_head_dim"
+    each = _each(config, name, len(blocks))
     heard = {(n, ch // n) for n, ch, a in zip(each, blocks, [*attends[:-1], True]) if a}  # the middle has the last level's
     counts, widths = {n for n, _ in heard}, {width for _, width in heard}
     if len(counts) > 1 and len(widths) > 1:
         raise Refusal(
             f"The unet has {name}={each} on {list(blocks)} channels; one number of heads, or heads of one width, are known."
         )
-    if isinstance(config.get(name, 8), int) or len(widths) > 1:
+    if isinstance(config[name], int) or len(widths) > 1:
         return {"heads": counts.pop(), "head_width": None}
     return {"heads": 8, "head_width": widths.pop()}
 
 
-def _each(config: Mapping[str, Any], name: str, levels: int, usual: Any) -> list[Any]:
+def _each(config: Mapping[str, Any], name: str, levels: int) -> list[Any]:
     """A setting by level, which is told once or for each.
 
     Raises:
         Refusal: for another number of levels, or by block of a level.
     """
-    value = config.get(name, usual)
+    value = config[name]
     each = [value] * levels if isinstance(value, int) else list(value)
-    if len(each) != levels or not all(isinstance(x, int) for x in each):
+    if len(each) != levels:
         raise Refusal(f"The unet has {name}={value}; a value for each of its {levels} levels was wanted, or one for all.")
     return each
 
 
-def _one(config: Mapping[str, Any], name: str, levels: int, usual: int) -> int:
+def _one(config: Mapping[str, Any], name: str, levels: int) -> int:
     """A setting that is the same at all levels, or refused by name."""
-    if len(set(each := _each(config, name, levels, usual))) > 1:
+    if len(set(each := _each(config, name, levels))) > 1:
         raise Refusal(f"The unet has {name}={each}; the same at all levels is known.")
     return each[0]

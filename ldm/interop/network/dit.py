@@ -42,7 +42,7 @@ class DiTNetwork(Network):
     classes = ("DiTTransformer2DModel", "Transformer2DModel")
     single = "dit"
     alone = True
-    left = (ROTARY,)
+    left = (ROTARY, "projectors.")  # REPA's heads, which training alone reads
     diffusers_left = ("pos_embed.pos_embed",)
 
     def builds(self, bundle: Bundle) -> bool:
@@ -61,11 +61,12 @@ class DiTNetwork(Network):
     def read_config(self, config: Mapping[str, Any]) -> Built:
         """DiTTransformer2DModel's."""
         kind = config.get("_class_name")
-        if kind not in self.classes or config.get("num_embeds_ada_norm") is None:
-            raise Refusal(f"The transformer is a {kind}; of transformers the DiT of 2212.09748 is known.")
-        check_keys(config, kind, "The transformer")
+        if kind not in self.classes or config.get("num_embeds_ada_norm", 1000) is None:
+            said = "" if kind not in self.classes else " with num_embeds_ada_norm=None"
+            raise Refusal(f"The transformer is a {kind}{said}; of transformers the DiT of 2212.09748 is known.")
+        config = check_keys(config, kind, "The transformer")
         channels = config["in_channels"]
-        outward = config.get("out_channels") or channels
+        outward = config["out_channels"] or channels
         if outward not in (channels, 2 * channels):
             raise Refusal(f"The transformer has out_channels={outward}; {channels}, or twice as many with ranges, are known.")
         settings = {

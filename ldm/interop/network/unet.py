@@ -11,11 +11,13 @@ from ldm.backbone.unet import UNet
 from ldm.errors import Refusal
 from ldm.interop.bundle import BACKBONE, VERSION, Bundle, Part, shapes_of
 from ldm.interop.conditions import IDENTITY, LABEL, map_node, number_node
+from ldm.interop.files import today
+from ldm.interop.keys import whole
 from ldm.interop.network._unet_config import unet_config, unet_settings
 from ldm.interop.network._unet_index import pipeline_of
 from ldm.interop.network._unet_names import compvis, diffusers, has_transformers, linear, settings_of
 from ldm.interop.protocols import Built, Network, Ties
-from ldm.interop.source import File
+from ldm.interop.source import File, inner
 from ldm.interop.tie import Shapes, Tie, check_whole, same
 from ldm.interop.weights import read_config
 from ldm.nn.layers import identity, mlp
@@ -65,6 +67,10 @@ class UNetNetwork(Network):
     def diffusers_ties(self, names: Iterable[str], settings: Mapping[str, Any]) -> Ties:
         """UNet2DConditionModel's, or UNet2DModel's."""
         return diffusers(names, settings)
+
+    def today(self, name: str) -> str:
+        """Attention to the picture alone had other names."""
+        return today(name)
 
     def averaged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """LitEma leaves the dots out of the names of its averages."""
@@ -204,6 +210,8 @@ def heads_told(told: Mapping[str, Any]) -> dict[str, Any]:
     """How many heads there are, as `UNet` wants it, where the yaml says so."""
     params = _params(told)
     heads, width = params.get("num_heads", -1), params.get("num_head_channels", -1)
+    if not all(number == -1 or whole(number) for number in (heads, width)):
+        raise Refusal(f"The yaml has num_heads={heads}, num_head_channels={width}; whole numbers above 0, or -1, were wanted.")
     if heads == width == -1:
         return {}
     return {"heads": heads if heads != -1 else 8, "head_width": width if width != -1 else None}
@@ -215,7 +223,7 @@ def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _params(told: Mapping[str, Any]) -> Mapping[str, Any]:
-    return told.get("unet_config", told.get("network_config", {})).get("params", {})
+    return inner(told, "unet_config.params") or inner(told, "network_config.params") or {}
 
 
 def _numbers(config: Mapping[str, Any], parts: Mapping[str, Part], scored: bool) -> dict[str, Any]:
@@ -224,19 +232,6 @@ def _numbers(config: Mapping[str, Any], parts: Mapping[str, Part], scored: bool)
     Raises:
         Refusal: so many are none of theirs.
     """
-    width, last = config["addition_time_embed_dim"], list(parts.values())[-1].config if parts else {}
-    if last.get("text_cfg", {}).get("proj_type") == "none":  # which are another model's; the widths of the tokens say so
-        return number_node(len(parts) == 1, width)
-    pooled = last.get("embed_dim", 0)
-    count, rest = divmod(config["projection_class_embeddings_input_dim"] - pooled, width)
-    if rest or count != (5 if scored or len(parts) == 1 else 6):
-        raise Refusal(
-            f"The unet is told {count} numbers of {width} beside a text of {pooled} "
-            f"(projection_class_embeddings_input_dim={config['projection_class_embeddings_input_dim']}); XL's is told 6, and its "
-            "refiner's 5 (requires_aesthetics_score)."
-        )
-    return number_node(count == 5, width)
-
     width, last = config["addition_time_embed_dim"], list(parts.values())[-1].config if parts else {}
     if last.get("text_cfg", {}).get("proj_type") == "none":  # which are another model's; the widths of the tokens say so
         return number_node(len(parts) == 1, width)

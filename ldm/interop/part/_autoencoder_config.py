@@ -18,7 +18,7 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "VQModel"):
         raise Refusal(f"{folder} holds a {kind}; AutoencoderKL and VQModel are known.")
-    check_keys(config, kind, str(folder))
+    config = check_keys(config, kind, str(folder))
     width, *_ = blocks = config["block_out_channels"]
     down, up, channels = config["down_block_types"], config["up_block_types"], config["latent_channels"]
     attends = [block == "AttnDownEncoderBlock2D" for block in down]
@@ -28,12 +28,12 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder} has down_block_types={down}, up_block_types={up} and block_out_channels={blocks}; down blocks, with or "
             "without attention, their mirror, and multiples of the first are known."
         )
-    if config.get("vq_embed_dim") not in (None, channels):
+    if kind == "VQModel" and config["vq_embed_dim"] not in (None, channels):
         raise Refusal(f"{folder} has vq_embed_dim={config['vq_embed_dim']}; as many as latent_channels, {channels}, are known.")
     ours = {"channels": channels, "width": width, "mult": [ch // width for ch in blocks]}
-    ours |= {"res_blocks": config["layers_per_block"], "groups": config.get("norm_num_groups", 32)}
+    ours |= {"res_blocks": config["layers_per_block"], "groups": config["norm_num_groups"]}
     ours["attention"] = [i for i, attend in enumerate(attends) if attend]
-    around = [config.get(name, True) for name in ("use_quant_conv", "use_post_quant_conv")]
+    around = [config.get(name, True) for name in ("use_quant_conv", "use_post_quant_conv")]  # a VQModel always has them
     if around[0] != around[1]:
         raise Refusal(f"{folder} has use_quant_conv={around[0]} and use_post_quant_conv={around[1]}; both or neither are known.")
     if kind == "AutoencoderKL":

@@ -27,14 +27,14 @@ def named_as_today(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_texts(weights: Mapping[str, Tensor], layer: int | None = None) -> tuple[dict[str, Any], dict[str, Part], set[str]]:
     """The conditions, their towers by sub-folder, and the names that were used.
 
-    `layer` is the hidden state of Stable Diffusion 2's tower that is read, where something says so.
+    `layer` is the hidden state of an only tower, of Stable Diffusion 1 or 2, that is read, where something says so.
     """
     found = [(prefix, _read_tower(weights, prefix)) for prefix in (*TOWERS, *SD3) if any(n.startswith(prefix) for n in weights)]
     found = [(prefix, part, used) for prefix, (part, used) in found if part is not None]
     read = set().union(*(used for _, _, used in found)) if found else set()
     if [prefix for prefix, _, _ in found] == [TOWERS[0]]:
         part = found[0][1]
-        first = {"layers": [-1], "padding": 49407}
+        first = {"layers": [layer or -1], "padding": 49407}
         if not part.config["quick_gelu"]:
             first = {"layers": _last_but_one(part) if layer is None or _trimmed(part) else [layer], "padding": 0}
         node = text_node("condition.text", final_norm=True, **first)

@@ -12,14 +12,16 @@ from ldm.interop.part._tokens import PADDING, read_tokenizer, write_tokenizer
 from ldm.interop.part._towers import text_node, tower_shapes, towers
 from ldm.interop.part._transformers import PREFIX, open_clip_config, transformers, transformers_config
 from ldm.interop.tie import give
-from ldm.interop.weights import read_config
+from ldm.interop.weights import class_of, read_config
 from ldm.tower.clip import FIRST_LEARNED
+
+CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+LEFT = (f"{PREFIX}embeddings.position_ids", "text_projection.weight", "logit_scale")  # computed, or read by another class
 
 
 def slots_of(index: Mapping[str, Any]) -> list[str]:
     """Where in a pipeline CLIPs are; a T5 is read elsewhere."""
-    named = {slot: index.get(f"text_encoder{slot}") or [None, None] for slot in ("", "_2")}
-    return [slot for slot, (library, kind) in named.items() if library and kind != "T5EncoderModel"]
+    return [slot for slot in ("", "_2") if class_of(index, f"text_encoder{slot}") not in (None, "T5EncoderModel")]
 
 
 def read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Part]]:
@@ -30,7 +32,7 @@ def read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], 
     nodes, parts = {}, {}
     for slot in slots:
         place = f"condition.text.towers.{names[slot]}" if large else "condition.text"
-        parts[place] = _read_tower(folder / f"text_encoder{slot}")
+        parts[place] = _read_tower(folder / f"text_encoder{slot}", class_of(index, f"text_encoder{slot}"))
         text = parts[place].config["text_cfg"]
         told = read_tokenizer(folder / f"tokenizer{slot}", text["vocab_size"], text["context_length"])
         if large:
@@ -45,15 +47,18 @@ def read_texts(folder: Path, index: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return {"text": {"_target_": "ldm.condition.text.Texts", "towers": nodes}}, parts
 
 
-def _read_tower(folder: Path) -> Part:
+def _read_tower(folder: Path, kind: str | None) -> Part:
+    """The class that model_index.json names says whether the tower projects, and which tensors are read."""
     told = read_config(folder / "config.json")
-    config = open_clip_config(told)
+    if kind not in CLASSES:
+        raise Refusal(f"{folder} is of a {kind}; {' and '.join(CLASSES)} are known.")
+    config = open_clip_config(told, projects=kind == CLASSES[1])
     if told.get("eos_token_id") == 2 and told["vocab_size"] > FIRST_LEARNED and config["text_cfg"].get("proj_type") != "none":
         raise Refusal(f"{folder} pools the largest id (eos_token_id=2), a learned one; eos_token_id=49407 is known beside those.")
     shapes = tower_shapes(config)
     return Part(
         config,
-        take_part(folder, transformers(shapes), shapes, "model", (f"{PREFIX}embeddings.position_ids",), _today),
+        take_part(folder, transformers(shapes), shapes, "model", LEFT, _today),
         kind="clip",
     )
 

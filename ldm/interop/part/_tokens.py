@@ -7,13 +7,12 @@ from typing import Any
 
 from ldm.errors import Refusal
 from ldm.files.folder import write_json, write_text
+from ldm.interop.keys import check_keys
 from ldm.interop.weights import read_config
 from ldm.tower.clip import BEGIN, END, FIRST_LEARNED, vocabulary
 
 PADDING = {"!": 0, END: 49407}
 PLAIN = ("lstrip", "rstrip", "single_word", "special")  # of a word: where it stands, or that its case counts
-ONLY = {"do_lower_case": True, "add_prefix_space": False, "split_special_tokens": False, "unk_token": END}
-ONLY |= {"bos_token": BEGIN, "eos_token": END}
 
 
 def read_tokenizer(folder: Path, rows: int, length: int) -> dict[str, Any]:
@@ -26,14 +25,19 @@ def read_tokenizer(folder: Path, rows: int, length: int) -> dict[str, Any]:
     kind = told.get("tokenizer_class", "CLIPTokenizer")
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise Refusal(f"{path} is of a {kind}; CLIPTokenizer is known.")
-    for name, only in ONLY.items():
-        if (value := _word(told.get(name, only))) != only:
-            raise Refusal(f"{path} has {name}={value!r}; {only!r} is known.")
+    check_keys({name: _word(value) for name, value in told.items()}, "CLIPTokenizer", str(path))
     pad = padding(folder)
-    if (most := told.get("model_max_length", length)) != length and most < 1e6:
+    most = told.get("model_max_length", length)
+    if type(most) not in (int, float) or (most != length and most < 1e6):
         raise Refusal(f"{path} has model_max_length={most}; the text encoder reads {length} tokens.")
     _check_vocabulary(folder)
     learned = _learned(folder, told)
+    known = {BEGIN, END, *PADDING, *learned}
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        said = told.get(name) or []
+        words = [_word(word) for word in (said.values() if isinstance(said, dict) else said)]
+        if strange := [word for word in words if word not in known]:
+            raise Refusal(f"{path} has {name}={strange}, tokens of its own; plain words that were added are known.")
     if rows < FIRST_LEARNED + len(learned):
         raise Refusal(f"{path} has {len(learned)} learned tokens; the text encoder's table has {rows} rows, too few for them.")
     return {"padding": pad, **({"learned": learned} if learned else {})}
@@ -84,7 +88,12 @@ def _learned(folder: Path, told: Mapping[str, Any]) -> list[str]:
         added |= {word["id"]: word for word in read_config(whole).get("added_tokens", [])}
     if (beside := folder / "added_tokens.json").is_file():
         added |= {i: {"content": word} for word, i in read_config(beside).items() if i not in added}
-    ids = vocabulary()[0]
+    ids, pad = vocabulary()[0], _word(told.get("pad_token", END))
+    whole = [w["content"] for i, w in added.items() if ids.get(w["content"]) == i and w["content"] not in (BEGIN, END, pad)]
+    if whole:
+        raise Refusal(
+            f"{folder} has added tokens that are pieces of CLIP's own vocabulary, {whole[:5]}, whole; that is not known."
+        )
     learned = sorted(i for i, word in added.items() if ids.get(word["content"]) != i)
     if learned != list(range(FIRST_LEARNED, FIRST_LEARNED + len(learned))):
         raise Refusal(f"{folder} has added tokens of the ids {learned[:5]}; ids from {FIRST_LEARNED} on, one by one, are known.")

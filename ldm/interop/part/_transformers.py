@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ldm.errors import Refusal
 from ldm.interop.keys import check_keys
 from ldm.interop.tie import Tie, renamer, same, stacked, tied, turned
 
@@ -42,25 +43,27 @@ def transformers(names: Iterable[str]) -> dict[str, Tie]:
     return tied(names, tie)
 
 
-def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' config of a CLIPTextModel -> open_clip's model_cfg of such a text tower.
+def open_clip_config(config: Mapping[str, Any], projects: bool) -> dict[str, Any]:
+    """transformers' config of a CLIPTextModel, or of one that `projects` -> open_clip's model_cfg of such a text tower.
 
     Raises:
-        ValueError: a setting that open_clip does not have.
+        Refusal: a setting that open_clip does not have.
     """
-    check_keys(config, "CLIPTextModel", "The text encoder")
-    act = config["hidden_act"]
-    projects = config.get("architectures") == ["CLIPTextModelWithProjection"]
+    config = check_keys(config, "CLIPTextModel", "The text encoder")
+    act, width, heads = config["hidden_act"], config["hidden_size"], config["num_attention_heads"]
+    if width % heads or (projects and config["projection_dim"] is None):
+        said = f"hidden_size={width}, num_attention_heads={heads}, projection_dim={config['projection_dim']}"
+        raise Refusal(f"The text encoder has {said}; heads that divide the width, and a width to project to, were wanted.")
     text = {
         "context_length": config["max_position_embeddings"],
         "vocab_size": config["vocab_size"],
-        "width": config["hidden_size"],
-        "heads": config["num_attention_heads"],
+        "width": width,
+        "heads": heads,
         "layers": config["num_hidden_layers"],
-        "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
+        "mlp_ratio": config["intermediate_size"] / width,
         **({} if projects else {"proj_type": "none"}),
     }
-    return {"embed_dim": config["projection_dim"], "quick_gelu": act == "quick_gelu", "text_cfg": text}
+    return {"embed_dim": config["projection_dim"] or width, "quick_gelu": act == "quick_gelu", "text_cfg": text}
 
 
 def transformers_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,21 +11,20 @@ from ldm.errors import Refusal
 from ldm.files.folder import read_recipe, read_weights, save_model, save_tensors, without_usual, write_json
 from ldm.interop import protocols
 from ldm.interop.bundle import AUTOENCODERS, Bundle, Part, autoencoder_shapes, home_of
-from ldm.interop.files import take_part
+from ldm.interop.files import take_part, today
 from ldm.interop.find import network_of
 from ldm.interop.part import _autoencoder_config
 from ldm.interop.part._autoencoder_config import vae_config, vae_settings
 from ldm.interop.source import LEFT, File
 from ldm.interop.statistics import folded, published_statistics, scale_of
 from ldm.interop.tie import Tie, check_whole, give, kernel, renamer, same, tied
-from ldm.interop.weights import check_numbers, read_config
+from ldm.interop.weights import check_numbers, class_of, read_config
 
 STATISTICS = ("mean", "std", "count", "hits", "sums")  # ours alone
 MIDDLE = {"0": ("block_1", "resnets.0"), "1": ("attn_1", "attentions.0"), "2": ("block_2", "resnets.1")}
 COMPVIS = renamer({"skip": "nin_shortcut", "out": "proj_out"})
 RESNET = renamer({"skip": "conv_shortcut"})
 ATTENTION = renamer({"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"})
-DEPRECATED = renamer({"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"})
 
 
 def compvis(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Tie]:
@@ -118,6 +117,9 @@ def _numbers(names: Iterable[str], pattern: str) -> list[int]:
 
 
 PREFIX = "first_stage_model."
+WHITENED = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")  # which read means and deviations by channel
+SHIFTED = ("StableDiffusion3", "Flux")  # how pipelines begin that read a shift
+UPSCALES, UPSCALER = ("StableDiffusionUpscalePipeline",), 0.08333  # the scale factor that it always takes
 FLUX = (0.3611, 0.1159)  # scale factor and shift of the autoencoder that is published in a file of its own
 
 
@@ -131,18 +133,22 @@ class Autoencoder(protocols.Part):
 
     def take_file(self, file: File, bundle: Bundle, scale: float) -> None:
         """CompVis' below `first_stage_model.`; one that comes alone has no prefix."""
-        alone = bundle.recipe is None
-        if alone and "encoder.conv_in.weight" not in file.weights:
+        alone, inside = bundle.recipe is None, f"{PREFIX}encoder.conv_in.weight" in file.weights
+        if alone and any("down_blocks." in name for name in file.weights):
+            raise Refusal(f"{file.path} is of diffusers' names; name the folder of its model, where its config.json lies.")
+        if alone and "input_blocks.0.0.weight" in file.weights:
+            raise Refusal(f"{file.path} is a U-Net alone, without what it is told by (a text tower) and its autoencoder.")
+        if alone and not inside and "encoder.conv_in.weight" not in file.weights:
             raise Refusal(
                 f"{file.path} is no model in CompVis' or Stability's layout: it begins with {sorted(file.weights)[:3]}."
             )
         if not alone and not any(name.startswith(PREFIX) and not name.startswith(LEFT) for name in file.weights):
             return
-        prefix = "" if alone else PREFIX
+        prefix = PREFIX if inside or not alone else ""
         config = settings_of(file.below(prefix))
         shapes = autoencoder_shapes(config)
         weights = file.take(compvis(shapes, config), shapes, prefix)
-        said, shift = file.scale(), float(file.told.get("shift_factor", bundle.shift))
+        said, shift = file.scale(scale), file.shift(bundle.shift)
         if alone and not said and not config.get("quant_conv", True):
             scale, shift = FLUX
         scale = said or (1.0 if "codebook" in weights else scale)  # a VQ is published with 1
@@ -169,7 +175,7 @@ class Autoencoder(protocols.Part):
         """diffusers' `vae` or `vqvae`; alone, the folder itself."""
         alone = bundle.recipe is None
         place = folder if alone else folder / ("vqvae" if "vqvae" in index else "vae")
-        part = read_autoencoder(place, whitened=alone or "XL" in index["_class_name"])
+        part = read_autoencoder(place, None if alone else index)
         bundle.parts[self.kind] = part
         if part.scale is not None:
             bundle.assumed.append(f"scale: {part.scale}, which AutoencoderKL and VQModel mean where it is not said")
@@ -213,24 +219,31 @@ class Autoencoder(protocols.Part):
         return said or ((1.0, 0.0) if bundle.recipe is None and "codebook" in part.weights else None)
 
 
-def read_autoencoder(folder: Path, whitened: bool = True) -> Part:
-    """AutoencoderKL's or VQModel's folder. `whitened` says that its pipeline reads the means and deviations by channel.
+def read_autoencoder(folder: Path, index: Mapping[str, Any] | None = None) -> Part:
+    """AutoencoderKL's or VQModel's folder, alone or of the pipeline with the model_index.json `index`.
 
     Raises:
         Refusal: names what is missing, unknown, or read by nobody.
     """
-    config = read_config(folder / "config.json")
+    config, pipeline = read_config(folder / "config.json"), None if index is None else index["_class_name"]
+    if index is not None:
+        config["_class_name"] = class_of(index, folder.name) or config.get("_class_name")
     ours = vae_settings(config, folder)
     shapes = autoencoder_shapes(ours)
-    weights = take_part(folder, diffusers(shapes, ours), shapes, today=_today)
-    scale = config.get("scaling_factor", 0.18215)
-    by_channel = {name: config.get(name) for name in ("latents_mean", "latents_std") if config.get(name) is not None}
-    if len(by_channel) == 1 or (by_channel and (not whitened or config.get("shift_factor"))):
+    weights = take_part(folder, diffusers(shapes, ours), shapes, today=today)
+    scale = config.get("scaling_factor", UPSCALER if pipeline in UPSCALES else 0.18215)
+    if pipeline in UPSCALES and scale != UPSCALER:
+        raise Refusal(f"{folder} has scaling_factor={scale}; {pipeline} takes {UPSCALER}, whatever is said. Write that there.")
+    by_channel = {name: config[name] for name in ("latents_mean", "latents_std") if config.get(name) is not None}
+    shift = config.get("shift_factor") or 0.0
+    strange = by_channel and (len(by_channel) == 1 or shift or pipeline not in (None, *WHITENED))
+    if strange or (shift and pipeline and not pipeline.startswith(SHIFTED)):
         raise Refusal(
-            f"{folder} says {by_channel}: both are known, without shift_factor, in a pipeline of Stable Diffusion XL; other "
-            "pipelines of diffusers draw without them. Take them out of its config.json, if it was trained so."
+            f"{folder} says {by_channel or f'shift_factor={shift}'}: latents_mean and latents_std are known, both and without "
+            f"shift_factor, in {' and '.join(WHITENED)}; shift_factor in pipelines of {' and '.join(SHIFTED)}; others draw "
+            "without. Take them out of its config.json, if it was trained so."
         )
-    mean, std = by_channel.get("latents_mean", config.get("shift_factor") or 0.0), by_channel.get("latents_std", 1.0)
+    mean, std = by_channel.get("latents_mean", shift), by_channel.get("latents_std", 1.0)
     weights = _measured(ours, weights, shapes, scale, mean=mean, std=std)
     return Part(ours, weights, scale=None if "scaling_factor" in config else scale)
 
@@ -242,12 +255,6 @@ def _measured(
     if "codebook" in weights:
         own |= {name: weights["codebook"].new_zeros(shapes[name]) for name in ("hits", "sums")}
     return weights | own
-
-
-def _today(name: str) -> str:
-    """Early autoencoders' attention had other names."""
-    attends = ".attentions." in name and not name.endswith(("group_norm.weight", "group_norm.bias"))
-    return DEPRECATED(name) if attends else name
 
 
 PART = Autoencoder()

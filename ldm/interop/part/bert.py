@@ -71,7 +71,7 @@ def diffusers_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         Refusal: a setting that the published one does not have.
     """
-    check_keys(config, "LDMBertModel", "The bert")
+    config = check_keys(config, "LDMBertModel", "The bert")
     if config["encoder_ffn_dim"] != 4 * config["d_model"]:
         raise Refusal(f"The bert has encoder_ffn_dim={config['encoder_ffn_dim']}; 4 d_model, {4 * config['d_model']}, is known.")
     words = {"width": "d_model", "depth": "encoder_layers", "heads": "encoder_attention_heads", "head_width": "head_dim"}
@@ -244,7 +244,10 @@ def _read_words(folder: Path) -> str:
         Refusal: words that are told apart by their case.
     """
     told = folder / "tokenizer_config.json"
-    if told.is_file() and not read_config(told).get("do_lower_case", True):
+    said = read_config(told) if told.is_file() else {}
+    said = {name: value["content"] if isinstance(value, dict) and "content" in value else value for name, value in said.items()}
+    check_keys(said, "BertTokenizer", str(told))
+    if not said.get("do_lower_case", True):
         raise Refusal(f"{told} has do_lower_case=false; the words of this family are BERT's uncased ones.")
     if not (folder / "tokenizer.json").is_file():
         return read_words(folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.errors import Refusal
 from ldm.files.folder import LOCAL, load_tensors, save_tensors, write_json
 from ldm.interop import protocols
 from ldm.interop.bundle import Bundle, Part, home_of
@@ -16,7 +17,7 @@ from ldm.interop.part._towers import CLIP_FILES, tower_shapes, towers
 from ldm.interop.part._transformers import open_clip_config, transformers
 from ldm.interop.part.t5 import SILENCE
 from ldm.interop.part.t5 import TARGET as T5
-from ldm.interop.source import File
+from ldm.interop.source import File, inner
 from ldm.interop.tie import check_whole
 from ldm.interop.weights import check_numbers, read_config
 from ldm.tower.clip import named_text_tower
@@ -34,13 +35,13 @@ class Clip(protocols.Part):
     def take_file(self, file: File, bundle: Bundle, scale: float) -> None:
         """The towers of Stable Diffusion 1, 2, XL and 3, and of Flux."""
         file.weights = named_as_today(file.weights)
-        layer = layer_told(file.told)
+        layer = layer_told(file)
         condition, parts, used = read_texts(file.weights, layer)
         file.used |= used
         bundle.recipe["condition"] |= condition
         bundle.parts |= parts
-        if layer is None:
-            said = "heads there 64 wide, tokens cut as CLIPTokenizer's"
+        if inner(file.told, "cond_stage_config.params.layer") is None:
+            said = "heads there 64 wide, tokens cut as CLIPTokenizer's" if layer is None else "as modelspec.encoder_layer says"
             layers = {place: node["layers"] for place, node in towers(condition).items() if node["layers"]}
             bundle.assumed += [f"hidden layer: {numbers[0]} of {place}, {said}" for place, numbers in layers.items()]
 
@@ -94,9 +95,24 @@ class Clip(protocols.Part):
                 save_tensors(part.weights, folder / place / CLIP_FILES[1])
 
 
-def layer_told(told: Mapping[str, Any]) -> int | None:
-    """Which hidden state of open_clip's text tower is read, where the yaml says so: the last, or the last but one."""
-    return {"last": -1, "penultimate": -2}.get(told.get("cond_stage_config", {}).get("params", {}).get("layer"))
+def layer_told(file: File) -> int | None:
+    """Which hidden state of the only text tower is read, where the yaml or the header says so.
+
+    Raises:
+        Refusal: it is none that is known.
+    """
+    params = inner(file.told, "cond_stage_config.params") or {}
+    word, number = params.get("layer"), params.get("layer_idx")
+    if word not in (None, "last", "penultimate") or number is not None:
+        raise Refusal(
+            f"{file.path.with_suffix('.yaml')} has cond_stage_config.params.layer={word}, layer_idx={number}; last and "
+            "penultimate are known, which the tower's last LayerNorm follows."
+        )
+    header = file.header.get("modelspec.encoder_layer")
+    first = any(name.startswith(f"{TOWERS[0]}transformer.") for name in file.weights)  # Stable Diffusion 1's
+    if word is None and first and header in ("1", "2"):
+        return -int(header)
+    return {"last": -1, "penultimate": -2}.get(word)
 
 
 def _tower(node: Mapping[str, Any], folder: Path) -> Part:
