@@ -115,7 +115,7 @@ def random_alexnet(folder):
 def test_backbones_are_told_channels_and_widths_only(name, runs):
     node = node_of("backbone", name, runs)
     is_dit = node["_target_"].endswith("DiT")
-    widths = Widths(vector=node["width"] * (1 if is_dit else 4), tokens=0 if is_dit else 64, spatial=1)  # as `identity` wants it
+    widths = Widths(vector=node["width"] * (1 if is_dit else 4), tokens=64, spatial=1)  # as `identity` wants it
     with torch.device("meta"):
         assert isinstance(build(node)(channels=4, widths=widths), nn.Module)
 
