@@ -245,6 +245,9 @@ class Guidance(Protocol):
 class InTraining(Conditioned, Protocol):
     average: Conditioned  # the same model with the averaged weights; it takes no gradients
 
+    def encode(self, images: Tensor) -> Moments:
+        """As the autoencoder's, without gradients."""
+
 
 class Objective(Protocol):
     """It may also be a `Freezes`."""
