@@ -17,7 +17,7 @@ from ldm.compose import CONFIGS, compose_config
 from ldm.condition.cached_text import save_null
 from ldm.condition.text import Text
 from ldm.drawing.generate import generate
-from ldm.errors import NotFound, Refusal
+from ldm.errors import Refusal
 from ldm.files.folder import save_model, write_text
 from ldm.types import Cond, Draw, Widths
 
@@ -102,7 +102,7 @@ def test_choices_build(room, name, runs):
     if name == "scales":
         node = OmegaConf.merge(node, {"scales": {"text": 2.0}})
     if "path" in (node.get("teacher") or {}):  # of a model that is not there
-        with pytest.raises(NotFound, match="no model in"):
+        with pytest.raises(Refusal, match=r"No model is named: model\.init=RUN"):
             build(node)
         return
     with torch.device("meta" if name.startswith(("kl", "vq")) else "cpu"):
