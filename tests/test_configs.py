@@ -67,7 +67,7 @@ def test_a_config_builds_from_its_own_room(room, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, clip_folder):
-    """runs/quickstart/{clip,autoencoder} as the configs expect them, untrained; runs/bert, a few words, and runs/language."""
+    """runs/quickstart/{clip,autoencoder,diffusion} as the configs expect them, untrained; runs/bert and runs/language."""
     home = tmp_path_factory.mktemp("runs") / "quickstart"
     home.mkdir()
     (home / "clip").symlink_to(clip_folder)
@@ -76,6 +76,8 @@ def runs(tmp_path_factory, clip_folder):
     write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fox"]), home.parent / "bert" / "vocab.txt")
     save_null(Text(f"local-dir:{clip_folder}"), home / "latents" / "text")
     save_t5(home.parent / "language")
+    base = compose_config("train", ["experiment=emoji/text", "condition.text.whiten=false", f"runs={home.parent}"])
+    build_stage(base).export(home / "diffusion")
     return home.parent
 
 

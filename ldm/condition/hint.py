@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import log2
 from typing import Any, Literal
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,18 @@ class Hint(Condition):
         self.layers = nn.Sequential(*layers, zero(nn.Conv2d(channels[-1], width, 3, padding=1)))
 
     def forward(self, value: Sequence[Tensor], drop: Tensor) -> Cond:
-        """value: (B, 3, f * H, f * W) in [-1, 1], and strengths (B) or (B, 1, h, w) -> spatial: (B, width + 1, H, W)."""
+        """value: (B, 3, f * H, f * W) in [-1, 1], and strengths (B) or (B, 1, h, w) -> spatial: (B, width + 1, H, W).
+
+        drop: (B) bool.
+
+        Raises:
+            Refusal: labels in the place of colours.
+        """
+        if value[0].ndim != 4:
+            raise Refusal(
+                f"The field '{self.key[0]}' holds labels, {tuple(value[0].shape)}; control pictures have colours: a member of "
+                f"another name than map.png (data.fields.{self.key[0]}=edges.png)."
+            )
         picture, strength = (x.to(self.layers[0].weight, non_blocking=True) for x in value)
         features = self.layers((picture.flip(1) if self.order == "bgr" else picture) / 2 + 0.5)
         if strength.ndim == 1:
@@ -86,7 +98,10 @@ class Hint(Condition):
         """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]; strengths, numbers -> (N), or files of
         pictures -> (N, 1, height, width) in [0, 1]."""
         if field == self.key[0]:
-            return read_pictures(field, asked, size, ground="black")
+            pictures = read_pictures(field, asked, size, ground="black")
+            if flat := [i for i, picture in enumerate(pictures) if picture.amin() == picture.amax()]:
+                warn(f"ask.{field}: picture {flat[0]} is of one colour, which tells a ControlNet nothing.", stacklevel=2)
+            return pictures
         if any(_is_number(one) for one in asked):
             return numbers(field, asked)
         return read_greys(field, asked, size)

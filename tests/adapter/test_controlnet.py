@@ -6,9 +6,12 @@ from PIL import Image
 from torch import nn
 
 from ldm.adapt import Asked, Given, attach, put_on
-from ldm.build import build
+from ldm.build import build, load_model
+from ldm.command.train import train
+from ldm.compose import compose_config
 from ldm.drawing.request import read_request
 from ldm.errors import Refusal
+from ldm.files.folder import load_tensors, save_model
 from ldm.types import Cond
 
 UNET = {
@@ -26,13 +29,16 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 T, PICTURE = torch.tensor([0.3, 0.8]), X.flip(0).clamp(-1, 1)
 
 
-def made(backbone=UNET):
-    torch.manual_seed(0)
+def recipe_of(backbone=UNET):
     recipe = {"_target_": "ldm.build.assemble", "autoencoder": {"_target_": "ldm.autoencoder.identity.Identity"}}
     recipe |= {"condition": {"label": LABEL}, "backbone": {"_partial_": True, **backbone}}
     recipe |= {"schedule": {"_target_": "ldm.schedule.Linear"}, "prediction": {"_target_": "ldm.prediction.Flow"}}
-    model = build(recipe | {"level": {"_target_": "ldm.denoiser.LogRatio"}})
-    return loud(model).requires_grad_(False)
+    return recipe | {"level": {"_target_": "ldm.denoiser.LogRatio"}}
+
+
+def made(backbone=UNET):
+    torch.manual_seed(0)
+    return loud(build(recipe_of(backbone))).requires_grad_(False)
 
 
 def loud(network):
@@ -151,10 +157,12 @@ def test_a_request_says_pictures_and_strengths(tmp_path):
     Image.new("L", (8, 8), 51).save(tmp_path / "region.png")
     model = put(made(), 0.6)
     config = {"ask": {"label": [1], "edges": str(tmp_path / "clear.png")}, "resolution": 8}
-    ask, _ = read_request(config, model)
+    with pytest.warns(match=r"ask\.edges: picture 0 is of one colour"):
+        ask, _ = read_request(config, model)
     assert (ask["edges"] == -1).all() and ask["edges_strength"].tolist() == pytest.approx([0.6])
     for said, found in ((0.25, [0.25]), (str(tmp_path / "region.png"), [0.2])):
-        ask, _ = read_request({**config, "ask": {**config["ask"], "edges_strength": said}}, model)
+        with pytest.warns(match="one colour"):
+            ask, _ = read_request({**config, "ask": {**config["ask"], "edges_strength": said}}, model)
         assert ask["edges_strength"].flatten().unique().tolist() == pytest.approx(found)
     with pytest.raises(Refusal, match=r"ask\.edges=FILE must be said"):
         read_request({"ask": {"label": [1]}, "resolution": 8}, model)
@@ -166,9 +174,32 @@ def test_what_does_not_go_is_named():
         attach(made(dit), {"controlnet": adapter()}, {})
     with pytest.raises(Refusal, match=r"adapter\.controlnet\.name=label: the model has a condition of that name"):
         attach(made(), {"controlnet": adapter("label")}, {})
+    with pytest.raises(Refusal, match=r"'edges' holds labels, \(2, 8, 8\); control pictures have colours"):
+        said(put(made()), edges=torch.zeros(2, 8, 8, dtype=torch.int64))
     with pytest.raises(Refusal, match="wanted a word"):
         adapter("a.b")
     with pytest.raises(Refusal, match=r"Hint halves 2 times, this autoencoder 0 \(adapter\.controlnet\.hint\.channels\)"):
         attach(made(), {"controlnet": adapter(hint={**HINT, "channels": [4, 8, 8]})}, {})
     with pytest.raises(Refusal, match=r"copy\.level\.0\.weight is \(32, 8\) in the ControlNet and \(64, 16\) in this"):
         put(made({**UNET, "width": 16}))
+
+
+def test_a_run_is_trained_and_drawn_alone_and_beside_others(emoji_root, tmp_path):
+    """What it exports is what it trains; another name is given by NAME=."""
+    save_model(made().state_dict(), recipe_of(), tmp_path / "base")
+    words = ["training=finetune", f"model.init={tmp_path / 'base'}", "adapter=[controlnet]", "adapter.controlnet.name=edges"]
+    words += ["+data.fields.edges=jpg", "+data.fields.label=cls", f"data.root={emoji_root}", "data.groups=[Activities]"]
+    words += ["data.val_fraction=0.2", "data.size=8", "data.batch=8", "logger=[]", "callback=[checkpoint]", "rate=constant"]
+    words += [f"folder={tmp_path / 'run'}", "trainer.max_steps=3", "trainer.accelerator=cpu", "optimizer.lr=0.01"]
+    run = train(compose_config("train", words))
+    tensors = load_tensors(run / "model.safetensors")
+    assert all(
+        n.startswith(("denoiser.backbone.nets.edges.", "conditioner.embedders.edges.")) and x.any() for n, x in tensors.items()
+    )
+    alone, beside = load_model(run), load_model(tmp_path / "base", adapters=[f"sketch={run}:1"])
+    assert list(beside.conditioner.embedders) == ["label", "sketch"]
+    with torch.no_grad():
+        found, renamed, base = said(alone), said(beside, sketch=PICTURE), said(load_model(tmp_path / "base"))
+    assert torch.equal(found, renamed) and not torch.equal(found, base)
+    with pytest.raises(Refusal, match=r"adapters: .* are both called edges"):
+        load_model(tmp_path / "base", adapters=[f"edges={run}", f"edges={run}:0.5"])

@@ -10,7 +10,8 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 from helpers.family import loud, their_pipeline, their_unet
 from ldm.build import load_model
 from ldm.drawing.generate import unit_noise
-from ldm.files.folder import load_tensors, save_tensors
+from ldm.errors import Refusal
+from ldm.files.folder import load_tensors, read_json, save_tensors, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.within import Within
 from ldm.interop.__main__ import main
@@ -187,3 +188,27 @@ def test_it_draws_what_their_pipeline_draws(made, kind, way):
         }
         ask |= {field: torch.full((2,), size) for field, size in sizes.items()}
     torch.testing.assert_close(drawn(model, model.conditioner.fill(ask), noise, guidance), wanted.double(), atol=1e-4, rtol=0)
+
+
+def test_what_is_no_such_controlnet_is_named(made, tmp_path):
+    """Each by its own name; of another family, or with other heads; with a tensor too many."""
+    of = made("sd1")
+    theirs = load_tensors(of.home / "edges" / "diffusion_pytorch_model.safetensors")
+    for key, word in (("lora_controlnet", "a Control-LoRA"), ("task_embedding", "a ControlNet Union"), ("lllite_a", "LLLite")):
+        save_tensors({key: torch.zeros(1)}, tmp_path / f"{key}.safetensors")
+        with pytest.raises(Refusal, match=f"is .*{word}.*; whole ControlNets"):
+            load_model(of.home / "ours", adapters=f"edges={tmp_path / key}.safetensors")
+    config = read_json(of.home / "edges" / "config.json")
+    name = next(n for n in theirs if n.endswith("attn2.to_k.weight"))
+    wide = theirs | {n: torch.zeros(len(x), 768) for n, x in theirs.items() if ".attn2.to_" in n and n[-8] in "kv"}
+    for folder, tensors, settings, words in (
+        ("more", theirs | {"extra.weight": torch.ones(1)}, {}, "1 of its tensors are of nothing here, such as extra.weight"),
+        ("less", {n: x for n, x in theirs.items() if n != name}, {}, "another U-Net: 1 tensors are missing"),
+        ("wide", wide, {}, r"another U-Net: .*\(32, 768\); \(32, 64\) was wanted.*it is for Stable Diffusion 1"),
+        ("heads", theirs, {"attention_head_dim": 4}, r"has \[4\] heads, level by level, and this U-Net \[8\]"),
+        ("nan", theirs | {name: theirs[name] * float("nan")}, {}, "not finite"),
+    ):
+        save_tensors(tensors, tmp_path / folder / "model.safetensors")
+        write_json(config | settings, tmp_path / folder / "config.json")
+        with pytest.raises(Refusal, match=words):
+            load_model(of.home / "ours", adapters=f"edges={tmp_path / folder}")
