@@ -70,7 +70,7 @@ ASKED_BY_NAME = {
     ("training/base.py", "_step_supports_amp_scaling"): "torch's fused optimizers alone have it",
     ("training/callback/bfloat16.py", "bias"): "torch's RMSNorm has none",
     ("training/callback/compile.py", "blocks"): "any network that callback.compile.parts names; backbones have it",
-    ("training/callback/threads.py", "sched_getaffinity"): "Linux alone has it",
+    ("files/process.py", "sched_getaffinity"): "Linux alone has it",
 }
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 

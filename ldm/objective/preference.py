@@ -1,0 +1,77 @@
+"""Preferences between two pictures of one request: Diffusion-DPO (https://arxiv.org/abs/2311.12908, equation 14).
+
+    E - log sigmoid(- beta / 2 ((e(better) - e'(better)) - (e(worse) - e'(worse))))
+
+with e and e' the model's and a frozen reference's mean squared errors, at one time and one noise for all four; of flow models the
+same with the flow's errors.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from ldm.errors import Refusal
+from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
+from ldm.types import Batch, Cond, Denoiser, Draw, InTraining, Schedule, like
+
+
+class Preference(nn.Module):
+    """Tunes a finished model (`model.init`) on pairs: `image` is the better picture, the field `worse` the other.
+
+    At the reference the loss is log 2. The reference is in no checkpoint.
+
+    Args:
+        teacher: loads the reference: the model that training begins from.
+        beta: how dearly the model's distance from the reference is paid for; 2000 and 5000 in the paper.
+        worse: the batch field of the other picture, such as `+data.fields.worse=worse.jpg`.
+        time, weight, noise, distance: as in regression.
+
+    Raises:
+        Refusal: the batch has no such field.
+    """
+
+    frozen = ("teacher",)
+
+    def __init__(
+        self,
+        teacher: Callable[[], Any],
+        beta: float = 5000.0,
+        worse: str = "worse",
+        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
+        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
+        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
+        distance: Callable[[Tensor], Tensor] = SQUARE,
+    ) -> None:
+        super().__init__()
+        self.teacher, self.beta, self.worse = teacher(), beta, worse
+        self.regression = Regression(time, weight, noise, distance)
+
+    def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
+        """x: (B, C, H, W), latents of the better pictures -> {"loss": (), "preferred": ()}, the latter the share of pairs won."""
+        if self.worse not in batch:
+            raise Refusal(
+                f"objective=preference reads the worse picture of each pair from the field {self.worse!r}, and the batch has "
+                f"{sorted(batch)}: +data.fields.{self.worse}=MEMBER, such as worse.jpg."
+            )
+        moments = model.encode(batch[self.worse])
+        other = moments.sample(draw.normal("posterior/worse", moments.mean.shape[1:]))
+        told = model.condition(batch)  # nothing is dropped: a preference is of a request
+        own = self.margin(model.denoiser, x, other, told, draw)
+        with torch.no_grad():
+            reference = self.margin(self.teacher.denoiser, x, other, self.teacher.condition(batch), draw)
+        logits = -self.beta / 2 * (own - reference)
+        return {"loss": -logsigmoid(logits).mean(), "preferred": (logits > 0).float().mean()}
+
+    def margin(self, denoiser: Denoiser, better: Tensor, worse: Tensor, cond: Cond, draw: Draw) -> Tensor:
+        """better, worse: (B, C, H, W) -> how much larger the error of the better one is: (B)."""
+        both = cond.stack(cond)
+        t = self.regression.time(draw.stratified("time"), denoiser.schedule).to(better, non_blocking=True).repeat(2)
+        noise = self.regression.noise(draw, better).repeat(2, 1, 1, 1)
+        x = torch.cat((better, worse))
+        alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
+        output = denoiser.output(alpha * x + sigma * noise, t, both)
+        errors = self.regression.error(denoiser, output - denoiser.prediction.target(x, noise, alpha, sigma), t)
+        return errors[: len(better)] - errors[len(better) :]
