@@ -66,27 +66,12 @@ def test_a_config_builds_from_its_own_room(room, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, clip_folder):
-<<<<<<< HEAD
-    """runs/quickstart/{clip,autoencoder,diffusion} as the configs expect them, untrained; runs/bert and runs/language."""
-    home = tmp_path_factory.mktemp("runs") / "quickstart"
-    home.mkdir()
-    (home / "clip").symlink_to(clip_folder)
-    recipe = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1], "groups": 4}
-    save_model(build(recipe).state_dict() | {"count": torch.tensor(1)}, recipe, home / "autoencoder")
-    write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fox"]), home.parent / "bert" / "vocab.txt")
-    save_null(Text(f"local-dir:{clip_folder}"), home / "latents" / "text")
-    save_t5(home.parent / "language")
-    base = compose_config("train", ["experiment=emoji/text", "condition.text.whiten=false", f"runs={home.parent}"])
-    build_stage(base).export(home / "diffusion")
-    return home.parent
-=======
     """runs/quickstart/{clip,autoencoder,diffusion} as the configs expect them, untrained; runs/bert, and runs/language."""
     runs = write_runs(tmp_path_factory.mktemp("home") / "runs", clip_folder)
     save_t5(runs / "language")
     base = compose_config("train", ["experiment=emoji/text", "condition.text.whiten=false", f"runs={runs}"])
     build_stage(base).export(runs / "quickstart" / "diffusion")
     return runs
->>>>>>> main
 
 
 SETTINGS = ("adversary", "schedule", "prediction", "level", "optimizer", "rate")
