@@ -291,12 +291,26 @@ def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow:
         theirs, tensors = _at_rest(path)
         if theirs["_target_"] != ADAPTED:
             raise Refusal(f"adapters={one.source} is a whole model: model={one.source} draws from it.")
-        return Given(one, _members(theirs, allow), tensors, _content(path))
+        return Given(one, _members(_named(theirs, one), allow), tensors, _content(path))
     from ldm.interop.adapters import read_adapter
 
     read, sha256 = read_adapter(one.source, one.name, recipe, own)
     print(*(read.said if first() else ()), sep="\n", end="\n" if read.said and first() else "", flush=True)
     return Given(one, {read.node["_target_"].split(".")[-2]: build(read.node, narrowed(allow))}, read.tensors, sha256)
+
+
+def _named(recipe: dict[str, Any], one: Asked) -> dict[str, Any]:
+    """The recipe of adapters, one of which is called NAME where that is asked for.
+
+    Raises:
+        Refusal: none of them has a name.
+    """
+    if one.name is None:
+        return recipe
+    named = {n: {**node, "name": one.name} if "name" in node else node for n, node in recipe["adapters"].items()}
+    if named == recipe["adapters"] and not any(node.get("name") == one.name for node in named.values()):
+        raise Refusal(f"adapters={one.name}={one.source}: {', '.join(named)} has no name; name it without {one.name}=.")
+    return {**recipe, "adapters": named}
 
 
 def _holds_ours(path: Path) -> bool:

@@ -24,13 +24,19 @@ class Conditioner(nn.Module):
 
     def __init__(self, embedders: Mapping[str, Embedder]) -> None:
         super().__init__()
+        self.embedders = nn.ModuleDict()
+        self.widths, self.fields, self.hole = Widths(), (), None
         for name, embedder in embedders.items():
-            if not 0 <= embedder.rate <= 1:
-                raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
-        self.embedders = nn.ModuleDict({name: complete(embedder) for name, embedder in embedders.items()})
-        self.widths = sum((e.widths for e in self.embedders.values()), Widths())
-        self.fields = tuple(dict.fromkeys(field for e in self.embedders.values() for field in self.fields_of(e)))
-        self.hole = next((e.hole for e in self.embedders.values() if e.hole), None)
+            self.add(name, embedder)
+
+    def add(self, name: str, embedder: Embedder) -> None:
+        """One more condition, behind the others."""
+        if not 0 <= embedder.rate <= 1:
+            raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
+        self.embedders[name] = complete(embedder)
+        self.widths += embedder.widths
+        self.fields = tuple(dict.fromkeys((*self.fields, *self.fields_of(embedder))))
+        self.hole = self.hole or embedder.hole
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
         """Reads each embedder's fields of the batch.

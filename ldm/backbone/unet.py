@@ -16,7 +16,10 @@ from ldm.errors import Refusal
 from ldm.nn.convolution import Convolution
 from ldm.nn.layers import mlp, visible, zero
 from ldm.nn.sinusoid import sinusoid
+from ldm.nn.tell import ScaleShift, Shift
 from ldm.types import Cond, Widths
+
+Heard = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class UNet(nn.Module):
@@ -73,6 +76,7 @@ class UNet(nn.Module):
             if i < len(mult) - 1:
                 self.encoder.append(Stage(make.down(ch)))
                 skips.append(ch)
+        self.skips = tuple(skips)  # how wide what each stage of the encoder says is
 
         self.middle = Stage(make.res(ch, ch), *make.attention(ch, middle_depth), make.res(ch, ch))
 
@@ -90,16 +94,27 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W)."""
+        heard = self.condition(x, noise_level, cond)
+        return self.up(*self.down(x, heard), heard)
+
+    def condition(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Heard:
+        """What each stage hears: the noise level and the vector, (B, E), the tokens, (B, L, D), and their mask, (B, 1, 1, L)."""
         told = self.level(sinusoid(noise_level, self.width).to(x))
         told = silu(told if self.vector is None else told + self.vector(cond.vector.to(x)))
-        tokens, mask = (None, None) if cond.tokens is None else visible(cond.tokens.to(x), cond.mask)
+        return (told, None, None) if cond.tokens is None else (told, *visible(cond.tokens.to(x), cond.mask))
+
+    def down(self, x: Tensor, heard: Heard) -> tuple[Tensor, list[Tensor]]:
+        """Encoder and middle: x: (B, C + C', H, W) -> what the middle says, and what each stage of the encoder does."""
         h, skips = x, []
         for stage in self.encoder:
-            h = stage(h, told, tokens, mask)
+            h = stage(h, *heard)
             skips.append(h)
-        h = self.middle(h, told, tokens, mask)
-        for stage in self.decoder:
-            h = stage(torch.cat((h, skips.pop()), dim=1), told, tokens, mask)
+        return self.middle(h, *heard), skips
+
+    def up(self, h: Tensor, skips: Sequence[Tensor], heard: Heard) -> Tensor:
+        """Decoder: what `down` says -> (B, C, H, W)."""
+        for stage, skip in zip(self.decoder, reversed(skips), strict=True):
+            h = stage(torch.cat((h, skip), dim=1), *heard)
         return self.out(h)
 
 
@@ -168,31 +183,6 @@ class ResBlock(nn.Module):
         """x: (B, C, H, W), told: (B, E) -> (B, C', H', W')."""
         h = self.conv_in(self.resize(silu(self.norm_in(x))))
         return self.skip(self.resize(x)) + self.conv_out(silu(self.tell(h, told)))
-
-
-class Shift(nn.Module):
-    """The noise level moves the features, which are normalised after it."""
-
-    def __init__(self, channels: int, told: int, groups: int) -> None:
-        super().__init__()
-        self.told, self.norm = nn.Linear(told, channels), nn.GroupNorm(groups, channels)
-
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        """h: (B, C, H, W), told: (B, E) -> (B, C, H, W)."""
-        return self.norm(h + self.told(told)[:, :, None, None])
-
-
-class ScaleShift(nn.Module):
-    """The noise level scales and moves the normalised features (https://arxiv.org/abs/2105.05233, AdaGN)."""
-
-    def __init__(self, channels: int, told: int, groups: int) -> None:
-        super().__init__()
-        self.told, self.norm = nn.Linear(told, 2 * channels), nn.GroupNorm(groups, channels)
-
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        """h: (B, C, H, W), told: (B, E) -> (B, C, H, W)."""
-        scale, shift = self.told(told)[:, :, None, None].chunk(2, dim=1)
-        return self.norm(h) * (1 + scale) + shift
 
 
 class SelfAttention(nn.Module):

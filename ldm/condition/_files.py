@@ -3,6 +3,7 @@
 import colorsys
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,22 @@ def files(field: str, asked: Sequence[Any]) -> list[Path | Image.Image]:
     return found
 
 
-def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
-    """Files -> (N, 3, height, width) in [-1, 1], cropped in the middle to the shape of `size`, then scaled."""
+def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int], ground: str = "white") -> Tensor:
+    """Files -> (N, 3, height, width) in [-1, 1], cropped in the middle to the shape of `size`, then scaled.
+
+    ground: the colour below what is transparent.
+    """
     pictures = []
     for path in files(field, asked):
-        image = _open(field, path, to_srgb)
+        image = _open(field, path, partial(to_srgb, ground=ground))
         pictures.append(to_tensor(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)))
     return from_bytes(torch.stack(pictures))
+
+
+def read_greys(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    """Files -> (N, 1, height, width) in [0, 1], white is 1."""
+    greys = [ImageOps.fit(_open(field, p, to_grey), size[::-1], Image.Resampling.BILINEAR) for p in files(field, asked)]
+    return torch.stack([torch.from_numpy(np.array(grey)).float()[None] / 255 for grey in greys])
 
 
 def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:

@@ -133,8 +133,8 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """Any picture, upright -> mode RGB, its colours brought to sRGB by the profile it carries, what is transparent over white.
+def to_srgb(image: Image.Image, ground: str = "white") -> Image.Image:
+    """Any picture, upright -> mode RGB, its colours brought to sRGB by the profile it carries, what is transparent over `ground`.
 
     A profile that cannot be read, or is of other channels than the picture's, is passed over, as browsers do.
 
@@ -150,7 +150,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
         if alpha is None:
             return image
         image.putalpha(alpha)
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
 
 
 def to_grey(image: Image.Image) -> Image.Image:

@@ -1,0 +1,52 @@
+"""How well a drawing keeps the edges of the control picture that it was drawn for."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from ldm.edges import edges
+from ldm.errors import Refusal
+from ldm.measure import Estimate, Reference, Rows
+from ldm.types import Batch
+
+
+class EdgeF1:
+    """Mean over pictures of F1 = 2 P R / (P + R): P of the drawing's edges that lie on asked ones, R of these that are drawn.
+
+    An edge counts as met within `slack` pixels. `edge_f1_real` is the same of the real picture: what a perfect drawing gets.
+    """
+
+    of, against = "drawing", None
+
+    def __init__(self, key: str = "edges", slack: int = 1) -> None:
+        self.key, self.slack = key, slack
+        self.protocol = {"extractor": "Canny", "slack": slack, "edges": key}
+
+    def look(self, images: Tensor, batch: Batch) -> Rows:
+        """images: (B, 3, h, w) in [-1, 1]; batch: the control picture (B, 3, h, w), white on black, image -> f1, real: (B).
+
+        Raises:
+            Refusal: the requests have no control picture.
+        """
+        if self.key not in batch:
+            raise Refusal(
+                f"edge_f1 reads the field '{self.key}', and there is only {sorted(batch)}: +data.fields.{self.key}={self.key}.png"
+            )
+        asked = batch[self.key].mean(1, keepdim=True) > 0
+        return {"f1": self._f1(edges(images), asked), "real": self._f1(edges(batch["image"]), asked)}
+
+    def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
+        """-> `edge_f1` of the drawings, `edge_f1_real` of the pictures that the edges came from."""
+        return {"edge_f1": Estimate.mean(rows["f1"]), "edge_f1_real": Estimate.mean(rows["real"])}
+
+    def _f1(self, found: Tensor, asked: Tensor) -> Tensor:
+        precision, recall = self._share(found, asked), self._share(asked, found)
+        return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+
+    def _share(self, those: Tensor, near: Tensor) -> Tensor:
+        """Of those pixels, how many lie near others; 1 of none."""
+        met = max_pool2d(near.float(), 2 * self.slack + 1, stride=1, padding=self.slack) > 0
+        count = those.flatten(1).sum(1)
+        return torch.where(count > 0, (those & met).flatten(1).sum(1) / count.clamp(min=1), 1.0)
