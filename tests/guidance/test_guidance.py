@@ -115,7 +115,7 @@ SETTINGS = {"scales": {"scales": {"kind": 3.0}}}  # the shipped one leaves the n
 
 def guidance(name, model, **settings):
     """The configured member, for this file's model; its weak model has weights of its own."""
-    shipped = compose_config("sample", ["model=m", f"guidance={name}"]).guidance
+    shipped = compose_config("train", [f"guidance={name}"]).guidance
     node = OmegaConf.to_container(shipped) | SETTINGS.get(name, {}) | settings
     built = build(node)
     return replace(built, weak=partial(weaker, model)) if name == "autoguidance" else built
