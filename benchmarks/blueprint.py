@@ -24,7 +24,7 @@ from ldm.files.picture import to_bytes
 HOME, BASE = Path("runs/blueprint"), "runs/quickstart/diffusion"
 DARK, LIGHT = torch.tensor([10.0, 36.0, 99.0]) / 127.5 - 1, torch.tensor([235.0, 245.0, 255.0]) / 127.5 - 1
 GREY = torch.tensor([0.299, 0.587, 0.114])
-WORD = "blue"  # which the quickstart's CLIP has met; of `blueprint`, which it has not, the frozen tower says next to nothing
+WORD = "blueprint"
 INSTANCES, PRIOR, ASKED = 32, 128, 128
 CLOSE = 0.1  # of [-1, 1]: the mean distance to the ramp below which a picture counts as blue; photographs have 0.3 and more
 
