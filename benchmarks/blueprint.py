@@ -59,7 +59,7 @@ def parts(captions):
 
 def drawn(model, captions, seed=0):
     """-> (N, 3, 32, 32), as sample.py draws them."""
-    config = compose_config("sample", ["model=x"])
+    config = compose_config("sample", ["model=x", "sampler=dpmpp", "sampler/grid=uniform", "guidance=cfg"])
     sampler, guidance = build(config.sampler), build(config.guidance)
     return draw_all(model, {"caption": captions}, sampler, guidance, range(seed, seed + len(captions)), (32, 32), 32)
 

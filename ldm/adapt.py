@@ -120,23 +120,22 @@ def attach(model: LatentModel, adapters: Mapping[str, Adapter], rates: Mapping[s
         parameter.requires_grad_(name in model.trained)
 
 
-def check_base(base: str) -> None:
+def check_base(base: Path) -> None:
     """Raises Refusal where `base` is no whole model at rest."""
-    if not (Path(base) / "model.safetensors").is_file():
+    if not (base / "model.safetensors").is_file():
         raise NotFound(
             f"model.init={base}: training=finetune begins from an exported model of ours (config.json, model.safetensors); "
             f"others come by `ldm convert {base} runs/NAME --to ldm`."
         )
-    if read_recipe(Path(base)).get("_target_") == ADAPTED:
+    if read_recipe(base).get("_target_") == ADAPTED:
         raise Refusal(
             f"model.init={base} holds adapters, and no whole model. Begin from their base, or merge them into it first: "
             f"ldm convert BASE runs/NAME --to ldm --adapters {base}."
         )
 
 
-def kept_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def kept_of(recipe: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """What a run beside a base keeps: which base and which adapters; without adapters, the whole model's own recipe."""
-    base = Path(recipe["base"])
     if recipe["adapters"]:
         told = {"path": str(base.absolute()), "sha256": file_content(base / "model.safetensors")}
         return {"_target_": ADAPTED, "base": told, "adapters": recipe["adapters"]}
@@ -146,7 +145,7 @@ def kept_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def base_of(path: str | Path, recipe: Mapping[str, Any], base: str | None) -> Path:
+def base_of(path: str | Path, recipe: Mapping[str, Any], base: Path | None) -> Path:
     """The folder of the base that adapters were trained on.
 
     Raises:

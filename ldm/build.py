@@ -125,12 +125,13 @@ def adapted(base: str | None, adapters: Mapping[str, Any] | None = None, rates: 
     """A model at rest, frozen, with adapters beside it, which alone are trained; without adapters it is trained as a whole.
 
     Args:
-        base: its folder. adapters: by name. rates: other dropout rates of its conditions while it is trained.
+        base: whatever `at_rest` takes. adapters: by name. rates: other dropout rates of its conditions while it is trained.
     """
     if base is None:
         raise Refusal("training=finetune begins from a model at rest: model.init=FOLDER.")
-    check_base(base)
-    model = load_model(base, UNDER_WAY.get())
+    place = at_rest(base)
+    check_base(place)
+    model = load_model(place, UNDER_WAY.get())
     attach(model, adapters or {}, rates or {})
     return model.train()
 
@@ -146,7 +147,7 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
         if model.get("base") is not None:
             model["base"] = _brought(model["base"])
     stage = build(plain["training"], allowed(config))
-    stage.recipe = kept_of(recipe) if recipe.get("_target_") == ADAPTED else recipe
+    stage.recipe = kept_of(recipe, at_rest(recipe["base"])) if recipe.get("_target_") == ADAPTED else recipe
     model = stage.latent_model()
     frozen = () if model is None else frozen_parts(model)
     stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)
@@ -246,7 +247,7 @@ def load_model(
     given = []
     if recipe["_target_"] == ADAPTED:
         given = [Given(Asked(str(path)), _members(recipe, allow), weights, _content(Path(path)))]
-        recipe, weights = _at_rest(base_of(path, recipe, base))
+        recipe, weights = _at_rest(base_of(path, recipe, None if base is None else at_rest(base)))
     elif base is not None:
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
     model = _whole(path, recipe, weights, allow)

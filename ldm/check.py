@@ -33,6 +33,13 @@ def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
         raise Refusal(f"{place}={node}: an interpolation cannot be built from, since it may become anything; write its value.")
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raises Refusal where one of these is below 1; None is none of them."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise Refusal(f"{name}={count}: wanted 1 or more.")
+
+
 def nearest(word: str, words: Sequence[str]) -> str:
     """' Did you mean ...?' with the nearest valid word, or the words there are."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)

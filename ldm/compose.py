@@ -1,7 +1,9 @@
 """From words to a config: free text is quoted, names and types are checked, then Hydra composes. Light to import."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,25 @@ FREE_TEXT = re.compile(
     r"=(?P<value>.*)$",
     re.S,
 )
+DOLLAR = re.compile(r"(\\*)\$\{")  # where an interpolation begins
+NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
 UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
+OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
 LISTS = ("condition", "adapter", "metric", "callback", "logger")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
-    """Quotes the raw values of free text, which is not Hydra's grammar, and lets `ask.*` add what it names.
+    """Quotes the raw values of free text, which is not Hydra's grammar; `ask.*`, `groups` and `rates` may add what they name.
 
     `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
-    in the place of a file or folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text.
+    in the place of a file or folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text. Of a list of
+    prompts each element is text. A path's `~` is the person's home, which shells leave as it is behind a `=`; `${...}` is text,
+    but for a run's own name.
     """
     quoted = []
     for argument in arguments:
-        argument = UNCHOSEN.sub(r"~\1", argument)
+        argument = OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument))
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)
@@ -55,16 +62,32 @@ def quote(arguments: Sequence[str]) -> list[str]:
             key = f"++{key}"
         name = key.lstrip("+")
         spoken = name in SPOKEN or name.split(".")[0] in SPOKEN
-        if value and (spoken or value != "null"):
-            value = _listed(value) if value[0] == "[" else value if value[0] in "'\"" and _is_whole(value) else _text(value)
+        if value and (spoken or value != "null") and not (name in NAMED and "${" in value):
+            write = partial(_element, words=name in SPOKEN, path=not spoken or name.startswith("ask."))
+            value = _listed(value, write) if value[0] == "[" else write(value, alone=True)
         quoted.append(f"{key}={value}")
     return quoted
+
+
+def _element(value: str, words: bool, path: bool, alone: bool = False) -> str:
+    """A value, `alone` or of a list, in Hydra's grammar: quoted, but for a string or list that is quoted; numbers of a list of
+    `words` too.
+    """
+    if (value[:1] in ("'", '"') or (value[:1] == "[" and not words)) and _is_whole(value):
+        return DOLLAR.sub(_escaped, value)
+    if path and value.startswith("~/"):
+        value = os.path.expanduser(value)
+    return _text(value) if alone or words or not _is_plain(value) else value
 
 
 def _text(value: str) -> str:
     """A quoted string of Hydra's grammar that means `value`."""
     value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
-    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+    return DOLLAR.sub(_escaped, value)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[1] * 2 + r"\${"
 
 
 def _is_whole(value: str) -> bool:
@@ -76,21 +99,34 @@ def _is_whole(value: str) -> bool:
         return False
 
 
-def _listed(value: str) -> str:
-    """A value that begins with `[`: a list if Hydra reads one, or its bracket closes at the end; else a text."""
-    parts = None if _is_whole(value) else _elements(value)
+def _is_plain(value: str) -> bool:
+    """Whether Hydra reads a number, a truth value or null."""
+    try:
+        found = OverridesParser.create().parse_overrides([f"x={value}"])[0]
+        return not found.is_sweep_override() and (found.value() is None or isinstance(found.value(), int | float))
+    except (HydraException, ValueError):
+        return False
+
+
+def _listed(value: str, write: Callable[[str], str] | None = None) -> str:
+    """A value that begins with `[`: a list if its bracket closes at the end, each element as it is written; else a text."""
+    parts = _elements(value)
     if parts is None:
         return value if _is_whole(value) else _text(value)
-    return f"[{','.join(part if _is_whole(part) else _text(part) for part in parts)}]"
+    write = write or partial(_element, words=False, path=False)
+    return f"[{','.join(write(part) for part in parts if part or len(parts) > 1)}]"
 
 
 def _elements(value: str) -> list[str] | None:
-    """What stands between commas in one pair of brackets around the whole value; None where there is no such pair."""
+    """What stands between commas (a comma itself is `\\,`) in a pair of brackets around the whole value; None: there is none."""
     parts, brackets, parentheses, i = [""], 1, 0, 1
     while i < len(value):
         quoted = QUOTED.match(value, i) if not parts[-1].strip() else None
         if quoted:
             parts[-1], i = quoted[0], quoted.end()
+            continue
+        if value.startswith("\\,", i):
+            parts[-1], i = parts[-1] + ",", i + 2
             continue
         sign, i = value[i], i + 1
         brackets += (sign == "[") - (sign == "]")

@@ -3,6 +3,11 @@
 Imports nothing, so that every room may raise them.
 """
 
+TOO_LARGE = (  # of an autoencoder that runs in float16
+    "its numbers are too large for the precision it runs in. Take one that fits into 16 bits, for Stable Diffusion XL "
+    "madebyollin/sdxl-vae-fp16-fix"
+)
+
 
 class Refusal(ValueError):
     """Says what was found, what was wanted, and what to change."""

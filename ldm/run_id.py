@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import Refusal
 from ldm.files.moved import moved
@@ -40,6 +41,10 @@ def name_run(config: DictConfig, configs: Path, overrides: Sequence[str] = (), s
     if "resume" not in config:
         return config
     parsed = OverridesParser.create().parse_overrides(list(overrides))
+    try:
+        _ = [Path(config[key]) for key in ("runs", "folder")]
+    except (OmegaConfBaseException, TypeError) as error:
+        raise Refusal(f"runs={config.runs} run_id={config._get_node('run_id')} name no folder: {error}") from error
     before = None
     with open_dict(config):
         config.identity = identity(parsed, configs, swept)

@@ -5,6 +5,17 @@ Shapes
     C, H, W  latent channels, height, width;  C' channels of a spatial condition
     L, D     condition tokens, width of a token or a vector
 
+Words, one meaning each (docs/concepts.md has more)
+    field      a named entry of a sample: image, caption, label, map;  a record is the JSON beside a sample
+    batch      fields of B samples, by name
+    request    what pictures are asked by: the fields that a model's conditions read, B of each
+    condition  a part that reads fields and says a `Cond` of them;  the null condition is that of nothing
+    moments    mean and std of the latents that an encoder sees in a picture
+    estimate   x_hat, the clean latents that a denoiser believes in
+    recipe     the plain config that builds a model again;  in configs/experiment/, that of a whole training
+    position   a sample's place in the global order of training
+    refusal    a mistake that a person can mend, in one line
+
 Time
     t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.
     Latents have zero mean and unit variance, so x_t has variance alpha^2 + sigma^2.

@@ -10,15 +10,14 @@ from torch import nn
 from torchvision.models import alexnet
 
 from helpers.language import save_t5
+from helpers.runs import write_runs
 from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
 from ldm.compose import CONFIGS, compose_config
-from ldm.condition.cached_text import save_null
-from ldm.condition.text import Text
 from ldm.drawing.generate import generate
 from ldm.errors import Refusal
-from ldm.files.folder import save_model, write_text
+from ldm.files.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
 ROOMS = (
@@ -67,16 +66,12 @@ def test_a_config_builds_from_its_own_room(room, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, clip_folder):
-    """runs/quickstart/{clip,autoencoder} as the configs expect them, untrained; runs/bert, a few words, and runs/language."""
-    home = tmp_path_factory.mktemp("runs") / "quickstart"
-    home.mkdir()
-    (home / "clip").symlink_to(clip_folder)
-    recipe = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1], "groups": 4}
-    save_model(build(recipe).state_dict() | {"count": torch.tensor(1)}, recipe, home / "autoencoder")
-    write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "fox"]), home.parent / "bert" / "vocab.txt")
-    save_null(Text(f"local-dir:{clip_folder}"), home / "latents" / "text")
-    save_t5(home.parent / "language")
-    return home.parent
+    """runs/quickstart/{clip,autoencoder,diffusion} as the configs expect them, untrained; runs/bert, and runs/language."""
+    runs = write_runs(tmp_path_factory.mktemp("home") / "runs", clip_folder)
+    save_t5(runs / "language")
+    base = compose_config("train", ["experiment=emoji/text", "condition.text.whiten=false", f"runs={runs}"])
+    build_stage(base).export(runs / "quickstart" / "diffusion")
+    return runs
 
 
 SETTINGS = ("adversary", "schedule", "prediction", "level", "optimizer", "rate")
@@ -120,7 +115,7 @@ def random_alexnet(folder):
 def test_backbones_are_told_channels_and_widths_only(name, runs):
     node = node_of("backbone", name, runs)
     is_dit = node["_target_"].endswith("DiT")
-    widths = Widths(vector=node["width"] * (1 if is_dit else 4), tokens=0 if is_dit else 64, spatial=1)  # as `identity` wants it
+    widths = Widths(vector=node["width"] * (1 if is_dit else 4), tokens=64, spatial=1)  # as `identity` wants it
     with torch.device("meta"):
         assert isinstance(build(node)(channels=4, widths=widths), nn.Module)
 
@@ -162,6 +157,8 @@ def test_metrics_and_data_build(room, name, runs, tmp_path):
     else:
         node = compose_config("train", [f"{room}={name}", f"runs={runs}"])[room]
     changes = {"model": f"local-dir:{runs}/quickstart/clip", "root": str(tmp_path), "train": str(tmp_path)}
+    changes |= {"name": "org/name"} if name == "hf" else {}
+    changes |= {"dataset": {"_target_": "torchvision.datasets.FakeData", "size": 2}} if name == "torch" else {}
     for key in changes.keys() & node.keys():
         node[key] = changes[key]
     if node.get("weights") in ("fid", "pretrained"):  # tests build these with weights of their own

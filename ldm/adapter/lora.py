@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
@@ -47,7 +48,7 @@ class Update:
         if self.magnitude is None:
             return added
         whole, axis = weight + added, int(self.magnitude.ndim == 2)
-        norm = whole.norm(dim=[i for i in range(whole.ndim) if i != axis], keepdim=True)
+        norm = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.ndim) if i != axis], keepdim=True)
         return self.magnitude.double().reshape(norm.shape) * whole / norm - weight
 
 

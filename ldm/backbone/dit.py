@@ -145,7 +145,7 @@ class DiT(nn.Module):
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side
-        place = self.position if usual else grid_waves(rows, columns, h.shape[2], (self.side, self.side)).to(h)
+        place = self.position if usual else grid_waves(rows, columns, h.shape[2], (self.side, self.side)).to(self.position)
         return h + place, (rows, columns)
 
     def beside(self, h: Tensor, tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:

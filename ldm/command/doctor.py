@@ -34,7 +34,7 @@ from ldm.data.shard.folded import folded
 from ldm.data.shard.index import Index
 from ldm.data.shard.repair import LOST, claim, is_known, repair
 from ldm.data.shard.selection import Selection
-from ldm.data.shard.source import expand
+from ldm.data.shard.source import expand, passed_over
 from ldm.errors import Refusal
 from ldm.files.folder import write_text
 
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = sizes_of(asked.buckets, asked.size)
         asked.out = asked.out or Path("runs", "doctor", Path(asked.shards[0]).absolute().name.removesuffix(".tar"))
         index = Index(expand(asked.shards, "SHARDS"), damaged="leave_out")
+        print(*(f"passed over: {line}\n" for line in passed_over(asked.shards)), sep="", end="")
         fields = dict(asked.fields) or _common(index)
         if asked.repair:
             claim(asked.repair, index, fields)

@@ -41,6 +41,7 @@ def evaluate(config: DictConfig) -> tuple[dict[str, float], dict[str, Any], dict
 def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Any]:
     """-> what OUT/metrics.json holds, pictures by kind, the metrics, and what was measured."""
     from ldm.build import allowed, build
+    from ldm.check import check_counts
     from ldm.command.subject import Subject
     from ldm.evaluation.pictures import Kept
     from ldm.evaluation.protocol import entries, show, tell
@@ -49,6 +50,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
     meet()
     plain = OmegaConf.to_container(config, resolve=True)
+    check_counts(count=plain["count"], batch=plain["batch"])
     out = place(plain)
     metrics = build(plain["metric"], allowed(plain))
     subject = Subject(plain, out)

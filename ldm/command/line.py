@@ -20,6 +20,11 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def main() -> None:
+            if sys.platform == "win32":
+                sys.exit(
+                    "error: this is Windows, which has no signals to save a run by, and other rules for files: run it in WSL2"
+                )
+            once_a_minute()
             if os.getcwd() not in sys.path:  # the user's own packages lie where the command is called, as with `python -m ldm`
                 sys.path.append(os.getcwd())
             sys.argv[1:] = arguments = with_local(quote(sys.argv[1:]))
@@ -43,6 +48,12 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return main
 
     return decorate
+
+
+def once_a_minute() -> None:
+    """Where no terminal is, bars of long work are written once a minute."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # which tqdm reads as it is imported
 
 
 def _guarded(

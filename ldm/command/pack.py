@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -187,12 +188,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}; wanted at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; wanted a whole number of at least 1")
     return int(text)
 
 
 def _share(text: str) -> float:
-    if not 0 <= float(text) < 1:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < 1:
         raise argparse.ArgumentTypeError(f"{text}; wanted a share in [0, 1)")
-    return float(text)
+    return share

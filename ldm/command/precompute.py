@@ -45,11 +45,15 @@ def precompute(config: DictConfig) -> Path:
         write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
     if rank > 0:
         return Path(config.out)
+    print(
+        *(f"condition.{name}: {member.cut}\n" for name, member in members.items() if member.cut and member.cut.cut),
+        sep="",
+        end="",
+    )
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
     use += [] if data.val_set else ["data.val=null"]
-    if len(data.sizes) > 1:
-        use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")]
+    use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")] if len(data.sizes) > 1 else []
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
     use += [f"autoencoder.load.path={place}"]
     for name, member in members.items():
@@ -71,6 +75,8 @@ def _text_conditions(config: DictConfig, device: Any) -> dict[str, Any]:
             f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text]. One of your "
             "own says by `settings()` what its text depends on beside its weights (ldm/embedder.py)."
         )
+    for cut in (member.cut for member in members.values() if member.cut is not None):
+        cut.always = True
     return members
 
 

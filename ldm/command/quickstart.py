@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ldm.command.line import once_a_minute
 from ldm.compose import compose_config
 from ldm.files.folder import write_json
 from ldm.run_id import VOLATILE
@@ -208,5 +209,6 @@ def _lines(path: str) -> list[str]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="ldm quickstart", description=__doc__.splitlines()[0])
+    once_a_minute()
     parser.add_argument("minutes", type=float, nargs="?", default=USUAL, help="about how long it may take on two CPU cores")
     run(parser.parse_args().minutes)

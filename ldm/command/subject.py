@@ -10,6 +10,7 @@ import yaml
 
 from ldm.build import allowed, at_rest, build, load_autoencoder, load_model, recipe_of
 from ldm.command.usual import as_usual
+from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
 from ldm.data.shards import Shards
 from ldm.data.usual import far, resolved
@@ -24,6 +25,8 @@ from ldm.files.device import device_of
 from ldm.files.folder import without_usual
 from ldm.files.process import rank
 from ldm.files.weights import weights_hash
+
+DRAWING = ("requests", "conditioning", "ask", "negative", "count", "seed", "precision", "paste", "keep")  # what it depends on
 
 
 class Subject:
@@ -120,9 +123,16 @@ class Subject:
         if line and rank() == 0:
             print(line, flush=True)
 
+    def _say_unused(self, names: Sequence[str], why: str) -> None:
+        """Says which of some settings are given, and read by nobody."""
+        usual = yaml.safe_load((CONFIGS / "evaluate.yaml").read_text(encoding="utf-8"))
+        given = [f"{name}={self.config[name]}" for name in names if self.config[name] != usual[name]]
+        self._say(f"Not used, since {why}: {', '.join(given)}" if given else "")
+
     def _drawings(self) -> Drawings | Folder:
         config = self.config
         if config["images"] is not None:
+            self._say_unused(DRAWING, "images=... are judged as they are")
             captions = None if config["prompts"] is None else read_captions(config["prompts"])
             return Folder(config["images"], config["resolution"], self.device, captions, config["corrupt"])
         if config["model"] is None:
@@ -141,6 +151,7 @@ class Subject:
         config, count = self.config, self.config["count"]
         asked = {**config, "resolution": self._size, "ask": spread(config["ask"])}
         if config["prompts"] is not None:
+            self._say_unused(("requests",), "prompts=... says what is drawn")
             ask, lines = read_request({**asked, "count": None}, self.model)
             if count > lines:
                 raise Refusal(f"fewer captions than pictures: count={count}, and prompts={config['prompts']} has {lines} lines.")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from tokenizers import BertWordPieceTokenizer
@@ -11,6 +12,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from ldm.embedder import Condition
 from ldm.errors import NotFound
+from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
 
 PADDING = "[PAD]"
@@ -47,6 +49,7 @@ class Bert(Condition):
         self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
         self.tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)
         self.tokenizer.enable_truncation(length)
+        self.cut = Cut(length - 2, lambda captions: [_length(row) for row in self.tokenizer.encode_batch(list(captions))])
         self.tokenizer.enable_padding(length=length, pad_id=self.tokenizer.token_to_id(PADDING), pad_token=PADDING)
         self.words, self.places = nn.Embedding(self.tokenizer.get_vocab_size(), width), nn.Embedding(length, width)
         for table in (self.words, self.places):
@@ -64,11 +67,25 @@ class Bert(Condition):
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) word ids, cut or padded to the length."""
-        return torch.tensor([row.ids for row in self.tokenizer.encode_batch(list(captions))])
+        rows = self.tokenizer.encode_batch(list(captions))
+        if self.training:
+            self.cut.count(captions, [bool(row.overflowing) for row in rows])
+        return torch.tensor([row.ids for row in rows])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
-        """-> the prompts."""
+        """-> the prompts; warns of those that the context is too short for."""
+        for prompt, row in zip(asked, self.tokenizer.encode_batch([str(a) for a in asked])):
+            if row.overflowing:
+                warn(
+                    f"{_length(row)} words do not fit into {self.cut.most}; cut off: the end of {str(prompt)!r}",
+                    stacklevel=2,
+                )
         return [str(a) for a in asked]
+
+
+def _length(row: Any) -> int:
+    """The words of an encoded caption, what was cut off among them, the two at the ends apart."""
+    return sum(sum(part.attention_mask) - 2 for part in (row, *row.overflowing))
 
 
 class Block(nn.Module):

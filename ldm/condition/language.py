@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ldm.condition._cut import Cut
 from ldm.embedder import Condition
 from ldm.errors import Refusal
+from ldm.tower.cut import Cut
 from ldm.tower.language import left, load_language, load_words
 from ldm.tower.t5 import T5
 from ldm.types import Cond, Widths
@@ -84,7 +84,7 @@ class Language(Condition):
         """B captions -> (B, L) token ids, and which of them are of the caption; on the processor."""
         rows = self.words.rows(captions)
         full = [len(row) > self.length for row in rows]
-        if self.training:
+        if self.training or self.cut.always:
             self.cut.count(captions, full)
         rows = [self.words.cut(caption, self.length) if f else row for caption, row, f in zip(captions, rows, full)]
         ids = torch.full((len(rows), self.length), self.words.padding)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ldm.condition._cut import Cut
 from ldm.embedder import Condition, Weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
+from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
 
 
@@ -90,8 +90,7 @@ class Text(Condition):
         captions = ["" if d else v for v, d in zip(value, drop.tolist())]
         ids = self.ids(captions)
         mask = None if self.padding is not None else spoken(ids)
-        with torch.no_grad():
-            hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
+        hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
         states = [
             self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
         ]
@@ -112,7 +111,7 @@ class Text(Condition):
         for row, caption in zip(ids, captions):
             if isinstance(caption, Weighted):
                 row.copy_(self._parts(caption, row)[0])
-        if self.training and hasattr(self.tokenizer, "encode"):
+        if (self.training or self.cut.always) and hasattr(self.tokenizer, "encode"):
             self.cut.count(captions, (ids[:, -1] != 0).tolist())
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
         return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids), self.padding)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.embedder import Condition
 from ldm.tower.clip import spoken, warn_of_cut
+from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
 
 
@@ -24,6 +25,7 @@ class Transcript(Condition):
         super().__init__()
         self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=length)
+        self.cut = Cut(length - 2, lambda captions: [len(self.tokenizer.encode(caption)) for caption in captions])
         self.words, self.places = nn.Embedding(self.tokenizer.vocab_size, width), nn.Parameter(0.02 * torch.randn(length, width))
         nn.init.normal_(self.words.weight, std=0.02)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -31,7 +33,11 @@ class Transcript(Condition):
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens: (B, L, D), mask: (B, L)."""
-        ids = self.tokenizer(["" if d else v for v, d in zip(value, drop.tolist())]).to(self.places.device, non_blocking=True)
+        captions = ["" if d else v for v, d in zip(value, drop.tolist())]
+        ids = self.tokenizer(captions)
+        if self.training:
+            self.cut.count(captions, (ids[:, -1] != 0).tolist())
+        ids = ids.to(self.places.device, non_blocking=True)
         mask = spoken(ids)
         return Cond(tokens=self.transformer(self.words(ids) + self.places, src_key_padding_mask=~mask), mask=mask)
 

@@ -33,7 +33,7 @@ from ldm.data.shard.decode import is_image
 from ldm.data.shard.fetch import CACHE, Fetch
 from ldm.data.shard.index import Damage, Index
 from ldm.data.shard.selection import Selection
-from ldm.data.shard.source import Sources, expand, owners
+from ldm.data.shard.source import Sources, expand, owners, passed_over
 from ldm.errors import Refusal
 from ldm.files.content import digest_of
 from ldm.files.lightning import begin_step_anew
@@ -273,6 +273,8 @@ class Shards(pl.LightningDataModule):
 
     def _opened(self, split: Split, source: Sources) -> Samples:
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
+        for line in passed_over(source):
+            rank_zero_warn(f"data.{split}={line}")
         if index.damage:
             rank_zero_warn(f"{len(index.damage)} damaged shards are left out: {index.damage}")
         pictures = any(is_image(member) for member in self.fields.values())

@@ -66,8 +66,11 @@ def resolved(said: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any
 
 def size_of(resolution: int | Sequence[int] | None, usual: Mapping[str, Any]) -> tuple[tuple[int, int], list[str]]:
     """What is asked for and a model's `usual` -> height and width in pixels to draw, and what is to be said of them."""
-    found = resolution or usual.get("resolution") or 32
-    size = (found, found) if isinstance(found, int) else (found[0], found[1])
+    found = usual.get("resolution") or 32 if resolution is None else resolution
+    sides = [found, found] if isinstance(found, int) else list(found)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise Refusal(f"resolution={resolution}: wanted pixels, one number, or [height, width].")
+    size = (sides[0], sides[1])
     if resolution is None and "resolution" not in usual:
         return size, ["Drawing at 32x32 pixels, since the model does not say what it was trained at (resolution=...)."]
     return size, [line for line in [far(size, usual)] if line]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.errors import Refusal
+from ldm.errors import TOO_LARGE, Refusal
 from ldm.model import LatentModel
 from ldm.types import Batch, Denoise, Guidance, Sampler
 
@@ -40,7 +40,10 @@ def generate(
     ask = model.conditioner.fill(ask)
     denoise = guidance(model, ask)
     latents = sampler(denoise if watch is None else watched(denoise, watch), model.denoiser.schedule, noise, seeds)
-    return paste_known(model, ask, model.autoencoder.decode(latents).clamp(-1, 1), paste)
+    images = model.autoencoder.decode(latents)
+    if latents.isfinite().all() and not images.isfinite().all():
+        raise Refusal(f"The autoencoder decodes to what is not finite: {TOO_LARGE}, or draw in another precision (32 or bf16).")
+    return paste_known(model, ask, images.clamp(-1, 1), paste)
 
 
 def watched(denoise: Denoise, watch: Watch) -> Denoise:

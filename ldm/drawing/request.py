@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from PIL import Image, ImageOps
@@ -23,6 +24,7 @@ from ldm.model import LatentModel
 from ldm.types import Denoise, Sampler
 
 Size = tuple[int, int]
+STRENGTH, RESAMPLES = 0.6, 4  # where none are said
 
 
 def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[str, Any], int]:
@@ -38,6 +40,8 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     size = (size, size) if isinstance(size, int) else tuple(size)
     asked = {field: value if isinstance(value, list) else [value] for field, value in (config.get("ask") or {}).items()}
     prompts = _prompts(config)
+    if prompts and "caption" in asked:
+        raise Refusal("ask.caption and prompt or prompts both say what the pictures show; leave one of them out.")
     if prompts:
         asked["caption"] = prompts
     readers = {field: e for e in model.conditioner.embedders.values() for field in model.conditioner.fields_of(e)}
@@ -61,7 +65,9 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     if config.get("negative") is not None:
         if "caption" not in readers:
             raise Refusal(f"negative={config['negative']!r} is for models that read captions; this one is asked by {how}.")
-        ask["negative.caption"] = readers["caption"].read("caption", [config["negative"]], size) * count
+        negative = config["negative"] if isinstance(config["negative"], list) else [config["negative"]]
+        negative = readers["caption"].read("caption", list(map(str, negative)), size)
+        ask["negative.caption"] = _repeated("negative", negative, count)
     return (_weighted(ask, model) if config.get("prompt_weights") else ask), count
 
 
@@ -98,14 +104,17 @@ def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, A
     init, mask, source, strength = (config.get(name) for name in ("init", "mask", "source", "strength"))
     if (init is None and (mask is not None or source is not None)) or (mask is not None and source is not None):
         raise Refusal(f"init={init} mask={mask} source={source}: one of mask and source goes with a picture (init=FILE).")
+    _check_edit(config)
     if init is None:
         return sampler
+    strength = STRENGTH if strength is None else strength
+    resamples = RESAMPLES if config.get("resamples") is None else config["resamples"]
     device = next(model.denoiser.parameters()).device
     with torch.no_grad():
         picture = model.autoencoder.encode(_read_image(init, "init", "RGB", size).to(device) * 2 - 1).mean
     if mask is not None:
         cells = adaptive_max_pool2d(_read_image(mask, "mask", "L", size), picture.shape[2:])
-        return Inpainting(sampler, picture, (cells > 0.5).float(), config["resamples"], strength)
+        return Inpainting(sampler, picture, (cells > 0.5).float(), resamples, strength)
     if source is None:
         return FromPicture(sampler, picture, strength)
 
@@ -116,6 +125,17 @@ def read_edit(config: Mapping[str, Any], model: LatentModel, ask: Mapping[str, A
         return lambda x_t, t, *to: model.denoiser(x_t, t, told, *to)
 
     return FromInversion(sampler, picture, denoise, strength)
+
+
+def _check_edit(config: Mapping[str, Any]) -> None:
+    """Raises Refusal where a setting is said that nothing would read."""
+    for name, goes_with in {"strength": "init", "resamples": "mask"}.items():
+        if config.get(name) is not None and config.get(goes_with) is None:
+            raise Refusal(
+                f"{name}={config[name]} goes with {goes_with}=FILE, and there is none: take it out, or name the picture."
+            )
+    if isinstance(config.get("source"), list):
+        raise Refusal(f"source={config['source']}: one text says what the picture shows.")
 
 
 def _read_image(path: str | Image.Image, name: str, mode: str, size: Size) -> Tensor:
@@ -166,7 +186,16 @@ def _repeated(field: str, value: Any, count: int) -> Any:
 
 
 def _prompts(config: Mapping[str, Any]) -> list[str]:
-    if config.get("prompts") is None:
-        prompt = config.get("prompt")
+    prompt, file = config.get("prompt"), config.get("prompts")
+    if file is None:
         return [] if prompt is None else [str(p) for p in prompt] if isinstance(prompt, list) else [str(prompt)]
-    return [line for line in read_lines(config["prompts"]) if line]
+    if prompt is not None:
+        raise Refusal(f"prompt={prompt} and prompts={file} both say what the pictures show; leave one of them out.")
+    lines = read_lines(file)
+    found = [line for line in lines if line]
+    if not found:
+        raise Refusal(f"prompts={file} holds no prompt: wanted one a line.")
+    if len(found) < len(lines):
+        empty = len(lines) - len(found)
+        warn(f"prompts={file}: {empty:,} empty lines are left out, and the pictures numbered without them.", stacklevel=3)
+    return found

@@ -61,9 +61,9 @@ class Split:
 
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """The real pictures."""
-        if "image" not in fields:
+        if not isinstance(fields.get("image"), Tensor):
             raise Refusal(
-                f"Real pictures are asked for, and data.fields has no image, only {sorted(self.data.fields)}. Name pictures: "
+                f"Real pictures are asked for, and data.fields has none as `image`: {dict(self.data.fields)}. Name pictures: "
                 "data.fields.image=jpg, or, for a model of latents, data=shards data.train=PATH data.val=PATH data.size=..."
             )
         return fields["image"]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ldm.extractor._weights import frozen
 from ldm.measure import Rows, transformed
-from ldm.tower.clip import load_clip, see, transform
+from ldm.tower.clip import load_clip, see, settings, transform
 
 
 class Clip:
@@ -18,7 +18,7 @@ class Clip:
         self.clip = load_clip(model, weights, "metric.<name>.extractor")
         self.transform = transform(self.clip.visual)
         name = f"open_clip {model} {weights or ''}".strip()
-        self.protocol = frozen(self.clip, name, "open_clip's own, on 8-bit pictures")
+        self.protocol = frozen(self.clip, name, "open_clip's own, on 8-bit pictures", preprocess=settings(self.clip.visual))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Rows:

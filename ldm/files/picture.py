@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of a file that is nam
 MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacked
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
 NEAR_SRGB = 3  # of 255: profiles that move no colour further than this are sRGB in other words
+ASIDE = ("__MACOSX", "@eaDir")  # folders that archivers and storage servers fill with copies of their own
 ORIENTATION = 0x0112  # of EXIF
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps it
 TURNS = {
@@ -47,9 +48,9 @@ def files_in(folder: Path) -> list[Path]:
     found, linked = [], {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         links = {name: os.path.realpath(path) for name in folders if os.path.islink(path := os.path.join(place, name))}
-        folders[:] = [name for name in folders if not name.startswith(".") and links.get(name) not in linked]
+        folders[:] = [name for name in folders if not is_hidden(name) and links.get(name) not in linked]
         linked |= set(links.values())
-        found += [Path(place, name).relative_to(folder) for name in names if not name.startswith(".")]
+        found += [Path(place, name).relative_to(folder) for name in names if not is_hidden(name)]
     return sorted(found, key=natural)
 
 
@@ -68,7 +69,12 @@ def left_out(where: str, others: Counter[str]) -> str:
 
 def is_picture(file: Path) -> bool:
     """Whether a file of a folder is taken for a picture: by its ending, and not hidden (macOS leaves `._cat.jpg`)."""
-    return file.suffix.lower() in ENDINGS and not file.name.startswith(".")
+    return file.suffix.lower() in ENDINGS and not is_hidden(file.name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of such a name is none of a person's own: `._cat.jpg`, `.ipynb_checkpoints`, `__MACOSX`."""
+    return name.startswith(".") or name in ASIDE
 
 
 def natural(file: Path) -> list[tuple[list[str | int], str]]:

@@ -14,7 +14,6 @@ from ldm.interop.bundle import BETAS
 from ldm.interop.keys import real
 from ldm.interop.tie import Shapes, Tie, bring, taken
 from ldm.interop.weights import Config
-from ldm.schedule import ScaledLinear
 
 PREDICTIONS = {"eps": "Noise", "v": "Velocity", "x0": "Data"}  # of a yaml
 SCALINGS = {"EpsScaling": "Noise", "VScaling": "Velocity"}  # of Stability's yaml
@@ -154,7 +153,7 @@ class File:
             ends = {f"beta_{name}": shortest(betas[i]) for name, i in (("start", 0), ("end", -1))}
         tables, gone = {"betas": betas, "alphas_cumprod": self.weights.get("alphas_cumprod")}, {"zero_terminal_snr": True}
         for zero in (gone if ZERO_SNR in self.weights else {}, gone):  # a table may say by itself that no signal is left
-            wrong = [name for name, table in tables.items() if table is not None and not _fits(table, name, {**ends, **zero})]
+            wrong = [name for name, table in tables.items() if table is not None and not _fits(table, name, **ends, **zero)]
             if not wrong:
                 return {"_target_": "ldm.schedule.ScaledLinear", **ends, **zero}
         raise Refusal(
@@ -190,15 +189,17 @@ def shortest(x: Tensor) -> float:
     return next((t for t in tries if torch.tensor(t, dtype=torch.float64).to(x.dtype) == x), float(f"{value:.6g}"))
 
 
-def _fits(table: Tensor, name: str, settings: Mapping[str, Any]) -> bool:
+def _fits(table: Tensor, name: str, beta_start: float, beta_end: float, zero_terminal_snr: bool = False) -> bool:
     """Whether a file's table of 1,000 betas, or of their cumulated alphas, is the one of such a schedule, but for rounding."""
-    if len(table) != 1000:
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, 1000, dtype=torch.float64).square()
+    alpha = (1 - betas).cumprod(0).sqrt()
+    if zero_terminal_snr:  # algorithm 1 of 2305.08891
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        betas = 1 - alpha.square() / torch.cat((alpha.new_ones(1), alpha[:-1])).square()
+    wanted = alpha.square() if name == "alphas_cumprod" else betas
+    if len(table) != 1000 or not table.is_floating_point():
         return False
-    alpha, _ = ScaledLinear(**settings)((torch.arange(1000, dtype=torch.float64) + 1) / 1000)
-    wanted = (
-        alpha.square() if name == "alphas_cumprod" else 1 - alpha.square() / torch.cat((alpha.new_ones(1), alpha[:-1])).square()
-    )
-    off = max(1e-4, 2 * torch.finfo(table.dtype).eps) if table.is_floating_point() else 0
+    off = max(1e-4, 2 * torch.finfo(table.dtype).eps)
     return torch.allclose(table.double(), wanted, rtol=off, atol=off * float(wanted.max()))
 
 

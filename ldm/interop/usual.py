@@ -14,8 +14,11 @@ from ldm.interop.weights import class_of
 
 CFG, GRID, SAMPLER = "ldm.guidance.cfg.CFG", "ldm.sampler.grid.", "ldm.sampler."
 # What diffusers' pipelines take unless they are told: steps, and the scale of guidance.
-PIPELINES = {
+PIPELINES: dict[str, tuple[int, float]] = {
     "DiTPipeline": (50, 4.0),
+    "PixArtAlphaPipeline": (20, 4.5),
+    "PixArtSigmaPipeline": (20, 4.5),
+    "StableDiffusion3Pipeline": (28, 7.0),
     "LDMTextToImagePipeline": (50, 1.0),
     "StableDiffusionUpscalePipeline": (75, 9.0),
     "StableDiffusionXLPipeline": (50, 5.0),
@@ -24,6 +27,7 @@ PIPELINES = {
 USUAL = (50, 7.5)  # of the others, which are Stable Diffusion's
 SAMPLERS = {
     "DDPMScheduler": "ddpm.DDPM",
+    "FlowMatchEulerDiscreteScheduler": "euler.Euler",
     "EulerDiscreteScheduler": "euler.Euler",
     "LMSDiscreteScheduler": "euler.Euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral.EulerAncestral",
@@ -36,6 +40,7 @@ SAMPLERS = {
     "UniPCMultistepScheduler": "unipc.UniPC",
 }
 DDIM = "ddim.DDIM"  # of the others: of PNDM too, whose model is the same and whose steps have no sampler here
+FLUX_SIDE = 128  # latents a side, of which its configs say nothing
 HALVES = {torch.float16: "16", torch.bfloat16: "bf16"}
 
 
@@ -55,12 +60,14 @@ def _folder_usual(bundle: Bundle, folder: Path) -> dict[str, Any]:
     """By its pipeline, its scheduler, and the size of its network's latents."""
     index = read_json(folder / "model_index.json")
     steps, scale = PIPELINES.get(str(index.get("_class_name")), USUAL)
+    steps = _flux_steps(bundle) if _is(bundle, "flux.Flux") else steps
     told = read_json(folder / "scheduler" / "scheduler_config.json")
     kind = class_of(index, "scheduler") or str(told.get("_class_name"))
     usual = {"sampler": _sampler(bundle, steps, told, kind)}
     usual |= {"guidance": _guidance(bundle, scale)}
     network = next((folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir()), None)
     latents = read_json(network).get("sample_size") if network is not None else None
+    latents = FLUX_SIDE if _is(bundle, "flux.Flux") else latents
     if latents is not None and "autoencoder" in bundle.parts:
         sides = latents if isinstance(latents, list) else [latents] * 2
         usual["resolution"] = [side * _factor(bundle) for side in sides]
@@ -69,7 +76,7 @@ def _folder_usual(bundle: Bundle, folder: Path) -> dict[str, Any]:
 
 def _sampler(bundle: Bundle, steps: int, told: Mapping[str, Any], kind: str) -> dict[str, Any]:
     word, *settings = (bundle.grid or "leading").split()
-    grid: dict[str, Any] = {"_target_": GRID + word.capitalize()}
+    grid: dict[str, Any] = {"_target_": GRID + "".join(map(str.capitalize, word.split("_")))}
     said = (setting.removeprefix("sampler.grid.").split("=") for setting in settings if setting.startswith("sampler.grid."))
     grid |= {name: yaml.safe_load(value) for name, value in said}
     if stops(told, kind) and word in ("leading", "trailing", "linspace"):
@@ -83,6 +90,13 @@ def _file_usual(bundle: Bundle) -> dict[str, Any]:
     """By its family: what a single file is drawn at, its own code's settings."""
     recipe = bundle.recipe
     condition = {node["_target_"].rpartition(".")[2]: node for node in recipe["condition"].values()}
+    if _is(bundle, "mmdit.MMDiT"):
+        sampler = {"_target_": SAMPLER + "euler.Euler", "steps": 28, "grid": {"_target_": GRID + "Shifted"}}
+        return {"sampler": sampler, "guidance": _guidance(bundle, 7.0), "resolution": [1024, 1024]}
+    if _is(bundle, "flux.Flux"):
+        grid = {"_target_": GRID + ("BySize" if recipe["backbone"].get("guided") else "Uniform")}
+        sampler = {"_target_": SAMPLER + "euler.Euler", "steps": _flux_steps(bundle), "grid": grid}
+        return {"sampler": sampler, "guidance": _guidance(bundle, 1.0), "resolution": [8 * FLUX_SIDE] * 2}
     if recipe["schedule"]["_target_"].rpartition(".")[2] not in ("ScaledLinear", "DDPM"):
         return {}  # of straight paths: as ours are
     large = "Number" in condition
@@ -99,13 +113,19 @@ def _file_usual(bundle: Bundle) -> dict[str, Any]:
     return {"sampler": sampler, "guidance": _guidance(bundle, 5.0 if large else 7.5), "resolution": [side] * 2}
 
 
+def _is(bundle: Bundle, network: str) -> bool:
+    return bundle.recipe["backbone"]["_target_"] == f"ldm.backbone.{network}"
+
+
+def _flux_steps(bundle: Bundle) -> int:
+    """Of dev, which is told a guidance scale, the pipeline's; of schnell those that its page names."""
+    return 28 if bundle.recipe["backbone"].get("guided") else 4
+
+
 def _guidance(bundle: Bundle, scale: float) -> dict[str, Any]:
-    """None where there is nothing to leave out."""
-    return (
-        {"_target_": CFG, "scale": scale, "rescale": 0.0}
-        if bundle.recipe["condition"]
-        else {"_target_": "ldm.guidance.none.Unguided"}
-    )
+    """None where there is nothing to leave out, or a network that needs none (Flux)."""
+    guided = bundle.recipe["condition"] and not _is(bundle, "flux.Flux")
+    return {"_target_": CFG, "scale": scale, "rescale": 0.0} if guided else {"_target_": "ldm.guidance.none.Unguided"}
 
 
 def _factor(bundle: Bundle) -> int:

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from ldm.errors import Refusal
 from ldm.files.weights import weights_hash
 from ldm.measure import Rows, transformed
-from ldm.tower.clip import load_clip, transform
+from ldm.tower.clip import load_clip, settings, transform
 from ldm.types import Batch
 
 
@@ -29,6 +29,7 @@ class Pairs:
             "extractor": f"{name}, pictures and captions",
             "sha256": sha256,
             "resize": "open_clip's own, on 8-bit pictures",
+            "preprocess": settings(self.clip.visual),
         }
 
     @torch.no_grad()

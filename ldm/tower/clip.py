@@ -153,6 +153,11 @@ def see(visual: nn.Module, images: Tensor) -> Tensor:
     return (images.add(1).div(2) - mean) / std
 
 
+def settings(visual: nn.Module) -> dict[str, Any]:
+    """What decides, beside its weights, what an image tower sees: size, mean, standard deviation, interpolation; plain values."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dict(visual.preprocess_cfg).items()}
+
+
 def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
     """What open_clip does to a PIL picture before this image tower: its numbers are the plain open_clip ones."""
     return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)

@@ -1,6 +1,7 @@
 """What the three training stages share: optimizer, randomness by position, and what a checkpoint holds."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from ldm.errors import Refusal
 from ldm.files.folder import FORMAT
 from ldm.files.lightning import are_logs_due, scaler_of
 from ldm.files.process import met
+from ldm.files.weights import weights_hash
 from ldm.model import LatentModel
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.parallel.layout import lay_out, lay_state_out
 from ldm.training.parallel.sharded import shard
 from ldm.training.resume import Rates, keep_settings
 from ldm.types import Batch, DataModule, Draw
+
+CAPTIONS = 1000  # after so many it is said how many a text tower cuts
 
 
 class Stage(pl.LightningModule):
@@ -167,6 +171,26 @@ class Stage(pl.LightningModule):
         """Keeps the model's recipe, and the format's number, beside its weights: plain containers only."""
         checkpoint["format"] = FORMAT
         checkpoint["recipe"] = dict(self.recipe)
+        checkpoint["frozen"] = self._frozen_content
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares the frozen parts, which come from elsewhere, with those that the checkpoint was trained with.
+
+        Raises:
+            Refusal: one is another now; names each.
+        """
+        before = checkpoint.get("frozen", {})  # of an earlier version that kept none, nothing is known
+        if other := [part for part, now in self._frozen_content.items() if before.get(part, now) != now]:
+            raise Refusal(
+                f"The frozen {', '.join(other)}, read from elsewhere, is not what the checkpoint was trained with: its files "
+                "have changed. Put back what was there, or begin another run: run_id=NAME, from these weights with model.init=..."
+            )
+
+    @cached_property
+    def _frozen_content(self) -> dict[str, str]:
+        """Frozen part -> sha256 of its weights. Of a base that adapters are trained on the recipe has it."""
+        modules = {} if self.recipe.get("base") else dict(self.named_modules())
+        return {part: weights_hash(modules[part]) for part in self.frozen if part in modules and modules[part].state_dict()}
 
     def without_frozen(self, state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         """A state dict, whose names begin here with `prefix`, without what comes from elsewhere."""

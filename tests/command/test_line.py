@@ -103,12 +103,7 @@ def test_no_file_is_null_and_a_word_is_a_word():
 
 
 def test_lists_and_quotes_stay_as_they_are():
-    assert quote(["prompt=[red apple,fox]", "prompt='it'", 'prompt="a, b"', "seed=3"]) == [
-        "prompt=[red apple,fox]",
-        "prompt='it'",
-        'prompt="a, b"',
-        "seed=3",
-    ]
+    assert quote(["prompt='it'", 'prompt="a, b"', "seed=3"]) == ["prompt='it'", 'prompt="a, b"', "seed=3"]
     assert parsed("prompt=[red apple,fox]").value() == ["red apple", "fox"]
 
 
@@ -124,7 +119,9 @@ def test_lists_and_quotes_stay_as_they_are():
         ("'it's'", None),
         ("(a cat:1.3), b", None),
         ("[lion's mane, café]", ["lion's mane", "café"]),
-        ("[a (red:1.2, big) cat, 'x, y', [z]]", ["a (red:1.2, big) cat", "x, y", ["z"]]),
+        ("[a (red:1.2, big) cat, 'x, y', [z]]", ["a (red:1.2, big) cat", "x, y", "[z]"]),
+        ("[null, 007, true, 1e5]", ["null", "007", "true", "1e5"]),
+        (r"[a\(b\), c\,d]", [r"a\(b\)", "c,d"]),
     ],
 )
 def test_brackets_and_quotes_are_lists_and_strings_only_when_whole(text, value):
@@ -153,6 +150,20 @@ def test_every_key_of_the_configs_that_takes_a_path_is_free_text():
                 elif key in PLACES and name not in NUMBERS and not isinstance(value, dict):
                     assert FREE_TEXT.match(f"{name}=x"), name
     assert {"condition.text.model", "logger.csv.save_dir", "data.cache"} <= met
+
+
+def test_a_home_is_found_behind_a_setting_and_a_run_is_named_by_others():
+    home = Path("~").expanduser()
+    said = {"out": "~/a b", "data.train": "[~/a,/b]", "ask.image": "~/x.png", "prompt": "~/x", "negative": "~"}
+    wanted = {"out": f"{home}/a b", "data.train": [f"{home}/a", "/b"], "ask.image": f"{home}/x.png"}
+    wanted |= {"prompt": "~/x", "negative": "~"}
+    assert {key: parsed(f"{key}={value}").value() for key, value in said.items()} == wanted
+    assert compose_config("train", ["run_id=x-${seed}", "seed=2", "runs=a ${b}"]).folder == "a ${b}/x-2"
+    for wrong in ("run_id=${no.such}", "runs=null"):
+        with pytest.raises(ValueError, match="name no folder"):
+            compose_config("train", [wrong])
+    asked = compose_config("sample", ["model=m", "prompt=[a ${x},'${y}']"])
+    assert OmegaConf.to_container(asked, resolve=True)["prompt"] == ["a ${x}", "${y}"]
 
 
 @pytest.mark.parametrize("place", ["/a/epoch=3-step=10, (best)", "/a [b]/c", "[x]/{y}", "/it's/$HOME/é"])

@@ -6,12 +6,10 @@ import shlex
 from importlib import import_module
 
 import pytest
-import torch
 
 from helpers.command import called
-from ldm.build import build
+from helpers.runs import write_runs
 from ldm.compose import CONFIGS
-from ldm.files.folder import save_model
 
 ROOT = CONFIGS.parent
 PAGES = ("README.md", "docs/own.md")
@@ -44,11 +42,8 @@ def package(tmp_path_factory):
 @pytest.fixture
 def beside(package, tmp_path, monkeypatch, clip_folder, emoji_root):
     """Calls commands in the folder with the package, where runs/quickstart is too; -> a function of a command and its words."""
-    recipe = {"_target_": "ldm.autoencoder.kl.KL", "width": 8, "mult": [1, 1], "groups": 4}
-    weights = build(recipe).state_dict() | {"count": torch.tensor(1)}
-    save_model(weights, recipe, package / "runs" / "quickstart" / "autoencoder")
-    if not (package / "runs" / "quickstart" / "clip").exists():
-        (package / "runs" / "quickstart" / "clip").symlink_to(clip_folder)
+    if not (package / "runs" / "quickstart").exists():
+        write_runs(package / "runs", clip_folder)
     monkeypatch.chdir(package)
     data = [f"data.root={emoji_root}", "data.groups=[Activities]", "data.val_fraction=0.2"]
 

@@ -14,10 +14,12 @@ from ldm.backbone.unet import UNet
 from ldm.build import build, load_model
 from ldm.command.subject import Subject
 from ldm.compose import compose_config
+from ldm.condition.bert import Bert
 from ldm.condition.cached_text import CachedText, embed, save_null, spoken_only
 from ldm.condition.label import Label
 from ldm.condition.number import Number
 from ldm.condition.text import Text, Texts, whitening
+from ldm.condition.transcript import Transcript
 from ldm.conditioner import Conditioner
 from ldm.data.shard.write import write_shards
 from ldm.data.shards import Shards
@@ -438,6 +440,22 @@ def test_a_model_at_rest_takes_its_null_and_its_tower_along(clip_folder, tmp_pat
     shutil.rmtree(home)
     told = load_model(tmp_path / "rest").condition({"caption": NAMES})
     assert torch.equal(told.tokens, text(NAMES, no(3)).tokens)
+
+
+def test_captions_that_are_cut_are_counted_by_readers_that_are_trained_too(text, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    bert = Bert(str(tmp_path), width=8, depth=1, heads=1, head_width=8, length=7)
+    for reader in (bert, Transcript(width=8, depth=1, heads=1, length=7)):
+        reader.eval()(["a " * 20], no(1))
+        reader.train()(["a " * 5, "a " * 6, "b a " * 20, ""], no(4))
+        assert (reader.cut.seen, reader.cut.cut, reader.cut.longest) == (3, 2, 40), type(reader)
+    with pytest.warns(UserWarning, match="9 words do not fit into 5"):
+        bert.read("caption", ["a " * 9], (8, 8))
+    before = text.cut.seen
+    text.cut.always = True
+    text.eval()(["a " * 20], no(1))
+    text.cut.always = False
+    assert text.cut.seen == before + 1, "as precompute.py counts"
 
 
 def test_captions_that_are_cut_in_training_are_counted(text):

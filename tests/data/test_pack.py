@@ -71,6 +71,7 @@ READ = {
     "a list": ("a.json", json.dumps([{"image": f"{i}.jpg", "text": "ab"[i]} for i in range(2)], indent=1), ["a", "b"]),
     "a list in a jsonl": ("a.jsonl", '[{"image": "0.jpg", "text": "a"},\n{"image": "1.jpg", "text": "b"}]', ["a", "b"]),
     "columns by row": ("a.jsonl", '{"image": "0.jpg", "text": "a"}\n{"file_name": "1.jpg", "Caption": "b"}', ["a", "b"]),
+    "a table in a .txt": ("captions.txt", "image,caption\n0.jpg,a dog, running\n1.jpg,b\n", ["a dog, running", "b"]),
     "numbers": ("a.jsonl", '{"image": "0.jpg", "text": 5}\n{"image": "1.jpg", "text": null}', ["5", ""]),
 }
 
@@ -139,6 +140,18 @@ def test_each_row_is_a_sample_or_has_a_fault(home):
     assert [f"line {n} of a.jsonl" in fault for n, fault in enumerate(faults, 5)] == [True] * len(faults)
     assert packed.passed_over["pictures that no row of a.jsonl names"] == 2
     assert any("pictures that several rows name: 1" in note for note in packed.notes)
+
+
+def test_names_that_no_file_can_have_and_half_characters_are_faults_of_their_rows(home, capsys):
+    rows = [{"image": "x" * 300, "text": "a"}, {"image": "0.jpg", "text": "b", "key\ud83d:": 1, "side": 2}]
+    write(home / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert pack.main([str(home / "a.jsonl"), str(home / "out")]) == 1
+    said = capsys.readouterr()
+    assert (
+        "line 1 of a.jsonl: File name too long" in said.err
+        and "key\\ud83d: -> source_key\\ud83d_, side -> source_side" in said.out
+    )
+    assert packed_records(home / "out")[0]["record"]["source_side"] == 2, "data.filters has a side of its own"
 
 
 def packed_records(out, **fields):
@@ -232,8 +245,11 @@ def test_sub_folders_that_are_no_classes_are_said(tmp_path, names, why):
         assert [(row.caption, row.columns) for row in rows] == [("a", {"aesthetic": 5})] * 2
 
 
-@pytest.mark.parametrize("splits", [("train", "test"), ("Train", "Dev"), ("data/train2017", "data/val2017")])
+@pytest.mark.parametrize(
+    "splits", [("train", "test"), ("Train", "Dev"), ("data/train2017", "data/val2017"), ("a/train", "a/val")]
+)
 def test_splits_are_no_classes(tmp_path, splits, capsys):
+    put(tmp_path / "in", *(["b/0.jpg"] if splits[0] == "a/train" else []))  # classes that hold splits
     for split in splits:
         put(tmp_path / "in", f"{split}/0.jpg")
         write(tmp_path / "in" / split / "metadata.jsonl", '{"file_name": "0.jpg", "text": "a"}')
@@ -271,21 +287,34 @@ def test_what_lies_beside_a_picture_is_its_own_in_any_case(tmp_path):
     for name in ("e.txt", "e.TXT"):
         write(tmp_path / name, name)
     write(tmp_path / "f.json", "[1]")
+    put(tmp_path, "g.jpg")
+    write(tmp_path / "g.jpg.json", '{"title": "g.jpg"}')  # as Google's Takeout has it
     good, faults, packed = captions(tmp_path)
-    assert good == [("A.JPG", "a"), ("b.jpg", "b"), ("c.jpg", "c"), ("d.jpg", "d")] and not packed.passed_over
+    assert good == [("A.JPG", "a"), ("b.jpg", "b"), ("c.jpg", "c"), ("d.jpg", "d"), ("g.jpg", "")] and not packed.passed_over
     assert "e.TXT and e.txt lie beside it" in faults[0] and "f.json is no JSON object" in faults[1]
 
 
 def test_every_other_file_is_counted(tmp_path):
     home = put(tmp_path / "in", "a/0.png", "b/0.png")
-    for name in (".hidden", "._0.png", ".ipynb_checkpoints/0.png", "x.npz", "y.heic", "alone.txt", "list.csv", "README"):
+    for name in (
+        ".hidden",
+        "._0.png",
+        ".ipynb_checkpoints/0.png",
+        "@eaDir/0.png/THUMB.jpg",
+        "__MACOSX/0.png",
+        "x.npz",
+        "y.heic",
+        "alone.txt",
+        "list.csv",
+        "README",
+    ):
         write(home / name, "x")
     (home / "c").symlink_to(home / "a")
     (home / "a" / "up").symlink_to("..")
     packed = Packed()
     assert [row.name for row in find(home, packed)] == ["a/0.png", "b/0.png"]
     assert packed.passed_over == {
-        "hidden files and folders": 3,
+        "hidden files and folders": 5,
         "folders that are read already, by another link": 2,
         ".npz: no picture that is read": 1,
         ".heic: no picture that is read": 1,

@@ -8,7 +8,7 @@ import pytest
 
 from ldm.data.shard.index import Index
 from ldm.data.shard.record import describe
-from ldm.data.shard.source import expand
+from ldm.data.shard.source import expand, passed_over
 from ldm.data.shard.tar import Damaged, read_headers, salvage
 from ldm.data.shards import Shards
 from ldm.data.stream import Streamed
@@ -132,3 +132,42 @@ def test_a_mark_at_a_captions_beginning_is_no_part_of_it(tmp_path):
         "r\ufeff",
     ]
     assert describe(path)["caption_length"].to_pylist() == [3, 3, 0, 2]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("key", ["0", "é", f"{'deep/' * 40}0"])
+def test_a_damaged_shard_is_read_with_its_long_headers(tmp_path, form, key):
+    """webdataset and Python's tarfile write one before each member: of its time, of a name that is long or no ASCII."""
+    path, body = tmp_path / "a.tar", {"jpg": b"\xff" * 700, "txt": b"red", "cls": b"7"}
+    with tarfile.open(path, "w", format=form) as tar:
+        for member, data in body.items():
+            info = tarfile.TarInfo(f"{key}.{member}")
+            info.size, info.mtime = len(data), 1.5
+            tar.addfile(info, io.BytesIO(data))
+    whole, data = read_headers(path), path.read_bytes()
+    assert salvage(path) == whole and list(whole) == [key]
+    path.write_bytes(data[: whole[key]["cls"][0]])  # cut off before the last member's bytes
+    assert salvage(path) == {key: {member: place for member, place in whole[key].items() if member != "cls"}}
+
+
+def test_a_member_whose_long_header_is_broken_has_no_name(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for key in ("é", "b"):
+            info = tarfile.TarInfo(f"{key}.txt")
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"red"))
+    path.write_bytes(path.read_bytes().replace("path=é.txt\n".encode(), "path=é.txt ".encode()))
+    assert list(salvage(path)) == ["b"]
+
+
+def test_folders_with_signs_of_a_pattern_are_folders_and_what_is_no_shard_is_said(tmp_path):
+    folder = tmp_path / "a [b]{1,2}=c ~"
+    for name in ("0.tar", "1.tar", "part/2.tar", "3.tar.gz", "4.TAR"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    both = [f"{folder}/0.tar", f"{folder}/1.tar"]
+    assert expand(folder) == expand(f"{folder}/*.tar") == expand(f"{folder}/{{0..1}}.tar") == both
+    assert expand(both[0]) == both[:1] and expand(f"{tmp_path}/*/0.tar") == both[:1]
+    [line] = passed_over(folder)
+    assert "3.tar.gz, 4.TAR, part/ (3 in all)" in line and not passed_over(both[0])

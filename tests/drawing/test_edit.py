@@ -136,18 +136,22 @@ def test_what_is_asked_of_a_picture(tmp_path):
     half.paste(255, (0, 0, 4, 8))
     half.save(tmp_path / "half.png")
     red, mask = str(tmp_path / "red.png"), str(tmp_path / "half.png")
-    ask, config = {"caption": ["a", "b"]}, {"strength": 0.5, "resamples": 3, "init": red}
+    ask, config = {"caption": ["a", "b"]}, {"strength": 0.5, "init": red}
 
-    assert read_edit(config | {"init": None}, model, ask, DDIM(4), (8, 8)) == DDIM(4)
+    assert read_edit({"init": None}, model, ask, DDIM(4), (8, 8)) == DDIM(4)
     begun = read_edit(config, model, ask, DDIM(4), (8, 8))
     assert isinstance(begun, FromPicture) and begun.strength == 0.5 and begun.picture.shape == (1, 3, 8, 8)
     assert begun.picture[0, :, 3, 3].tolist() == [1, -1, -1]
-    painted = read_edit(config | {"mask": mask}, model, ask, DDIM(4), (8, 8))
-    assert painted.mask[0, 0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0] and painted.resamples == 3
+    painted = read_edit({"init": red, "mask": mask}, model, ask, DDIM(4), (8, 8))
+    assert painted.mask[0, 0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0] and (painted.resamples, painted.strength) == (4, 0.6)
+    assert read_edit(config | {"mask": mask, "resamples": 3}, model, ask, DDIM(4), (8, 8)).resamples == 3
     read_edit(config | {"source": "red"}, model, ask, DDIM(4), (8, 8)).source(2)
     assert told == [{"caption": ["red", "red"]}]
     for wrong in ({"init": None, "mask": mask}, {"mask": mask, "source": "red"}):
         with pytest.raises(ValueError, match="one of mask and source"):
             read_edit(config | wrong, model, ask, DDIM(4), (8, 8))
+    for unread in ({"init": None}, {"resamples": 3}, {"source": ["red", "green"]}):
+        with pytest.raises(ValueError, match=r"strength=0\.5 goes with init|resamples=3 goes with mask|one text says"):
+            read_edit(config | unread, model, ask, DDIM(4), (8, 8))
     with pytest.raises(FileNotFoundError, match=r"mask=nothing\.png: there is no such picture"):
         read_edit(config | {"mask": "nothing.png"}, model, ask, DDIM(4), (8, 8))

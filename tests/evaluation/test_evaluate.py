@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,16 +15,19 @@ from PIL import Image
 
 from ldm.build import build
 from ldm.command.evaluate import evaluate, sweep
-from ldm.command.subject import spread
+from ldm.command.subject import Subject, spread
 from ldm.command.train import train
 from ldm.compose import compose_config
 from ldm.data.emoji import Emoji
+from ldm.data.usual import size_of
 from ldm.evaluation import rows as rows_module
 from ldm.evaluation.pictures import Given, Split, another, chosen, untold
 from ldm.evaluation.real import Archive, Folder
 from ldm.evaluation.rows import see
 from ldm.evaluation.run import measure
+from ldm.extractor.clip import Clip
 from ldm.files.folder import save_model
+from ldm.metric._pairs import Pairs
 from ldm.metric.frechet import Frechet, moments
 from ldm.metric.kernel import Kernel
 from ldm.report.page import read_curves
@@ -515,3 +519,44 @@ def test_a_card_says_what_was_measured(command, home, tmp_path):
     (tmp_path / "model" / "evaluation" / "metrics.json").write_text('{"fid": 3.0}')
     write(bundle, tmp_path / "converted", "ldm", source=str(tmp_path / "model"))
     assert "cannot be read: " in (tmp_path / "converted" / "README.md").read_text()
+
+
+# ---- what is asked wrong, or for nothing
+
+
+def test_what_is_said_and_read_by_nobody_is_named(folders, tmp_path, capsys):
+    words = [f"images={folders}/drawn", "count=2", "seed=5", f"prompts={folders}/prompts.txt"]
+    assert Subject(plain(compose_config("evaluate", words)), tmp_path).pictures["drawing"]().count == 9
+    assert "Not used, since images=... are judged as they are: count=2, seed=5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("count=0", "count=0: wanted 1 or more"),
+        ("batch=0", "batch=0: wanted 1 or more"),
+        ("data.fields.image=txt", "data.fields has none as `image`: {'image': 'txt'"),
+    ],
+)
+def test_a_wrong_number_or_field_is_named(command, wrong, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        run(*command, wrong)
+
+
+def test_sizes_that_are_none_are_refused():
+    assert size_of(None, {"resolution": [8, 16]}) == ((8, 16), []) and size_of([8, 16], {})[0] == (8, 16)
+    for wrong in (0, -8, [8, 8, 8], [8, 0], [8]):
+        with pytest.raises(ValueError, match=r"resolution=.*wanted pixels"):
+            size_of(wrong, {"resolution": [8, 8]})
+
+
+def test_how_a_clip_is_shown_pictures_is_part_of_the_protocol(clip_folder, tmp_path):
+    """Another mean changes what it says of every picture, and no weight."""
+    other = shutil.copytree(clip_folder, tmp_path / "clip")
+    about = json.loads((other / "open_clip_config.json").read_text())
+    about["preprocess_cfg"]["mean"] = [0.4] * 3
+    (other / "open_clip_config.json").write_text(json.dumps(about))
+    for judge in (lambda folder: Pairs(f"local-dir:{folder}", None, "x"), lambda folder: Clip(f"local-dir:{folder}")):
+        one, two = (judge(folder).protocol for folder in (clip_folder, other))
+        assert one["sha256"] == two["sha256"] and two["preprocess"]["mean"] == [0.4] * 3 != one["preprocess"]["mean"]
+        assert json.loads(json.dumps(two)) == two

@@ -15,7 +15,7 @@ from PIL import Image
 
 import ldm
 from helpers.family import their_pipeline, unconditional
-from ldm.build import at_rest, autoencoder_of, load_model, recipe_of
+from ldm.build import at_rest, autoencoder_of, build, load_model, recipe_of
 from ldm.command.cache import main as cache_command
 from ldm.command.list import models
 from ldm.command.usual import as_usual, drawn_as
@@ -23,10 +23,15 @@ from ldm.compose import check_overrides, compose_config
 from ldm.drawing.generate import unit_noise
 from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.content import file_content
-from ldm.files.folder import load_tensors, save_tensors
+from ldm.files.folder import load_tensors, save_tensors, write_json
+from ldm.guidance.cfg import CFG
+from ldm.guidance.none import Unguided
 from ldm.interop import cache as brought_module
 from ldm.interop import hub, published
+from ldm.interop.bundle import Bundle
 from ldm.interop.convert import read, write
+from ldm.interop.usual import usual_of
+from ldm.sampler.euler import Euler
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +173,6 @@ def test_without_conditions_there_is_no_guidance(tmp_path):
     ],
 )
 def test_the_scheduler_says_the_sampler(theirs, tmp_path, scheduler, sampler, grid):
-    from ldm.interop.usual import usual_of
-
     told = scheduler.from_config(theirs[1]["sd1"].scheduler.config, timestep_spacing="leading", steps_offset=1)
     for part in (theirs[0] / "sd1").iterdir():
         (tmp_path / part.name).symlink_to(part)
@@ -311,3 +314,37 @@ def test_what_a_file_leaves_open_is_said_to_convert(tmp_path, theirs):
         at_rest(tmp_path / "part.safetensors")
     with pytest.raises(NotFound, match="no model in"):
         at_rest(Path("runs/nothing/at/all"))
+
+
+@pytest.mark.parametrize(
+    "pipeline, backbone, grid, wanted, scale",
+    [
+        (
+            "StableDiffusion3Pipeline",
+            {"_target_": "ldm.backbone.mmdit.MMDiT"},
+            "shifted sampler.grid.shift=3.0",
+            (28, "Shifted"),
+            7.0,
+        ),
+        ("FluxPipeline", {"_target_": "ldm.backbone.flux.Flux", "guided": True}, "by_size", (28, "BySize"), None),
+        ("FluxPipeline", {"_target_": "ldm.backbone.flux.Flux", "guided": False}, "uniform", (4, "Uniform"), None),
+    ],
+)
+def test_models_of_straight_paths_are_drawn_by_eulers_method(tmp_path, pipeline, backbone, grid, wanted, scale):
+    """From a folder, and from a single file, alike."""
+    bundle = Bundle(
+        {
+            "backbone": backbone,
+            "condition": {"text": {"_target_": "ldm.condition.text.Texts"}},
+            "schedule": {"_target_": "ldm.schedule.Linear"},
+        },
+        grid=grid,
+    )
+    for place, told in {"scheduler/scheduler_config": "FlowMatchEulerDiscreteScheduler", "model_index": pipeline}.items():
+        write_json({"_class_name": told}, tmp_path / f"{place}.json")
+    folder, file = usual_of(bundle, tmp_path), usual_of(bundle, tmp_path / "one.safetensors")
+    for usual in (folder, file):
+        sampler, guidance = build(usual["sampler"]), build(usual["guidance"])
+        assert (type(sampler), sampler.steps, type(sampler.grid).__name__) == (Euler, *wanted)
+        assert guidance == (Unguided() if scale is None else CFG(scale))
+    assert folder["sampler"]["steps"] == file["sampler"]["steps"] and file["resolution"] == [1024, 1024]

@@ -3,6 +3,7 @@
 import errno
 import math
 import re
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from helpers.clip import CLIP
 from helpers.training import (
     adam,
     autoencoder_stage,
@@ -24,15 +26,18 @@ from helpers.training import (
 )
 from ldm.autoencoder.identity import Identity
 from ldm.autoencoder.kl import KL, kl_divergence
-from ldm.condition._cut import Cut
 from ldm.condition.text import Text
 from ldm.denoiser import Denoiser, LogRatio
+from ldm.drawing.generate import generate
 from ldm.files.folder import load_tensors, save_tensors, write_text
+from ldm.guidance.cfg import CFG
 from ldm.loss.features import Features
 from ldm.objective.regression import Regression
 from ldm.objective.time import LogitNormal
 from ldm.prediction import Flow
+from ldm.sampler.ddim import DDIM
 from ldm.schedule import Linear
+from ldm.tower.cut import Cut
 from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
 from ldm.training.callback.ema import EMA
 from ldm.training.logging import close, wandb_logger
@@ -530,8 +535,41 @@ def test_latents_that_overflow_in_16_bits_are_refused(emoji_root, tmp_path):
     assert stage.moments({"image": image}).mean.isfinite().all(), "float32 holds them"
     stage = diffusion()
     stage.model.autoencoder = Overflowing()
-    with pytest.raises(ValueError, match=r"not finite.*bf16-mixed.*madebyollin/sdxl-vae-fp16-fix"):
+    with pytest.raises(ValueError, match=r"not finite.*madebyollin/sdxl-vae-fp16-fix.*bf16-mixed"):
         stage.moments({"image": (image * 1e9).clone()})
+
+
+def test_a_picture_that_overflows_when_it_is_decoded_is_refused():
+    model = diffusion().model
+    model.autoencoder.decode = lambda latents: latents.abs() * 1e38 * 1e38
+    with pytest.raises(ValueError, match=r"decodes to what is not finite.*madebyollin/sdxl-vae-fp16-fix"):
+        generate(model, {"label": torch.zeros(1, dtype=torch.int64)}, DDIM(1), CFG(1.0), [0], (8, 8))
+
+
+def test_a_frozen_part_that_changed_where_it_lies_is_refused_by_name():
+    checkpoint, stage = {}, diffusion()
+    stage.frozen = ("model.autoencoder", "model.conditioner.embedders.label")  # the first has no weights
+    stage.on_save_checkpoint(checkpoint)
+    assert list(checkpoint["frozen"]) == ["model.conditioner.embedders.label"]
+    for change, refused in ((0, False), (1e-3, True)):
+        again = diffusion()
+        again.frozen = stage.frozen
+        again.model.conditioner.embedders["label"].table.weight.data += change
+        with (
+            pytest.raises(ValueError, match=r"frozen model\.conditioner\.embedders\.label, .* run_id=NAME")
+            if refused
+            else nullcontext()
+        ):
+            again.on_load_checkpoint(checkpoint)
+    again.on_load_checkpoint({key: value for key, value in checkpoint.items() if key != "frozen"})
+
+
+def test_captions_that_a_clip_cuts_in_training_are_counted(capsys):
+    stage = contrast(CLIP)
+    stage.cut.count(["a " * 40, "a", "b"], [True, False, False])
+    stage.on_train_end()
+    stage.on_train_end()
+    assert capsys.readouterr().out.count("1 of the first 3 captions are longer than the 10 tokens") == 1
 
 
 def test_cut_captions_are_said_once(capsys):

@@ -26,7 +26,7 @@ from ldm.data.order.order import Place
 from ldm.data.shard.decode import BadSample, View, is_array, is_image
 from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shard
-from ldm.errors import Refusal
+from ldm.errors import TOO_LARGE, Refusal
 from ldm.files.folder import read_json, write_json
 from ldm.files.weights import weights_hash
 from ldm.files.whole import remove_halves
@@ -189,6 +189,8 @@ def _encoded(
         fields = loaded.__getitems__(chosen)
         fields = data.on_after_batch_transfer(data.transfer_batch_to_device(fields, device, 0), 0)
         moments = autoencoder.encode(fields["image"])
+        if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
+            raise Refusal(f"The latents of {fields['key'][0]!r} and those beside it are not finite: {TOO_LARGE} (model=FOLDER).")
         rows = [{"moments.npy": x} for x in torch.cat((moments.mean, moments.std), dim=1).cpu()]
         said = [{} for _ in rows] if text is None else text[1](fields[text[0].key])
         for i, (key, position) in enumerate(zip(fields["key"], fields["position"].tolist())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from ldm.data.packing.packed import Packed, Row
 from ldm.data.packing.table import CAPTIONS, ENDINGS, TABLES, named, parse, read_table, read_text, text_of
 from ldm.errors import NotFound, Refusal
-from ldm.files.picture import natural
+from ldm.files.picture import is_hidden, natural
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # a table of the pictures in its folder, and below
 WORDS, RECORD = (".txt", ".caption"), ".json"  # what may lie beside a picture
@@ -69,7 +70,7 @@ def _files(source: Path, packed: Packed) -> list[Path]:
         packed.skipped.append((str(error.filename), f"{type(error).__name__}: {error.strerror}"))
 
     for folder, folders, names in os.walk(source, followlinks=True, onerror=unreadable):
-        hidden = [name for name in (*folders, *names) if name.startswith(".")]
+        hidden = [name for name in (*folders, *names) if is_hidden(name)]
         packed.count("hidden files and folders", len(hidden))
         entered = []
         for name in sorted(set(folders) - set(hidden)):
@@ -95,16 +96,18 @@ def _tables(source: Path, names: Sequence[Path]) -> dict[Path, Path]:
 
 def _refuse_splits(source: Path, pictures: Sequence[Path], tables: dict[Path, Path]) -> None:
     """Folders train/ and test/ are data sets that are kept apart, and no classes."""
-    base = _base(pictures)
-    tops = sorted({name.parts[base] for name in [*pictures, *tables.values()] if len(name.parts) > base + 1})
-    splits = {name: match[1] for name in tops if (match := SPLIT.fullmatch(name.lower()))}
-    if len(set(splits.values())) > 1:
-        home = source.joinpath(*pictures[0].parts[:base]) if pictures else source
-        lines = "; ".join(f"python -m ldm pack {home / name} OUT/{name}" for name in splits)
-        raise Refusal(
-            f"{home} holds {', '.join(f'{name}/' for name in splits)}: splits of a data set that are no classes, and that would "
-            f"be mixed in one. Pack each by itself: {lines}."
-        )
+    inside = {folder for name in [*pictures, *tables.values()] for folder in name.parents}
+    splits = defaultdict(dict)
+    for folder in sorted(inside):
+        if match := SPLIT.fullmatch(folder.name.lower()):
+            splits[folder.parent][folder.name] = match[1]
+    for parent, found in splits.items():
+        if len(set(found.values())) > 1:
+            lines = "; ".join(shlex.join(["python", "-m", "ldm", "pack", str(source / parent / n), f"OUT/{n}"]) for n in found)
+            raise Refusal(
+                f"{source / parent} holds {', '.join(f'{name}/' for name in found)}: splits of a data set that are no classes, "
+                f"and that would be mixed in one. Pack each by itself: {lines}."
+            )
 
 
 def _base(pictures: Sequence[Path]) -> int:
@@ -171,7 +174,7 @@ def _row(source: Path, name: Path, beside: Sequence[Path], label: str | None) ->
             row.caption = read_text(source / words[0]).strip()
             row.columns = {k: v for k, v in row.columns.items() if (k, v) != ("caption", row.caption)}
         else:
-            row.caption = _caption_in(row.columns)
+            row.caption = _caption_in(row.columns, name.name)
     except OSError as error:
         row.fault = f"{type(error).__name__}: {error}"
     except ValueError as error:
@@ -189,9 +192,9 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _caption_in(record: dict[str, Any]) -> str:
-    """The caption of a record, which is taken out of it."""
-    name = named(record, CAPTIONS)
+def _caption_in(record: dict[str, Any], file: str) -> str:
+    """The caption of a record, which is taken out of it; the picture's own `file` name, as a title, is none."""
+    name = named({k: v for k, v in record.items() if v != file}, CAPTIONS)
     words = text_of(record[name]) if name else ""
     if words is None:
         raise Refusal(f"its {name} is no text, but {record[name]!r:.60}")
@@ -219,8 +222,8 @@ def _readable(name: object) -> str:
 
 def _count_unnamed(rows: Sequence[Row], table: Path, packed: Packed) -> None:
     """Counts the pictures that lie beside those of a table and are named by none of its rows."""
-    files = {os.path.abspath(row.file) for row in rows if row.file and row.file.exists()}
+    files = {os.path.abspath(row.file) for row in rows if row.file and os.path.exists(row.file)}
     for folder in {os.path.dirname(file) for file in files}:
         for entry in os.scandir(folder):
-            if entry.name.lower().endswith(ENDINGS) and not entry.name.startswith(".") and entry.path not in files:
+            if entry.name.lower().endswith(ENDINGS) and not is_hidden(entry.name) and entry.path not in files:
                 packed.count(f"pictures that no row of {table.name} names")

@@ -83,15 +83,15 @@ def say(packed: Packed) -> None:
         print(f"{len(packed.classes):,} classes, by sub-folder, numbered to {max(packed.classes.values())}: {shown}")
     if counts["frames"]:
         print(f"{counts['frames']:,} pictures have several frames or pages: the first is packed")
-    for note in packed.notes:
-        print(note)
+    lines = [*packed.notes]
     if packed.renamed:
         pairs = ", ".join(f"{old} -> {new}" for old, new in packed.renamed.items())
-        print(f"columns renamed, since each record has a key of that name: {pairs}")
-    for name, count in packed.dropped.items():
-        print(f"column {name}: {count:,} values left out of the records: JSON has no such value")
-    for kind, count in packed.passed_over.most_common():
-        print(f"passed over: {count:,} {kind}")
+        lines.append(f"columns renamed, since each record has a key of that name: {pairs}")
+    lines += [
+        f"column {n}: {count:,} values left out of the records: JSON has no such value" for n, count in packed.dropped.items()
+    ]
+    lines += [f"passed over: {count:,} {kind}" for kind, count in packed.passed_over.most_common()]
+    print("\n".join(lines).encode("utf-8", "backslashreplace").decode(), end="\n" if lines else "")  # half a surrogate pair
 
 
 def commands(packed: Packed, out: Path, val: bool) -> list[str]:

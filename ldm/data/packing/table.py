@@ -21,7 +21,7 @@ from ldm.data.packing.packed import Packed, Row
 from ldm.errors import Refusal
 from ldm.files.picture import ENDINGS as STILL
 
-TABLES = (".csv", ".tsv", ".jsonl", ".json")
+TABLES = (".csv", ".tsv", ".jsonl", ".json")  # .txt too, where it is named
 PICTURES = ("file_name", "image", "path", "file", "filename", "image_path", "url")  # columns that name a picture
 CAPTIONS = ("caption", "text", "prompt", "title")
 ENDINGS = (*STILL, ".gif")  # which is packed, and said where it has several frames
@@ -42,7 +42,7 @@ def read_table(path: Path, packed: Packed) -> list[Row]:
     Raises:
         Refusal: it is no table, lacks a column that is needed, or can be read in more ways than one.
     """
-    if path.suffix.lower() not in TABLES:
+    if path.suffix.lower() not in (*TABLES, ".txt"):
         raise Refusal(f"{path} is no table of captions: wanted a folder, or a {', '.join(TABLES)}.")
     text = read_text(path)
     is_json = path.suffix.lower() in (".jsonl", ".json")
@@ -144,14 +144,23 @@ def _entry(path: Path, where: str, line: Any, taken: Counter[str]) -> Row:
         row.fault = f"{here}: its {caption} is no text, but {kind}: {line[caption]!r:.60}; wanted one text, a row for each"
     elif "://" in name:
         row.fault = f"{here}: an address; img2dataset fetches pictures, pack takes files"
-    elif not row.file.exists():
-        row.fault = f"{here}: there is no such file"
+    else:
+        row.fault = _missing(row.file, here)
     return row
+
+
+def _missing(file: Path, here: str) -> str:
+    """Why there is no such file, empty where there is one."""
+    try:
+        return "" if file.exists() else f"{here}: there is no such file"
+    except OSError as error:  # a name that is longer than any, a folder that may not be read
+        return f"{here}: {error.strerror}"
 
 
 def _locate(folder: Path, name: str) -> Path:
     """A path as it is written, or as Windows writes it."""
-    return folder / name.replace("\\", "/") if "\\" in name and not (folder / name).exists() else folder / name
+    slashes = name.replace("\\", "/")
+    return folder / (slashes if slashes != name and not os.path.exists(folder / name) else name)
 
 
 def _objects(path: Path, text: str) -> list[tuple[str, Any]]:

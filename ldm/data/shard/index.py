@@ -37,7 +37,7 @@ from ldm.files.content import digest_of
 from ldm.files.process import cores
 from ldm.files.whole import whole
 
-VERSION = 4  # of the columns and the digest; another one is made anew
+VERSION = 5  # of the columns and the digest; another one is made anew
 OPEN_TABLES = 256
 FEW = 16  # shards that are read without more processes
 

@@ -19,7 +19,8 @@ from ldm.files.picture import picture_size
 
 HASHES = ("sha256", "sha512", "md5")
 SIZES = ("width", "height", "original_width", "original_height")
-OWN = ("key", "hash", "caption_length")  # columns of the index that are no number of a record
+# Columns of the index that are no number of a record, and words that data.filters has for others.
+OWN = ("key", "hash", "caption_length", "side", "original_side", "aspect", "unique", "complete", "missing")
 HEAD = 2**15  # bytes of a picture that mostly hold its size
 MOST = 64  # numbers that are kept of a record
 
@@ -64,7 +65,10 @@ def records_of(path: Path, file: int, samples: Spans) -> list[Mapping[str, Any]]
 
 
 def apart(name: str, own: Sequence[str], others: Iterable[str] = ()) -> str:
-    """A column's name, another one where it is one of our own, in any case, that is none of `others` either."""
+    """A column's name, another one where it is one of our own, in any case, that is none of `others` either; half of a surrogate
+    pair, which JSON may spell and no file can hold, is written out.
+    """
+    name = name.encode("utf-8", "backslashreplace").decode()
     while name.lower() in own or ":" in name:
         name = f"source_{name}".replace(":", "_")
         while name in others:

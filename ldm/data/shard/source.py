@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,19 @@ def expand(source: Sources, option: str = "data.train") -> list[str]:
     if not shards:
         raise NotFound(_nothing("[]", option))
     return shards
+
+
+def passed_over(source: Sources) -> list[str]:
+    """What lies in a source's folders and looks like shards, but is not read, a line for each folder."""
+    lines = []
+    for folder in (Path(one) for one in listed(source) if not is_remote(one) and Path(one).is_dir()):
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        packed = [n for n in names if n.lower().endswith((".tar.gz", ".tgz", ".zip", ".tar")) and not n.endswith(".tar")]
+        packed += [f"{n}/" for n in names if (folder / n).is_dir() and any((folder / n).glob("*.tar"))]
+        if packed:
+            few = ", ".join(packed[:3]) + (", ..." if len(packed) > 3 else "")
+            lines.append(f"{folder}: not read, as it is no *.tar in this folder: {few} ({len(packed):,} in all)")
+    return lines
 
 
 def owners(sources: Sequence[str | Path], shards: Sequence[str]) -> np.ndarray:
@@ -78,9 +91,14 @@ def _expand_one(source: str, option: str) -> list[str]:
         if not found:
             raise NotFound(_nothing(f"{source}/*.tar", option))
         return found
+    if Path(source).is_file():
+        return [source]
+    folder, slash, name = source.rpartition("/")  # of a folder that is there the signs are no pattern
+    there = bool(slash) and Path(folder or "/").is_dir()
+    patterns = [glob.escape(folder) + slash + part for part in _braces(name)] if there else _braces(source)
     paths = []
-    for pattern in _braces(source):
-        found = [pattern] if Path(pattern).is_file() else [path for path in glob(pattern) if Path(path).is_file()]
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).is_file() else [path for path in glob.glob(pattern) if Path(path).is_file()]
         if not found:
             raise NotFound(_nothing(pattern, option))
         paths += found

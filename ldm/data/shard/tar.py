@@ -20,7 +20,8 @@ from ldm.errors import Refusal
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _HIDDEN = re.compile(r"(?:^|/)\.(?!\.?/)[^/]*/")  # a folder; ./ and ../ are none
-_BEFORE_ANOTHER = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)  # headers that change the next one
+_PAX = re.compile(rb"(\d+) ([^=]+)=")  # a record of a header that changes the next one: its length, what it sets
+_LONG = {tarfile.GNUTYPE_LONGNAME: b"path", tarfile.GNUTYPE_LONGLINK: b"linkpath"}
 BLOCK = 512
 
 Spans = dict[str, dict[str, tuple[int, int]]]  # key -> member -> (offset, size)
@@ -155,19 +156,42 @@ def _check_count(path: Path, count: int) -> None:
 
 def _good_headers(path: Path) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """-> each plain member or link, and where its data begin, looking on block by block behind what cannot be read."""
-    length, at, changed = path.stat().st_size, 0, False
+    length, at, said = path.stat().st_size, 0, {}
     with path.open("rb") as file:
         while at + BLOCK <= length:
             file.seek(at)
             try:
                 info = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
             except (tarfile.HeaderError, ValueError):
-                at += BLOCK
+                at, said = at + BLOCK, {}
                 continue
-            end = at + BLOCK + info.size
-            whole = 0 <= info.size and end <= length
+            if known := said is not None:
+                info.name, info.linkname = (_text(said, *pair) for pair in ((b"path", info.name), (b"linkpath", info.linkname)))
+                info.size = int(said.get(b"size", info.size))
+            whole = 0 <= info.size and at + BLOCK + info.size <= length
             plain = info.isreg() and info.type != tarfile.GNUTYPE_SPARSE
-            if (plain or info.islnk() or info.issym()) and not changed and whole:
+            if (plain or info.islnk() or info.issym()) and known and whole:
                 yield info, at + BLOCK
-            changed = info.type in _BEFORE_ANOTHER
+            changes = whole and info.type in (tarfile.XHDTYPE, *_LONG)
+            said = _next_header(info, file.read(info.size), said) if changes else {}
             at += BLOCK + -(-info.size // BLOCK) * BLOCK if whole else BLOCK
+
+
+def _next_header(info: tarfile.TarInfo, data: bytes, said: dict[bytes, bytes] | None) -> dict[bytes, bytes] | None:
+    """What a header and its data set in the one behind it; None where that cannot be known, or where it is sparse."""
+    if info.type in _LONG:
+        return None if said is None else {**said, _LONG[info.type]: data.rstrip(b"\0")}
+    found, at = {}, 0
+    while at < len(data):
+        record = _PAX.match(data, at)
+        end = at + int(record[1]) if record else 0
+        if not record or end <= record.end() or data[end - 1 : end] != b"\n":
+            return None
+        found[record[2]], at = data[record.end() : end - 1], end
+    sparse = any(name.startswith(b"GNU.sparse") for name in found)
+    return None if sparse or not found.get(b"size", b"0").isdigit() else {**(said or {}), **found}
+
+
+def _text(said: dict[bytes, bytes], name: bytes, usual: str) -> str:
+    """A name that is set in the header before, or the usual one."""
+    return said[name].decode("utf-8", "surrogateescape") if name in said else usual

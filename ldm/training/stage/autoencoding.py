@@ -112,6 +112,7 @@ class Autoencoding(Stage):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the discriminator's optimizer until the weights are on their device."""
+        super().on_load_checkpoint(checkpoint)
         self.resumed = checkpoint.get("adversary")
 
     def on_train_start(self) -> None:

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 
 from ldm.files.folder import save_tensors, write_text
 from ldm.tower.clip import read, spoken
-from ldm.training.base import Stage
+from ldm.tower.cut import Cut
+from ldm.training.base import CAPTIONS, Stage
 from ldm.types import Batch, DataModule, Draw
 
 
@@ -31,10 +32,14 @@ class Contrast(Stage):
         self.clip = open_clip.CLIP(**clip, output_dict=False)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.clip.context_length)
         self.statistics: dict[str, Tensor] = {}
+        self.cut = Cut(self.clip.context_length - 2, lambda captions: [len(self.tokenizer.encode(c)) for c in captions])
+        self.told_of_cut = False
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w), caption -> loss, and top-1 retrieval of captions by pictures within the batch."""
         ids = self.tokenizer(list(batch["caption"]))
+        if self.training:
+            self.cut.count(batch["caption"], (ids[:, -1] != 0).tolist())
         image, text = self.clip.encode_image(batch["image"], True), encode_text(self.clip, ids, self.device)
         world = self.trainer.world_size if self.training else 1
         loss = open_clip.ClipLoss(gather_with_grad=True, rank=self.global_rank, world_size=world)
@@ -42,8 +47,18 @@ class Contrast(Stage):
         return {"loss": loss(image, text, self.clip.logit_scale.exp()), "top1": hit.float().mean()}
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Keeps the temperature within 1 / 100, as CLIP does."""
+        """Keeps the temperature within 1 / 100, as CLIP does, and says once how many captions are cut."""
         self.clip.logit_scale.data.clamp_(max=4.6052)
+        self._tell_of_cut(CAPTIONS)
+
+    def on_train_end(self) -> None:
+        """A training of few captions says it now."""
+        self._tell_of_cut(1)
+
+    def _tell_of_cut(self, least: int) -> None:
+        if self.global_rank == 0 and self.cut.cut and self.cut.seen >= least and not self.told_of_cut:
+            self.told_of_cut = True
+            print(self.cut, flush=True)
 
     @torch.no_grad()
     def finish(self, data: DataModule) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm.errors import Refusal
+from ldm.errors import TOO_LARGE, Refusal
 from ldm.files.folder import save_model, with_parts
 from ldm.model import LatentModel
-from ldm.training.base import Stage
+from ldm.training.base import CAPTIONS, Stage
 from ldm.training.callback.ema import average_of
 from ldm.training.callback.levels import LEVELS, curve, level_errors
 from ldm.training.optimizer.groups import parameter_groups
@@ -24,7 +24,6 @@ from ldm.training.resume import keep_settings
 from ldm.training.stage.beside import add_gradients, step_beside
 from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
 
-CAPTIONS = 1000  # after so many it is said how many the text tower cuts
 EVERY = 100  # batches whose latents are looked at
 INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 64
 
@@ -178,6 +177,7 @@ class Diffusion(Stage):
         Raises:
             Refusal: names both models' conditions, or bases.
         """
+        super().on_load_checkpoint(checkpoint)
         before, now = (recipe.get("base") or {} for recipe in (checkpoint["recipe"], self.recipe))
         if before.get("sha256") != now.get("sha256"):
             raise Refusal(
@@ -263,7 +263,6 @@ def check_finite(moments: Moments, images: Tensor) -> None:
     good = moments.mean.isfinite().all() & moments.std.isfinite().all()
     if not good and images.isfinite().all():
         raise Refusal(
-            "The frozen autoencoder's latents are not finite: its numbers are too large for the precision it runs in. Train with "
-            "trainer.precision=bf16-mixed or 32-true, make latents ahead of time (precompute.py), or take an autoencoder that "
-            "fits into 16 bits: for Stable Diffusion XL's that is madebyollin/sdxl-vae-fp16-fix (autoencoder.path=FOLDER)."
+            f"The frozen autoencoder's latents are not finite: {TOO_LARGE} (autoencoder.path=FOLDER), train with "
+            "trainer.precision=bf16-mixed or 32-true, or make latents ahead of time (precompute.py)."
         )

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 class Cut:
     """Counts the captions of training, and those that are longer than a tower's context, of which the rest is not read.
 
-    `most` is how many tokens it reads, and `lengths` tells how many captions have.
+    `most` is how many tokens it reads, and `lengths` tells how many captions have. `always` counts where nothing is trained too,
+    as precompute.py does.
     """
 
     def __init__(self, most: int, lengths: Callable[[Sequence[str]], list[int]]) -> None:
-        self.most, self.lengths = most, lengths
+        self.most, self.lengths, self.always = most, lengths, False
         self.seen = self.cut = self.longest = 0
 
     def count(self, captions: Sequence[str], full: Sequence[bool]) -> None:
