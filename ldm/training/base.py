@@ -37,6 +37,7 @@ class Stage(pl.LightningModule):
 
     trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)
     compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
+    content: dict[str, str] | None = None  # sha256 of each frozen part, once it is known
     apart: tuple[str, ...] = ()  # what is trained but serves training alone: no averages of it are kept
 
     def __init__(
@@ -50,7 +51,6 @@ class Stage(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.recipe: Mapping[str, Any]
-        self.content: dict[str, str] | None = None  # sha256 of each frozen part
         self.spoilt: Tensor | None = None  # () bool, whether the update under way is left out; guard.py says it
         self.optimizer, self.rate, self.seed, self.batch = optimizer, rate, seed, batch
         self.recipe, self.frozen, self.groups = {}, tuple(frozen), groups
