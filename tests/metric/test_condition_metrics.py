@@ -15,7 +15,7 @@ def test_a_checkpoint_of_other_conditions_is_refused():
 
     stage = Diffusion.__new__(Diffusion)
     torch.nn.Module.__init__(stage)
-    stage.recipe = {"condition": {"label": {}}}
+    stage.recipe, stage.frozen = {"condition": {"label": {}}}, ()
     with pytest.raises(
         ValueError, match=r"conditions \['text', 'semantic'\], this run has \['label'\]: condition=\[text,semantic\]"
     ):
