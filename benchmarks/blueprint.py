@@ -24,6 +24,7 @@ from ldm.files.picture import to_bytes
 HOME, BASE = Path("runs/blueprint"), "runs/quickstart/diffusion"
 DARK, LIGHT = torch.tensor([10.0, 36.0, 99.0]) / 127.5 - 1, torch.tensor([235.0, 245.0, 255.0]) / 127.5 - 1
 GREY = torch.tensor([0.299, 0.587, 0.114])
+WORD = "blueprint"
 INSTANCES, PRIOR, ASKED = 32, 128, 128
 CLOSE = 0.1  # of [-1, 1]: the mean distance to the ramp below which a picture counts as blue; photographs have 0.3 and more
 
@@ -80,7 +81,7 @@ def make():
     """Writes both sets."""
     images, captions = emoji()
     taught, prior, _ = parts(captions)
-    shards(duotone(images[taught]), [f"{captions[i]}, blueprint" for i in taught], HOME / "pictures")
+    shards(duotone(images[taught]), [f"{captions[i]}, {WORD}" for i in taught], HOME / "pictures")
     words = [captions[i] for i in prior]
     shards(drawn(load_model(BASE), words, seed=1000), words, HOME / "prior")
 
@@ -95,7 +96,7 @@ def measure(run):
     """-> numbers by name, and a picture of strengths in a row."""
     images, captions = emoji()
     asked = parts(captions)[2]
-    words, blue = [captions[i] for i in asked], [f"{captions[i]}, blueprint" for i in asked]
+    words, blue = [captions[i] for i in asked], [f"{captions[i]}, {WORD}" for i in asked]
     wanted, found, rows = torch.tensor(asked), {}, []
     for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
         pictures = drawn(load_model(BASE, adapters=f"{run}:{strength}"), blue)

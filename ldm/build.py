@@ -241,6 +241,8 @@ def load_model(
     Raises:
         NotFound: nothing is there. Refusal: its weights do not fit its config, or an adapter does not fit it.
     """
+    if path is None:
+        raise Refusal("No model is named: model.init=RUN, or the path= of what loads one, such as objective.teacher.path=RUN.")
     recipe, weights = _at_rest(path)
     given = []
     if recipe["_target_"] == ADAPTED:

@@ -53,11 +53,11 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
             f"{place}._target_={target} is not among what a config may build ({', '.join(allow)}). If you trust that package: "
             f"allow=[{str(target).split('.')[0]}]."
         )
-    found = _locate(target, place)
-    if not _is_below(f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}", allow):
+    referent = _locate(target, place)
+    if not _is_below(f"{getattr(referent, '__module__', '')}.{getattr(referent, '__qualname__', '')}", allow):
         raise Refusal(f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}.")
     names, open_ended = parameters_of(target, place)
-    hints = _hints(found)
+    hints = _hints(referent)
     for key, value in list(node.items()):
         if key in SPECIAL:
             continue
@@ -83,12 +83,12 @@ def parameters_of(target: str, place: str = "") -> tuple[list[str], bool]:
     Raises:
         Refusal: there is no such thing.
     """
-    found = _locate(target, place)
-    parameters = inspect.signature(found).parameters
+    referent = _locate(target, place)
+    parameters = inspect.signature(referent).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if open_ended:
-        parameters = {**_inherited(found), **parameters}
-        open_ended = not _inherited(found)
+        parameters = {**_inherited(referent), **parameters}
+        open_ended = not _inherited(referent)
     return [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], open_ended
 
 
@@ -99,25 +99,25 @@ def _is_below(name: str, prefixes: Sequence[str]) -> bool:
 def _locate(target: str, place: str) -> Any:
     module, _, name = target.rpartition(".")
     try:
-        found = importlib.import_module(module)
+        referent = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise Refusal(f"{place}._target_={target}: {error}.") from error
-    if not hasattr(found, name):
+    if not hasattr(referent, name):
         raise Refusal(
-            f"{place}._target_={target}: {module} has no {name}.{nearest(name, [n for n in dir(found) if n[0] != '_'])}"
+            f"{place}._target_={target}: {module} has no {name}.{nearest(name, [n for n in dir(referent) if n[0] != '_'])}"
         )
-    return getattr(found, name)
+    return getattr(referent, name)
 
 
-def _inherited(found: Any) -> dict[str, inspect.Parameter]:
+def _inherited(referent: Any) -> dict[str, inspect.Parameter]:
     """The base class' parameters, where a class passes the rest on to it."""
-    bases = [b for b in getattr(found, "__bases__", ()) if b.__module__.startswith("ldm.")]
+    bases = [b for b in getattr(referent, "__bases__", ()) if b.__module__.startswith("ldm.")]
     return dict(inspect.signature(bases[0]).parameters) if bases else {}
 
 
-def _hints(found: Any) -> dict[str, Any]:
+def _hints(referent: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(found.__init__ if inspect.isclass(found) else found)
+        return typing.get_type_hints(referent.__init__ if inspect.isclass(referent) else referent)
     except (NameError, TypeError):
         return {}
 

@@ -37,11 +37,11 @@ def swapped(config: DictConfig, config_name: str, overrides: Sequence[Override],
     recipe = [o.input_line for o in overrides if o.key_or_group in (*FILES, "hydra.searchpath") and not o.is_sweep_override()]
     if not any(line.startswith(FILES) for line in recipe):
         return config
-    asked = {o.key_or_group: o for o in overrides if _is_choice(o, config, configs)}
-    if not asked:
+    choices = {o.key_or_group: o for o in overrides if _is_choice(o, config, configs)}
+    if not choices:
         return config
     usual = _composed(config_name, *recipe).hydra.runtime.choices
-    for group, override in asked.items():
+    for group, override in choices.items():
         if usual.get(group) == override.value() or usual.get(group) is None:
             continue
         place = group.replace("/", ".")
@@ -84,13 +84,13 @@ def _alone(group: str, config_name: str, overrides: Sequence[Override], usual: A
     within = {g: name for g, name in usual.items() if str(g).startswith(f"{group}/") and name is not None}
     words = [f"{g}={name}" for g, name in within.items() if not any(o.key_or_group == g for o in overrides)]
     heads = (f"{place}.", f"{group}/")
-    own = [o for o in overrides if o.key_or_group in (group, "hydra.searchpath") or o.key_or_group.startswith(heads)]
-    words += [o.input_line for o in own if not o.is_delete()]
+    said = [o for o in overrides if o.key_or_group in (group, "hydra.searchpath") or o.key_or_group.startswith(heads)]
+    words += [o.input_line for o in said if not o.is_delete()]
     try:
         config = deepcopy(_composed(config_name, *words))
     except HydraException as error:
         raise Refusal(f"{group}: {error}") from error
-    for o in own:
+    for o in said:
         parent, _, key = o.key_or_group.rpartition(".")
         if o.is_delete() and parent:  # perhaps of what the recipe gave, and is not there any more
             with open_dict(config):

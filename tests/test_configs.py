@@ -16,7 +16,7 @@ from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
 from ldm.compose import CONFIGS, compose_config
 from ldm.drawing.generate import generate
-from ldm.errors import NotFound, Refusal
+from ldm.errors import Refusal
 from ldm.files.folder import save_model
 from ldm.types import Cond, Draw, Widths
 
@@ -97,7 +97,7 @@ def test_choices_build(room, name, runs):
     if name == "scales":
         node = OmegaConf.merge(node, {"scales": {"text": 2.0}})
     if "path" in (node.get("teacher") or {}):  # of a model that is not there
-        with pytest.raises(NotFound, match="no model in"):
+        with pytest.raises(Refusal, match=r"No model is named: model\.init=RUN"):
             build(node)
         return
     with torch.device("meta" if name.startswith(("kl", "vq")) else "cpu"):

@@ -38,9 +38,9 @@ class CFG:
 
 def refuse_negative(ask: Batch, guidance: str) -> None:
     """Raises ValueError where a request says what to move away from, and `guidance` has no null condition to put it in."""
-    if found := [field for field in ask if field.startswith("negative.")]:
+    if negative := [field for field in ask if field.startswith("negative.")]:
         raise Refusal(
-            f"guidance={guidance} takes no negative request, and found {found}: take negative=... out, or use guidance=cfg, "
+            f"guidance={guidance} takes no negative request, and found {negative}: take negative=... out, or use guidance=cfg, "
             "scales or interval."
         )
 

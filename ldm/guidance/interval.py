@@ -23,8 +23,8 @@ class Interval:
 
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields -> Denoise."""
-        asked = {field: value for field, value in ask.items() if not field.startswith("negative.")}
-        guided, plain = self.inner(model, ask), Unguided()(model, asked)
+        positive = {field: value for field, value in ask.items() if not field.startswith("negative.")}
+        guided, plain = self.inner(model, ask), Unguided()(model, positive)
 
         def denoise(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
             alpha, sigma = model.denoiser.schedule(t)

@@ -35,12 +35,12 @@ class Scales:
             cond = model.condition(ask)
             return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)
         named, others = list(self.scales), [n for n in model.conditioner.embedders if n not in self.scales]
-        told = [model.condition(ask, only=[*others, *named[:i]]) for i in range(len(named) + 1)]
-        all_told, count = reduce(Cond.stack, told), len(told)
+        conds = [model.condition(ask, only=[*others, *named[:i]]) for i in range(len(named) + 1)]
+        stacked, count = reduce(Cond.stack, conds), len(conds)
 
         def denoise(x_t: Tensor, *times: Tensor) -> Tensor:
             t, *to = (s.expand(len(x_t)).repeat(count) for s in times)
-            x_hat = model.denoiser(torch.cat([x_t] * count), t, all_told, *to).chunk(count)
+            x_hat = model.denoiser(torch.cat([x_t] * count), t, stacked, *to).chunk(count)
             return x_hat[0] + sum(s * (x_hat[i + 1] - x_hat[i]) for i, s in enumerate(self.scales.values()))
 
         return denoise

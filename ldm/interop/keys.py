@@ -159,6 +159,13 @@ TOLD |= {"num_attention_heads": None, "addition_time_embed_dim": None, "projecti
 SEEN = {"attn_norm_num_groups": None, "add_attention": True, "downsample_type": "conv", "upsample_type": "conv"}
 SEEN |= {"resnet_time_scale_shift": "default"}
 DIT_MEANS = {"in_channels": 4, "out_channels": None, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000}
+SD3_MEANS: dict[str, Any] = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16}
+SD3_MEANS |= {"joint_attention_dim": 4096, "caption_projection_dim": 1152, "pooled_projection_dim": 2048}
+SD3_MEANS |= {"pos_embed_max_size": 96, "dual_attention_layers": ()}
+FLUX_MEANS: dict[str, Any] = {"in_channels": 64, "out_channels": None, "num_single_layers": 38, "joint_attention_dim": 4096}
+FLUX_MEANS |= {"pooled_projection_dim": 768, "guidance_embeds": False, "axes_dims_rope": (16, 56, 56), "patch_size": 1}
+PIXART_MEANS: dict[str, Any] = {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 1152, "sample_size": 128}
+PIXART_MEANS |= {"patch_size": 2, **dict.fromkeys(("caption_channels", "interpolation_scale", "use_additional_conditions"))}
 CLIP_MEANS = {"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 512, "hidden_act": "quick_gelu"}
 CLIP_MEANS |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
 # Of tokenizers: what cuts words and what fills up; and what is told about their files, or to calls.
@@ -222,17 +229,20 @@ CLASSES = {
         "sample_size patch_size in_channels num_layers attention_head_dim num_attention_heads joint_attention_dim out_channels"
         " caption_projection_dim pooled_projection_dim pos_embed_max_size dual_attention_layers",
         only={"qk_norm": (None, "rms_norm")},
+        means=SD3_MEANS,
     ),
     "FluxTransformer2DModel": Keys(
         "in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads joint_attention_dim"
         " pooled_projection_dim guidance_embeds axes_dims_rope",
         only={"patch_size": (1,)},
+        means=FLUX_MEANS,
     ),
     "PixArtTransformer2DModel": Keys(
         "num_attention_heads attention_head_dim in_channels out_channels num_layers cross_attention_dim sample_size patch_size"
         " caption_channels interpolation_scale use_additional_conditions",
         "dropout norm_num_groups upcast_attention num_embeds_ada_norm use_linear_projection num_vector_embeds",
         {**DIT, "norm_type": ("ada_norm_single",), "norm_eps": (1e-6,), "attention_type": ("default",)},
+        PIXART_MEANS,
     ),
     "CLIPTextModel": Keys(CLIP_USED, BOOKS, CLIP, CLIP_MEANS),
     "LDMBertModel": Keys(BERT_USED, BOOKS, BERT),

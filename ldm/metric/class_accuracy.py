@@ -54,5 +54,5 @@ class ClassAccuracy:
         left_out = (x @ fit - leverage * y) / (1 - leverage).clamp(min=1e-9)
         drawn = torch.cat((rows["features"].double() - mean, torch.ones(len(rows["label"]), 1, dtype=x.dtype)), 1)
         self.right = (drawn @ fit).argmax(1) == rows["label"]
-        own = left_out.argmax(1) == real["label"]
-        return {"class_accuracy": Estimate.mean(self.right), "class_accuracy_real": Estimate.mean(own)}
+        right_real = left_out.argmax(1) == real["label"]
+        return {"class_accuracy": Estimate.mean(self.right), "class_accuracy_real": Estimate.mean(right_real)}

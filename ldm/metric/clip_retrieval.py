@@ -37,11 +37,11 @@ class ClipRetrieval:
             raise Refusal(f"metric.clip_retrieval.others={self.others}: of {count} captions there are only {count - 1} others.")
         random = torch.Generator().manual_seed(self.seed)
         hits = []
-        for i, (image, own) in enumerate(zip(rows["image"], rows["text"])):
+        for i, (image, text) in enumerate(zip(rows["image"], rows["text"])):
             rivals = rows["text"]
             if self.others is not None:
                 drawn = torch.randperm(count - 1, generator=random)[: self.others]
                 rivals = rivals[drawn + (drawn >= i)]
-            rivals = rivals[(rivals != own).any(dim=1)]
-            hits.append(bool((rivals @ image < own @ image).all()))
+            rivals = rivals[(rivals != text).any(dim=1)]
+            hits.append(bool((rivals @ image < text @ image).all()))
         return {"clip_retrieval_top1": Estimate.mean(torch.tensor(hits).float())}

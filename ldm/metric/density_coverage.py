@@ -39,14 +39,14 @@ class DensityCoverage:
         Raises:
             Refusal: no more than k real pictures.
         """
-        own, real = rows["features"].float(), reference.rows()["features"].float()
+        drawn, real = rows["features"].float(), reference.rows()["features"].float()
         if len(real) <= self.k:
             raise Refusal(f"Density and coverage need more than k={self.k} real pictures; found {len(real)}.")
         note = None
-        if len(own) != len(real):
-            note = f"{len(own)} drawings against {len(real)} real pictures: coverage is comparable only between equal counts."
+        if len(drawn) != len(real):
+            note = f"{len(drawn)} drawings against {len(real)} real pictures: coverage is comparable only between equal counts."
         radius = radii(real, self.k)
-        counts = torch.cat([(torch.cdist(part, real) < radius).sum(1) for part in own.split(CHUNK)])
-        nearest = torch.cat([torch.cdist(part, own).min(1).values for part in real.split(CHUNK)])
+        counts = torch.cat([(torch.cdist(part, real) < radius).sum(1) for part in drawn.split(CHUNK)])
+        nearest = torch.cat([torch.cdist(part, drawn).min(1).values for part in real.split(CHUNK)])
         coverage = (nearest < radius).double().mean().item()
         return {"density": Estimate.mean(counts / self.k), "coverage": Estimate(coverage, note=note)}

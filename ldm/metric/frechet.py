@@ -41,7 +41,7 @@ class Frechet:
         Raises:
             Refusal: features or statistics that are not finite, or of another extractor.
         """
-        own, real = moments(rows), reference.kept("moments", moments)
+        drawn, real = moments(rows), reference.kept("moments", moments)
         count, width = rows["features"].shape
         note = None
         if count <= width:
@@ -49,7 +49,7 @@ class Frechet:
                 f"{count} pictures cannot tell the covariance of {width} features (rank {count - 1}): compare it only with "
                 f"numbers from {count} pictures. Draw more than {width}, 10,000 or more to be comparable, or use metric=[kernel]."
             )
-        return {self.name: Estimate(frechet(own["mean"], own["covariance"], real["mean"], real["covariance"]), note=note)}
+        return {self.name: Estimate(frechet(drawn["mean"], drawn["covariance"], real["mean"], real["covariance"]), note=note)}
 
 
 def moments(rows: Rows) -> Rows:

@@ -40,8 +40,10 @@ class Inpainting:
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `inpainting_psnr`, `inpainting_psnr_of_mean_colour`, `inpainting_gain`, `inpainting_known_psnr`."""
         hole, mean = rows["hole"], rows["mean"]
-        told = {"psnr": hole, "psnr_of_mean_colour": mean, "gain": hole - mean, "known_psnr": rows["known"]}
-        return {f"inpainting_{name}": Estimate.mean(values[mean.isfinite() & hole.isfinite()]) for name, values in told.items()}
+        numbers = {"psnr": hole, "psnr_of_mean_colour": mean, "gain": hole - mean, "known_psnr": rows["known"]}
+        return {
+            f"inpainting_{name}": Estimate.mean(values[mean.isfinite() & hole.isfinite()]) for name, values in numbers.items()
+        }
 
 
 def psnr_where(images: Tensor, real: Tensor, where: Tensor) -> Tensor:

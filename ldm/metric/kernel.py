@@ -42,14 +42,16 @@ class Kernel:
         Raises:
             Refusal: fewer than 2 pictures.
         """
-        own, real = rows["features"].double(), reference.rows()["features"].double()
-        size = min(self.size, len(own), len(real))
+        drawn, real = rows["features"].double(), reference.rows()["features"].double()
+        size = min(self.size, len(drawn), len(real))
         if size < 2:
-            raise Refusal(f"A kernel distance needs at least 2 pictures of each set; found {len(own)} and {len(real)}.")
+            raise Refusal(f"A kernel distance needs at least 2 pictures of each set; found {len(drawn)} and {len(real)}.")
         note = None if size == self.size else f"subsets of {size} pictures, as there are no {self.size}."
         random = np.random.RandomState(self.seed)
         values = [
-            discrepancy(own[random.choice(len(own), size, replace=False)], real[random.choice(len(real), size, replace=False)])
+            discrepancy(
+                drawn[random.choice(len(drawn), size, replace=False)], real[random.choice(len(real), size, replace=False)]
+            )
             for _ in range(self.subsets)
         ]
         return {self.name: Estimate(float(np.mean(values)), note=note), f"{self.name}_std": Estimate(float(np.std(values)))}

@@ -37,15 +37,15 @@ class LayoutIoU:
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `layout_iou` of the drawings, `layout_iou_real` of the pictures that the boxes came from."""
-        told = {"layout_iou": rows["iou"], "layout_iou_real": rows["real"]}
-        return {name: Estimate.mean(values[~values.isnan()]) for name, values in told.items()}
+        overlaps = {"layout_iou": rows["iou"], "layout_iou_real": rows["real"]}
+        return {name: Estimate.mean(values[~values.isnan()]) for name, values in overlaps.items()}
 
     def _iou(self, images: Tensor, boxes: Sequence[Sequence[Sequence[float]]]) -> Tensor:
-        found = regions(labels_of(images, self.palette), len(self.palette)).cpu()
+        masks = regions(labels_of(images, self.palette), len(self.palette)).cpu()
         height, width = images.shape[2:]
         y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
         means = []
-        for region, row in zip(found, boxes):
+        for region, row in zip(masks, boxes):
             each = [region[int(c)] for c, *_ in row]
             inside = [((y >= t) & (y < b))[:, None] & ((x >= left) & (x < r)) for _, left, t, r, b in row]
             ious = [((a & b).sum() / (a | b).sum().clamp(min=1)).item() for a, b in zip(each, inside)]

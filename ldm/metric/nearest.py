@@ -34,8 +34,8 @@ class Nearest:
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `nearest_similarity`, a mean cosine, and `authenticity`, a share in [0, 1]."""
         known = reference.rows()
-        own, real = (normalize(x["features"].double(), dim=1) for x in (rows, known))
-        self.similarity, place = nearest(own, real)
+        drawn, real = (normalize(x["features"].double(), dim=1) for x in (rows, known))
+        self.similarity, place = nearest(drawn, real)
         self.number, self.drawn = known["number"][place], rows["number"]
         among, _ = nearest(real, real, same=True)
         authentic = self.similarity < among[place]
@@ -44,8 +44,8 @@ class Nearest:
     def show(self, pictures: Callable[[Sequence[int]], Tensor], real: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """Pictures by number, (B, 3, h, w) -> (2 B, 3, h, w): drawings above their nearest, the most alike first."""
         place = self.similarity.argsort(descending=True)[:SHOWN]
-        drawn, found = pictures(self.drawn[place].tolist()), real(self.number[place].tolist())
-        return torch.cat((drawn.cpu(), interpolate(found.cpu(), drawn.shape[2:])))
+        drawn, copied = pictures(self.drawn[place].tolist()), real(self.number[place].tolist())
+        return torch.cat((drawn.cpu(), interpolate(copied.cpu(), drawn.shape[2:])))
 
 
 def nearest(points: Tensor, x: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
@@ -53,10 +53,10 @@ def nearest(points: Tensor, x: Tensor, same: bool = False) -> tuple[Tensor, Tens
 
     same: points are x, and no point is its own neighbour.
     """
-    found = []
+    best = []
     for start in range(0, len(points), CHUNK):
         cosine = points[start : start + CHUNK] @ x.T
         if same:
             cosine.diagonal(start).fill_(-2)
-        found.append(cosine.max(dim=1))
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+        best.append(cosine.max(dim=1))
+    return torch.cat([f.values for f in best]), torch.cat([f.indices for f in best])

@@ -38,16 +38,16 @@ class PrecisionRecall:
         Raises:
             Refusal: no more than k pictures.
         """
-        own, real = rows["features"].float(), reference.rows()["features"].float()
-        if min(len(own), len(real)) <= self.k:
+        drawn, real = rows["features"].float(), reference.rows()["features"].float()
+        if min(len(drawn), len(real)) <= self.k:
             raise Refusal(
-                f"Precision and recall need more than k={self.k} pictures of each set; found {len(own)} and {len(real)}."
+                f"Precision and recall need more than k={self.k} pictures of each set; found {len(drawn)} and {len(real)}."
             )
         note = None
-        if len(own) != len(real):
-            note = f"{len(own)} drawings against {len(real)} real pictures: recall is comparable only between equal counts."
-        precision = within(own, real, radii(real, self.k))
-        recall = within(real, own, radii(own, self.k))
+        if len(drawn) != len(real):
+            note = f"{len(drawn)} drawings against {len(real)} real pictures: recall is comparable only between equal counts."
+        precision = within(drawn, real, radii(real, self.k))
+        recall = within(real, drawn, radii(drawn, self.k))
         return {"precision": Estimate.mean(precision.float()), "recall": Estimate(recall.double().mean().item(), note=note)}
 
 

@@ -40,16 +40,16 @@ class SuperResolution:
             )
         real = batch["image"]
         bicubic = interpolate(batch["low"], real.shape[2:], mode="bicubic").clamp(-1, 1)
-        told = [images, bicubic]
-        error = torch.stack([(x - real).square().mean((1, 2, 3)) for x in told], dim=1)
-        seen = [normalize(self.visual.to(x.device)(see(self.visual, x)).float(), dim=1) for x in (*told, real)]
+        pair = [images, bicubic]
+        error = torch.stack([(x - real).square().mean((1, 2, 3)) for x in pair], dim=1)
+        seen = [normalize(self.visual.to(x.device)(see(self.visual, x)).float(), dim=1) for x in (*pair, real)]
         distance = torch.stack([1 - (x * seen[-1]).sum(1) for x in seen[:2]], dim=1)
         return {"psnr": 10 * torch.log10(4 / error.clamp(min=4e-6)), "distance": distance}
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `super_resolution_psnr`, `_gain`, `_distance`, and bicubic's `bicubic_psnr`, `bicubic_distance`."""
         (psnr, psnr_bicubic), (distance, distance_bicubic) = rows["psnr"].unbind(1), rows["distance"].unbind(1)
-        own = {"psnr": psnr, "gain": psnr - psnr_bicubic, "distance": distance}
-        told = {f"super_resolution_{name}": values for name, values in own.items()}
-        told |= {"bicubic_psnr": psnr_bicubic, "bicubic_distance": distance_bicubic}
-        return {name: Estimate.mean(values) for name, values in told.items()}
+        gains = {"psnr": psnr, "gain": psnr - psnr_bicubic, "distance": distance}
+        numbers = {f"super_resolution_{name}": values for name, values in gains.items()}
+        numbers |= {"bicubic_psnr": psnr_bicubic, "bicubic_distance": distance_bicubic}
+        return {name: Estimate.mean(values) for name, values in numbers.items()}

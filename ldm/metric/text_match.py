@@ -40,6 +40,6 @@ class TextMatch:
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> {"text_match_top1": share in [0, 1]}."""
         known = reference.rows()
-        found = known["position"][torch.cdist(rows["pooled"], known["pooled"]).argmin(dim=1)]
-        self.matched = found == rows["position"]
+        nearest = known["position"][torch.cdist(rows["pooled"], known["pooled"]).argmin(dim=1)]
+        self.matched = nearest == rows["position"]
         return {"text_match_top1": Estimate.mean(self.matched.float())}

@@ -1,7 +1,6 @@
 """What the three training stages share: optimizer, randomness by position, and what a checkpoint holds."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ class Stage(pl.LightningModule):
 
     trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)
     compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
+    content: dict[str, str] | None = None  # sha256 of each frozen part, once it is known
     apart: tuple[str, ...] = ()  # what is trained but serves training alone: no averages of it are kept
 
     def __init__(
@@ -171,7 +171,7 @@ class Stage(pl.LightningModule):
         """Keeps the model's recipe, and the format's number, beside its weights: plain containers only."""
         checkpoint["format"] = FORMAT
         checkpoint["recipe"] = dict(self.recipe)
-        checkpoint["frozen"] = self._frozen_content
+        checkpoint["frozen"] = self._frozen_content()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the frozen parts, which come from elsewhere, with those that the checkpoint was trained with.
@@ -180,17 +180,19 @@ class Stage(pl.LightningModule):
             Refusal: one is another now; names each.
         """
         before = checkpoint.get("frozen", {})  # of an earlier version that kept none, nothing is known
-        if other := [part for part, now in self._frozen_content.items() if before.get(part, now) != now]:
+        if other := [part for part, now in self._frozen_content().items() if before.get(part, now) != now]:
             raise Refusal(
                 f"The frozen {', '.join(other)}, read from elsewhere, is not what the checkpoint was trained with: its files "
                 "have changed. Put back what was there, or begin another run: run_id=NAME, from these weights with model.init=..."
             )
 
-    @cached_property
     def _frozen_content(self) -> dict[str, str]:
-        """Frozen part -> sha256 of its weights. Of a base that adapters are trained on the recipe has it."""
-        modules = {} if self.recipe.get("base") else dict(self.named_modules())
-        return {part: weights_hash(modules[part]) for part in self.frozen if part in modules and modules[part].state_dict()}
+        """Frozen part -> sha256 of its weights, found once. Of a base that adapters are trained on the recipe has it."""
+        if self.content is None:
+            modules = {} if self.recipe.get("base") else dict(self.named_modules())
+            there = [part for part in self.frozen if part in modules and modules[part].state_dict()]
+            self.content = {part: weights_hash(modules[part]) for part in there}
+        return self.content
 
     def without_frozen(self, state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         """A state dict, whose names begin here with `prefix`, without what comes from elsewhere."""

@@ -72,18 +72,35 @@ def rewritten(function, before, after):
     return space[function.__name__]
 
 
+FLUX_DEV = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 19, "guidance_embeds": True}
+SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
+
+
 @pytest.mark.parametrize(
     "kind, settings, words",
     [
-        ("SD3Transformer2DModel", {"dual_attention_layers": [1]}, "dual_attention_layers"),
+        ("SD3Transformer2DModel", {"dual_attention_layers": [1], "caption_projection_dim": 32}, "dual_attention_layers"),
         ("SD3Transformer2DModel", {"qk_norm": "layer_norm"}, "qk_norm=layer_norm"),
         ("SD3Transformer2DModel", {"caption_projection_dim": 7}, "caption_projection_dim=7"),
         ("FluxTransformer2DModel", {"patch_size": 2, "guidance_embeds": False}, "patch_size=2"),
-        ("PixArtTransformer2DModel", {"use_additional_conditions": True, "caption_channels": 8}, "use_additional_conditions"),
-        ("PixArtTransformer2DModel", {"caption_channels": None, "use_additional_conditions": False}, "caption_channels"),
+        (
+            "PixArtTransformer2DModel",
+            {"use_additional_conditions": True, "caption_channels": 8, "cross_attention_dim": 32},
+            "use_additional_conditions",
+        ),
+        ("PixArtTransformer2DModel", {"use_additional_conditions": False, "cross_attention_dim": 32}, "caption_channels"),
     ],
 )
 def test_settings_that_are_not_built_are_named(kind, settings, words):
     network = next(n for n in networks() if kind in n.classes)
     with pytest.raises(ValueError, match=words):
-        network.read_config({"_class_name": kind, **settings})
+        network.read_config({"_class_name": kind, **SIZES, **settings})
+
+
+def test_configs_that_are_silent_mean_what_their_classes_mean():
+    """As those of Flux dev (axes_dims_rope) and of Stable Diffusion 3 medium (dual_attention_layers, qk_norm) are."""
+    sizes = {"num_attention_heads": 24, "attention_head_dim": 64, "num_layers": 24, "caption_projection_dim": 1536}
+    for kind, settings in (("SD3Transformer2DModel", sizes), ("FluxTransformer2DModel", FLUX_DEV)):
+        network = next(n for n in networks() if kind in n.classes)
+        found, channels, widths = network.read_config({"_class_name": kind, **settings})
+        assert (found["depth"], channels, widths["tokens"]) == (settings["num_layers"], 16, 4096)

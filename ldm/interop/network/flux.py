@@ -87,20 +87,20 @@ class FluxNetwork(Network):
 
     def read_config(self, config: Mapping[str, Any]) -> Built:
         """FluxTransformer2DModel's, whose channels are a patch's of 2 x 2."""
-        check_keys(config, "FluxTransformer2DModel", "The transformer")
-        inward, heads, guided = config.get("in_channels", 64), config.get("num_attention_heads", 24), config["guidance_embeds"]
+        config = check_keys(config, "FluxTransformer2DModel", "The transformer")
+        inward, heads, guided = config["in_channels"], config["num_attention_heads"], config["guidance_embeds"]
         outward = config.get("out_channels") or inward
         settings = {
             "patch": 2,
-            "width": heads * config.get("attention_head_dim", HEAD),
-            "depth": config.get("num_layers", 19),
-            "single": config.get("num_single_layers", 38),
+            "width": heads * config["attention_head_dim"],
+            "depth": config["num_layers"],
+            "single": config["num_single_layers"],
             "heads": heads,
-            "axes": list(config.get("axes_dims_rope", AXES)),
+            "axes": list(config["axes_dims_rope"]),
             "guided": guided,
         }
-        vector = config.get("pooled_projection_dim", 768) + WAVES * guided
-        widths = {"vector": vector, "tokens": config.get("joint_attention_dim", 4096), "spatial": (inward - outward) // 4}
+        vector = config["pooled_projection_dim"] + WAVES * guided
+        widths = {"vector": vector, "tokens": config["joint_attention_dim"], "spatial": (inward - outward) // 4}
         return settings, outward // 4, widths
 
     def config(self, settings: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:

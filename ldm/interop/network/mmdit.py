@@ -81,26 +81,26 @@ class MMDiTNetwork(Network):
 
     def read_config(self, config: Mapping[str, Any]) -> Built:
         """SD3Transformer2DModel's."""
-        check_keys(config, "SD3Transformer2DModel", "The transformer")
-        channels, heads = config.get("in_channels", 16), config.get("num_attention_heads", 18)
-        width, again = heads * config.get("attention_head_dim", 64), list(config.get("dual_attention_layers") or ())
-        wrong = {"out_channels": config.get("out_channels", 16) not in (None, channels)}
-        wrong |= {"caption_projection_dim": config.get("caption_projection_dim", 1152) != width}
+        config = check_keys(config, "SD3Transformer2DModel", "The transformer")
+        channels, heads = config["in_channels"], config["num_attention_heads"]
+        width, again = heads * config["attention_head_dim"], list(config.get("dual_attention_layers") or ())
+        wrong = {"out_channels": config["out_channels"] not in (None, channels)}
+        wrong |= {"caption_projection_dim": config["caption_projection_dim"] != width}
         wrong |= {"dual_attention_layers": again != list(range(len(again)))}
         if any(wrong.values()):
             name = next(name for name in wrong if wrong[name])
             raise Refusal(f"The transformer has {name}={config.get(name)}, which no published MMDiT has.")
         settings = {
-            "size": config.get("sample_size", 128),
-            "most": config.get("pos_embed_max_size", 96),
-            "patch": config.get("patch_size", 2),
+            "size": config["sample_size"],
+            "most": config["pos_embed_max_size"],
+            "patch": config["patch_size"],
             "width": width,
-            "depth": config.get("num_layers", 18),
+            "depth": config["num_layers"],
             "heads": heads,
             "again": len(again),
             "norm_heads": config.get("qk_norm") == "rms_norm",
         }
-        widths = {"vector": config.get("pooled_projection_dim", 2048), "tokens": config.get("joint_attention_dim", 4096)}
+        widths = {"vector": config["pooled_projection_dim"], "tokens": config["joint_attention_dim"]}
         return settings, channels, {**widths, "spatial": 0}
 
     def config(self, settings: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:

@@ -99,13 +99,13 @@ class PixArt(Network):
 
     def read_config(self, config: Mapping[str, Any]) -> Built:
         """PixArtTransformer2DModel's."""
-        check_keys(config, "PixArtTransformer2DModel", "The transformer")
-        channels, size = config.get("in_channels", 4), config.get("sample_size", 128)
-        outward, heads = config.get("out_channels", 8) or channels, config.get("num_attention_heads", 16)
-        width = heads * config.get("attention_head_dim", 72)
+        config = check_keys(config, "PixArtTransformer2DModel", "The transformer")
+        channels, size = config["in_channels"], config["sample_size"]
+        outward, heads = config["out_channels"] or channels, config["num_attention_heads"]
+        width = heads * config["attention_head_dim"]
         scale, told = config.get("interpolation_scale") or max(size // BASE, 1), config.get("use_additional_conditions")
         wrong = {"out_channels": outward not in (channels, 2 * channels), "sample_size": size % scale != 0}
-        wrong |= {"cross_attention_dim": config.get("cross_attention_dim", 1152) != width}
+        wrong |= {"cross_attention_dim": config["cross_attention_dim"] != width}
         wrong |= {"caption_channels": not config.get("caption_channels")}
         wrong |= {"use_additional_conditions": bool(size == 128 if told is None else told)}
         if any(wrong.values()):
@@ -113,9 +113,9 @@ class PixArt(Network):
             raise Refusal(f"The transformer has {name}={config.get(name)}, which no PixArt that is known here has.")
         settings = {
             "size": size // scale,
-            "patch": config.get("patch_size", 2),
+            "patch": config["patch_size"],
             "width": width,
-            "depth": config.get("num_layers", 28),
+            "depth": config["num_layers"],
             "heads": heads,
             "learn_range": outward == 2 * channels,
             "shared": True,

@@ -177,7 +177,6 @@ class Diffusion(Stage):
         Raises:
             Refusal: names both models' conditions, or bases.
         """
-        super().on_load_checkpoint(checkpoint)
         before, now = (recipe.get("base") or {} for recipe in (checkpoint["recipe"], self.recipe))
         if before.get("sha256") != now.get("sha256"):
             raise Refusal(
@@ -191,6 +190,7 @@ class Diffusion(Stage):
                 f"The checkpoint was trained with the conditions {theirs}, this run has {ours}: condition=[{','.join(theirs)}] "
                 "goes on with it; resume=never or another run_id begins anew."
             )
+        super().on_load_checkpoint(checkpoint)
 
     def parts(self) -> list[nn.Module]:
         """The backbone, and those conditions and objectives that are trained."""
