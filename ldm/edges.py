@@ -31,9 +31,9 @@ def edges(images: Tensor, low: float = 0.4, high: float = 0.8, sigma: float = 0.
         strong = grown
 
 
-def drawn(found: Tensor) -> Tensor:
-    """found: (B, 1, h, w) bool -> the control picture: (B, 3, h, w) in [-1, 1], white edges on black."""
-    return found.float().mul(2).sub(1).expand(-1, 3, -1, -1)
+def drawn(lines: Tensor) -> Tensor:
+    """lines: (B, 1, h, w) bool -> the control picture: (B, 3, h, w) in [-1, 1], white edges on black."""
+    return lines.float().mul(2).sub(1).expand(-1, 3, -1, -1)
 
 
 def _smooth(grey: Tensor, sigma: float) -> Tensor:

@@ -78,8 +78,8 @@ class Hint(Condition):
         strength = (
             interpolate(strength, features.shape[2:], mode="area") if strength.shape[2:] != features.shape[2:] else strength
         )
-        told = strength * (~drop).to(strength, non_blocking=True)[:, None, None, None]
-        return Cond(spatial=torch.cat((features, told), dim=1))
+        strength = strength * (~drop).to(strength, non_blocking=True)[:, None, None, None]
+        return Cond(spatial=torch.cat((features, strength), dim=1))
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
         """The usual strength, where there is a picture and none is said."""

@@ -34,15 +34,15 @@ class EdgeF1:
             raise Refusal(
                 f"edge_f1 reads the field '{self.key}', and there is only {sorted(batch)}: +data.fields.{self.key}={self.key}.png"
             )
-        asked = batch[self.key].mean(1, keepdim=True) > 0
-        return {"f1": self._f1(edges(images), asked), "real": self._f1(edges(batch["image"]), asked)}
+        wanted = batch[self.key].mean(1, keepdim=True) > 0
+        return {"f1": self._f1(edges(images), wanted), "real": self._f1(edges(batch["image"]), wanted)}
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `edge_f1` of the drawings, `edge_f1_real` of the pictures that the edges came from."""
         return {"edge_f1": Estimate.mean(rows["f1"]), "edge_f1_real": Estimate.mean(rows["real"])}
 
-    def _f1(self, found: Tensor, asked: Tensor) -> Tensor:
-        precision, recall = self._share(found, asked), self._share(asked, found)
+    def _f1(self, drawn: Tensor, wanted: Tensor) -> Tensor:
+        precision, recall = self._share(drawn, wanted), self._share(wanted, drawn)
         return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
 
     def _share(self, those: Tensor, near: Tensor) -> Tensor:

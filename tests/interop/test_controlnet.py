@@ -15,7 +15,10 @@ from ldm.files.folder import load_tensors, read_json, save_tensors, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.within import Within
 from ldm.interop.__main__ import main
+from ldm.interop.adapter.controlnet import _ties
 from ldm.interop.convert import read, write
+from ldm.interop.find import network_of
+from ldm.interop.tie import give
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
 from ldm.types import Cond
@@ -96,6 +99,22 @@ def test_the_controlled_unet_is_theirs(made, kind):
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
+def test_gradients_are_theirs(made):
+    """Of every tensor, after the same loss."""
+    of = made("sd1")
+    model, bundle = loaded(of, ("edges", 0.7)), read(str(of.home / "ours"))[0]
+    parts = model.denoiser.backbone.nets["edges"], model.conditioner.embedders["edges"]
+    for result in one_pass(of, model.requires_grad_(True), [("edges", of.edges, 0.7, False)]):
+        result.square().mean().backward()
+    ours = {name: p.grad for part in parts for name, p in part.named_parameters()}
+    theirs = {name: p.grad for name, p in of.edges.named_parameters()}
+    found = give(_ties(network_of(bundle), bundle, False, 6), ours)
+    assert found.keys() == theirs.keys()
+    largest = max(float(grad.abs().max()) for grad in theirs.values())
+    assert all((found[name] - grad).abs().max() < 1e-5 * largest for name, grad in theirs.items())
+
+
 @pytest.mark.parametrize("kind", ["sd1", *SLOW])
 def test_files_travel_there_and_back_to_the_bit(made, kind, tmp_path):
     """diffusers' folder -> ours -> a single file -> ours -> a folder; a whole model's control part, and one without prefix."""
@@ -128,19 +147,10 @@ def drawn(model, ask, noise, guidance):
         return model.autoencoder.decode(x).clamp(-1, 1).add(1).div(2)
 
 
-WAYS = ["plain", *(pytest.param(way, marks=pytest.mark.slow) for way in ("guess", "two", "half"))]
+OTHERS = [("sd1", "guess"), ("sd1", "two"), ("sd1", "half"), ("xl", "plain"), ("xl", "two")]
 
 
-@pytest.mark.parametrize(
-    "kind, way",
-    [
-        ("sd1", "plain"),
-        *(
-            pytest.param(*kw, marks=pytest.mark.slow)
-            for kw in [("sd1", "guess"), ("sd1", "two"), ("sd1", "half"), ("xl", "plain"), ("xl", "two")]
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind, way", [("sd1", "plain"), *(pytest.param(*way, marks=pytest.mark.slow) for way in OTHERS)])
 def test_it_draws_what_their_pipeline_draws(made, kind, way):
     """10 steps of DDIM at scale 7.5 with a negative prompt, in float64."""
     of = made(kind)
