@@ -173,9 +173,10 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
         heads = tuple(f"{o.key_or_group.replace('/', '.')}." for o in chosen)
         if any(o.key_or_group.startswith(heads) for o in parsed):  # settings of a choice that may take the place of a recipe's
             config = swapped(config, config_name, [o for o in parsed if o.input_line in (*search, *plain)], CONFIGS)
+    left_out = {o.key_or_group for o in parsed if o.is_delete()}
     for override in parsed:
         if override not in chosen and not override.key_or_group.startswith("hydra."):
-            _check_value(override, config)
+            _check_value(override, config, replaces=override.key_or_group in left_out and not override.is_delete())
     return [o.key_or_group for o in parsed if o.is_sweep_override()]
 
 
@@ -225,7 +226,7 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
                 raise Refusal(f"{group}={name}: there is no such choice.{nearest(str(name), options)}")
 
 
-def _check_value(override: Override, config: DictConfig) -> None:
+def _check_value(override: Override, config: DictConfig, replaces: bool = False) -> None:
     node, path = config, override.key_or_group.split(".")
     for i, key in enumerate(path):
         if node is None and override.key_or_group.startswith(("sampler.", "guidance.")) and not override.is_add():
@@ -239,6 +240,8 @@ def _check_value(override: Override, config: DictConfig) -> None:
             place = ".".join(path[:i]) or "the config"
             more = f" What {node['_target_']} takes besides: +{override.key_or_group}=..." if "_target_" in node else ""
             raise Refusal(f"{override.key_or_group}: {place} has no `{key}`.{nearest(key, [str(k) for k in node])}{more}")
+        if replaces and i == len(path) - 1:
+            return
         if override.is_add() and i == len(path) - 1:
             raise Refusal(
                 f"+{override.key_or_group}: there is such a setting already; say {override.key_or_group}=... without the +."

@@ -161,7 +161,7 @@ def test_metrics_and_data_build(room, name, runs, tmp_path):
     changes |= {"dataset": {"_target_": "torchvision.datasets.FakeData", "size": 2}} if name == "torch" else {}
     for key in changes.keys() & node.keys():
         node[key] = changes[key]
-    if node.get("weights") in ("fid", "pretrained"):  # tests build these with weights of their own
+    if node.get("weights") in ("fid", "pretrained", "openai"):  # tests build these with weights of their own
         return check_nodes(OmegaConf.to_container(node, resolve=True), ALLOWED)
     if name == "usual":  # a word of evaluate.py
         with pytest.raises(Refusal, match=r"is for evaluate\.py"):

@@ -10,7 +10,7 @@ from ldm.errors import Refusal
 from ldm.interop.adapters import base_of, is_adapter, merge, read_any, with_towers, write_adapter
 from ldm.interop.convert import LAYOUTS, add_autoencoder, add_words, check, describe, read, write
 from ldm.interop.find import adapter_kinds
-from ldm.interop.hub import HUB, push
+from ldm.interop.hub import HUB, download, push
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -33,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if told.push and told.push.count("/") != 1:
             raise Refusal(f"--push {told.push}: name a repository as ORG/NAME.")
-        if is_adapter(told.source):
+        source = str(download(told.source)) if told.source.startswith(HUB) else told.source
+        if is_adapter(source):
             _convert_adapter(told)
             return
         if told.base is not None:
             raise Refusal(f"--base {told.base}: {told.source} is a whole model and stands on no base.")
-        bundle, layout = read(told.source, KINDS.get(told.prediction))
+        bundle, layout = read(source, KINDS.get(told.prediction))
         if told.autoencoder:
             add_autoencoder(bundle, told.autoencoder, KINDS.get(told.prediction))
         if told.vocabulary:

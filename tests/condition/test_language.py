@@ -48,7 +48,7 @@ def clips(tmp_path_factory):
 
 def as_open_clip(theirs, folder):
     """transformers' text tower as a folder of open_clip."""
-    config = open_clip_config({**theirs.config.to_dict(), "architectures": [type(theirs).__name__]})
+    config = open_clip_config(theirs.config.to_dict(), type(theirs).__name__.endswith("Projection"))
     shapes = tower_shapes(config)
     weights = {n if n.startswith("text_") else f"text_model.{n}": x for n, x in theirs.state_dict().items()}
     save_tensors(bring(transformers(shapes), weights, shapes), folder / "open_clip_model.safetensors")

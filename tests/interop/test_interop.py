@@ -322,7 +322,9 @@ def test_a_pickle_with_a_callback_and_averages(single, tmp_path):
     path, weights = single
     averages = {n: x + 1 for n, x in weights.items() if n.startswith("model.diffusion_model.")}
     dotless = {"model_ema." + n.removeprefix("model.").replace(".", ""): x for n, x in averages.items()}
-    state = weights | dotless | {"model_ema.decay": torch.tensor(0.99), "betas": torch.zeros(3)}
+    state = (
+        weights | dotless | {"model_ema.decay": torch.tensor(0.99), "betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2}
+    )
     torch.save({"state_dict": state, "callbacks": {ModelCheckpoint: {"best_model_score": None}}}, tmp_path / "old.ckpt")
     (tmp_path / "old.yaml").write_text(path.with_suffix(".yaml").read_text())
     told, plain = read(str(tmp_path / "old.ckpt"))[0], read(str(path))[0]

@@ -331,7 +331,7 @@ def test_clip_timm_and_torchvision_see_what_their_libraries_see(clip_folder, tmp
         wanted = (model.eval().encode_image(torch.stack([preprocess(f) for f in files])), vit, (2, 576))
     for extractor, truth in zip(extractors, wanted):
         found = extractor(images)["features"]
-        assert set(extractor.protocol) == {"extractor", "sha256", "resize"}
+        assert set(extractor.protocol) - {"preprocess"} == {"extractor", "sha256", "resize"}
         if isinstance(truth, tuple):
             assert found.shape == truth and found.std() > 0
         else:

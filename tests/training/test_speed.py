@@ -467,7 +467,7 @@ def test_help_comes_at_once():
     answer = subprocess.run([sys.executable, "-c", HELP], cwd=CONFIGS.parent, capture_output=True, text=True)
     for script in ("train", "sample", "evaluate", "precompute"):
         assert f"{script} []" in answer.stdout.splitlines(), answer.stdout[-500:] + answer.stderr[-500:]
-    assert answer.stdout.count("== Configuration groups ==") == 4
+    assert answer.stdout.count("Choices, GROUP=NAME") == 4
 
 
 # ---- what a step costs
