@@ -24,7 +24,8 @@ from ldm.run_id import VOLATILE
 HOME = Path("runs/quickstart")
 USUAL = 8  # minutes that the steps below are meant for, on two CPU cores
 EXPERIMENTS = {"clip": "emoji/clip", "autoencoder": "emoji/autoencoder", "diffusion": "emoji/text"}
-STEPS = {"clip": 120, "autoencoder": 900, "diffusion": 900}
+STEPS = {"clip": 120, "autoencoder": 750, "diffusion": 800}
+SHORT = 2000  # steps of an autoencoder to which turned, upended and recoloured pictures cost more than they bring
 THREADS = "callback@always=[preempt,guard,threads]"
 PROMPTS = [
     "blue apple",
@@ -114,6 +115,8 @@ def train_one(stage: str, steps: int, overrides: list[str]) -> None:
     lengths = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={often}", f"callback.checkpoint.every={often}"]
     preview = {"autoencoder": "callback.reconstructions.every", "diffusion": "callback.drawings.every"}
     lengths += [f"{preview[stage]}={often}"] if stage in preview else []
+    if stage == "autoencoder" and steps <= SHORT:
+        lengths += [f"training.augment.{change}=0" for change in ("upend", "turn", "recolour")]
     arguments = [
         f"experiment={EXPERIMENTS[stage]}",
         f"run_id=quickstart/{stage}",
