@@ -108,6 +108,8 @@ def attach(model: LatentModel, adapters: Mapping[str, Adapter], rates: Mapping[s
     for name, rate in rates.items():
         if name not in model.conditioner.embedders:
             raise Refusal(f"rates.{name}: the base has no such condition.{nearest(name, list(model.conditioner.embedders))}")
+        if not 0 <= rate <= 1:
+            raise Refusal(f"rates.{name}={rate}: wanted 0 (never dropped) to 1.")
         model.conditioner.embedders[name].rate = rate
     if not adapters:
         return

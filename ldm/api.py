@@ -29,6 +29,7 @@ from ldm.types import Autoencoder, Batch, Guidance, Sampler
 
 Picture = Image.Image
 Output = Literal["pil", "pt"]
+UNREAD = ("model", "seed", "tile", "compile", "device", "adapters", "base", "out")  # settings of sample.yaml that draw has not
 
 
 class Pipeline:
@@ -90,7 +91,7 @@ class Pipeline:
             init: a picture to begin from. strength: how much of it is drawn anew, in [0, 1]; by default 0.6, with a mask 1.
             mask: inpainting, white where `init` is drawn anew.
             ask: other conditions by the field that they read: {"label": "Food"}, {"map": a PIL picture}.
-            settings: others of sample.yaml, such as ["sampler.grid.rho=5", "batch=4"].
+            settings: others of sample.yaml, such as ["sampler/grid=karras", "sampler.grid.rho=5", "batch=4"].
             watch: called after each step with (step, time, estimate of the latents), which `decode` makes pictures of.
 
         What is None is what the model is usually drawn with.
@@ -104,6 +105,8 @@ class Pipeline:
         words += [f"guidance={guidance}"] if isinstance(guidance, str) else []
         words += [f"guidance.scale={guidance}"] if isinstance(guidance, int | float) else []
         words += [] if steps is None else [f"sampler.steps={steps}"]
+        if unread := [word for word in settings if word.split("=")[0] in UNREAD]:
+            raise Refusal(f"settings={unread}: drawing reads none of these; seed= is a word of draw, the others are of ldm.load.")
         config = dict(_sampling((*words, *settings)))
         given = {"negative": negative, "count": count, "init": init, "mask": mask, "strength": strength}
         given |= {"resolution": None if size is None else size if isinstance(size, int) else list(size)}

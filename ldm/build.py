@@ -140,6 +140,8 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
     """The training stage of a composed train.yaml, which takes over the weights that model.init names if it `begins`."""
     plain = moved(OmegaConf.to_container(config, resolve=True))
     recipe = plain["training"].pop("recipe")
+    if recipe.get("_target_") != ADAPTED and (plain.get("adapter") or plain.get("rates")):
+        raise Refusal("adapter=[...] and rates= are of training=finetune, which begins from model.init=MODEL.")
     for model in (recipe, plain["training"].get("model", {})):
         for group, place in (("condition", "condition"), ("adapter", "adapters")):
             if place in model:
@@ -252,7 +254,14 @@ def load_model(
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
     model = _whole(path, recipe, weights, allow)
     own = model.state_dict()
+    mine = {one.sha256 for one in given}
     given += [_given(one, recipe, own, allow) for one in asked(adapters)]
+    for one in given[len(mine) :]:
+        if one.sha256 in mine:
+            raise Refusal(
+                f"adapters={one.asked.source} is at work already, since model={path} is its run: model=BASE with "
+                f"adapters={one.asked.source}:0.5 draws with half of it."
+            )
     if given:
         put_on(model, given)
     return model.eval()

@@ -25,7 +25,7 @@ CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if p
 SPOKEN = ("prompt", "negative", "source", "ask", "callback.drawings.captions")
 PATHS = (
     *("model", "init", "path", "weights", "pretrained", "vocabulary"),  # of what was trained
-    *("train", "val", "root", "images", "reference", "mask", "prompts"),  # of what is read
+    *("train", "val", "split", "val_split", "data_dir", "root", "images", "reference", "mask", "prompts"),  # of what is read
     *("out", "runs", "run_id", "folder", "cache", "checkpoints", "save_dir", "default_root_dir"),  # of what is written
     *("resume", "sweep", "compare", "adapters", "base"),
 )

@@ -97,7 +97,7 @@ class Denoiser(nn.Module):
         x = x if cond.spatial is None else torch.cat((x, _fitting(cond.spatial, x)), dim=1)
         level = self.level(t, alpha, sigma).to(x_t, non_blocking=True).expand(len(x_t))
         if self.span:
-            cond = cond + Cond(vector=self._way(level, to))
+            cond = Cond(vector=self._way(level, to)) + cond  # in front: Flux finds its guidance at the end
         elif to is not None:
             raise Refusal(
                 "This model knows one time, and was asked to go to a second one: sampler=flow_map draws from flow maps "

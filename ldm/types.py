@@ -220,8 +220,8 @@ class Sampler(Protocol):
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
         """Goes from x: (B, C, H, W) at times[0] to times[-1]; seeds feed the samplers that add noise on the way."""
 
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), from the first time down to the last, float64."""
+    def times(self, schedule: Schedule, sides: Sequence[int] | None = None) -> Tensor:
+        """-> (steps + 1), from the first time down to the last, float64. sides: the latents' height and width."""
 
 
 class Conditioned(Protocol):

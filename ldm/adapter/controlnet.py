@@ -103,6 +103,8 @@ class Controlled(nn.Module):
         """x: (B, C + C' + hints, H, W), noise_level: (B) -> (B, C, H, W)."""
         each, count = self.base.width + 1, len(self.nets)
         x, *hints = x.split([x.shape[1] - count * each, *[each] * count], dim=1)
+        if self.training:  # the hints' gradient came along with the concatenation, and nothing before x is trained
+            x = x.detach()
         heard = self.base.condition(x, noise_level, cond)
         h, skips = self.base.down(x, heard)
         for net, hint in zip(self.nets.values(), hints):

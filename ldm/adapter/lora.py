@@ -17,8 +17,10 @@ from ldm.errors import Refusal
 from ldm.files.process import first
 from ldm.nn.attention import Split, split_attention
 
-ATTENTION = r"\.(?:attend\w*|attn)\.(?:q|k|v|qkv|out|out_proj)|\.qkv"
-TRANSFORMERS = rf"{ATTENTION}|\.proj_in|\.proj_out|\.feed\.(?:wide|out)|\.mlp\.(?:c_fc|c_proj)|\.(?:wide|narrow)"
+ATTENTION = r"\.(?:attend\w*|attn|again)\.(?:q|k|v|kv|qkv|out|out_proj)|\.qkv"
+TRANSFORMERS = (
+    rf"{ATTENTION}|\.into|\.blocks\.\d+\.out|\.proj_in|\.proj_out|\.feed\.(?:wide|out)|\.mlp\.(?:c_fc|c_proj)|\.(?:wide|narrow)"
+)
 # Of our names, from their ends.
 TARGETS = {
     "attention": ATTENTION,
@@ -162,7 +164,7 @@ class LoRA:
             if (there[0], update.down[0].numel()) != (weight.shape[0], weight[0].numel()):
                 raise Refusal(f"{name} is {there} in the LoRA and {tuple(weight.shape)} here; it is of another model.")
             if strength:
-                whole = made.get(place.tensor, present[place.tensor]).double()
+                whole = made.get(place.tensor, present[place.tensor]).to(torch.float64, copy=True)
                 whole[place.rows] += strength * update.of(weight.double())
                 made[place.tensor] = whole.to(weight.dtype)
         return made

@@ -123,7 +123,7 @@ class DiT(nn.Module):
         told = silu(level)
         h, (rows, columns) = self.patches(x)
         tokens, mask = (None, None) if self.read is None else visible(cond.tokens.to(x), cond.mask)
-        tokens = None if self.read is None else self.read(tokens)
+        tokens = None if self.read is None else self.read(tokens).to(x)
         h, before, mask = self.beside(h, tokens, mask)
         turn = self.turn(rows, columns, before, h) if self.head_width else None
         each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
@@ -139,7 +139,7 @@ class DiT(nn.Module):
                 f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
                 "data.size or size=)."
             )
-        h = self.embed(x)
+        h = self.embed(x).to(x)  # under autocast the sums of the blocks stay float32
         rows, columns = h.shape[2:]
         h = h.flatten(2).transpose(1, 2)
         if not self.fixed:

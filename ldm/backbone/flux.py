@@ -83,7 +83,7 @@ class Flux(nn.Module):
         tokens, mask = visible(cond.tokens.to(x), cond.mask)
         h = pixel_unshuffle(x, self.patch)
         rows, columns = h.shape[2:]
-        h, y = self.embed(h.flatten(2).transpose(1, 2)), self.read(tokens)
+        h, y = self.embed(h.flatten(2).transpose(1, 2)).to(x), self.read(tokens).to(x)  # under autocast sums stay float32
         turn = rotary(places(y.shape[1], rows, columns), self.axes, h)
         mask = None if mask is None else torch.cat((mask, mask.new_ones(len(h), 1, 1, h.shape[1])), dim=3)
         for block in self.blocks:

@@ -72,12 +72,12 @@ class Subject:
             NotFound: the data are not there.
         """
         chosen, own = self.config["data"] == self.node, self.recipe.get("usual", {}).get("data")
-        where = self.node.get("train", "the emoji")
+        where = self.node.get("train") or self.node.get("name") or (self.node.get("dataset") or {}).get("_target_", "the emoji")
         if not chosen:
             why = "as the model was trained on them" if own else "since the model does not say what it was trained on"
             self._say(f"Data: {where} at {self.node.get('size')} px, {why} (data=..., data.train=...).")
         try:  # a model, perhaps a stranger's, chooses among data alone
-            data = build(self.node, self.allow if chosen else ("ldm.data", *self.config["allow"]))
+            data = build(self.node, self.allow if chosen else ("ldm.data", "ldm.tower.counter", *self.config["allow"]))
             data.prepare_data()
             data.setup()
         except FileNotFoundError as error:

@@ -66,6 +66,7 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     data = build(config.data, allowed(config))
     stage = build_stage(config)
     drawn = {} if stage.latent_model() is None else drawn_as(config)
+    drawn |= of_base(config)
     stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True)) | drawn}
     callbacks, always, loggers = (list(build_members(config, group).values()) for group in ("callback", "always", "logger"))
     profile = [Profile(folder / "profile")] if config.profile else []
@@ -79,6 +80,17 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     finally:
         close(loggers)
     return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def of_base(config: DictConfig) -> dict[str, Any]:
+    """How the model that training=finetune begins from is usually drawn, but for its size and data."""
+    from ldm.adapt import ADAPTED
+    from ldm.build import at_rest, recipe_of
+
+    if OmegaConf.select(config, "training.model._target_") != ADAPTED:
+        return {}
+    usual = recipe_of(at_rest(config.model.init)).get("usual", {})
+    return {name: usual[name] for name in ("sampler", "guidance", "precision") if name in usual}
 
 
 def _trainer(config: DictConfig, **settings: Any) -> Any:

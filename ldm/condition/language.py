@@ -82,6 +82,9 @@ class Language(Condition):
 
     def ids(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B captions -> (B, L) token ids, and which of them are of the caption; on the processor."""
+        if self.words is None:  # what is reckoned without weights has no words either: as many as may be
+            shape = (len(captions), self.length)
+            return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
         rows = self.words.rows(captions)
         full = [len(row) > self.length for row in rows]
         if self.training or self.cut.always:

@@ -176,6 +176,8 @@ def kind_of(value: Any, option: str, field: str) -> str:
         return "txt"
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return "cls"
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 and "int" in str(value.dtype):
+        return "cls"
     if isinstance(value, Mapping):
         return "json"
     if isinstance(value, Tensor | np.ndarray) and value.dtype != object:

@@ -54,14 +54,13 @@ class Hub(MapStyle):
         flip: float = 0.0,
         on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
     ) -> None:
+        workers = min(workers, 1) if streaming else workers  # the library shares streams out by their files
         make = partial(load, name, config, data_dir=data_dir)
         val = None if val_split is None else partial(make, split=val_split)
         fields = FIELDS if fields is None else fields
         super().__init__(partial(make, split=split), val, fields, size, batch, seed, workers, crop, flip, on_mismatch)
         self.name, self.streaming, self.shuffle = name, streaming, shuffle
         self._stream = partial(make, split=split, streaming=True)
-        if streaming and workers > 1:
-            raise Refusal(f"data.workers={workers}: the library shares streams out by their files; use data.workers=1 or 0.")
 
     def prepare_data(self) -> None:
         """Fetches what is not here yet, once on each node."""

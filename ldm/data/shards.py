@@ -285,7 +285,9 @@ class Shards(pl.LightningDataModule):
     def _split(self, split: Split) -> Samples:
         samples = {"train": self.train_set, "val": self.val_set}[split]
         if samples is None:
-            raise Refusal("There are no validation samples; set data.val.")
+            raise Refusal(
+                "There are no validation samples; set data.val (data=torch: data.val_dataset, data=hf: data.val_split)."
+            )
         return samples
 
     def _load(self, loaded: Loaded, order: Batches | Once) -> DataLoader:

@@ -58,7 +58,7 @@ def resolved(said: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any
     base = dict(usual.get("data") or {"_target_": EMOJI, "size": 32})
     if "train" in own:
         base = {**base, "_target_": SHARDS} if base["_target_"] == EMOJI else base
-        base = {name: value for name, value in base.items() if name not in ("val", "groups", "val_fraction", "filters")}
+        base = {name: value for name, value in base.items() if name not in ("val", "groups", "val_fraction", "filters", "tokens")}
     fields = {name: member for name, member in said["fields"].items() if member != WORD}
     fields = {**base.get("fields", {"image": "jpg", "caption": "txt"}), **fields}
     return {**base, **own, "fields": fields}

@@ -25,7 +25,7 @@ class FromPicture:
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        times = last_part(self.sampler.times(schedule), self.strength)
+        times = last_part(self.sampler.times(schedule, noise.shape[2:]), self.strength)
         if len(times) == 1:
             return self.picture.to(noise).expand_as(noise)
         x = noised(self.picture.to(noise), schedule, times[0], noise)
@@ -50,7 +50,7 @@ class FromInversion:
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W), of which only the shape matters -> x: (B, C, H, W)."""
-        times = last_part(self.sampler.times(schedule), self.strength)
+        times = last_part(self.sampler.times(schedule, noise.shape[2:]), self.strength)
         if len(times) == 1:
             return self.picture.to(noise).expand_as(noise)
         x = schedule(times[-1])[0] * self.picture.to(noise).expand_as(noise)
@@ -84,7 +84,7 @@ class Inpainting:
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
         picture, redrawn = self.picture.to(noise), self.mask.to(noise) > 0
-        times = last_part(self.sampler.times(schedule), self.strength)
+        times = last_part(self.sampler.times(schedule, noise.shape[2:]), self.strength)
         if len(times) == 1:
             return picture.expand_as(noise)
         x = noised(picture, schedule, times[0], noise)

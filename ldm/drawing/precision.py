@@ -35,9 +35,9 @@ def in_precision(guidance: Guidance, precision: str, device: torch.device) -> Gu
         with torch.autocast(device.type, kind):
             denoise = guidance(model, ask)
 
-        def said(x_t: Tensor, t: Tensor) -> Tensor:
+        def said(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
             with torch.autocast(device.type, kind):
-                return denoise(x_t, t).float()
+                return denoise(x_t, t, *to).float()
 
         return said
 

@@ -100,11 +100,11 @@ def taking_turns(guidance: Guidance) -> Guidance:
         several = [guidance(model, _turn(ask, i)) for i in range(count)]
         step, lowest = -1, math.inf
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        def denoise(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
             nonlocal step, lowest
             if (time := float(t.max())) < lowest:
                 step, lowest = step + 1, time
-            return several[step % count](x_t, t)
+            return several[step % count](x_t, t, *to)
 
         return denoise
 

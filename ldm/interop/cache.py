@@ -5,6 +5,7 @@ An entry is a folder `models/KEY` of the cache, whole or not there, with `brough
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from ldm.interop.published import Published, published
 
 CONVERSION = 1  # counts up when conversion writes another thing of the same source: what was brought before is made again
 NOTE = "brought.json"
-READ = (".json", ".txt", ".yaml", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")  # of a folder, what may be read
+READ = (".json", ".txt", ".yaml", ".model", ".safetensors", ".bin", ".ckpt", ".pt", ".pth")  # of a folder, what may be read
 Say = Callable[[str], None]
 
 
@@ -148,7 +149,8 @@ def _key(path: Path, source: str, row: Published | None, say: Say) -> str:
             raise Refusal(f"{path} has sha256 {held[0]}, and {source} has {row.sha256}: remove it, and it is fetched again.")
         beside = path.with_suffix(".yaml")
         held += [file_content(beside)] if beside.is_file() else []
-    return digest_of([str(CONVERSION), *held])[:16]
+    said = [] if row is None else [json.dumps([row.licence, row.usual], sort_keys=True, default=str)]
+    return digest_of([str(CONVERSION), *held, *said])[:16]
 
 
 def _convert(path: Path, source: str, row: Published | None, folder: Path, say: Say) -> None:

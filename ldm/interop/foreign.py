@@ -36,7 +36,13 @@ class Foreign:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """The tensors of all its files by name."""
-        return {name: x for file in self.files for name, x in read_weights(file).items()}
+        found: dict[str, Tensor] = {}
+        for file in self.files:
+            held = read_weights(file)
+            if twice := next((name for name in held if name in found), None):
+                raise Refusal(f"adapters={self.path}: {twice} is in several of {[f.name for f in self.files]}; name one file.")
+            found |= held
+        return found
 
     @cached_property
     def metadata(self) -> dict[str, str]:

@@ -64,7 +64,7 @@ def _wanted(files: list[str]) -> list[str]:
     """Of a repository's files those that `read` reads: of a pipeline its parts, and each part once, in full precision."""
     whole = [f for f in files if "model_index.json" not in files or "/" in f or f == "model_index.json"]
     weights = [f for f in whole if f.endswith((".safetensors", ".bin"))]
-    settings = [f for f in whole if f.endswith((".json", ".txt", ".yaml"))]
+    settings = [f for f in whole if f.endswith((".json", ".txt", ".yaml", "spiece.model"))]
 
     def rank(f: str) -> tuple[int, bool]:
         return (next((i for kind, i in (("non_ema", 3), ("bf16", 2), ("fp16", 1)) if kind in f), 0), f.endswith(".bin"))

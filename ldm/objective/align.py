@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from ldm.errors import Refusal
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Draw, InTraining, Objective, Schedule
+from ldm.types import Batch, Cond, Draw, Freezes, InTraining, Objective, Schedule
 
 
 class Teacher(Protocol):
@@ -64,6 +64,8 @@ class Align(nn.Module):
         self.teacher = teacher() if weights is None else teacher(weights=weights)
         self.width, self.layer, self.align_weight, self.until = width, layer, align_weight, until
         outward = self.teacher.patches(torch.zeros(1, 3, 32, 32)).shape[1]
+        inner = self.of.frozen if isinstance(self.of, Freezes) else ()
+        self.frozen = tuple(f"of.{part}" for part in inner)
         self.projector = nn.Conv2d(width, outward, 3, padding=1) if projector == "convolution" else mlp(width, hidden, outward)
         self.ear = Ear()
 

@@ -26,13 +26,13 @@ class Walk:
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
         """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
-        grid = self.grid.sized(*noise.shape[2:]) if isinstance(self.grid, Sized) else self.grid
-        times = grid(self.steps, schedule)
+        times = self.times(schedule, noise.shape[2:])
         return self.walk(denoise, schedule, start(schedule, times, noise), times, seeds)
 
-    def times(self, schedule: Schedule) -> Tensor:
-        """-> (steps + 1), from the first time down to the last, float64."""
-        return self.grid(self.steps, schedule)
+    def times(self, schedule: Schedule, sides: Sequence[int] | None = None) -> Tensor:
+        """-> (steps + 1), from the first time down to the last, float64. sides: the latents' height and width."""
+        grid = self.grid.sized(*sides) if sides is not None and isinstance(self.grid, Sized) else self.grid
+        return grid(self.steps, schedule)
 
 
 def start(schedule: Schedule, times: Tensor, noise: Tensor) -> Tensor:

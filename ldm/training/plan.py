@@ -28,6 +28,7 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     batch = next(iter(data.ordered("train", batch=1)))
     batch = data.on_after_batch_transfer(batch, 0)
     sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
+    still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
     trained, frozen = (sum(n for kept, n in sizes if kept is which) for which in (True, False))
     work, kept = cost(stage, batch)
     if trainer.precision.startswith(("bf16", "16")):
@@ -35,7 +36,7 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
     shares = world if isinstance(trainer.strategy, Sharded) else 1
-    states, others = trained * sum(TRAINED.values()) // shares, frozen * 4
+    states, others = trained * sum(TRAINED.values()) // shares, still
     name, speed = _speed(device, trainer)
     seconds = work * stage.batch / (world * speed)
     lines = [

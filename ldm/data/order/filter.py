@@ -145,7 +145,7 @@ def _tokens(index: Index, shard: int, fields: Mapping[str, str], count: Count | 
         lacking = "data.fields names no text" if member is None else "data.tokens, which counts them, is null"
         raise Refusal(
             f"data.filters.{TOKENS}: {lacking}. Name the model whose tokenizer counts, clip or as in condition.t5.model: "
-            "+data.tokens={_target_: ldm.tower.counter.Counter, model: google/t5-v1_1-xxl}."
+            "data.tokens={_target_: ldm.tower.counter.Counter, model: google/t5-v1_1-xxl}."
         )
     table, texts = index.table(shard), {}
     with index.fetch.held(index.shards[shard]) as path, open(path, "rb") as file:

@@ -84,7 +84,7 @@ class Reconstructions(Preview):
 
 
 def first(trainer: pl.Trainer, module: pl.LightningModule, count: int) -> dict:
-    """The first `count` validation samples, on the module's device."""
+    """The first `count` validation samples, or of training where there are none, on the module's device."""
     data = trainer.datamodule
-    batch = next(iter(data.ordered("val", batch=count)))
+    batch = next(iter(data.ordered("val" if data.val_set else "train", batch=count)))
     return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, module.device, 0), 0)
