@@ -1,8 +1,8 @@
 """A style taught to the emoji model by a LoRA, and what it cost:  python benchmarks/blueprint.py make|measure [RUN ...]
 
 `make` writes 32 training pictures in blue duotone, captioned "..., blueprint", into runs/blueprint/pictures and the base's own
-drawings of 128 other captions into runs/blueprint/prior; then python train.py experiment=emoji/lora; `measure RUN` says whether
-128 captions of neither come out blue and in their own shape, and what the LoRA did to captions without the word.
+drawings of these and 128 other captions into runs/blueprint/prior; then python train.py experiment=emoji/lora; `measure RUN` says
+whether 128 captions of neither come out blue and in their own shape, and what the LoRA did to captions without the word.
 """
 
 import io
@@ -82,7 +82,7 @@ def make():
     images, captions = emoji()
     taught, prior, _ = parts(captions)
     shards(duotone(images[taught]), [f"{captions[i]}, {WORD}" for i in taught], HOME / "pictures")
-    words = [captions[i] for i in prior]
+    words = [captions[i] for i in (*taught, *prior)]  # the taught ones too, so that the word alone makes them blue
     shards(drawn(load_model(BASE), words, seed=1000), words, HOME / "prior")
 
 

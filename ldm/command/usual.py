@@ -32,7 +32,12 @@ def as_usual(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, A
 def drawn_as(config: DictConfig) -> dict[str, Any]:
     """A composed train.yaml -> the sampler and guidance of its previews, for `usual`, but for one that needs another model."""
     nodes = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("sampler", "guidance") if config.get(name)}
-    return {name: node for name, node in nodes.items() if "path" not in node.get("weak", {})}
+    return {name: node for name, node in nodes.items() if "_target_" in node and not _needs_another(node)}
+
+
+def _needs_another(node: Any) -> bool:
+    """Whether another model is built within a guidance."""
+    return isinstance(node, Mapping) and ("path" in (node.get("weak") or {}) or any(map(_needs_another, node.values())))
 
 
 def _filled(said: Any, usual: Mapping[str, Any] | None, default: Mapping[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.drawing.generate import check_paste, generate
-from ldm.drawing.precision import PRECISIONS
+from ldm.drawing.precision import PRECISIONS, in_precision
 from ldm.errors import Refusal
 from ldm.evaluation.rows import Source, fingerprint
 from ldm.files.picture import from_bytes, open_picture, to_bytes, to_tensor
@@ -137,7 +136,7 @@ class Drawings:
             "seed": seed,
             "size": list(size),
             "conditioning": conditioning,
-            "precision": precision,
+            "precision": "32" if precision == "32" else f"{precision}, the network alone",
             **({"paste": paste} if model.conditioner.hole else {}),
             **(protocol or {}),
         }
@@ -153,10 +152,8 @@ class Drawings:
         if self.conditioning == "shuffled":
             others = self.fields([another(n, self.count, self.seed) for n in numbers])
             fields = {name: others[name] if name in self.model.conditioner.fields else value for name, value in fields.items()}
-        kind = PRECISIONS[self.precision]
-        with torch.autocast(device.type, kind) if kind else nullcontext():
-            seeds = [self.seed + n for n in numbers]
-            return on_grid(generate(self.model, fields, self.sampler, guidance, seeds, self.size, self.paste))
+        guidance, seeds = in_precision(guidance, self.precision, device), [self.seed + n for n in numbers]
+        return on_grid(generate(self.model, fields, self.sampler, guidance, seeds, self.size, self.paste))
 
 
 def untold(guidance: Guidance) -> Guidance:

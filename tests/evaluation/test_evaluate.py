@@ -402,7 +402,7 @@ def test_every_number_carries_its_protocol(command, tmp_path):
         assert {"extractor", "of", "count", "reference", "ema", "code"} <= protocol.keys()
         if protocol["of"] == "drawing":
             assert {"sampler", "guidance", "seed", "size", "precision", "conditioning", "requests"} <= protocol.keys()
-            assert protocol["precision"] == "bf16" and len(protocol["sha256"]) == 64 and protocol["resize"]
+            assert protocol["precision"] == "bf16, the network alone" and len(protocol["sha256"]) == 64 and protocol["resize"]
         assert isinstance(entry["value"], float), name
 
 
