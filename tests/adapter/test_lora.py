@@ -303,3 +303,9 @@ def test_how_adapters_are_asked_for(tmp_path):
 def test_adapters_are_free_text_on_the_command_line():
     config = compose_config("sample", ["model=m", "adapters=[a b.safetensors:0.8,<fox>=x.pt,e=c.pth:0.7]"])
     assert list(config.adapters) == ["a b.safetensors:0.8", "<fox>=x.pt", "e=c.pth:0.7"]
+
+
+def test_words_of_fine_tuning_are_refused_where_nothing_is_fine_tuned():
+    for words in (["adapter=[lora]"], ["rates={text: 0.5}"]):
+        with pytest.raises(Refusal, match="are of training=finetune"):
+            build_stage(compose_config("train", words))
