@@ -16,9 +16,9 @@ def named_content(config: Any, home: Path = Path()) -> list[str]:
     home: the folder that `./name` begins at. Of a folder the files of a model at rest count, or else its checkpoints.
     """
     if isinstance(config, Mapping):
-        return [found for value in config.values() for found in named_content(value, home)]
+        return [content for value in config.values() for content in named_content(value, home)]
     if isinstance(config, list):
-        return [found for value in config for found in named_content(value, home)]
+        return [content for value in config for content in named_content(value, home)]
     if not isinstance(config, str) or not config or len(config) > 1000:
         return []
     name = config.removeprefix(LOCAL)

@@ -23,7 +23,7 @@ def files_content(files: Sequence[Path], home: Path) -> str:
     """
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = pool.map(file_content, files)
-        return digest_of([f"{file.relative_to(home).as_posix()} {found}" for file, found in zip(files, hashes)])
+        return digest_of([f"{file.relative_to(home).as_posix()} {sha256}" for file, sha256 in zip(files, hashes)])
 
 
 def file_content(path: str | Path) -> str:

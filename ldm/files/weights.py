@@ -76,8 +76,8 @@ def read_weights(path: Path, sha256: str | None = None, option: str = "", instea
         raise NotFound(f"{name}: there is no such file.{instead}")
     if path.suffix != ".safetensors" and path.suffix not in PICKLES:
         raise Refusal(f"{name} is none of .safetensors, {', '.join(PICKLES)}.{instead}")
-    if sha256 is not None and not (found := file_content(path)).startswith(sha256.lower()):
-        raise Refusal(f"{name} has sha256 {found}, not {sha256}: it is damaged, or another network with other numbers.{instead}")
+    if sha256 is not None and not (actual := file_content(path)).startswith(sha256.lower()):
+        raise Refusal(f"{name} has sha256 {actual}, not {sha256}: it is damaged, or another network with other numbers.{instead}")
     weights = load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path, name, instead)
     bare = {WRAPPERS.sub("", tensor): x for tensor, x in weights.items()}
     if len(bare) < len(weights):
