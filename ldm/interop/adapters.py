@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.adapt import ADAPTED, TEXT, Asked
 from ldm.adapter.lora import LoRA
 from ldm.errors import Refusal
-from ldm.files.content import file_content
+from ldm.files.base import identity_of
 from ldm.files.folder import read_model, read_recipe, save_model
 from ldm.interop.bundle import Bundle
 from ldm.interop.find import adapter_kinds
@@ -82,9 +82,8 @@ def write_adapter(source: str, adapter: Read, bundle: Bundle, base: str, target:
         Refusal: the layout has no place for it.
     """
     if layout == "ldm":
-        name, file = adapter.node["_target_"].split(".")[-2], Path(base) / "model.safetensors"
-        told = {"path": str(Path(base).absolute()), "sha256": file_content(file)}
-        save_model(adapter.tensors, {"_target_": ADAPTED, "base": told, "adapters": {name: adapter.node}}, target)
+        recipe = {"_target_": ADAPTED, "base": identity_of(Path(base))}
+        save_model(adapter.tensors, {**recipe, "adapters": {adapter.node["_target_"].split(".")[-2]: adapter.node}}, target)
         return
     kind = next(kind for kind in adapter_kinds() if adapter.node["_target_"].split(".")[-2] == kind.adapter)
     if layout not in kind.layouts:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.errors import TOO_LARGE, Refusal
+from ldm.files.base import difference
 from ldm.files.folder import save_model, with_parts
 from ldm.model import LatentModel
 from ldm.training.base import CAPTIONS, Stage
@@ -178,7 +179,7 @@ class Diffusion(Stage):
             Refusal: names both models' conditions, or bases.
         """
         before, now = (recipe.get("base") or {} for recipe in (checkpoint["recipe"], self.recipe))
-        if before.get("sha256") != now.get("sha256"):
+        if bool(before) != bool(now) or difference(before, now):
             raise Refusal(
                 f"The checkpoint's adapters were trained on {before or 'no base'}; model.init has {now or 'no base'} now. Name "
                 "the base they were trained on, or begin another run: run_id=NAME (or resume=never)."
