@@ -31,7 +31,7 @@ class Condition(nn.Module):
     stands_for: str | None = None
     weighs: bool = False
     cut: Any = None
-    words: tuple[str, ...] = ()
+    taught: tuple[str, ...] = ()
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
         """Nothing: the batch holds what is read."""

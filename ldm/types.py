@@ -270,7 +270,7 @@ class Embedder(Protocol):
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
     weighs: bool  # whether it heeds the weights of a caption's parts (embedder.py's Weighted)
     cut: Any  # counts captions that were cut (`seen`, `cut`) and says so by `str`; None where there is nothing to say
-    words: tuple[str, ...]  # what adapters taught it
+    taught: tuple[str, ...]  # words that adapters taught it
 
     def __call__(self, value: Any, drop: Tensor) -> Cond:
         """value: the field, or one of each; drop: (B) bool, on the CPU, True where nothing must be told."""

@@ -147,12 +147,12 @@ class Text(Condition):
         width = self.tower.token_embedding.embedding_dim
         if rows.ndim != 2 or rows.shape[1] != width:
             raise Refusal(f"the rows of {word} are {rows.shape[-1]} wide, and this text tower's {width}: it is of another model.")
-        plain, known = self._plain().encode(word), [other.lower() for other in (*self.learned, *self.words)]
+        plain, known = self._plain().encode(word), [other.lower() for other in (*self.learned, *self.taught)]
         if len(plain) < 2 or word.lower() in known:
             raise Refusal(f"word={word!r} is {'a word already' if plain else 'empty'}; write <{word.strip('<> ') or 'fox'}>.")
         first = FIRST_LEARNED + len(self.learned)
         self.tower.token_embedding = Rows(self.tower.token_embedding, rows.clone(), first)
-        self.learned, self.words = (*self.learned, *names_of(word, len(rows))), (*self.words, word)
+        self.learned, self.taught = (*self.learned, *names_of(word, len(rows))), (*self.taught, word)
         if self.published:
             self.tokenizer = PublishedTokenizer(self.tower.context_length, self.padding, self.learned)
             return
@@ -276,9 +276,9 @@ class Texts(Condition):
         return Cond(tokens=pad(tokens, (0, self.widths.tokens - tokens.shape[2])), mask=told[0].mask, vector=vector)
 
     @property
-    def words(self) -> tuple[str, ...]:
+    def taught(self) -> tuple[str, ...]:
         """What each of its towers was taught."""
-        return tuple(dict.fromkeys(word for tower in self.towers.values() for word in tower.words))
+        return tuple(dict.fromkeys(word for tower in self.towers.values() for word in tower.taught))
 
     def settings(self) -> dict[str, Any]:
         """What, besides their weights, decides what they say."""

@@ -75,7 +75,7 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
 def _warn_of_unspoken(ask: Mapping[str, Any], model: LatentModel) -> None:
     """Where no caption spells a word that an adapter taught the model."""
     words = {
-        word: field for e in model.conditioner.embedders.values() for word in e.words for field in model.conditioner.fields_of(e)
+        word: field for e in model.conditioner.embedders.values() for word in e.taught for field in model.conditioner.fields_of(e)
     }
     for word, field in words.items():
         captions = [*ask.get(field, ()), *ask.get(f"negative.{field}", ())]

@@ -41,7 +41,7 @@ def test_at_step_0_nothing_is_other(bases, kind):
     attach(model, {"word": TextualInversion("<fox>", "red fox", 3)}, {})
     assert torch.equal(said(model, PLAIN), before) and torch.equal(said(model, SPOKEN), spelled)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == model.trained == {ROWS}
-    assert model.conditioner.embedders["text"].words == ("<fox>",)
+    assert model.conditioner.embedders["text"].taught == ("<fox>",)
 
 
 def test_only_the_rows_move(base):
