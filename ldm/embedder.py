@@ -31,6 +31,7 @@ class Condition(nn.Module):
     stands_for: str | None = None
     weighs: bool = False
     cut: Any = None
+    taught: tuple[str, ...] = ()
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
         """-> nothing: the batch holds the fields that are read."""

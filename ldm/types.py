@@ -263,6 +263,7 @@ class Embedder(Protocol):
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
     weighs: bool  # whether it applies the weights of a caption's parts (embedder.py's Weighted)
     cut: Any  # counts captions that were cut (`seen`, `cut`), and is a sentence as `str`; None where nothing can be cut
+    taught: tuple[str, ...]  # words that adapters added to its vocabulary
 
     def __call__(self, value: Any, drop: Tensor) -> Cond:
         """value: the field, or a list of the fields; drop: (B) bool, on the CPU, True where it is dropped -> its `Cond`."""

@@ -105,8 +105,8 @@ class PublishedTokenizer:
     """CLIP's tokenizer, equal to transformers' CLIPTokenizer, with which the published Stable Diffusions were trained.
 
     It differs from open_clip's in three ways: HTML entities are not decoded, the begin, end and padding tokens are special
-    tokens when a prompt spells them, and `learned` words (textual inversion) are one token each, from id 49408 on. A word that
-    was learned as several rows (`word`, `word_1`, ...) becomes all of them, as in diffusers.
+    tokens when a prompt spells them, and `learned` words (textual inversion) are one token each, from id 49408 on, in any case;
+    of a word that was learned as several rows (`word`, `word_1`, ...) the first stands for all, as in diffusers.
 
     Args:
         length: tokens of a caption, the begin and the end included.
@@ -127,15 +127,12 @@ class PublishedTokenizer:
         pad = next(word for word, number in ids.items() if number == padding)
         self.pieces.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (BEGIN, END, pad)])
         self.pieces.add_tokens([AddedToken(word, normalized=True) for word in learned])
-        self.begin, self.end, self.padding, self.length, self.learned = ids[BEGIN], ids[END], padding, length, tuple(learned)
+        self.begin, self.end, self.padding, self.length = ids[BEGIN], ids[END], padding, length
+        self.rows = {FIRST_LEARNED + i: _rows_of(word, learned) for i, word in enumerate(learned)}
 
     def encode(self, caption: str) -> list[int]:
         """-> the ids of a caption, without begin and end, not truncated."""
-        for word in self.learned:
-            if f"{word}_1" in self.learned and word in caption:
-                rows = [word, *(w for i in range(1, len(self.learned)) if (w := f"{word}_{i}") in self.learned)]
-                caption = caption.replace(word, " ".join(rows))
-        return self.pieces.encode(caption).ids
+        return [row for number in self.pieces.encode(caption).ids for row in self.rows.get(number, (number,))]
 
     def decode(self, ids: Sequence[int]) -> str:
         """-> the text of some ids."""
@@ -145,6 +142,20 @@ class PublishedTokenizer:
         """B captions -> (B, length) ids: begin, caption (truncated to length - 2), end, padding."""
         rows = [[self.begin, *self.encode(caption)[: self.length - 2], self.end] for caption in captions]
         return torch.tensor([row + [self.padding] * (self.length - len(row)) for row in rows])
+
+
+def _rows_of(word: str, learned: Sequence[str]) -> list[int]:
+    """The ids of a learned word: its own, and those of word_1, word_2 and so on as far as there are such."""
+    places = {name: FIRST_LEARNED + i for i, name in enumerate(learned)}
+    rows = [places[word]]
+    while (row := places.get(f"{word}_{len(rows)}")) is not None:
+        rows.append(row)
+    return rows
+
+
+def names_of(word: str, count: int) -> list[str]:
+    """What the tokens of a word of several rows are called: word, word_1, ..."""
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
@@ -178,14 +189,18 @@ def read(tower: nn.Module, ids: Tensor, end: int | None = None, projected: bool 
     hidden = [tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]]
     for block in tower.transformer.resblocks:
         hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
-    place = ids.argmax(dim=1) if end is None else (ids == end).int().argmax(dim=1)
-    pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), place]
+    pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), _ends(ids, end)]
     return hidden, pooled @ tower.text_projection if projected and tower.text_projection is not None else pooled
 
 
-def spoken(ids: Tensor) -> Tensor:
-    """ids: (B, L), in which the end token is the largest id -> mask (B, L) bool, True up to the end token, itself included."""
-    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
+def spoken(ids: Tensor, end: int | None = None) -> Tensor:
+    """ids: (B, L); `end` as in `read` -> mask (B, L) bool, True up to the end token, itself included."""
+    return torch.arange(ids.shape[1], device=ids.device) <= _ends(ids, end)[:, None]
+
+
+def _ends(ids: Tensor, end: int | None) -> Tensor:
+    """(B, L) -> (B), the position of the first `end`, or of the largest id."""
+    return ids.argmax(dim=1) if end is None else (ids == end).int().argmax(dim=1)
 
 
 def warn_of_cut(caption: str, tokenizer: Any, length: int) -> str:

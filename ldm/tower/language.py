@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import NotFound, Refusal, Unreachable
-from ldm.files.folder import LOCAL, read_json
+from ldm.files.folder import LOCAL, is_part, read_json
 from ldm.files.pieces import patterns_of, read_folder
+from ldm.files.weights import came_from
 from ldm.nn.empty import weighted, weightless
 from ldm.tower.t5 import COMMON, SIZES, build_t5, encoder_of
 from ldm.tower.words import Words
@@ -37,7 +38,7 @@ def load_language(model: str, pretrained: bool, dtype: torch.dtype, option: str)
     config = read_json(folder / "config.json")
     if not is_t5(config):
         with weighted():
-            return _frozen(Peer(_transformers_model(folder, pretrained, dtype, option)), dtype)
+            return _frozen(Peer(_transformers_model(folder, pretrained, dtype, option)), dtype, folder if pretrained else None)
     with weightless():
         tower = build_t5(config, str(folder / "config.json"))
     if not pretrained:
@@ -48,7 +49,7 @@ def load_language(model: str, pretrained: bool, dtype: torch.dtype, option: str)
         raise Refusal(f"{option}.model={model}: its weights do not fit its config.json: {', '.join(wrong[:3])}.")
     with weighted():
         tower.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, assign=True)
-    return _frozen(tower, dtype)
+    return _frozen(tower, dtype, folder)
 
 
 def load_words(model: str, option: str, published: bool) -> Any:
@@ -190,5 +191,7 @@ def _transformers(option: str) -> Any:
         ) from error
 
 
-def _frozen(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return tower.to(dtype).eval().requires_grad_(False)
+def _frozen(tower: nn.Module, dtype: torch.dtype, folder: Path | None = None) -> nn.Module:
+    tower = tower.to(dtype).eval().requires_grad_(False)
+    came_from(tower, [] if folder is None else sorted(filter(is_part, folder.iterdir())))
+    return tower
