@@ -73,7 +73,7 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
 
 
 def _warn_of_unspoken(ask: Mapping[str, Any], model: LatentModel) -> None:
-    """Where no caption spells a word that an adapter taught the model."""
+    """Warns of words that an adapter taught the model and that no caption holds."""
     words = {
         word: field for e in model.conditioner.embedders.values() for word in e.taught for field in model.conditioner.fields_of(e)
     }
