@@ -159,13 +159,6 @@ class Schedule(Protocol):
         """log(sigma / alpha): (*) -> t: (*) in [0, 1]."""
 
 
-@runtime_checkable
-class Terminal(Protocol):
-    """A schedule that may leave no signal at t = 1."""
-
-    zero_terminal_snr: bool
-
-
 class Prediction(Protocol):
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """What the network should predict; all are (B, C, H, W), or broadcast to it."""
