@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
 from ldm.errors import Refusal
+from ldm.nn.route import Routed
 from ldm.objective._around import critic_in, frozen_in, meets
 from ldm.objective.dmd import DMD
 from ldm.objective.preference import Preference
@@ -89,7 +90,7 @@ class Align(nn.Module):
             )
         self.ear.put(self._block(model))
         losses = self.of(model, batch, x, cond, draw)
-        align = self.alignment(as_map(self.ear.take(), x), self.teacher.patches(batch["image"]))
+        align = self.alignment(as_map(self.ear.take(), x, model.denoiser.backbone), self.teacher.patches(batch["image"]))
         return {**losses, "loss": losses["loss"] + self.align_weight * align, "align": align}
 
     def alignment(self, hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -153,18 +154,19 @@ def mlp(inward: int, hidden: int, outward: int) -> nn.Module:
     return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
 
 
-def as_map(hidden: Tensor, x: Tensor) -> Tensor:
+def as_map(hidden: Tensor, x: Tensor, backbone: Any = None) -> Tensor:
     """Maps (B, C, h, w), or tokens (B, N, C) of x's (B, _, H, W) patches in rows -> (B, C, h, w).
 
     Raises:
-        Refusal: these are not one token a square patch.
+        Refusal: these are not one token a square patch, of all patches.
     """
     if hidden.ndim == 4:
         return hidden
     side = math.sqrt(x[0, 0].numel() / hidden.shape[1]) if hidden.ndim == 3 else 0.5
-    if side % 1 or x.shape[2] % side or x.shape[3] % side:
+    some = isinstance(backbone, Routed) and side != backbone.patch
+    if some or side % 1 or x.shape[2] % side or x.shape[3] % side:
         raise Refusal(
             f"The block says {tuple(hidden.shape)} of latents {tuple(x.shape)}, which is no feature a patch: choose another "
-            "objective.layer."
+            "objective.layer, before those that objective=route sends fewer patches through, or behind them."
         )
     return hidden.transpose(1, 2).unflatten(2, (int(x.shape[2] // side), int(x.shape[3] // side)))
