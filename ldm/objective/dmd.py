@@ -59,7 +59,7 @@ class DMD(nn.Module):
         check_schedule(schedule, self.teacher.denoiser.schedule)
         cond = model.condition(batch)  # nothing is dropped: guidance is learned
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
-        t = self.regression.time(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         with torch.no_grad():
             alpha, sigma = (like(s, x) for s in schedule(t))
             x_t = alpha * drawn + sigma * self.regression.noise(draw, x)

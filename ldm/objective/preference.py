@@ -68,7 +68,7 @@ class Preference(nn.Module):
     def margin(self, denoiser: Denoiser, better: Tensor, worse: Tensor, cond: Cond, draw: Draw) -> Tensor:
         """better, worse: (B, C, H, W) -> how much larger the error of the better one is: (B)."""
         both = cond.stack(cond)
-        t = self.regression.time(draw.stratified("time"), denoiser.schedule).to(better, non_blocking=True).repeat(2)
+        t = self.regression.time_for(better)(draw.stratified("time"), denoiser.schedule).to(better, non_blocking=True).repeat(2)
         noise = self.regression.noise(draw, better).repeat(2, 1, 1, 1)
         x = torch.cat((better, worse))
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
