@@ -29,6 +29,7 @@ class Adapter(Protocol):
     """Something small that is trained beside a finished model, and put to work on it when that draws."""
 
     wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
+    scales: bool  # whether strengths between 0 and 1 mean something for it
 
     def attach(self, model: LatentModel) -> Sequence[str]:
         """Before training: gives a model, in place, new weights without effect -> the names of what is trained."""
@@ -177,6 +178,11 @@ def put_on(model: LatentModel, given: Sequence[Given]) -> None:
         lost = [n for n in one.tensors if not any(adapter.owns(n) for adapter in one.adapters.values())]
         if lost:
             raise Refusal(f"{one.asked.source}: {len(lost)} tensors are of none of its adapters, such as {lost[0]}.")
+        if one.asked.strength not in (0, 1) and not any(adapter.scales for adapter in one.adapters.values()):
+            raise Refusal(
+                f"adapters={one.asked.source}:{one.asked.strength:g} is a word, which is there or is not: 1 or 0. Prompts weigh "
+                "it: prompt_weights=true prompt='(<word>:0.8)'."
+            )
     for one, name, adapter in sorted(work, key=lambda item: item[2].wraps):
         tensors = {n: x for n, x in one.tensors.items() if adapter.owns(n)}
         try:

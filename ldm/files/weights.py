@@ -22,6 +22,7 @@ from ldm.files.content import file_content, remembered
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where a training's checkpoint has its weights, the first that is there; averages before what is trained.
 NESTS = ("state_dict", "ema", "model_ema", "params_ema", "model", "model_state_dict", "module", "params", "net")
+WORD = "string_to_param"  # where a word's rows lie in an embedding of A1111's
 # What DDP, torch.compile, FSDP and recomputation put into the names of what they wrap.
 WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -34,6 +35,13 @@ class Inert:
 
     def __setstate__(self, _: object) -> None:
         pass
+
+
+class Entries(dict[str, Any]):
+    """Stands for torch's ParameterDict, of embeddings of before torch 1.12, and keeps its entries."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state.get("_parameters", {}))
 
 
 def _without_factory(*_: object) -> dict[Any, Any]:
@@ -53,6 +61,7 @@ pathlib._local.PosixPath pathlib._local.WindowsPath datetime.datetime datetime.t
 """
 STUBS: list[Any] = [(Inert, name) for name in INERT.split()]
 STUBS += [(dict, "pytorch_lightning.utilities.parsing.AttributeDict"), (_without_factory, "collections.defaultdict")]
+STUBS += [(Entries, "torch.nn.modules.container.ParameterDict")]
 STUBS += [(kind, f"builtins.{kind.__name__}") for kind in (int, float, str, bool, list, dict)]
 # Numbers that training noted beside the weights, such as a loss or a generator's state: data, and no code.
 STUBS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -100,6 +109,14 @@ def metadata_of(path: Path) -> dict[str, str]:
             return dict(held.metadata() or {})
     except SafetensorError as error:
         raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
+
+
+def notes_of(path: Path) -> dict[str, str]:
+    """What a small file says beside its tensors, by key: the header of a safetensors file, or the words in a pickle."""
+    if path.suffix not in PICKLES:
+        return metadata_of(path)
+    held = _loaded(path, str(path), "")
+    return {k: v for k, v in held.items() if isinstance(k, str) and isinstance(v, str)} if isinstance(held, dict) else {}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -184,17 +201,23 @@ def _digest(tensors: Sequence[tuple[str, Tensor]], begun: Any = None) -> Any:
     return digest
 
 
-def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
+def _loaded(path: Path, name: str, instead: str) -> Any:
     try:
         with torch.serialization.safe_globals(STUBS):
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what damaged bytes may raise has no end
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = f"it names {code[1]}" if code else type(error).__name__
         raise Refusal(f"{name} does not load as plain tensors ({reason}). It is damaged, or holds code.{instead}") from error
+
+
+def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
+    held = _loaded(path, name, instead)
     kind = type(held).__name__
     while isinstance(held, dict) and (inner := next((n for n in NESTS if isinstance(held.get(n), dict)), None)) is not None:
         held = held[inner]
+    if isinstance(held, dict) and isinstance(held.get(WORD), dict):
+        held = {f"{WORD}.{inner}": x for inner, x in held[WORD].items()}
     weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not weights:
         raise Refusal(f"{name} holds a {kind} and no tensors by name: it is no model's weights.{instead}")
