@@ -27,6 +27,7 @@ class Condition(nn.Module):
     """The base of our conditions. A condition that does not inherit it gets what it lacks by `complete`."""
 
     frozen: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     hole: tuple[str, str] | None = None
     stands_for: str | None = None
     weighs: bool = False

@@ -266,6 +266,7 @@ class Embedder(Protocol):
     rate: float
     widths: Widths
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
+    unreached: tuple[str, ...]  # names of its parts that no gradient reaches: their output is not read, or read without one
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
     weighs: bool  # whether it heeds the weights of a caption's parts (embedder.py's Weighted)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from helpers.language import save_t5
 from ldm.adapt import asked, attach
 from ldm.adapter.lora import LoRA
 from ldm.build import adapted, build, build_stage, load_model
@@ -97,6 +98,21 @@ def test_a_split_attention_says_the_same(clip_folder, base):
     model = adapted(base, {"lora": LoRA(rank=2, text=True)}).eval()
     assert (said(model) - said(load_model(base))).abs().max() < 1e-5
     assert sum(".tower." in name for name in model.trained) == 2 * 4 * 2
+
+
+def test_what_no_gradient_reaches_has_no_factors(clip_folder, tmp_path, capsys):
+    """A tower that is read before its last block, under DDP too; a language model is read without a gradient."""
+    node = {"_target_": "ldm.condition.text.Text", "model": f"local-dir:{clip_folder}", "layers": [-2]}
+    model = adapted(at_rest(tmp_path / "text", UNET, {"text": node}), {"lora": LoRA(rank=2, targets="all", text=True)})
+    assert sum(".resblocks.0." in name for name in model.trained) == 2 * 6
+    assert not any(".resblocks.1." in name for name in model.trained)
+    assert "without conditioner.embedders.text.tower.transformer.resblocks.1: no gradient" in capsys.readouterr().out
+    said(model).square().mean().backward()
+    assert all(model.get_parameter(name).grad is not None for name in model.trained)
+    t5 = {"_target_": "ldm.condition.language.Language", "model": str(save_t5(tmp_path / "t5")), "length": 8}
+    for targets in ("attention", "SelfAttention"):
+        with pytest.raises(Refusal, match=r"no text tower is run here with a gradient \(the model is told by Language\)"):
+            adapted(at_rest(tmp_path / "language", UNET, {"text": t5}), {"lora": LoRA(text=True, targets=targets)})
 
 
 def loud(model):
@@ -278,7 +294,7 @@ def test_targets_that_cannot_be_are_named(base, case):
 
 
 def test_other_mistakes_are_named(dit, base):
-    with pytest.raises(Refusal, match=r"no text tower is run here \(the model is told by Label\)"):
+    with pytest.raises(Refusal, match=r"no text tower is run here with a gradient \(the model is told by Label\)"):
         adapted(dit, {"lora": LoRA(text=True)})
     with pytest.raises(Refusal, match=r"rates\.txt: the base has no such condition\. Did you mean `text`"):
         adapted(base, {}, {"txt": 0.5})
