@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.adapt import ADAPTED, Asked, Given, asked, attach, base_of, check_base, kept_of, put_on
+from ldm.adapt import ADAPTED, Asked, Given, as_asked, asked, attach, base_of, check_base, kept_of, put_on
 from ldm.check import check_nodes, nearest
 from ldm.compose import CONFIGS
 from ldm.conditioner import Conditioner
@@ -237,7 +237,7 @@ def load_model(
 
     Args:
         allow: packages of the user's own that it may be built from.
-        adapters: what is put to work on it, as `[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]]` (adapt.py).
+        adapters: what is put to work on it, as `[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]][:guess]` (adapt.py).
         base: where the base of a run of adapters lies, if not where it was.
 
     Raises:
@@ -300,12 +300,14 @@ def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow:
         theirs, tensors = _at_rest(path)
         if theirs["_target_"] != ADAPTED:
             raise Refusal(f"adapters={one.source} is a whole model: model={one.source} draws from it.")
-        return Given(one, _members(_named(theirs, one), allow), tensors, _content(path))
+        named = _named(theirs, one)["adapters"]
+        return Given(one, _members({"adapters": as_asked(named, one)}, allow), tensors, _content(path))
     from ldm.interop.adapters import read_adapter
 
     read, sha256 = read_adapter(one.source, one.name, recipe, own)
     print(*(read.said if first() else ()), sep="\n", end="\n" if read.said and first() else "", flush=True)
-    return Given(one, {read.node["_target_"].split(".")[-2]: build(read.node, narrowed(allow))}, read.tensors, sha256)
+    nodes = as_asked({read.node["_target_"].split(".")[-2]: read.node}, one)
+    return Given(one, _members({"adapters": nodes}, allow), read.tensors, sha256)
 
 
 def _named(recipe: dict[str, Any], one: Asked) -> dict[str, Any]:

@@ -279,7 +279,7 @@ class Embedder(Protocol):
         """What the batch lacks and other fields tell, by field; draw is None outside training."""
 
     def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
-        """Refuses what a person writes, by field N of it, before it is read."""
+        """Refuses what a person writes, by field N of it, before it is read; `init` is the picture to begin from."""
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Any:
         """What a person writes for a field, N of it, for pictures of size (height, width) -> what a batch of N holds."""

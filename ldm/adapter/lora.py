@@ -135,7 +135,8 @@ class LoRA:
         if resizing:
             raise Refusal(f"adapter.lora.targets={self.targets}: {resizing[0]} resizes inside; PEFT cannot wrap it.")
         if self.text and unreached and first():
-            print(f"adapter.lora: without {', '.join(part.rstrip('.') for part in unreached)}: no gradient reaches it", flush=True)
+            left = ", ".join(part.rstrip(".") for part in unreached)
+            print(f"adapter.lora: without {left}: no gradient reaches it", flush=True)
         return found
 
     def apply(self, model: nn.Module, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor]) -> None:
