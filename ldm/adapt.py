@@ -76,6 +76,8 @@ def asked(words: str | Sequence[str] | None) -> list[Asked]:
         Refusal: a strength that is no number, or two of one name.
     """
     listed = [] if words is None else [words] if isinstance(words, str) else list(words)
+    if "" in listed:
+        raise Refusal("adapters= names nothing; wanted [NAME=]SOURCE[:STRENGTH], or no adapters= at all.")
     found = [_asked(str(word)) for word in listed]
     for i, one in enumerate(found):
         twin = next((other for other in found[:i] if one.name is not None and other.name == one.name), None)
@@ -104,6 +106,15 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def check_new(one: Given, others: Sequence[Given]) -> None:
+    """Raises Refusal where an adapter is among others already, by the same name."""
+    for other in others:
+        if (other.sha256, other.asked.name) == (one.sha256, one.asked.name):
+            raise Refusal(
+                f"adapters: {other.asked.source} and {one.asked.source} are the same. Ask for it once, with the strengths' sum."
+            )
 
 
 def as_asked(adapters: Mapping[str, dict[str, Any]], one: Asked) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.adapt import ADAPTED, Asked, Given, as_asked, asked, attach, base_of, check_base, kept_of, put_on
+from ldm.adapt import ADAPTED, Asked, Given, as_asked, asked, attach, base_of, check_base, check_new, kept_of, put_on
 from ldm.check import check_nodes, nearest
 from ldm.compose import CONFIGS
 from ldm.conditioner import Conditioner
@@ -255,13 +255,14 @@ def load_model(
     model = _whole(path, recipe, weights, allow)
     own = model.state_dict()
     mine = {one.sha256 for one in given}
-    given += [_given(one, recipe, own, allow) for one in asked(adapters)]
-    for one in given[len(mine) :]:
+    for one in [_given(one, recipe, own, allow) for one in asked(adapters)]:
         if one.sha256 in mine:
             raise Refusal(
                 f"adapters={one.asked.source} is at work already, since model={path} is its run: model=BASE with "
                 f"adapters={one.asked.source}:0.5 draws with half of it."
             )
+        check_new(one, given)
+        given.append(one)
     if given:
         put_on(model, given)
     return model.eval()

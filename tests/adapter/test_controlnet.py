@@ -119,6 +119,19 @@ def test_what_learns_when():
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters() if n not in trained)
 
 
+def test_nothing_before_the_hint_is_held_for_gradients():
+    """In training only the second half of the frozen network passes gradients on: its first half keeps none."""
+    model, seen = made(), []
+    attach(model, {"controlnet": adapter()}, {})
+    base = model.train().denoiser.backbone.base
+    for stage in (base.encoder[0], base.middle):
+        stage.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    loss = (said(model) - X).square().mean()
+    assert seen == [False, False] and loss.requires_grad
+    loss.backward()
+    assert all(model.get_parameter(name).grad is not None for name in model.trained)
+
+
 @torch.no_grad()
 def test_strengths_regions_and_what_is_dropped():
     """Strength 0, and the null of one that guesses, are the base to the bit; a region is the whole's inside and 0 outside."""
@@ -237,14 +250,17 @@ def test_what_does_not_go_is_named():
 
 
 def test_a_run_is_trained_and_drawn_alone_and_beside_others(emoji_root, tmp_path):
-    """What it exports is what it trains; another name is given by NAME=."""
+    """What it exports is what it trains, stopped twice or not; another name is given by NAME=."""
     save_model(made().state_dict(), recipe_of(), tmp_path / "base")
     words = ["training=finetune", f"model.init={tmp_path / 'base'}", "adapter=[controlnet]", "adapter.controlnet.name=edges"]
     words += ["+data.fields.edges=jpg", "+data.fields.label=cls", f"data.root={emoji_root}", "data.groups=[Activities]"]
     words += ["data.val_fraction=0.2", "data.size=8", "data.batch=8", "logger=[]", "callback=[checkpoint]", "rate=constant"]
     words += [f"folder={tmp_path / 'run'}", "trainer.max_steps=3", "trainer.accelerator=cpu", "optimizer.lr=0.01"]
     run = train(compose_config("train", words))
-    tensors = load_tensors(run / "model.safetensors")
+    for steps in (1, 2, 3):
+        again = train(compose_config("train", [*words, f"folder={tmp_path / 'again'}", f"trainer.max_steps={steps}"]))
+    tensors, resumed = (load_tensors(folder / "model.safetensors") for folder in (run, again))
+    assert tensors.keys() == resumed.keys() and all(torch.equal(x, resumed[name]) for name, x in tensors.items())
     assert all(
         n.startswith(("denoiser.backbone.nets.edges.", "conditioner.embedders.edges.")) and x.any() for n, x in tensors.items()
     )

@@ -12,7 +12,7 @@ from helpers.language import save_t5
 from ldm.adapt import asked, attach
 from ldm.adapter.lora import LoRA
 from ldm.build import adapted, build, build_stage, load_model
-from ldm.command.train import train
+from ldm.command.train import of_base, train
 from ldm.compose import compose_config
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_recipe, save_model, with_parts
@@ -240,8 +240,22 @@ def test_a_run_draws_alone_beside_others_and_without_peft(base, run, monkeypatch
     assert not torch.equal(said(alone), said(load_model(base)))
     assert torch.equal(said(load_model(base, adapters=f"{run}:0")), said(load_model(base)))
     assert alone.adapters[0].items() >= {"source": str(run), "strength": 1.0}.items() and alone.adapters[0]["sha256"]
+    with pytest.raises(Refusal, match=rf"adapters={run} is at work already, since model={run} is its run"):
+        load_model(run, adapters=f"{run}:0.5")
+    with pytest.raises(Refusal, match=r"are the same\. Ask for it once, with the strengths' sum"):
+        load_model(base, adapters=[str(run), f"{run}:0.5"])
     with pytest.raises(Refusal, match=r"trains by PEFT .*pip install 'ldm\[lora\]'\. Drawing with a LoRA needs none"):
         adapted(base, {"lora": LoRA()})
+
+
+def test_a_run_is_drawn_as_its_base(base, tmp_path):
+    """With its sampler, guidance and precision; the size is that of the pictures that it learns from."""
+    usual = {"sampler": {"steps": 7}, "guidance": {"scale": 3.0}, "precision": "bf16", "resolution": [8, 8]}
+    recipe = {**read_recipe(Path(base)), "usual": usual}
+    save_model(load_tensors(Path(base) / "model.safetensors"), recipe, tmp_path)
+    words = [f"model.init={tmp_path}", "adapter=[lora]"]
+    assert of_base(compose_config("train", ["training=finetune", *words])) == {n: usual[n] for n in usual if n != "resolution"}
+    assert of_base(compose_config("train", [f"model.init={tmp_path}"])) == {}
 
 
 def test_all_of_a_base_is_trained_without_adapters(base, emoji_root, tmp_path):
@@ -312,6 +326,8 @@ def test_how_adapters_are_asked_for(tmp_path):
     assert asked(str(tmp_path / "x=y:1"))[0].source == str(tmp_path / "x=y:1")
     with pytest.raises(Refusal, match=r"the strength 'strong' is no number"):
         asked("a.safetensors:strong")
+    with pytest.raises(Refusal, match="adapters= names nothing"):
+        asked("")
     with pytest.raises(Refusal, match=r"x\.pt and y\.pt are both called a"):
         asked(["a=x.pt", "a=y.pt"])
 
