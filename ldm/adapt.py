@@ -27,6 +27,7 @@ WORDS = re.compile(
     r"(?::(?P<strength>(?!guess\Z)[^:/]+))?(?::(?P<text>(?!guess\Z)[^:/]+))?(?P<guess>:guess)?",
     re.S,
 )
+NAMES = ("name", "word")  # what NAME= means of an adapter
 TEXT = "conditioner."  # where the names of a text's tensors begin
 
 
@@ -120,14 +121,19 @@ def check_new(one: Given, others: Sequence[Given]) -> None:
 
 
 def as_asked(adapters: Mapping[str, dict[str, Any]], one: Asked) -> dict[str, dict[str, Any]]:
-    """The recipes of adapters, of which a ControlNet guesses where that is asked for.
+    """The recipes of adapters, one of which is called NAME, and a ControlNet guesses, where that is asked for.
 
     Raises:
-        Refusal: there is none among them.
+        Refusal: none of them has a name, or a guess mode.
     """
-    if one.guess and not any("guess" in node for node in adapters.values()):
+    nodes = adapters.values()
+    if one.name is not None and not any(name in node for node in nodes for name in NAMES):
+        raise Refusal(f"adapters={one.name}={one.source}: {', '.join(adapters)} has no name; name it without {one.name}=.")
+    if one.guess and not any("guess" in node for node in nodes):
         raise Refusal(f"adapters={one.source}:guess: {', '.join(adapters)} has no guess mode; a ControlNet has.")
-    return {name: {**node, "guess": True} if one.guess and "guess" in node else node for name, node in adapters.items()}
+    said = {} if one.name is None else dict.fromkeys(NAMES, one.name)
+    said |= {"guess": True} if one.guess else {}
+    return {name: {k: said.get(k, v) for k, v in node.items()} for name, node in adapters.items()}
 
 
 def attach(model: LatentModel, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> None:
