@@ -259,6 +259,7 @@ class Embedder(Protocol):
     rate: float  # the share of samples for which it is dropped in training, in [0, 1]
     widths: Widths
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
+    unreached: tuple[str, ...]  # names of its parts that no gradient reaches: their output is not read, or read without one
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
     weighs: bool  # whether it applies the weights of a caption's parts (embedder.py's Weighted)
@@ -272,7 +273,7 @@ class Embedder(Protocol):
         """-> fields that the batch lacks and that follow from its others, by name; `draw` is None outside training."""
 
     def check(self, values: Mapping[str, Sequence[Any]]) -> None:
-        """Refuses a request as a person wrote it, N values by field, before it is read."""
+        """Refuses a request as a person wrote it, N values by field, before it is read; `init` is the picture to begin from."""
 
     def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Any:
         """N values that a person wrote for a field, for pictures of size (height, width) -> the field of a batch of N."""

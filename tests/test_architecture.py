@@ -28,7 +28,8 @@ ALLOWED = {
     "swap": {"run_id"},
     "compose": {"check", "run_id", "swap"},
     "adapt": {"types", "check", "model"},
-    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training", "types"},
+    "rest": {"check", "interop", "training"},
+    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "rest", "training", "types"},
     "nn": set(),
     "tower": {"nn"},
     **{room: {"types", "nn", "tower"} for room in MEMBERS},
@@ -42,7 +43,7 @@ ALLOWED = {
     "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},
     "interop": {"types", "adapt", "adapter", "autoencoder", "backbone", "condition", "nn", "tower"},
     "__main__": {"check"},
-    "api": {"build", "command", "compose", "drawing", "model", "types"},
+    "api": {"build", "command", "compose", "drawing", "model", "rest", "types"},
 }
 INSIDE = {  # rooms within a room, each with those beside it that it may know
     "data.shard": set(),

@@ -25,12 +25,13 @@ def sample(config: DictConfig) -> Tensor:
     import torch
 
     from ldm.autoencoder.tiled import Tiled
-    from ldm.build import allowed, at_rest, load_model, recipe_of
+    from ldm.build import allowed, load_model
     from ldm.check import check_counts
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.request import write_pictures
     from ldm.files.device import device_of
     from ldm.files.process import first, from_all, meet, process
+    from ldm.rest import at_rest, recipe_of
 
     check_counts(batch=config.batch, tile=config.tile)
     meet()

@@ -19,7 +19,7 @@ class Embedding(Condition):
     `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`.
     """
 
-    frozen = ("tower",)
+    frozen = unreached = ("tower",)
 
     def __init__(
         self,
