@@ -15,9 +15,8 @@ Words, one meaning each (docs/concepts.md has more)
     recipe     the plain config from which a model is built again;  in configs/experiment/, that of a whole training
     position   a sample's place in the global order of training;  a refusal is a mistake that a person can mend, in one line
 
-Time
-    t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.
-    Latents have zero mean and unit variance, so x_t has variance alpha^2 + sigma^2.
+Time t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.  Latents have zero mean and unit variance, so
+that x_t has variance alpha^2 + sigma^2.
 """
 
 from __future__ import annotations
@@ -158,13 +157,6 @@ class Schedule(Protocol):
 
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*) in [0, 1]."""
-
-
-@runtime_checkable
-class Terminal(Protocol):
-    """A schedule that may leave no signal at t = 1."""
-
-    zero_terminal_snr: bool
 
 
 class Prediction(Protocol):

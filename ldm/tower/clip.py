@@ -145,7 +145,7 @@ class PublishedTokenizer:
 
 
 def _rows_of(word: str, learned: Sequence[str]) -> list[int]:
-    """The ids of a learned word: its own, and those of word_1, word_2 and so on as far as there are such."""
+    """-> the ids of a learned word, and of word_1, word_2, ... as far as these were learned."""
     places = {name: FIRST_LEARNED + i for i, name in enumerate(learned)}
     rows = [places[word]]
     while (row := places.get(f"{word}_{len(rows)}")) is not None:
@@ -154,7 +154,7 @@ def _rows_of(word: str, learned: Sequence[str]) -> list[int]:
 
 
 def names_of(word: str, count: int) -> list[str]:
-    """What the tokens of a word of several rows are called: word, word_1, ..."""
+    """-> the names of the tokens of a word with `count` rows: word, word_1, ..."""
     return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 

@@ -56,7 +56,7 @@ def load_words(model: str, option: str, published: bool) -> Any:
     """The tokenizer of a folder or a repository: `Words` with `published`, which says that it is a T5's, or else `PeerWords`.
 
     Raises:
-        as `load_language`.
+        Refusal: as `load_language`.
     """
     folder = folder_of(model, f"{option}.tokenizer")
     return Words(folder, option) if published else PeerWords(folder, option)
