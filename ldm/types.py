@@ -286,6 +286,9 @@ class Embedder(Protocol):
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of what it was told, (B, 3, h, w) in [-1, 1]."""
 
+    def input(self, field: str) -> Any:
+        """How a person writes a field on a page (embedder.py's Input); None: not at all."""
+
     def skip(self, layers: int | None) -> None:
         """Reads its text tower's last layer but `layers` - 1, or, told None, its own."""
 
