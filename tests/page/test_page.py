@@ -91,15 +91,28 @@ def test_pictures_begin_from_uploads(plain, tmp_path, edit):
     assert "strength=0.7" in drawing["command"] and again(drawing["command"], tmp_path) == bytes_of(drawing, plain.out)
 
 
-def test_a_drawing_depends_on_all_that_is_asked(whole):
-    first = bytes_of(drawn(whole, ASKED, given())[-1]["drawing"], whole.out)
-    asked = {"label": "Flags", "boxes": []}
-    changes = [{**ASKED, "ask": {**ASKED["ask"], name: value}} for name, value in asked.items()]
-    changes += [{**ASKED, "prompt": "cat", "negative": ""}]
-    for change in changes:
-        assert bytes_of(drawn(whole, change, given())[-1]["drawing"], whole.out) != first
-    for name, value in {"map.map": labels([[1] * SIZE] * SIZE), "ask.image": picture(colour="blue")}.items():
-        assert bytes_of(drawn(whole, ASKED, {**given(), name: value})[-1]["drawing"], whole.out) != first
+def test_everything_that_is_asked_is_a_word(whole):
+    inputs, files = (
+        whole.inputs[whole.models[0]],
+        {name: Path(f"{name}.png") for name in ("init", "ask.map", "ask.image", "ask.mask")},
+    )
+    words = words_of({**ASKED, "strength": 0.5}, files, inputs, whole.samplers)
+    assert words[:2] == [f"prompt={ASKED['prompt']}", "negative='[ugly, grey]'"] and sorted(words[2:]) == [
+        "ask.image=ask.image.png",
+        "ask.label=Food, Drink",
+        "ask.map=ask.map.png",
+        "ask.mask=ask.mask.png",
+        "ask.score=2.5",
+        "batch=2",
+        "count=3",
+        "guidance.scale=2.5",
+        "init=init.png",
+        "resolution=[8,8]",
+        "sampler.steps=2",
+        "sampler=ddim",
+        "seed=7",
+        "strength=0.5",
+    ]
 
 
 def test_inputs_are_made_from_embedders(whole):
