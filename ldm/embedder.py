@@ -28,10 +28,15 @@ class Weighted(str):
 class Input:
     """How a person writes a field on a page.
 
-    kind: a line of text; a number; one of `names`; a picture, as a file; a mask, painted over the picture of the field `over`; a
-        map, painted with the labels 0, 1, ...; boxes, each of one of these.
-    names: what can be chosen, or what the labels mean. colours: of the labels, as CSS writes them.
-    low, high: of a number, if it has bounds. whole: it is an integer. usual: what it is if it is not written.
+    Args:
+        kind: a line of text; a number; one of `names`; a picture, as a file; a mask, painted over the picture of another field; a
+            map, painted with the labels 0, 1, ...; boxes, each of one of these.
+        names: what can be chosen, or what the labels mean.
+        colours: of the labels, as CSS writes them.
+        low, high: of a number, if it has bounds.
+        whole: the number is an integer.
+        usual: what a number is if it is not written.
+        over: the field of the picture that a mask is painted over.
     """
 
     kind: Literal["text", "number", "choice", "picture", "mask", "map", "boxes"]

@@ -92,12 +92,11 @@ def test_pictures_begin_from_uploads(plain, tmp_path, edit):
 
 
 def test_everything_that_is_asked_is_a_word(whole):
-    inputs, files = (
-        whole.inputs[whole.models[0]],
-        {name: Path(f"{name}.png") for name in ("init", "ask.map", "ask.image", "ask.mask")},
-    )
+    inputs, names = whole.inputs[whole.models[0]], ("init", "ask.map", "ask.image", "ask.mask", "ask.boxes")
+    files = {name: Path(f"{name}.png") for name in names}
     words = words_of({**ASKED, "strength": 0.5}, files, inputs, whole.samplers)
     assert words[:2] == [f"prompt={ASKED['prompt']}", "negative='[ugly, grey]'"] and sorted(words[2:]) == [
+        "ask.boxes=ask.boxes.png",
         "ask.image=ask.image.png",
         "ask.label=Food, Drink",
         "ask.map=ask.map.png",
