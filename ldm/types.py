@@ -273,6 +273,9 @@ class Embedder(Protocol):
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of it, (B, 3, h, w) in [-1, 1]; None where there is none."""
 
+    def input(self, field: str) -> Any:
+        """How a person writes a field on a page (embedder.py's Input); None: not at all."""
+
     def skip(self, layers: int | None) -> None:
         """Reads the text tower's `layers`-th layer from its end (1 is the last), or with None the one it was built with."""
 

@@ -40,6 +40,7 @@ ALLOWED = {
     "drawing": {"types", "embedder", "model", "sampler"},
     "evaluation": {"types", "measure", "model", "drawing", "data"},
     "report": {"evaluation"},
+    "page": {"adapt", "build", "check", "compose", "drawing", "embedder", "model"},
     "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},
     "interop": {"types", "adapt", "adapter", "autoencoder", "backbone", "condition", "nn", "tower"},
     "__main__": {"check"},
@@ -54,10 +55,11 @@ INSIDE = {  # rooms within a room, each with those beside it that it may know
 ALIASES = ["average.py", "data/doctor.py", "data/pack.py"]  # names of before: three lines each
 CONFINED = {
     "hydra": {"build", "command", "compose", "run_id", "swap"},
-    "omegaconf": {"api", "build", "command", "compose", "run_id", "swap"},
+    "omegaconf": {"api", "build", "command", "compose", "page", "run_id", "swap"},
     "pytorch_lightning": {"command", "data", "training"},
     "webdataset": {"data"},
     "peft": {"adapter"},
+    "aiohttp": {"data", "page"},
     "open_clip": {"condition", "extractor", "loss", "metric", "tower", "training"},
 }
 # getattr(x, "name", default) and hasattr(x, "name"), where x is none of ours, or may be anybody's; `None`: any name
