@@ -251,6 +251,7 @@ class Embedder(Protocol):
     rate: float  # the share of samples for which it is dropped in training, in [0, 1]
     widths: Widths
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
+    unreached: tuple[str, ...]  # names of its parts that no gradient reaches: their output is not read, or read without one
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
     weighs: bool  # whether it applies the weights of a caption's parts (embedder.py's Weighted)
@@ -264,13 +265,16 @@ class Embedder(Protocol):
         """-> fields that the batch lacks and that follow from its others, by name; `draw` is None outside training."""
 
     def check(self, values: Mapping[str, Sequence[Any]]) -> None:
-        """Refuses a request as a person wrote it, N values by field, before it is read."""
+        """Refuses a request as a person wrote it, N values by field, before it is read; `init` is the picture to begin from."""
 
     def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Any:
         """N values that a person wrote for a field, for pictures of size (height, width) -> the field of a batch of N."""
 
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of it, (B, 3, h, w) in [-1, 1]; None where there is none."""
+
+    def input(self, field: str) -> Any:
+        """How a person writes a field on a page (embedder.py's Input); None: not at all."""
 
     def skip(self, layers: int | None) -> None:
         """Reads the text tower's `layers`-th layer from its end (1 is the last), or with None the one it was built with."""

@@ -38,7 +38,7 @@ class Language(Condition):
         NotFound, Unreachable: the model is not there. Refusal: it is not read here, or has no such layer.
     """
 
-    frozen = ("tower",)
+    frozen = unreached = ("tower",)
 
     def __init__(
         self,

@@ -86,6 +86,13 @@ class Text(Condition):
                 self.register_buffer("vector_mean", means[-1])
                 self.register_buffer("vector_mix", mixes[-1])
 
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The blocks behind the last one that is read."""
+        count = len(self.tower.transformer.resblocks)
+        last = count if self.pooled else max(i % (count + 1) for i in self.layers)
+        return tuple(f"tower.transformer.resblocks.{i}" for i in range(last, count))
+
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens, their mask, vector."""
         captions = ["" if d else v for v, d in zip(value, drop.tolist())]
@@ -266,6 +273,11 @@ class Texts(Condition):
         if width is not None and width < together:
             raise Refusal(f"condition.text.width={width}: the towers' tokens are {together} wide together; as much, or more.")
         self.widths = Widths(tokens=width or together, vector=sum(w.vector for w in each))
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Those of the towers."""
+        return tuple(f"towers.{name}.{part}" for name, tower in self.towers.items() for part in tower.unreached)
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, sum of E) or None."""

@@ -50,8 +50,9 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
         raise Refusal(f"This model is asked by {how}; found {sorted(values)}.")
     if empty := [field for field, value in values.items() if not value]:
         raise Refusal(f"ask.{empty[0]}=[]: nothing is asked for.")
+    begun = {} if config.get("init") is None else {"init": [config["init"]]}
     for embedder in model.conditioner.embedders.values():
-        embedder.check(values)
+        embedder.check({**begun, **values})
     ask = {field: readers[field].read(field, value, size) for field, value in values.items()}
     for field in readers.keys() - ask.keys():
         usual = readers[field].unasked(field, size)

@@ -120,6 +120,8 @@ class Drawings:
         size: height and width in pixels.
         conditioning: `right` draws each picture from its request, `shuffled` from another picture's, `none` from the null
             condition; metrics compare it with its own request in each case, so that the difference is what conditions are worth.
+        conditions: which of the model's conditions are shuffled or null, all by default; the others stay right. Of a ControlNet,
+            null is strength 0.
         precision: 32, bf16 or 16, of the network.
         paste: what is done about an inpainting model's known part (drawing/generate.py).
         protocol: what else the pictures depend on, as plain values.
@@ -140,6 +142,7 @@ class Drawings:
         precision: str = "32",
         paste: str | None = "latents",
         protocol: Mapping[str, Any] | None = None,
+        conditions: Sequence[str] | None = None,
     ) -> None:
         if conditioning not in ("right", "shuffled", "none"):
             raise Refusal(f"conditioning={conditioning}: wanted right, shuffled or none.")
@@ -148,6 +151,7 @@ class Drawings:
         self.model, self.requests, self.sampler, self.guidance = model, requests, sampler, guidance
         self.seed, self.size, self.conditioning, self.precision = seed, size, conditioning, precision
         self.paste, self.count = paste, requests.count
+        self.conditions = self._conditions(conditions)
         check_paste(model, paste)
         if conditioning == "shuffled" and self.count < 2:
             raise Refusal("conditioning=shuffled needs at least 2 requests to shuffle (count=...).")
@@ -157,6 +161,7 @@ class Drawings:
             "seed": seed,
             "size": list(size),
             "conditioning": conditioning,
+            **({} if conditions is None else {"conditions": sorted(self.conditions)}),
             "precision": "32" if precision == "32" else f"{precision}, the network alone",
             **({"paste": paste} if model.conditioner.hole else {}),
             **(protocol or {}),
@@ -169,23 +174,50 @@ class Drawings:
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
         """fields: the requests' -> the drawings, (B, 3, height, width) in [-1, 1]."""
         device = next(self.model.denoiser.parameters()).device
-        guidance = unconditional(self.guidance) if self.conditioning == "none" else self.guidance
+        guidance = unconditional(self.guidance, self.conditions) if self.conditioning == "none" else self.guidance
+        embedders, of = self.model.conditioner.embedders, self.model.conditioner.fields_of
+        if self.conditioning == "none":
+            strengths = [f"{name}_strength" for name in self.conditions if f"{name}_strength" in of(embedders[name])]
+            fields = {**fields, **{name: torch.zeros(len(numbers)) for name in strengths}}
         if self.conditioning == "shuffled":
             others = self.fields([another(n, self.count, self.seed) for n in numbers])
-            fields = {name: others[name] if name in self.model.conditioner.fields else value for name, value in fields.items()}
+            shuffled = {field for name in self.conditions for field in of(embedders[name])}
+            fields = {name: others[name] if name in shuffled else value for name, value in fields.items()}
         guidance, seeds = in_precision(guidance, self.precision, device), [self.seed + n for n in numbers]
         return on_grid(generate(self.model, fields, self.sampler, guidance, seeds, self.size, self.paste))
 
+    def _conditions(self, named: Sequence[str] | None) -> list[str]:
+        """Those that are shuffled or none.
 
-def unconditional(guidance: Guidance) -> Guidance:
-    """-> the same guidance of a model that has its null condition in the place of every condition."""
+        Raises:
+            Refusal: none is, there is no such condition, or one is never dropped.
+        """
+        embedders = self.model.conditioner.embedders
+        if named is None:
+            return list(embedders)
+        if self.conditioning == "right":
+            raise Refusal(f"conditions={list(named)} are those that conditioning=shuffled, or none, is about; it is right.")
+        if not named or set(named) - set(embedders):
+            raise Refusal(f"conditions={list(named)}: wanted some of this model's, {', '.join(embedders) or 'which has none'}.")
+        of = self.model.conditioner.fields_of
+        fixed = [n for n in named if embedders[n].rate == 0 and f"{n}_strength" not in of(embedders[n])]
+        if self.conditioning == "none" and fixed:
+            raise Refusal(f"conditions={fixed} conditioning=none: it was never dropped in training; conditioning=shuffled does.")
+        return list(named)
+
+
+def unconditional(guidance: Guidance, conditions: Sequence[str]) -> Guidance:
+    """-> the same guidance of a model in which these conditions are null in every place."""
 
     class Unconditional:
         def __init__(self, model: Conditioned) -> None:
             self.model, self.denoiser, self.conditioner = model, model.denoiser, model.conditioner
 
         def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
-            return self.model.condition({field: v for field, v in request.items() if not field.startswith("negative.")}, only=())
+            embedders = self.conditioner.embedders
+            silent = {f"negative.{field}" for name in conditions for field in self.conditioner.fields_of(embedders[name])}
+            active = tuple(name for name in (embedders if only is None else only) if name not in conditions)
+            return self.model.condition({field: v for field, v in request.items() if field not in silent}, only=active)
 
     def guide(model: Conditioned, ask: Batch) -> Denoise:
         return guidance(Unconditional(model), ask)
