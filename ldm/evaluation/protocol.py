@@ -52,7 +52,7 @@ def entries(
     return entries
 
 
-def tell(numbers: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+def write_numbers(numbers: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     """Writes OUT/metrics.json, of the entries that `entries` makes, and prints the numbers."""
     write_metrics(numbers, out)
     for name, entry in numbers.items():

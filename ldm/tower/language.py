@@ -143,7 +143,7 @@ class PeerWords:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def left(words: Any, caption: str, length: int) -> tuple[int, str]:
+def truncated(words: Any, caption: str, length: int) -> tuple[int, str]:
     """-> the number of a caption's tokens, and the text of those behind `length`; "" where there are none."""
     (row,) = words.rows([caption])
     if len(row) <= length:
