@@ -150,7 +150,10 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
         if model.get("base") is not None:
             model["base"] = _brought(model["base"])
     stage = build(plain["training"], allowed(config))
-    stage.recipe = kept_of(recipe, at_rest(recipe["base"])) if recipe.get("_target_") == ADAPTED else recipe
+    stage.recipe = recipe
+    if recipe.get("_target_") == ADAPTED:
+        base = at_rest(recipe["base"])
+        stage.recipe, stage.began = kept_of(recipe, base), content_of(base)
     model = stage.latent_model()
     frozen = () if model is None else frozen_parts(model)
     stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)
@@ -249,7 +252,7 @@ def load_model(
     recipe, weights = _at_rest(path)
     given = []
     if recipe["_target_"] == ADAPTED:
-        given = [Given(Asked(str(path)), _members(recipe, allow), weights, _content(Path(path)))]
+        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(Path(path)))]
         recipe, weights = _at_rest(base_of(path, recipe, None if base is None else at_rest(base)))
     elif base is not None:
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
@@ -301,7 +304,7 @@ def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow:
         theirs, tensors = _at_rest(path)
         if theirs["_target_"] != ADAPTED:
             raise Refusal(f"adapters={one.source} is a whole model: model={one.source} draws from it.")
-        return Given(one, _members(_named(theirs, one), allow), tensors, _content(path))
+        return Given(one, _members(_named(theirs, one), allow), tensors, content_of(path))
     from ldm.interop.adapters import read_adapter
 
     read, sha256 = read_adapter(one.source, one.name, recipe, own)
@@ -336,8 +339,8 @@ def _members(recipe: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
     return {name: build(node, narrowed(allow)) for name, node in recipe["adapters"].items()}
 
 
-def _content(path: Path) -> str:
-    """sha256 of what adapters are read from."""
+def content_of(path: Path) -> str:
+    """sha256 of a run's or a model's own weights."""
     exported = path / "model.safetensors"
     return file_content(exported if exported.is_file() else _newest(path))
 

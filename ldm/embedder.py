@@ -45,6 +45,10 @@ class Condition(nn.Module):
         numbers = all(isinstance(a, int | float) for a in asked)
         return torch.tensor(list(asked)) if numbers else list(asked)
 
+    def tokens(self, caption: str) -> list[str]:
+        """Nothing: it reads no captions, or does not say how they are cut."""
+        return []
+
     def show(self, value: Any) -> Tensor | None:
         """Nothing: there is no picture of it."""
         return None

@@ -284,6 +284,9 @@ class Embedder(Protocol):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Any:
         """What a person writes for a field, N of it, for pictures of size (height, width) -> what a batch of N holds."""
 
+    def tokens(self, caption: str) -> list[str]:
+        """The pieces that a caption is cut into, where it is a text that says so."""
+
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of what it was told, (B, 3, h, w) in [-1, 1]."""
 

@@ -201,6 +201,11 @@ class Text(Condition):
         """-> the prompts; warns of what the tower's context is too short for."""
         return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
 
+    def tokens(self, caption: str) -> list[str]:
+        """The pieces that a caption is cut into; a learned word's further rows are its own."""
+        ids = self.tokenizer.encode(caption) if hasattr(self.tokenizer, "encode") else []
+        return [self.tokenizer.decode([i]).strip() for i in ids]
+
     def skip(self, layers: int | None) -> None:
         """Reads another layer, with the last LayerNorm as before: 1 the last, 2 the one before; None its own again.
 
@@ -284,6 +289,10 @@ class Texts(Condition):
         """What, besides their weights, decides what they say."""
         wide = {"width": self.widths.tokens} if self.widths.tokens > sum(t.widths.tokens for t in self.towers.values()) else {}
         return {name: tower.settings() for name, tower in self.towers.items()} | wide
+
+    def tokens(self, caption: str) -> list[str]:
+        """Those of its first tower."""
+        return next(iter(self.towers.values())).tokens(caption)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""
