@@ -29,6 +29,7 @@ class Condition(nn.Module):
     frozen: tuple[str, ...] = ()
     hole: tuple[str, str] | None = None
     stands_for: str | None = None
+    drop_from: float = 0.0
     weighs: bool = False
     cut: Any = None
     taught: tuple[str, ...] = ()
@@ -44,10 +45,6 @@ class Condition(nn.Module):
         """Numbers -> (N); all else is a list, as it is."""
         numbers = all(isinstance(a, int | float) for a in asked)
         return torch.tensor(list(asked)) if numbers else list(asked)
-
-    def tokens(self, caption: str) -> list[str]:
-        """Nothing: it reads no captions, or does not say how they are cut."""
-        return []
 
     def show(self, value: Any) -> Tensor | None:
         """Nothing: there is no picture of it."""

@@ -268,6 +268,7 @@ class Embedder(Protocol):
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
+    drop_from: float  # it is dropped where such a number is in [drop_from, drop_from + rate)
     weighs: bool  # whether it heeds the weights of a caption's parts (embedder.py's Weighted)
     cut: Any  # counts captions that were cut (`seen`, `cut`) and says so by `str`; None where there is nothing to say
     taught: tuple[str, ...]  # words that adapters taught it
@@ -283,9 +284,6 @@ class Embedder(Protocol):
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Any:
         """What a person writes for a field, N of it, for pictures of size (height, width) -> what a batch of N holds."""
-
-    def tokens(self, caption: str) -> list[str]:
-        """The pieces that a caption is cut into, where it is a text that says so."""
 
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of what it was told, (B, 3, h, w) in [-1, 1]."""

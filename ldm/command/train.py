@@ -85,13 +85,14 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
 
 def _say_tokens(data: Any, stage: Any) -> None:
     """Of DreamBooth's prompt: whether a rare word is one token is seen here."""
+    from ldm.condition.text import Text
     from ldm.data.dreambooth import DreamBooth
 
     if not isinstance(data, DreamBooth) or data.prompt is None or stage.latent_model() is None or not first():
         return
-    for name, embedder in stage.latent_model().conditioner.embedders.items():
-        if tokens := embedder.tokens(data.prompt):
-            print(f"data.prompt: {'|'.join(tokens)} (condition.{name})", flush=True)
+    for text in (part for part in stage.latent_model().conditioner.modules() if isinstance(part, Text)):
+        print(f"data.prompt: {'|'.join(text.tokens(data.prompt))}", flush=True)
+        return
 
 
 def of_base(config: DictConfig) -> dict[str, Any]:

@@ -290,10 +290,6 @@ class Texts(Condition):
         wide = {"width": self.widths.tokens} if self.widths.tokens > sum(t.widths.tokens for t in self.towers.values()) else {}
         return {name: tower.settings() for name, tower in self.towers.items()} | wide
 
-    def tokens(self, caption: str) -> list[str]:
-        """Those of its first tower."""
-        return next(iter(self.towers.values())).tokens(caption)
-
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""
         return next(iter(self.towers.values())).read(field, asked, size)
