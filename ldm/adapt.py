@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ldm.check import nearest
 from ldm.errors import NotFound, Refusal
-from ldm.files.content import file_content
+from ldm.files.base import difference, identity_of
 from ldm.files.folder import from_parts, read_recipe, without_usual
+from ldm.files.process import first
 from ldm.model import LatentModel
 
 ADAPTED = "ldm.build.adapted"  # the recipe of a model whose adapters alone were trained
@@ -140,8 +141,7 @@ def check_base(base: Path) -> None:
 def kept_of(recipe: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """What a run beside a base keeps: which base and which adapters; without adapters, the whole model's own recipe."""
     if recipe["adapters"]:
-        told = {"path": str(base.absolute()), "sha256": file_content(base / "model.safetensors")}
-        return {"_target_": ADAPTED, "base": told, "adapters": recipe["adapters"]}
+        return {"_target_": ADAPTED, "base": identity_of(base), "adapters": recipe["adapters"]}
     whole = without_usual(from_parts(read_recipe(base), base))[0]
     for name, rate in recipe["rates"].items():
         whole["condition"][name]["rate"] = rate
@@ -154,14 +154,15 @@ def base_of(path: str | Path, recipe: Mapping[str, Any], base: Path | None) -> P
     Raises:
         Refusal: it is not there, or another is.
     """
-    told, place = recipe["base"], Path(base or recipe["base"]["path"])
-    file = place / "model.safetensors"
-    now = file_content(file) if file.is_file() else "nothing"
-    if now != told["sha256"]:
+    before, place = recipe["base"], Path(base or recipe["base"]["path"])
+    other = difference(before, identity_of(place) if (place / "model.safetensors").is_file() else {})
+    if other:
         raise Refusal(
-            f"{path} was trained on {told['path']} with sha256 {told['sha256'][:12]}; {place} holds {now[:12]} now. Say "
-            f"base=PATH, or put it on another model on purpose: model=OTHER adapters={path}."
+            f"{path} was trained on {before['path']}, and in {place} there is another: {other}. Say base=PATH, or put it on "
+            f"another model on purpose: model=OTHER adapters={path}."
         )
+    if "parts" not in before and first():
+        print(f"{path} does not say which autoencoder and text towers its base had: they were not compared.", flush=True)
     return place
 
 

@@ -4,9 +4,11 @@ import hashlib
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.errors import NotFound, Refusal, Unreachable
-from ldm.files.content import file_content
+from ldm.files.content import file_content, remembered
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where a training's checkpoint has its weights, the first that is there; averages before what is trained.
@@ -152,15 +154,51 @@ def download(url: str, sha256: str | None = None, instead: str = "") -> dict[str
     return read_weights(path, sha256, instead=f"Remove it, and {url} is fetched again.")
 
 
-def weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module, still: Sequence[str] = ()) -> str:
     """-> sha256, in hex, over the names, shapes and numbers of a module's weights and statistics, whatever their precision: the
     same network has the same, wherever it was loaded from. provenance.json holds it.
+
+    still: parts of it whose numbers never change; those that come first by name are read once.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = sorted(module.state_dict().items())
+    origin = _ORIGINS.get(module)
+    if origin is not None and origin[1] == _versions(module):  # as it was loaded
+        words = [f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors]
+        return remembered(origin[0], words, lambda: _digest(tensors).hexdigest())
+    ends = (i for i, (name, _) in enumerate(tensors) if not any(f"{name}.".startswith(f"{part}.") for part in still))
+    head = next(ends, len(tensors))
+    if head and _HEADS.get(module, (0, None))[0] != head:
+        _HEADS[module] = head, _digest(tensors[:head])
+    begun = _HEADS[module][1].copy() if head else None
+    return _digest(tensors[head:], begun).hexdigest()
+
+
+def came_from(module: nn.Module, files: Sequence[Path]) -> None:
+    """Says what a module's weights were loaded from, by which its hash is remembered as long as they stay as they are."""
+    if files:
+        _ORIGINS[module] = tuple(files), _versions(module)
+
+
+def loaded_from(module: nn.Module) -> tuple[Path, ...]:
+    """The files that `came_from` named, if it did."""
+    return _ORIGINS.get(module, ((), []))[0]
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, tuple[tuple[Path, ...], list]] = WeakKeyDictionary()
+_HEADS: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Which tensors a module holds, and how often each was written to."""
+    return [(id(x), x._version) for x in (*module.parameters(), *module.buffers())]
+
+
+def _digest(tensors: Sequence[tuple[str, Tensor]], begun: Any = None) -> Any:
+    digest = hashlib.sha256() if begun is None else begun
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(tensor.detach().float().cpu().contiguous().flatten().numpy())
+    return digest
 
 
 def _loaded(path: Path, name: str, instead: str) -> Any:

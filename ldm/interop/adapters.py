@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.adapt import ADAPTED, TEXT, Asked
 from ldm.adapter.lora import LoRA
 from ldm.errors import Refusal
-from ldm.files.content import file_content
+from ldm.files.base import identity_of
 from ldm.files.folder import read_model, read_recipe, save_model
 from ldm.interop.bundle import Bundle
 from ldm.interop.find import adapter_kinds
@@ -98,10 +98,9 @@ def write_adapters(source: str, adapters: Mapping[str, Read], bundle: Bundle, ba
         Refusal: the layout has no place for one.
     """
     if layout == "ldm":
-        told = {"path": str(Path(base).absolute()), "sha256": file_content(Path(base) / "model.safetensors")}
         nodes = {name: read.node for name, read in adapters.items()}
         tensors = {n: x for read in adapters.values() for n, x in read.tensors.items()}
-        save_model(tensors, {"_target_": ADAPTED, "base": told, "adapters": nodes}, target)
+        save_model(tensors, {"_target_": ADAPTED, "base": identity_of(Path(base)), "adapters": nodes}, target)
         return
     kinds = {name: _kind(read.node) for name, read in adapters.items()}
     for kind in kinds.values():
