@@ -56,6 +56,7 @@ class Condition(nn.Module):
     unreached: tuple[str, ...] = ()
     hole: tuple[str, str] | None = None
     stands_for: str | None = None
+    drop_from: float = 0.0
     weighs: bool = False
     cut: Any = None
     taught: tuple[str, ...] = ()

@@ -254,6 +254,7 @@ class Embedder(Protocol):
     unreached: tuple[str, ...]  # names of its parts that no gradient reaches: their output is not read, or read without one
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
+    drop_from: float  # it is dropped where its random number is in [drop_from, drop_from + rate)
     weighs: bool  # whether it applies the weights of a caption's parts (embedder.py's Weighted)
     cut: Any  # counts captions that were cut (`seen`, `cut`), and is a sentence as `str`; None where nothing can be cut
     taught: tuple[str, ...]  # words that adapters added to its vocabulary

@@ -208,6 +208,11 @@ class Text(Condition):
         """-> the prompts; warns of what the tower's context is too short for."""
         return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
 
+    def tokens(self, caption: str) -> list[str]:
+        """The pieces that a caption is cut into; a learned word's further rows are its own."""
+        ids = self.tokenizer.encode(caption) if hasattr(self.tokenizer, "encode") else []
+        return [self.tokenizer.decode([i]).strip() for i in ids]
+
     def skip(self, layers: int | None) -> None:
         """Reads another layer, with the last LayerNorm as before: 1 the last, 2 the one before; None its own again.
 

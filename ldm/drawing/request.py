@@ -39,7 +39,7 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
     size = config.get("resolution") or 0
     size = (size, size) if isinstance(size, int) else tuple(size)
     values = {field: value if isinstance(value, list) else [value] for field, value in (config.get("ask") or {}).items()}
-    prompts = _prompts(config)
+    prompts = prompts_of(config)
     if prompts and "caption" in values:
         raise Refusal("ask.caption and prompt or prompts both say what the pictures show; leave one of them out.")
     if prompts:
@@ -205,7 +205,12 @@ def _repeated(field: str, value: Any, count: int) -> Any:
     return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * times
 
 
-def _prompts(config: Mapping[str, Any]) -> list[str]:
+def prompts_of(config: Mapping[str, Any]) -> list[str]:
+    """What `prompt` or `prompts` say.
+
+    Raises:
+        Refusal: both, or a file without any.
+    """
     prompt, file = config.get("prompt"), config.get("prompts")
     if file is None:
         return [] if prompt is None else [str(p) for p in prompt] if isinstance(prompt, list) else [str(prompt)]
