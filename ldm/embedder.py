@@ -53,8 +53,10 @@ class Condition(nn.Module):
     """The base of our conditions. Those of others need not inherit it: `complete` gives them the members that they lack."""
 
     frozen: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     hole: tuple[str, str] | None = None
     stands_for: str | None = None
+    drop_from: float = 0.0
     weighs: bool = False
     cut: Any = None
     taught: tuple[str, ...] = ()

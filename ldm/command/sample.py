@@ -52,9 +52,10 @@ def check(config: DictConfig) -> None:
 def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
     """-> the model that a composed sample.yaml names, with its adapters and on its device, and how it is usually drawn from."""
     from ldm.autoencoder.tiled import Tiled
-    from ldm.build import allowed, at_rest, load_model, recipe_of
+    from ldm.build import allowed, load_model
     from ldm.drawing.generate import compile_backbone
     from ldm.files.device import device_of
+    from ldm.rest import at_rest, recipe_of
 
     place = at_rest(config.model)
     model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))

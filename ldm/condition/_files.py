@@ -76,14 +76,21 @@ def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tenso
     return torch.stack(masks)
 
 
+def shrunk(field: str, asked: Sequence[Any], size: tuple[int, int]) -> float:
+    """How many times larger than `size` the largest of some files is, once it has its shape."""
+    sizes = [_open(field, path).size for path in files(field, asked)]
+    return max(min(width / size[1], height / size[0]) for width, height in sizes)
+
+
 def check_shapes(asked: Mapping[str, Sequence[Any]], a: str, b: str) -> None:
     """Raises ValueError where the files of the fields a and b, one by one, are of different shapes."""
     ours, theirs = ([(path, _open(field, path).size) for path in files(field, asked[field])] for field in (a, b))
     for _, (one, (w, h)), (other, (w2, h2)) in zip(range(max(len(ours), len(theirs))), cycle(ours), cycle(theirs)):
         if abs(w * h2 - w2 * h) > max(w, h, w2, h2):  # a pixel, once they are of one height or width
+            second = f"{b}={other}" if b == "init" else f"ask.{b}={other}"
             raise Refusal(
-                f"ask.{a}={one} is {w}x{h} and ask.{b}={other} is {w2}x{h2}: they are cut in the middle, each for itself, and so "
-                "would not lie on each other. Give both the same shape."
+                f"ask.{a}={one} is {w}x{h} and {second} is {w2}x{h2}: they are cut in the middle, each for itself, and so would "
+                "not lie on each other. Give both the same shape."
             )
 
 

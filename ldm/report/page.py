@@ -31,6 +31,7 @@ h3 { text-align: left; font-size: .95rem; font-weight: 600; margin: .8rem 0 .2re
 p { margin: 0 0 .9rem; max-width: 46rem }
 p.lead, figcaption, .soft { color: var(--soft) }
 figure { margin: 0; text-align: center }
+figure p { text-align: left }
 figcaption { font-size: .75rem; line-height: 1.3; margin-top: .3rem; overflow-wrap: anywhere }
 img { image-rendering: pixelated; max-width: 100%; height: auto; background: #fff; border-radius: 4px; vertical-align: top }
 .tiles, .row { display: flex; flex-wrap: wrap; gap: .8rem }
@@ -44,6 +45,8 @@ img { image-rendering: pixelated; max-width: 100%; height: auto; background: #ff
 td, th { text-align: left; padding: .4rem 1.6rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } td { font-variant-numeric: tabular-nums; min-width: 5rem }
 @media (min-width: 40rem) { td:first-child { white-space: nowrap } }
+@media (max-width: 40rem) { td, th { padding-right: .8rem } td { min-width: 0 } .tile { max-width: none }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere } pre code { padding-left: 1.2rem; text-indent: -1.2rem } }
 img[tabindex] { cursor: zoom-in }
 img[tabindex]:focus { position: fixed; inset: 0; margin: auto; z-index: 9; width: 96vw; height: 96vh; max-width: none;
   object-fit: contain; background: none; box-shadow: 0 0 0 100vmax rgb(0 0 0 / .85); outline: 0; pointer-events: none }
@@ -61,7 +64,7 @@ GREY = "#808893"  # an axis of this grey is readable on white and on black
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole page; title, lead and headings are text, the sections' bodies HTML. Sections with an empty body are left out."""
+    """-> a whole page, HTML. Title, lead and headings are plain text, bodies HTML; sections with an empty body are left out."""
     shown = [(f"part-{i}", head, part) for i, (head, part) in enumerate(sections) if part]
     body = "".join(f'<section id="{i}"><h2>{html.escape(head)}</h2>\n{part}\n</section>\n' for i, head, part in shown)
     links = "".join(f'<a href="#{i}">{html.escape(head)}</a>' for i, head, _ in shown)
@@ -82,7 +85,8 @@ def picture(images: Tensor, columns: int = 1, zoom: int = 1, alt: str = "") -> s
 
 
 def wall(images: Tensor, captions: Sequence[str], marks: Sequence[bool] | None = None, zoom: int = 3) -> str:
-    """images: (N, 3, h, w), or (N, k, 3, h, w) for k above each other, each with its caption, and a mark where asked for.
+    """images: (N, 3, h, w), or (N, k, 3, h, w) for k above each other, in [-1, 1], with captions, and with `marks` a tick or
+    cross each -> HTML.
 
     Raises:
         Refusal: there are not as many captions (or marks) as pictures.
@@ -96,24 +100,24 @@ def wall(images: Tensor, captions: Sequence[str], marks: Sequence[bool] | None =
         for x, c, m in zip(images, captions, marked)
     )
     wide = images.shape[-1] * zoom
-    columns = f"repeat(auto-fill, minmax(min({wide}px, 100%), 1fr))"
+    columns = f"repeat(auto-fill, minmax(min({wide}px, max(22%, 4rem)), 1fr))"  # on a phone four beside each other
     return f'<div class="wall" style="grid-template-columns: {columns}">{"".join(cells)}</div>' if len(images) else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Text and numbers in rows."""
+    """Text and numbers in rows -> an HTML table; nothing without rows."""
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>' if rows else ""
 
 
 def code(lines: Sequence[str]) -> str:
-    """Commands, one a line, and words about them behind a #; a click chooses a whole command, to be copied."""
+    """Commands, one a line, and comments behind a # -> HTML in which a click selects a whole command."""
     return f"<pre>{''.join(_line(line) for line in lines)}</pre>"
 
 
 def curves(series: Mapping[str, tuple[list[float], list[float]]], x_label: str, y_label: str = "", log_y: bool = False) -> str:
-    """Lines by name -> inline SVG, readable on light and dark; what has few points shows them."""
+    """Lines by name, (x, y) each -> inline SVG, readable on light and dark; short lines show their points."""
     if not series:
         return ""
     from matplotlib.figure import Figure
@@ -143,7 +147,9 @@ def curves(series: Mapping[str, tuple[list[float], list[float]]], x_label: str, 
 
 
 def read_curves(run: Path) -> Curves:
-    """All columns of the CSV logs of a run, csv/version_*/metrics.csv: name -> (steps, values); a later version wins a step."""
+    """A run's folder -> the columns of its CSV logs, csv/version_*/metrics.csv: name -> (steps, values). Where two versions have
+    the same step, the later one counts.
+    """
     values: dict[str, dict[float, float]] = {}
     logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
     for log in logs:
@@ -156,9 +162,10 @@ def read_curves(run: Path) -> Curves:
 
 
 def previews(run: Path, most: int = 4) -> str:
-    """Pictures drawn as training went on, from RUN/previews/<step>.png: the first, some in between, the last."""
+    """-> HTML with at most `most` of the pictures in RUN/previews/<step>.png: the first, some in between, the last."""
     files = sorted(run.glob("previews/*.png"))
-    chosen = [files[round(i * (len(files) - 1) / max(most - 1, 1))] for i in range(min(most, len(files)))]
+    count = min(most, len(files))
+    chosen = [files[round(i * (len(files) - 1) / max(count - 1, 1))] for i in range(count)]
     cells = "".join(
         f"<figure>{_img(file.read_bytes(), 2, f'step {int(file.stem)}')}<figcaption>step {int(file.stem):,}</figcaption></figure>"
         for file in chosen
@@ -167,7 +174,7 @@ def previews(run: Path, most: int = 4) -> str:
 
 
 def stacked_bar(parts: Mapping[str, float]) -> str:
-    """Seconds by name, as one coloured bar and its legend."""
+    """Seconds by name -> HTML, one coloured bar and its legend."""
     hues = HUES * len(parts)
     cells = "".join(f'<span style="flex:{value:g};background:{hue}"></span>' for hue, value in zip(hues, parts.values()))
     names = "".join(
@@ -178,7 +185,7 @@ def stacked_bar(parts: Mapping[str, float]) -> str:
 
 
 def tiles(rows: Sequence[tuple[str, str, str, bool | None]]) -> str:
-    """Headline numbers: (name, number, what it is held against, whether it holds; None where nothing is to be held)."""
+    """Headline numbers -> HTML: (name, number, what it is compared with, whether it is good enough; None where nothing is)."""
     cells = (
         f'<div class="tile"><span class="soft">{html.escape(name)}</span>'
         f'<b class="{"" if good is None else "good" if good else "bad"}">{html.escape(number)}</b>'
