@@ -148,7 +148,10 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
         if model.get("base") is not None:
             model["base"] = in_our_layout(model["base"])
     stage = build(plain["training"], allowed(config))
-    stage.recipe = kept_of(recipe, at_rest(recipe["base"])) if recipe.get("_target_") == ADAPTED else recipe
+    stage.recipe = recipe
+    if recipe.get("_target_") == ADAPTED:
+        base = at_rest(recipe["base"])
+        stage.recipe, stage.began = kept_of(recipe, base), content_of(base)
     model = stage.latent_model()
     frozen = () if model is None else frozen_parts(model)
     stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)

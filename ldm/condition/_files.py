@@ -129,8 +129,21 @@ def numbers(field: str, asked: Sequence[Any], low: float = -math.inf, high: floa
 
 def painted(labels: Tensor, count: int) -> Tensor:
     """labels: (B, h, w) integers in [0, count) -> (B, 3, h, w) in [-1, 1], white for 0, else hues as far apart as can be."""
-    hues = [colorsys.hsv_to_rgb(i / max(count - 1, 1), 0.8, 0.9) for i in range(count - 1)]
-    return torch.tensor([(1.0, 1.0, 1.0), *hues])[labels.cpu()].permute(0, 3, 1, 2).mul(2).sub(1)
+    return torch.tensor(_hues(count))[labels.cpu()].permute(0, 3, 1, 2).mul(2).sub(1)
+
+
+def palette(count: int) -> tuple[str, ...]:
+    """The colours of `painted`, as CSS writes them: #rrggbb."""
+    return tuple("#" + "".join(f"{round(255 * part):02x}" for part in hue) for hue in _hues(count))
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """The names of labels that have none."""
+    return tuple(map(str, range(count)))
+
+
+def _hues(count: int) -> list[tuple[float, float, float]]:
+    return [(1.0, 1.0, 1.0), *(colorsys.hsv_to_rgb(i / max(count - 1, 1), 0.8, 0.9) for i in range(count - 1))]
 
 
 def _open(field: str, path: Path | Image.Image, read: Callable[[Image.Image], Image.Image] = upright) -> Image.Image:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.condition._files import check_shapes, numbers, read_greys, read_pictures, shrunk
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
 from ldm.nn.layers import zero
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
@@ -111,6 +111,10 @@ class Hint(Condition):
         if any(_is_number(one) for one in asked):
             return numbers(field, asked)
         return read_greys(field, asked, size)
+
+    def input(self, field: str) -> Input:
+        """A picture, and a number: how strongly it is followed."""
+        return Input("picture") if field == self.key[0] else Input("number", low=0, high=2, usual=self.strength)
 
     def show(self, value: Sequence[Tensor]) -> Tensor:
         """value: as in `forward` -> the pictures."""

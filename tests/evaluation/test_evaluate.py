@@ -23,7 +23,7 @@ from ldm.conditioner import Conditioner
 from ldm.data.emoji import Emoji
 from ldm.data.usual import size_of
 from ldm.evaluation import rows as rows_module
-from ldm.evaluation.pictures import Given, Split, another, chosen, untold
+from ldm.evaluation.pictures import Given, Split, another, chosen, unconditional
 from ldm.evaluation.real import Archive, Folder
 from ldm.evaluation.rows import see
 from ldm.evaluation.run import measure
@@ -217,7 +217,7 @@ def test_untold_guidance_hears_the_null_condition_alone():
         def guidance(model, ask):
             said.extend([model.condition(ask), model.condition(ask, only=("text",))])
 
-        untold(guidance, conditions)(Model(), {"caption": 1, "negative.caption": 2, "label": 3})
+        unconditional(guidance, conditions)(Model(), {"caption": 1, "negative.caption": 2, "label": 3})
         return said
 
     assert heard(["text", "label"]) == [(["caption", "label"], ())] * 2
@@ -446,7 +446,11 @@ def test_a_sweep_draws_each_setting_once_and_reports_all(command, tmp_path, caps
     page = sweep([*command, "metric=[frechet_clip,class_accuracy]", "logger=[tensorboard]"], words)
     text = page.read_text(encoding="utf-8")
     assert page == tmp_path / "out" / "report.html" and "http" not in text.replace("http://www.w3.org", "")
-    assert "Quality against obedience" in text and "fd_clip over guidance.scale" in text and text.count("<h3>guidance.scale") == 2
+    assert (
+        "Quality against agreement with the request" in text
+        and "fd_clip over guidance.scale" in text
+        and text.count("<h3>guidance.scale") == 2
+    )
     told = json.loads((tmp_path / "out" / "sampler-ddim_scale-2" / "metrics.json").read_text())["fd_clip"]["protocol"]
     assert told["sampler"]["_target_"].endswith("DDIM") and told["sampler"]["steps"] == 2 and told["guidance"]["scale"] == 2
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
