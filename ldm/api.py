@@ -30,7 +30,17 @@ from ldm.types import Autoencoder, Batch, Guidance, Sampler
 
 Picture = Image.Image
 Output = Literal["pil", "pt"]
-UNREAD = ("model", "seed", "tile", "compile", "device", "adapters", "base", "out")  # settings of sample.yaml that draw has not
+UNREAD = (
+    "model",
+    "seed",
+    "tile",
+    "offload",
+    "compile",
+    "device",
+    "adapters",
+    "base",
+    "out",
+)  # settings of sample.yaml that draw has not
 
 
 class Pipeline:
