@@ -1,4 +1,4 @@
-"""Drawing on a device of little memory: text towers and autoencoder lie on the CPU, and visit the device while they are called."""
+"""Drawing on a device of little memory: text towers and autoencoder lie on the CPU, and visit the device when called."""
 
 from collections.abc import Callable
 from typing import Any
