@@ -44,7 +44,7 @@ def prior(config: DictConfig) -> Path:
     from ldm.data.usual import size_of
     from ldm.files.device import device_of
     from ldm.files.folder import write_text
-    from ldm.files.process import first, meet, process
+    from ldm.files.process import first, meet, process, wait
     from ldm.files.whole import write_whole
     from ldm.rest import at_rest, content_of, recipe_of
 
@@ -58,8 +58,10 @@ def prior(config: DictConfig) -> Path:
     told = {**as_usual({**plain, **PLAIN}, usual), "resolution": list(size)}
     kept = {name: value for name, value in told.items() if name not in (*FREE, *PLAIN)} | {"captions": captions}
     kept |= {"model": str(config.model), "sha256": content_of(place), "adapters": list(model.adapters), "count": config.count}
-    _keep(kept, out, first())
     meet()
+    if first():
+        _keep(kept, out)
+    wait()
     rank, world, _ = process()
     mine = range(config.count * rank // world, config.count * (rank + 1) // world)
     missing = [i for i in mine if not (out / PICTURES / f"{i:05d}.png").is_file()]
@@ -84,7 +86,7 @@ def _captions(config: dict[str, Any]) -> list[str]:
     return found
 
 
-def _keep(kept: dict[str, Any], out: Path, write: bool) -> None:
+def _keep(kept: dict[str, Any], out: Path) -> None:
     """Says how the pictures are drawn, once; a longer series of the same goes on.
 
     Raises:
@@ -102,8 +104,7 @@ def _keep(kept: dict[str, Any], out: Path, write: bool) -> None:
         raise Refusal(f"out={out} holds class pictures of {before['model']} with other settings, {was}. Name another folder.")
     if not before and any(out.glob("*")):
         raise Refusal(f"out={out} holds other files and no {RECORD}: name a folder of its own.")
-    if write:
-        write_json({**kept, "count": max(kept["count"], before.get("count", 0))}, path)
+    write_json({**kept, "count": max(kept["count"], before.get("count", 0))}, path)
 
 
 def _runs(numbers: Sequence[int], most: int) -> list[list[int]]:

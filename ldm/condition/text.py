@@ -184,7 +184,7 @@ class Text(Condition):
         found = [(number, weight) for text, weight in caption.parts for number in self.tokenizer.encode(text)][: len(plain) - 2]
         ids = torch.full_like(plain, self.tokenizer.padding if self.published else 0)
         weights = torch.ones(len(plain))
-        ids[0], ids[len(found) + 1] = plain[0], self.tokenizer.end if self.published else plain.max()
+        ids[0], ids[len(found) + 1] = plain[0], plain.max() if self.end is None else self.end
         for i, (number, weight) in enumerate(found, 1):
             ids[i], weights[i] = number, weight
         return ids, weights

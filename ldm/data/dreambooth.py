@@ -79,6 +79,8 @@ class DreamBooth(Folder):
             least = math.ceil((1 + weight) / min(1, weight) - 1e-9)
             if self.batch < least:
                 raise Refusal(f"data.batch={self.batch} has no room for instance and prior (data.batch={least}).")
+            if len(self.sizes) > 1:
+                raise Refusal("data.buckets: with data.prior all pictures are of one size (data.size); leave data.buckets out.")
             self.weights = [1.0, weight]
 
     def setup(self, stage: str | None = None) -> None:

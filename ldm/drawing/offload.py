@@ -37,11 +37,17 @@ class Visiting(nn.Module):
 def offload(model: LatentModel, device: torch.device | str) -> LatentModel:
     """Puts the network on a device, where it stays; the conditions and the autoencoder visit it, in place -> the same model."""
 
+    parts = [model.conditioner]
+    if model.conditioner.widths.spatial:  # conditions that are maps may encode pictures by the autoencoder itself
+        parts.append(model.autoencoder)
+
     def come(conditioner: nn.Module, inputs: Any) -> None:
-        conditioner.to(device)
+        for part in parts:
+            part.to(device)
 
     def leave(conditioner: nn.Module, inputs: Any, output: Any) -> None:
-        conditioner.to("cpu")
+        for part in parts:
+            part.to("cpu")
 
     model.to("cpu").denoiser.to(device)
     model.autoencoder = Visiting(model.autoencoder, device)

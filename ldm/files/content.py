@@ -50,7 +50,7 @@ def remembered(files: Sequence[Path], words: Sequence[str], make: Callable[[], s
 
     `words` are what else it depends on.
     """
-    stats = [os.stat(file) for file in files]
+    began, stats = time.time(), [os.stat(file) for file in files]
     if sum(stat.st_size for stat in stats) < LARGE:
         return make()
     states = [f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for s in stats]
@@ -58,7 +58,7 @@ def remembered(files: Sequence[Path], words: Sequence[str], make: Callable[[], s
     if place.is_file():
         return place.read_text(encoding="ascii")
     sha256 = make()
-    if time.time() - max(stat.st_ctime for stat in stats) > RECENT:
+    if began - max(stat.st_ctime for stat in stats) > RECENT:
         try:
             with whole(place) as part:
                 part.write_text(sha256, encoding="ascii")

@@ -30,6 +30,9 @@ class Route:
         first = torch.arange(before, device=x.device).expand(len(chosen), -1)
         return torch.cat((first, chosen), dim=1)[..., None]
 
+    def __deepcopy__(self, memo: object) -> None:
+        """-> None: a copy of a backbone, such as its average, that is made on the way sees all patches."""
+
 
 @runtime_checkable
 class Routed(Protocol):

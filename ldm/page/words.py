@@ -111,7 +111,7 @@ def _at(word: str, one: Asked, strength: float) -> str:
     if strength == one.strength:
         return word
     name, text = ("" if one.name is None else f"{one.name}="), ("" if one.text is None else f":{one.text!r}")
-    return f"{name}{one.source}:{strength!r}{text}"
+    return f"{name}{one.source}:{strength!r}{text}{':guess' if one.guess else ''}"
 
 
 def _asked(ask: Mapping[str, Any], files: Mapping[str, Path], inputs: Mapping[str, Input]) -> list[str]:

@@ -12,6 +12,7 @@ from ldm.build import adapted, load_model
 from ldm.command.train import train
 from ldm.condition.cached_text import CachedText, save_null
 from ldm.drawing.request import read_request
+from ldm.drawing.weights import weighted
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_recipe
 from ldm.training.callback.checkpoint import read_checkpoint
@@ -42,6 +43,14 @@ def test_at_step_0_nothing_is_other(bases, kind):
     assert torch.equal(said(model, PLAIN), before) and torch.equal(said(model, SPOKEN), spelled)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == model.trained == {ROWS}
     assert model.conditioner.embedders["text"].taught == ("<fox>",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weighed_word_ends_where_a_plain_one_does(bases, kind):
+    model = adapted(bases[kind], {"word": TextualInversion("<fox>", "fox", 2)})
+    plain, light = "a <fox>, red", weighted("a (<fox>:1.0), red")
+    assert torch.equal(said(model, [light, plain]), said(model, [plain, plain]))
+    assert not torch.equal(said(model, [weighted("a (<fox>:1.5), red"), plain]), said(model, [plain, plain]))
 
 
 def test_only_the_rows_move(base):

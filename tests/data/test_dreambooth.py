@@ -102,6 +102,7 @@ def test_what_does_not_go_is_named(folders, tmp_path):
     refused(r"prior_weight=1\.0 without data\.prior: class pictures are drawn by ldm prior", dog, "x", prior_weight=1.0)
     refused(r"batch=1 has no room for instance and prior \(data\.batch=2\)", dog, "x", prior=prior, batch=1)
     refused(r"batch=2 has no room .* \(data\.batch=3\)", dog, "x", prior=prior, batch=2, prior_weight=0.5)
+    refused(r"data\.buckets: with data\.prior all pictures are of one size", dog, "x", prior=prior, buckets=[[8, 8], [8, 16]])
     refused(r"wanted more than 0", dog, "x", prior=prior, prior_weight=0)
     refused(r"2 of 2 pictures have no caption, such as 0\.png", dog, "x", prior=pictures(tmp_path / "silent", 2))
     with pytest.raises(NotFound, match=r"data\.pictures=|data\.train="):

@@ -1,5 +1,6 @@
 """Patches that skip blocks, and masked training: where patches go, what is counted, and that left out it is nothing."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -20,6 +21,7 @@ from ldm.objective.masked import Masked, seen_of
 from ldm.objective.mean_flow import MeanFlow
 from ldm.objective.regression import Regression
 from ldm.objective.route import Routing, kept_of, routed
+from ldm.objective.time import BySize, LogitNormal
 from ldm.prediction import Flow
 from ldm.schedule import Linear
 from ldm.types import Cond, Draw, Widths
@@ -160,6 +162,27 @@ def test_masked_training_neither_sees_nor_judges_what_is_left_out():
         output = model(backbone).denoiser.output((1 - t[:, None, None, None]) * X + t[:, None, None, None] * noise, t, Cond())
     error = (output - (noise - X)).square()[(seen > 0).expand_as(X)]
     torch.testing.assert_close(losses[0], error.mean(), rtol=1e-4, atol=0)
+
+
+def test_masked_training_heeds_the_size_of_pictures():
+    small, many = BySize(low=-1.0, high=3.0, few=16, many=64), LogitNormal(mean=-1.0)  # 16 patches here
+    losses = [Masked(time=time)(model(net()), {}, X, Cond(), DRAW)["loss"] for time in (small, many)]
+    assert torch.equal(*losses)
+
+
+def test_a_copy_that_is_made_on_the_way_sees_all_patches():
+    """Such as the average, which an objective asks for at its first step."""
+    backbone = net()
+    with routed(backbone, Route(2, 3, kept_of(backbone, X, DRAW, 0.5))):
+        copied = deepcopy(backbone)
+    assert torch.equal(copied(X, LEVEL, Cond()), backbone(X, LEVEL, Cond()))
+
+
+def test_every_weight_of_joined_blocks_has_a_gradient_where_all_patches_go():
+    """For which several processes wait."""
+    backbone = net(fuse=[2, 3])
+    backbone(X, LEVEL, Cond()).sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters()) and not backbone.fusion.token.grad.any()
 
 
 def test_derivatives_take_the_same_way():

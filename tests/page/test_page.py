@@ -271,6 +271,7 @@ def test_adapters_have_the_strength_of_their_sliders():
     words = ["style.safetensors:0.8", "edges=a b/c:0.5:0.25", "plain"]
     assert strengths(words, [0.8, 0.5, 1]) == words
     assert strengths(words, [-0.5, 1, 0.3]) == ["style.safetensors:-0.5", "edges=a b/c:1:0.25", "plain:0.3"]
+    assert strengths(["canny:guess", "canny:0.5:guess"], [0.7, 0.7]) == ["canny:0.7:guess"] * 2
     with pytest.raises(Refusal, match="3 strengths are wanted"):
         strengths(words, [1])
     with pytest.raises(Refusal, match="strength=nan"):
