@@ -215,7 +215,7 @@ def put_on(model: LatentModel, given: Sequence[Given]) -> None:
         lost = [n for n in one.tensors if not any(adapter.owns(n) for adapter in one.adapters.values())]
         if lost:
             raise Refusal(f"{one.asked.source}: {len(lost)} tensors are of none of its adapters, such as {lost[0]}.")
-        if one.asked.strength not in (0, 1) and not any(getattr(adapter, "scales", True) for adapter in one.adapters.values()):
+        if one.asked.strength not in (0, 1) and not any(adapter.scales for adapter in one.adapters.values()):
             raise Refusal(
                 f"adapters={one.asked.source}:{one.asked.strength:g} is a word, which is there or is not: 1 or 0. Prompts weigh "
                 "it: prompt_weights=true prompt='(<word>:0.8)'."

@@ -44,7 +44,7 @@ def prior(config: DictConfig) -> Path:
     from ldm.data.usual import size_of
     from ldm.files.device import device_of
     from ldm.files.folder import write_text
-    from ldm.files.process import first, meet, process, wait
+    from ldm.files.process import first, meet, process
     from ldm.files.whole import write_whole
     from ldm.rest import at_rest, content_of, recipe_of
 
@@ -59,9 +59,7 @@ def prior(config: DictConfig) -> Path:
     kept = {name: value for name, value in told.items() if name not in (*FREE, *PLAIN)} | {"captions": captions}
     kept |= {"model": str(config.model), "sha256": content_of(place), "adapters": list(model.adapters), "count": config.count}
     meet()
-    if first():
-        _keep(kept, out)
-    wait()
+    _keep(kept, out)
     rank, world, _ = process()
     mine = range(config.count * rank // world, config.count * (rank + 1) // world)
     missing = [i for i in mine if not (out / PICTURES / f"{i:05d}.png").is_file()]
@@ -87,14 +85,18 @@ def _captions(config: dict[str, Any]) -> list[str]:
 
 
 def _keep(kept: dict[str, Any], out: Path) -> None:
-    """Says how the pictures are drawn, once; a longer series of the same goes on.
+    """Says how the pictures are drawn, once, by the first process; a longer series of the same goes on.
 
     Raises:
         Refusal: the folder holds others.
     """
     from ldm.data.dreambooth import RECORD
     from ldm.files.folder import read_json, write_json
+    from ldm.files.process import first, wait
 
+    if not first():
+        wait()
+        return
     path = out / RECORD
     before = dict(read_json(path)) if path.is_file() else {}
     # as the file holds it; a model may have moved
@@ -105,6 +107,7 @@ def _keep(kept: dict[str, Any], out: Path) -> None:
     if not before and any(out.glob("*")):
         raise Refusal(f"out={out} holds other files and no {RECORD}: name a folder of its own.")
     write_json({**kept, "count": max(kept["count"], before.get("count", 0))}, path)
+    wait()
 
 
 def _runs(numbers: Sequence[int], most: int) -> list[list[int]]:
