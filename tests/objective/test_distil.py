@@ -170,7 +170,7 @@ def test_a_discriminator_learns_to_tell_and_its_wrong_width_is_named(emoji_root,
     before = stage.objective.judge.head[0].weight.clone()
     fit(stage, emoji_root, tmp_path, 1)
     assert not torch.equal(stage.objective.judge.head[0].weight, before)
-    with pytest.raises(ValueError, match=r"of fake says 8 features a patch: objective\.width=8 \(not 4\)"):
+    with pytest.raises(ValueError, match=r"of fake says 8 features a patch: objective\.width=8 \(found 4\)"):
         fit(stage_of(DMD(teacher, adversarial=0.1, width=4)), emoji_root, tmp_path, 1)
 
 
