@@ -264,6 +264,10 @@ class Trained:
         """(B, 3, f * H, f * W) in [-1, 1] -> the autoencoder's moments."""
         return self.model.autoencoder.encode(images)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) whitened -> the autoencoder's pictures, with gradients."""
+        return self.model.autoencoder.decode(latents)
+
     def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
         """As the model's."""
         return self.model.condition(request, only)
