@@ -74,7 +74,9 @@ class DMD(nn.Module):
         return True
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
-        """x: (B, C, H, W), of which only the shape counts -> {"loss": (), "critic": ()}, the former for its gradient alone."""
+        """x: (B, C, H, W) clean latents, which a discriminator alone looks at -> {"loss": (), "critic": ()}, the former for its
+        gradient alone, and with a discriminator the share of pictures that it judges rightly as `caught`.
+        """
         schedule = model.denoiser.schedule
         self.teacher.check_schedule(schedule)
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
@@ -104,7 +106,7 @@ class DMD(nn.Module):
     def _of_data(self, x: Tensor, told: Cond, draw: Draw) -> Tensor:
         """What the discriminator says of the data through noise, at the times at which it saw what was drawn."""
         schedule = self.fake.schedule
-        t = self.regression.time(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         alpha, sigma = (like(s, x) for s in schedule(t))
         self.fake(alpha * x + sigma * self.regression.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, told)
         return self.judge(x)

@@ -54,7 +54,7 @@ class Shortcut(nn.Module):
         """x: (B, C, H, W) clean latents -> {"loss": ()}."""
         denoiser = model.denoiser
         check_straight(denoiser)
-        t, to, two = self.times(draw, denoiser.schedule)
+        t, to, two = self.times(draw, denoiser.schedule, x)
         t, to = (s.to(x, non_blocking=True) for s in (t, to))
         noise = self.regression.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
@@ -69,11 +69,11 @@ class Shortcut(nn.Module):
             output = denoiser.output(x_t, t, cond, to)
         return {"loss": self.regression.error(denoiser, output - target, t).mean()}
 
-    def times(self, draw: Draw, schedule: Schedule) -> tuple[Tensor, Tensor, Tensor]:
-        """-> t: (B), to: (B), to <= t, and which samples have two: (K); on the CPU."""
+    def times(self, draw: Draw, schedule: Schedule, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, H, W) -> t: (B), to: (B), to <= t, and which samples have two: (K); on the CPU."""
         turn = draw.position.double() * self.share
         two = ((turn + self.share).floor() > turn.floor()).nonzero().flatten()
-        t = self.regression.time(draw.stratified("time"), schedule)
+        t = self.regression.time_for(x)(draw.stratified("time"), schedule)
         length = 2.0 ** -(draw.uniform("length") * math.log2(self.steps)).floor()
         long = length * (1 + (draw.uniform("place") / length).floor())
         to = t.index_copy(0, two, (long - length)[two].to(t))

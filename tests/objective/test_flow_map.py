@@ -140,7 +140,7 @@ def test_the_shortest_steps_of_a_shortcut_are_told_as_none():
 
 def test_a_shortcuts_steps_lie_on_grids_of_powers_of_two():
     draw = Draw(0, POSITION, COUNT)
-    t, to, two = Shortcut(Uniform(), share=0.25, steps=128).times(draw, Linear())
+    t, to, two = Shortcut(Uniform(), share=0.25, steps=128).times(draw, Linear(), torch.zeros(1, 1, 2, 2))
     long = (t - to)[two]
     assert len(two) == COUNT // 4 and not (t - to)[~torch.isin(POSITION, two)].any()
     assert sorted(long.unique().tolist()) == [2.0**-k for k in range(6, -1, -1)]
