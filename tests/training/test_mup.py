@@ -52,20 +52,20 @@ def stage(kind, width, mup=True, optimizer=adamw):
     return Diffusion(model=model, objective=Regression(), parametrization=given, **settings).train()
 
 
-def exponents(kind, widths, mup):
+def exponents(kind, widths, mup, rate):
     found = {}
     for width in widths:
-        one = stage(kind, width, mup)
+        one = stage(kind, width, mup, lambda params: torch.optim.AdamW(params, lr=rate))
         found[width] = coordinates(one, one.model.denoiser.backbone, BATCH)
     return slopes(found)
 
 
-@pytest.mark.parametrize("kind, widths", [("dit", (32, 64, 128)), ("unet", (16, 32))])
-def test_hidden_states_move_as_far_at_every_width(kind, widths):
+@pytest.mark.parametrize("kind, widths, rate", [("dit", (32, 64, 128), 1e-2), ("unet", (32, 64, 128), 2e-3)])
+def test_hidden_states_move_as_far_at_every_width(kind, widths, rate):
     """Under muP no block's change grows with the width, or falls, after 4 steps of Adam; as usual the last ones' do."""
-    steady, usual = (exponents(kind, widths, mup) for mup in (True, False))
-    assert max(abs(slope) for slope in steady.values()) < 0.2, steady
-    assert max(usual.values()) > 0.4, usual
+    steady, usual = (exponents(kind, widths, mup, rate) for mup in (True, False))
+    assert max(abs(slope) for slope in steady.values()) < 0.25, steady
+    assert max(usual.values()) > 0.6, usual
 
 
 @pytest.mark.parametrize("kind", BASE)
