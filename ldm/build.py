@@ -141,6 +141,8 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
     recipe = plain["training"].pop("recipe")
     if recipe.get("_target_") != ADAPTED and (plain.get("adapter") or plain.get("rates")):
         raise Refusal("adapter=[...] and rates= are of training=finetune, which begins from model.init=MODEL.")
+    if plain.get("parametrization") and "parametrization" not in plain["training"]:
+        raise Refusal("parametrization=mup is of training=diffusion, which makes its weights anew.")
     for model in (recipe, plain["training"].get("model", {})):
         for group, place in (("condition", "condition"), ("adapter", "adapters")):
             if place in model:

@@ -22,7 +22,9 @@ from ldm.files.moved import moved
 from ldm.files.process import first
 
 # What says where, how long and how visibly a run trains, and not what.
-VOLATILE = tuple("run_id identity resume trainer logger callback always plan profile debug optimize runs folder hydra".split())
+VOLATILE = tuple(
+    "run_id identity resume trainer logger callback always plan coordinates profile debug optimize runs folder hydra".split()
+)
 FILES = ("experiment", "size")  # the groups whose files are a command's words, said ahead
 
 Difference = tuple[tuple[str, ...], Any, Any]  # a setting's path, its value in the run, its value now

@@ -26,7 +26,7 @@ def run(config: DictConfig) -> float | None:
     from ldm.files.folder import write_text
 
     folder, numbers = _train(config)
-    if config.optimize is None or config.plan:
+    if config.optimize is None or config.plan or config.coordinates:
         return None
     kept = folder / "optimized.json"
     if numbers and first():
@@ -40,6 +40,16 @@ def run(config: DictConfig) -> float | None:
 
 
 def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
+    if not config.coordinates:
+        return _fit(config)
+    from ldm.command.coordinates import check, said
+
+    folder = Path(config.folder)
+    print(said(check(config, folder), folder))
+    return folder, {}
+
+
+def _fit(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage

@@ -224,6 +224,16 @@ def test_resumed_twice_is_the_same_run(base, emoji_root, run, tmp_path):
     assert all(x.any() for x in one.values())
 
 
+@pytest.mark.slow
+def test_a_lora_is_distilled_beside_its_own_teacher(base, emoji_root, tmp_path):
+    """LCM-LoRA (https://arxiv.org/abs/2311.05556): factors alone are trained, and drawn from as any others are."""
+    more = ["trainer.max_steps=2", "rate=constant", "objective=latent_consistency", "callback=[checkpoint,ema]"]
+    folder = train(command(base, emoji_root, tmp_path, *more))
+    factors = load_tensors(folder / "model.safetensors")
+    assert factors and all(".lora_" in name and x.any() for name, x in factors.items())
+    assert not torch.equal(said(load_model(base, adapters=[f"{folder}:1"])), said(load_model(base)))
+
+
 def test_a_checkpoint_holds_what_is_trained(base, run):
     checkpoint = read_checkpoint(run / "checkpoints" / "step-00000006.ckpt")
     exported = load_tensors(run / "model.safetensors")

@@ -146,7 +146,9 @@ def listener(schedule, prediction):
     net = DiT(3, Widths(vector=8), size=4, patch=2, width=8, depth=2, heads=2)
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
-    return model(Denoiser(net, schedule, prediction, DataTime(), span=8))
+    listening = model(Denoiser(net, schedule, prediction, DataTime(), span=8))
+    listening.average = listening
+    return listening
 
 
 def told(name, clip_folder, runs):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.ranks import SpoilLoss, three_stages, train
+from helpers.ranks import SpoilLoss, measured, three_stages, train
 from helpers.training import assert_same, diffusion
 from ldm.compose import CONFIGS
 from ldm.training.callback.checkpoint import newest, read_checkpoint
@@ -54,7 +54,8 @@ def one(emoji_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     speed = Throughput(peak=1.0)
     plain, spoilt = train(emoji_root, folder / "plain", 3)[1], train(emoji_root, folder / "spoilt", 3, SpoilLoss(1), speed)[1]
-    return {False: held(plain), True: held(spoilt), "flops": speed.flops} | three_stages(emoji_root, folder)
+    told = {"flops": speed.flops, "brightness": measured(emoji_root, folder / "measured")}
+    return {False: held(plain), True: held(spoilt)} | told | three_stages(emoji_root, folder)
 
 
 @pytest.mark.parametrize("name", ["sharded", "folders", "both", "spoilt"])
@@ -97,6 +98,11 @@ def test_gradients_are_reduced_once_a_step(two):
 
 def test_a_sharded_step_is_counted_as_the_whole_one(one, two):
     assert torch.load(two / "told.pt")["flops"] == one["flops"] > 0
+
+
+def test_metrics_while_training_are_the_same_where_weights_are_shared_out(one, two):
+    """Though one rank draws more pictures than the other, and so runs the network more often."""
+    assert torch.load(two / "told.pt")["brightness"] == pytest.approx(one["brightness"], abs=1e-4)
 
 
 def test_a_sharded_model_is_exported_whole(two):

@@ -20,10 +20,8 @@ from helpers.training import diffusion, small, trainer
 from ldm.data.batch.samples import stay
 from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
 from ldm.training.callback.ema import EMA
-from ldm.training.callback.evaluate import Evaluate
 from ldm.training.callback.guard import Guard, skip_where
 from ldm.training.callback.preempt import Preempt, Preempted
-from ldm.training.parallel.sharded import Sharded
 from ldm.training.run import fit
 
 
@@ -126,12 +124,6 @@ def test_a_rank_that_is_left_alone_says_so_in_a_line(tmp_path):
     left = SimpleNamespace(**LENGTH, fit=alone, global_rank=1, global_step=7, precision_plugin=None, callbacks=[])
     with pytest.raises(ConnectionError, match="Rank 1 lost the others at step 7"):
         fit(None, None, left, tmp_path)
-
-
-def test_metrics_while_training_are_refused_where_weights_are_shared_out():
-    evaluate = Evaluate("", 1, {}, None, None, None)
-    with pytest.raises(ValueError, match=r"callback=\[...,evaluate\] is not for trainer=fsdp"):
-        evaluate.setup(SimpleNamespace(strategy=Sharded()), None, "fit")
 
 
 def slow(i):

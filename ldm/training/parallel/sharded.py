@@ -117,6 +117,24 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
     return full.cpu() if keep else full.new_empty(0)
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it every rank holds all weights of what is shared out, so that one may run it more often than another, or never.
+
+    Whoever asks the module for its state shares them out again.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
 def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor that every rank has, shared out as `like` is, where it is of its shape."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
