@@ -26,8 +26,8 @@ from ldm.files.moved import moved
 from ldm.files.process import first
 from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
-from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.protocols import averages_in
+from ldm.training.saved import newest, read_checkpoint
 from ldm.types import Widths
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")

@@ -1,13 +1,15 @@
 """From words to a config: free text is quoted, names and types are checked, then Hydra composes. Light to import."""
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -160,19 +162,15 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     if multirun:
         check_sweep(parsed)
-    search = [o for o in overrides if o.startswith("hydra.searchpath")]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        more = list(searched(parsed))
-        groups = {o.key_or_group: _options(loader, o.key_or_group, more) for o in parsed}
-        chosen = [o for o in parsed if groups[o.key_or_group]]
+        chosen, groups = _choices(parsed)
         for override in chosen:
             _check_choice(override, groups[override.key_or_group], multirun)
-        plain = [o.input_line for o in chosen if not o.is_sweep_override()]
-        config = compose(config_name, overrides=[*search, *plain])
+        words = [o.input_line for o in parsed if (o in chosen and not o.is_sweep_override()) or _is_search(o)]
+        config = _composed(config_name, words)
         heads = tuple(f"{o.key_or_group.replace('/', '.')}." for o in chosen)
         if any(o.key_or_group.startswith(heads) for o in parsed):  # settings of a choice that may take the place of a recipe's
-            config = swapped(config, config_name, [o for o in parsed if o.input_line in (*search, *plain)], CONFIGS)
+            config = swapped(config, config_name, [o for o in parsed if o.input_line in words], CONFIGS)
     left_out = {o.key_or_group for o in parsed if o.is_delete()}
     for override in parsed:
         if override not in chosen and not override.key_or_group.startswith("hydra."):
@@ -184,8 +182,38 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
     """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
     overrides = with_local(quote(overrides))
     check_overrides(config_name, overrides)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return settled(compose(config_name, overrides=list(overrides)), config_name, overrides)
+        if any(o.is_sweep_override() or o.is_hydra_override() for o in parsed):
+            return settled(compose(config_name, overrides=list(overrides)), config_name, overrides)
+        chosen, _ = _choices(parsed)
+        config = _composed(config_name, [o.input_line for o in chosen])
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in chosen], config)
+        return settled(config, config_name, overrides)
+
+
+def _choices(overrides: Sequence[Override]) -> tuple[list[Override], dict[str, list[str]]]:
+    """Those that choose a file of a group, and what each could choose. Hydra must be initialized."""
+    more, loader = list(searched(overrides)), GlobalHydra.instance().config_loader()
+    ours = not any(_is_search(o) for o in overrides)
+    groups = {g: _own_options(g) if ours else _options(loader, g, more) for g in (o.key_or_group for o in overrides)}
+    return [o for o in overrides if groups[o.key_or_group]], groups
+
+
+def _is_search(override: Override) -> bool:
+    return override.key_or_group == "hydra.searchpath"
+
+
+def _composed(config_name: str, words: Sequence[str]) -> DictConfig:
+    """What Hydra composes of choices, once for the same ones: it takes a fifth of a second. Hydra must be initialized."""
+    if any(word.startswith("hydra") for word in words):
+        return compose(config_name, overrides=list(words))
+    return pickle.loads(_pickled(config_name, tuple(words)))
+
+
+@lru_cache(maxsize=256)
+def _pickled(config_name: str, words: tuple[str, ...]) -> bytes:
+    return pickle.dumps(compose(config_name, overrides=list(words)))
 
 
 def settled(config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = ()) -> DictConfig:
@@ -196,6 +224,12 @@ def settled(config: DictConfig, config_name: str, overrides: Sequence[str], swep
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return name_run(swapped(config, config_name, parsed, CONFIGS, say=True), CONFIGS, overrides, swept)
+
+
+@lru_cache(maxsize=1024)
+def _own_options(group: str) -> list[str]:
+    """The choices of a group in the framework's configs."""
+    return _options(GlobalHydra.instance().config_loader(), group)
 
 
 def _options(loader: Any, group: str, more: Sequence[Path] = ()) -> list[str]:

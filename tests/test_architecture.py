@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ ALIASES = ["average.py", "data/doctor.py", "data/pack.py"]  # names of before: t
 CONFINED = {
     "hydra": {"build", "command", "compose", "run_id", "swap"},
     "omegaconf": {"api", "build", "command", "compose", "run_id", "swap"},
-    "pytorch_lightning": {"command", "data", "training"},
+    "pytorch_lightning": {"command", "training"},
     "webdataset": {"data"},
     "peft": {"adapter"},
     "open_clip": {"condition", "extractor", "loss", "metric", "tower", "training"},
@@ -75,12 +76,19 @@ ASKED_BY_NAME = {
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@cache
 def room(path):
     return path.relative_to(LDM).with_suffix("").parts[0]
 
 
+@cache
 def imports(path):
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     origins = [n for n in nodes if isinstance(n, ast.ImportFrom)]
     assert not any(n.level for n in origins), f"{path}: imports say their full name"
@@ -130,7 +138,7 @@ def test_nothing_asks_ours_by_name_whether_it_has_a_member():
     """A Protocol says what is there, embedder.py what is there by default: ask the object."""
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
                 name = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
                 if name is not None and (node.func.id == "hasattr" or len(node.args) == 3):
@@ -144,7 +152,7 @@ def test_lightnings_privates_are_reached_for_in_one_file():
     """Attributes that begin with an underscore, of anything but self, in the rooms that know Lightning, by word."""
     words = ("trainer", "strategy", "connector", "plugin", "loop", "progress")
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 owner = ast.unparse(node.value)
                 assert not owner.endswith(words), f"{path}: {ast.unparse(node)} belongs into ldm/files/lightning.py"
@@ -152,8 +160,7 @@ def test_lightnings_privates_are_reached_for_in_one_file():
 
 @pytest.mark.parametrize("path", [*FILES, *ROOT.glob("*.py")], ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short_and_say_what_they_are_for(path):
-    text = path.read_text()
-    tree = ast.parse(text)
+    text, tree = path.read_text(), parsed(path)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     assert text.count("\n") <= 420
     long = [f.name for f in functions if f.end_lineno - f.body[0].end_lineno > 40]
@@ -163,7 +170,7 @@ def test_files_are_short_and_say_what_they_are_for(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LDM)))
 def test_public_things_have_docstrings(path):
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
     public = [*(c for c in classes if not _protocol(c)), *(n for n in tree.body if isinstance(n, ast.FunctionDef))]
     methods = [m for c in classes for m in c.body if isinstance(m, ast.FunctionDef) and not _protocol(c)]
@@ -191,7 +198,7 @@ PLAIN |= {"swap"}
 @pytest.mark.parametrize("path", [f for f in FILES if room(f) in PLAIN], ids=lambda p: str(p.relative_to(LDM)))
 def test_names_say_what_a_thing_is(path):
     """Variables and parameters; docs/concepts.md has the words."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     names = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
     assert not names & VAGUE
 

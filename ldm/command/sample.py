@@ -27,22 +27,23 @@ def sample(config: DictConfig) -> Tensor:
     from ldm.autoencoder.tiled import Tiled
     from ldm.build import allowed, at_rest, load_model, recipe_of
     from ldm.check import check_counts
+    from ldm.command.usual import check_drawing
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.request import write_pictures
     from ldm.files.device import device_of
-    from ldm.files.process import first, from_all, meet, process
+    from ldm.files.process import first, from_all, meet, process, say
 
     check_counts(batch=config.batch, tile=config.tile)
     meet()
     rank, world, _ = process()
     place = at_rest(config.model)
+    plain, usual = OmegaConf.to_container(config, resolve=True), recipe_of(place).get("usual", {})
+    check_drawing(plain, usual, allowed(config))
     model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
     if config.compile:
         compile_backbone(model.denoiser.backbone)
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
-    plain = OmegaConf.to_container(config, resolve=True)
-    usual, say = recipe_of(place).get("usual", {}), print if first() else lambda line: None
     images, told = draw(model, usual, plain, allowed(config), say, share=(rank, world))
     images = torch.cat(from_all(images))
     if first():

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -175,6 +174,8 @@ class Text(Condition):
         if not self.published:
             if self.learned:
                 raise Refusal(f"condition.text.learned={list(self.learned)} wants condition.text.tokenizer=clip.")
+            import open_clip
+
             return open_clip.get_tokenizer(model, context_length=length)
         if self.padding is None:
             raise Refusal("condition.text.tokenizer=clip wants condition.text.padding, 0 or 49407, as published models pad.")

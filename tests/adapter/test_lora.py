@@ -16,7 +16,7 @@ from ldm.compose import compose_config
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_recipe, save_model, with_parts
 from ldm.nn.attention import split_attention
-from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.saved import read_checkpoint
 
 UNET = {
     "_target_": "ldm.backbone.unet.UNet",

@@ -14,13 +14,14 @@ from helpers.autoencoding import train_both
 from helpers.clip import CLIP
 from helpers.survive import Send, adamw
 from helpers.training import autoencoder_stage, diffusion, exact, small, train_all, trainer
-from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback
 from ldm.training.callback.ema import EMA
 from ldm.training.callback.guard import Guard
 from ldm.training.callback.preempt import Preempt
 from ldm.training.callback.throughput import Throughput
 from ldm.training.parallel.sharded import Sharded
 from ldm.training.run import fit
+from ldm.training.saved import newest
 
 TWO = {"accelerator": "cpu", "devices": 2}
 

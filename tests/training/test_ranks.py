@@ -12,8 +12,8 @@ import torch
 from helpers.ranks import SpoilLoss, three_stages, train
 from helpers.training import assert_same, diffusion
 from ldm.compose import CONFIGS
-from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.callback.throughput import Throughput
+from ldm.training.saved import newest, read_checkpoint
 
 
 def held(path):

@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader
 from helpers.survive import Send, adamw, against
 from helpers.training import diffusion, small, trainer
 from ldm.data.batch.samples import stay
-from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback
 from ldm.training.callback.ema import EMA
 from ldm.training.callback.evaluate import Evaluate
 from ldm.training.callback.guard import Guard, skip_where
 from ldm.training.callback.preempt import Preempt, Preempted
 from ldm.training.parallel.sharded import Sharded
 from ldm.training.run import fit
+from ldm.training.saved import newest, read_checkpoint, resume_from
 
 
 def run(emoji_root, folder, *callbacks, steps=6, every=100, **kwargs):
