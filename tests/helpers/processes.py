@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+from helpers.port import free_port
+
 
 def together(task, environments, folder, timeout=1800):
     """Calls `task` in a process for each environment, which is added to this one's; -> their exit codes and what they printed."""
@@ -19,6 +21,14 @@ def together(task, environments, folder, timeout=1800):
         job.kill()  # one that did not end
         job.join()
     return [job.exitcode for job in jobs], [file.read_text() for file in files]
+
+
+def torchrun(count):
+    """What torchrun tells each of its processes."""
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
+    told |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    ranks = [told | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
 
 
 def _alone(task, environment, file):

@@ -82,7 +82,7 @@ def train(emoji_root, folder, steps, *callbacks, checkpoint=None, **kwargs):
 
 
 def on_each_rank(emoji_root, folder):
-    """What torchrun runs; the last thing is that rank 1 dies."""
+    """What each of two processes runs; the last thing is that rank 1 dies."""
     for name, told in three_stages(emoji_root, folder, strategy="ddp", **TWO).items():
         if told:
             torch.save(told, folder / f"{name}.pt")
