@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ldm.check import nearest
 from ldm.errors import NotFound, Refusal
-from ldm.files.content import file_content
+from ldm.files.base import difference, identity_of
 from ldm.files.folder import from_parts, read_recipe, without_usual
+from ldm.files.process import first
 from ldm.model import LatentModel
 
 ADAPTED = "ldm.build.adapted"  # the recipe of a model whose adapters alone were trained
@@ -28,6 +29,7 @@ class Adapter(Protocol):
     """Something small that is trained beside a finished model, and put to work on it when that draws."""
 
     wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
+    scales: bool  # whether strengths between 0 and 1 mean something for it
 
     def attach(self, model: LatentModel) -> Sequence[str]:
         """Before training: gives a model, in place, new weights without effect -> the names of what is trained."""
@@ -139,8 +141,7 @@ def check_base(base: Path) -> None:
 def kept_of(recipe: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """What a run beside a base keeps: which base and which adapters; without adapters, the whole model's own recipe."""
     if recipe["adapters"]:
-        told = {"path": str(base.absolute()), "sha256": file_content(base / "model.safetensors")}
-        return {"_target_": ADAPTED, "base": told, "adapters": recipe["adapters"]}
+        return {"_target_": ADAPTED, "base": identity_of(base), "adapters": recipe["adapters"]}
     whole = without_usual(from_parts(read_recipe(base), base))[0]
     for name, rate in recipe["rates"].items():
         whole["condition"][name]["rate"] = rate
@@ -153,14 +154,15 @@ def base_of(path: str | Path, recipe: Mapping[str, Any], base: Path | None) -> P
     Raises:
         Refusal: it is not there, or another is.
     """
-    told, place = recipe["base"], Path(base or recipe["base"]["path"])
-    file = place / "model.safetensors"
-    now = file_content(file) if file.is_file() else "nothing"
-    if now != told["sha256"]:
+    before, place = recipe["base"], Path(base or recipe["base"]["path"])
+    other = difference(before, identity_of(place) if (place / "model.safetensors").is_file() else {})
+    if other:
         raise Refusal(
-            f"{path} was trained on {told['path']} with sha256 {told['sha256'][:12]}; {place} holds {now[:12]} now. Say "
-            f"base=PATH, or put it on another model on purpose: model=OTHER adapters={path}."
+            f"{path} was trained on {before['path']}, and in {place} there is another: {other}. Say base=PATH, or put it on "
+            f"another model on purpose: model=OTHER adapters={path}."
         )
+    if "parts" not in before and first():
+        print(f"{path} does not say which autoencoder and text towers its base had: they were not compared.", flush=True)
     return place
 
 
@@ -176,6 +178,11 @@ def put_on(model: LatentModel, given: Sequence[Given]) -> None:
         lost = [n for n in one.tensors if not any(adapter.owns(n) for adapter in one.adapters.values())]
         if lost:
             raise Refusal(f"{one.asked.source}: {len(lost)} tensors are of none of its adapters, such as {lost[0]}.")
+        if one.asked.strength not in (0, 1) and not any(adapter.scales for adapter in one.adapters.values()):
+            raise Refusal(
+                f"adapters={one.asked.source}:{one.asked.strength:g} is a word, which is there or is not: 1 or 0. Prompts weigh "
+                "it: prompt_weights=true prompt='(<word>:0.8)'."
+            )
     for one, name, adapter in sorted(work, key=lambda item: item[2].wraps):
         tensors = {n: x for n, x in one.tensors.items() if adapter.owns(n)}
         try:

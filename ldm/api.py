@@ -88,11 +88,13 @@ class Pipeline:
             guidance: its scale (1 is none), the name of a guidance (`ldm list guidance`), or one that is built.
             sampler: a name (`ldm list sampler`), or one that is built, which then says the steps.
             size: pixels; height and width, or one number for both.
-            init: a picture to begin from. strength: how much of it is drawn anew, in [0, 1]; by default 0.6, with a mask 1.
+            init: a picture to begin from.
             mask: inpainting, white where `init` is drawn anew.
+            strength: how much of `init` is drawn anew, in [0, 1]; by default 0.6, with a mask 1.
             ask: other conditions by the field that they read: {"label": "Food"}, {"map": a PIL picture}.
             settings: others of sample.yaml, such as ["sampler/grid=karras", "sampler.grid.rho=5", "batch=4"].
             watch: called after each step with (step, time, estimate of the latents), which `decode` makes pictures of.
+            output: "pil" or "pt", as above.
 
         What is None is what the model is usually drawn with.
 
@@ -152,6 +154,7 @@ def load(
     It may be an autoencoder alone. What is in another layout than ours is brought into it once, and kept (`ldm cache`).
 
     Args:
+        model: where it is, or its name.
         device: `auto` is a GPU where there is one; `cpu`, `cuda:1`, `mps`.
         allow: packages of your own that it may be built from.
         adapters: LoRAs and others that are put to work on it, such as "style.safetensors:0.8" (docs/finetuning.md).

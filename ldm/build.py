@@ -46,6 +46,7 @@ ROOMS = (
     "adapter",
 )
 NARROW = tuple(f"ldm.{room}" for room in ROOMS)
+NAMES = ("name", "word")  # what NAME= means of an adapter
 # The list of the build under way: packages that the user trusts hold for the folders it loads too, whatever these say.
 UNDER_WAY: ContextVar[Sequence[str]] = ContextVar("under_way", default=())
 
@@ -316,8 +317,8 @@ def _named(recipe: dict[str, Any], one: Asked) -> dict[str, Any]:
     """
     if one.name is None:
         return recipe
-    named = {n: {**node, "name": one.name} if "name" in node else node for n, node in recipe["adapters"].items()}
-    if named == recipe["adapters"] and not any(node.get("name") == one.name for node in named.values()):
+    named = {n: {k: one.name if k in NAMES else v for k, v in node.items()} for n, node in recipe["adapters"].items()}
+    if not any(name in node for node in named.values() for name in NAMES):
         raise Refusal(f"adapters={one.name}={one.source}: {', '.join(named)} has no name; name it without {one.name}=.")
     return {**recipe, "adapters": named}
 

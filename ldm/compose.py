@@ -30,6 +30,7 @@ PATHS = (
     *("train", "val", "split", "val_split", "data_dir", "root", "images", "reference", "mask", "prompts"),  # of what is read
     *("out", "runs", "run_id", "folder", "cache", "checkpoints", "save_dir", "default_root_dir"),  # of what is written
     *("resume", "sweep", "compare", "adapters", "base"),
+    *("pictures", "prior", "prompt", "word", "begin"),  # of fine-tuning, words among them
 )
 FREE_TEXT = re.compile(
     rf"^(?P<key>\+{{0,2}}(?:(?:prompt|negative|source|callback\.drawings\.captions|ask\.[\w.]+)|(?:[\w.]+\.)?(?:{'|'.join(PATHS)})))"

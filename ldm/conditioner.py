@@ -1,4 +1,8 @@
-"""Gathers every embedder's part into one condition, and drops it now and then."""
+"""The conditioner: every condition of a model joined into one `Cond`, with dropout for classifier-free guidance.
+
+cond = e_1(fields_1) + e_2(fields_2) + ..., where each e_i is dropped for a share rate_i of the samples in training
+(https://arxiv.org/abs/2207.12598, algorithm 1)
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +16,15 @@ from ldm.types import Batch, Cond, Draw, Embedder, Widths
 
 
 class Conditioner(nn.Module):
-    """The conditions of a model, in order, each with its own dropout rate.
+    """The conditions of a model by name, in order, each with its own dropout rate.
 
-    The null condition is not another code path: it is dropout of everything that is ever dropped. A rate of 0 means
-    that a condition is never dropped, not in the null either. `hole`: the fields of an inpainting model's picture and mask.
-    An embedder may lack the members that embedder.py has defaults for: it gets them here.
+    The null condition is no other code path: it is dropout of everything that is ever dropped. A condition with rate 0 is never
+    dropped, not in the null condition either. `widths` are those of the joined `Cond`, `fields` the batch fields that are read,
+    `hole` the fields of an inpainting model's picture and mask. An embedder gets here the members that it lacks and that
+    embedder.py has defaults for.
 
     Raises:
-        Refusal: a rate that is no share.
+        Refusal: a rate outside [0, 1], or tokens of several widths.
     """
 
     def __init__(self, embedders: Mapping[str, Embedder]) -> None:
@@ -30,7 +35,11 @@ class Conditioner(nn.Module):
             self.add(name, embedder)
 
     def add(self, name: str, embedder: Embedder) -> None:
-        """One more condition, behind the others."""
+        """Adds a condition behind the others.
+
+        Raises:
+            Refusal: as the class.
+        """
         if not 0 <= embedder.rate <= 1:
             raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
         self.embedders[name] = complete(embedder)
@@ -39,10 +48,10 @@ class Conditioner(nn.Module):
         self.hole = self.hole or embedder.hole
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
-        """Reads each embedder's fields of the batch.
+        """The fields of B samples -> their `Cond`, the parts in the conditioner's order.
 
-        With `draw`, each is dropped at its own rate, sample by sample; with `only`, those not named are dropped, or told the
-        batch's `negative.<field>` in the place of their field where there is one.
+        With `draw`, each condition is dropped at its rate, sample by sample. With `only`, those that it does not name are
+        dropped; one of them whose field has a `negative.<field>` in the batch reads that instead.
 
         Raises:
             Refusal: the batch lacks a field, or `only` names a condition that the model does not have.
@@ -60,20 +69,20 @@ class Conditioner(nn.Module):
         return cond
 
     def fill(self, batch: Batch, draw: Draw | None = None) -> dict[str, Any]:
-        """The batch, with the fields that its conditions derive from others where it lacks them."""
+        """-> the batch and the fields that it lacks and that conditions derive from its others, such as masks."""
         filled = dict(batch)
         for embedder in self.embedders.values():
             filled |= embedder.derive(filled, draw)
         return filled
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
-        """What conditions with a picture to them were told, by name: (B, 3, h, w) in [-1, 1] each."""
-        shown = {n: e.show(_value(n, e, self.fill(batch))) for n, e in self.embedders.items()}
-        return {name: picture for name, picture in shown.items() if picture is not None}
+        """-> pictures of the batch's conditions by name, of those that can be shown: (B, 3, h, w) in [-1, 1] each."""
+        pictures = {n: e.show(_value(n, e, self.fill(batch))) for n, e in self.embedders.items()}
+        return {name: picture for name, picture in pictures.items() if picture is not None}
 
     @staticmethod
     def fields_of(embedder: Embedder) -> tuple[str, ...]:
-        """The batch fields that an embedder reads."""
+        """-> the batch fields that an embedder reads."""
         return (embedder.key,) if isinstance(embedder.key, str) else tuple(embedder.key)
 
     def _negative(self, embedder: Embedder, batch: Batch) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class LoRA:
     """
 
     wraps = False
+    scales = True
 
     def __init__(
         self, rank: int = 8, alpha: float | None = None, targets: str = "attention", text: bool = False, dora: bool = False

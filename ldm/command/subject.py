@@ -16,13 +16,13 @@ from ldm.data.shards import Shards
 from ldm.data.usual import far, resolved
 from ldm.drawing.request import read_request
 from ldm.errors import NotFound, Refusal
-from ldm.evaluation.content import named_content
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version
 from ldm.evaluation.real import Archive, Folder, read_captions
 from ldm.evaluation.rows import fingerprint
 from ldm.files.device import device_of
 from ldm.files.folder import without_usual
+from ldm.files.named import named_content
 from ldm.files.process import rank
 from ldm.files.weights import weights_hash
 

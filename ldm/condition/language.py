@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from ldm.embedder import Condition
 from ldm.errors import Refusal
+from ldm.files.weights import came_from, loaded_from
 from ldm.tower.cut import Cut
 from ldm.tower.language import left, load_language, load_words
 from ldm.tower.t5 import T5
@@ -56,6 +57,7 @@ class Language(Condition):
         self.key, self.rate, self.layer, self.length, self.padding, self.dropped = key, rate, layer, length, padding, dropped
         self.tower = load_language(model, bool(pretrained), getattr(torch, precision), "condition.language")
         self.words = load_words(tokenizer or model, "condition.language", isinstance(self.tower, T5)) if pretrained else None
+        came_from(self, loaded_from(self.tower))
         count = self.tower.depth + 1
         if not -count <= layer < count:
             raise Refusal(f"condition.language.layer={layer}: wanted one of this tower's, 0 to {count - 1} or -1 to -{count}.")

@@ -68,7 +68,19 @@ def read_request(config: Mapping[str, Any], model: LatentModel) -> tuple[dict[st
         negative = config["negative"] if isinstance(config["negative"], list) else [config["negative"]]
         negative = readers["caption"].read("caption", list(map(str, negative)), size)
         ask["negative.caption"] = _repeated("negative", negative, count)
+    _warn_of_unspoken(ask, model)
     return (_weighted(ask, model) if config.get("prompt_weights") else ask), count
+
+
+def _warn_of_unspoken(ask: Mapping[str, Any], model: LatentModel) -> None:
+    """Where no caption spells a word that an adapter taught the model."""
+    words = {
+        word: field for e in model.conditioner.embedders.values() for word in e.taught for field in model.conditioner.fields_of(e)
+    }
+    for word, field in words.items():
+        captions = [*ask.get(field, ()), *ask.get(f"negative.{field}", ())]
+        if not any(word.lower() in str(caption).lower() for caption in captions):
+            warn(f"no prompt holds {word}, which adapters= taught the model: it has no effect.", stacklevel=3)
 
 
 def skip_layers(model: LatentModel, layers: int | None) -> None:

@@ -4,9 +4,11 @@ import hashlib
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.errors import NotFound, Refusal, Unreachable
-from ldm.files.content import file_content
+from ldm.files.content import file_content, remembered
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where a training's checkpoint has its weights, the first that is there; averages before what is trained.
 NESTS = ("state_dict", "ema", "model_ema", "params_ema", "model", "model_state_dict", "module", "params", "net")
+WORD = "string_to_param"  # where a word's rows lie in an embedding of A1111's
 # What DDP, torch.compile, FSDP and recomputation put into the names of what they wrap.
 WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -32,6 +35,13 @@ class Inert:
 
     def __setstate__(self, _: object) -> None:
         pass
+
+
+class Entries(dict[str, Any]):
+    """Stands for torch's ParameterDict, of embeddings of before torch 1.12, and keeps its entries."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state.get("_parameters", {}))
 
 
 def _without_factory(*_: object) -> dict[Any, Any]:
@@ -51,6 +61,7 @@ pathlib._local.PosixPath pathlib._local.WindowsPath datetime.datetime datetime.t
 """
 STUBS: list[Any] = [(Inert, name) for name in INERT.split()]
 STUBS += [(dict, "pytorch_lightning.utilities.parsing.AttributeDict"), (_without_factory, "collections.defaultdict")]
+STUBS += [(Entries, "torch.nn.modules.container.ParameterDict")]
 STUBS += [(kind, f"builtins.{kind.__name__}") for kind in (int, float, str, bool, list, dict)]
 # Numbers that training noted beside the weights, such as a loss or a generator's state: data, and no code.
 STUBS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -100,6 +111,14 @@ def metadata_of(path: Path) -> dict[str, str]:
         raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
 
 
+def notes_of(path: Path) -> dict[str, str]:
+    """What a small file says beside its tensors, by key: the header of a safetensors file, or the words in a pickle."""
+    if path.suffix not in PICKLES:
+        return metadata_of(path)
+    held = _loaded(path, str(path), "")
+    return {k: v for k, v in held.items() if isinstance(k, str) and isinstance(v, str)} if isinstance(held, dict) else {}
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 
@@ -135,28 +154,70 @@ def download(url: str, sha256: str | None = None, instead: str = "") -> dict[str
     return read_weights(path, sha256, instead=f"Remove it, and {url} is fetched again.")
 
 
-def weights_hash(module: nn.Module) -> str:
+def weights_hash(module: nn.Module, still: Sequence[str] = ()) -> str:
     """-> sha256, in hex, over the names, shapes and numbers of a module's weights and statistics, whatever their precision: the
     same network has the same, wherever it was loaded from. provenance.json holds it.
+
+    still: parts of it whose numbers never change; those that come first by name are read once.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    tensors = sorted(module.state_dict().items())
+    origin = _ORIGINS.get(module)
+    if origin is not None and origin[1] == _versions(module):  # as it was loaded
+        words = [f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors]
+        return remembered(origin[0], words, lambda: _digest(tensors).hexdigest())
+    ends = (i for i, (name, _) in enumerate(tensors) if not any(f"{name}.".startswith(f"{part}.") for part in still))
+    head = next(ends, len(tensors))
+    if head and _HEADS.get(module, (0, None))[0] != head:
+        _HEADS[module] = head, _digest(tensors[:head])
+    begun = _HEADS[module][1].copy() if head else None
+    return _digest(tensors[head:], begun).hexdigest()
+
+
+def came_from(module: nn.Module, files: Sequence[Path]) -> None:
+    """Says what a module's weights were loaded from, by which its hash is remembered as long as they stay as they are."""
+    if files:
+        _ORIGINS[module] = tuple(files), _versions(module)
+
+
+def loaded_from(module: nn.Module) -> tuple[Path, ...]:
+    """The files that `came_from` named, if it did."""
+    return _ORIGINS.get(module, ((), []))[0]
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, tuple[tuple[Path, ...], list]] = WeakKeyDictionary()
+_HEADS: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Which tensors a module holds, and how often each was written to."""
+    return [(id(x), x._version) for x in (*module.parameters(), *module.buffers())]
+
+
+def _digest(tensors: Sequence[tuple[str, Tensor]], begun: Any = None) -> Any:
+    digest = hashlib.sha256() if begun is None else begun
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(tensor.detach().float().cpu().contiguous().flatten().numpy())
+    return digest
 
 
-def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
+def _loaded(path: Path, name: str, instead: str) -> Any:
     try:
         with torch.serialization.safe_globals(STUBS):
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what damaged bytes may raise has no end
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = f"it names {code[1]}" if code else type(error).__name__
         raise Refusal(f"{name} does not load as plain tensors ({reason}). It is damaged, or holds code.{instead}") from error
+
+
+def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
+    held = _loaded(path, name, instead)
     kind = type(held).__name__
     while isinstance(held, dict) and (inner := next((n for n in NESTS if isinstance(held.get(n), dict)), None)) is not None:
         held = held[inner]
+    if isinstance(held, dict) and isinstance(held.get(WORD), dict):
+        held = {f"{WORD}.{inner}": x for inner, x in held[WORD].items()}
     weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not weights:
         raise Refusal(f"{name} holds a {kind} and no tensors by name: it is no model's weights.{instead}")

@@ -1,5 +1,6 @@
 """LoRA beside a frozen model: without effect at first, learning alone, resumed, drawn merged; what does not go is named."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from ldm.build import adapted, build, build_stage, load_model
 from ldm.command.train import train
 from ldm.compose import compose_config
 from ldm.errors import Refusal
-from ldm.files.folder import load_tensors, read_recipe, save_model, with_parts
+from ldm.files.base import identity_of
+from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors, with_parts, write_json
 from ldm.nn.attention import split_attention
 from ldm.training.saved import read_checkpoint
 
@@ -212,8 +214,25 @@ def test_a_checkpoint_holds_what_is_trained(base, run):
     assert {name.removeprefix("model.") for name in checkpoint["state_dict"]} == exported.keys()
     assert all(".lora_" in name for name in exported) and len(checkpoint["optimizer_states"][0]["state"]) == len(exported)
     recipe = read_recipe(run)
-    assert recipe["base"] == {"path": base, "sha256": sha(base)} == checkpoint["recipe"]["base"]
+    assert recipe["base"] == identity_of(Path(base)) == checkpoint["recipe"]["base"]
     assert not (run / "condition.text").exists()
+
+
+def test_a_base_with_another_text_tower_is_another(base, run, tmp_path, capfd):
+    """Of a record from before its parts were in it, it is said that they were not compared."""
+    shutil.copytree(base, tmp_path / "base")
+    tower = tmp_path / "base" / "condition.text" / "open_clip_model.safetensors"
+    assert torch.equal(said(load_model(run, base=tmp_path / "base")), said(load_model(run)))
+    save_tensors({name: x + 1 for name, x in load_tensors(tower).items()}, tower)
+    with pytest.raises(Refusal, match=r"there is another: its autoencoder or a text tower \(sha256 \w{12}, now \w{12}\)"):
+        load_model(run, base=tmp_path / "base")
+    shutil.copytree(run, tmp_path / "run")
+    recipe = read_recipe(run)
+    del recipe["base"]["parts"]
+    write_json(recipe, tmp_path / "run" / "config.json")
+    capfd.readouterr()
+    load_model(tmp_path / "run", base=tmp_path / "base")
+    assert "does not say which autoencoder and text towers its base had" in capfd.readouterr().out
 
 
 def test_a_run_draws_alone_beside_others_and_without_peft(base, run, monkeypatch):
@@ -248,7 +267,9 @@ def test_what_does_not_go_on_is_named(base, dit, emoji_root, run, tmp_path):
     save_model({n: x + 1 for n, x in weights.items()}, read_recipe(tmp_path / "other"), tmp_path / "other")
     with pytest.raises(Refusal, match=r"adapters were trained on .*; model\.init has"):
         train(command(other, emoji_root, run, "trainer.max_steps=7", "rate=constant"))
-    with pytest.raises(Refusal, match=r"was trained on .* with sha256 .*; .* holds .* now\. Say base=PATH, or put it on another"):
+    with pytest.raises(
+        Refusal, match=r"trained on .*, and in .* there is another: its model\.safetensors .* Say base=PATH, or put it"
+    ):
         load_model(run, base=other)
     with pytest.raises(Refusal, match="is updated, and there is no such module here"):
         load_model(dit, adapters=str(run))

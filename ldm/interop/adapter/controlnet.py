@@ -46,10 +46,15 @@ class ControlNetFile(AdapterKind):
     word = "a ControlNet"
     named = True
     layouts = ("compvis", "diffusers")
+    file = "controlnet"
+
+    def owns(self, name: str) -> bool:
+        """By its beginning."""
+        return NET.fullmatch(name) is not None or HINT.fullmatch(name) is not None
 
     def recognise(self, source: Foreign) -> bool:
         """By the names of the hint's convolutions, or those of its relatives, which are refused by name."""
-        return any(SINGLE in name or name.startswith(FOLDER) for name in source.weights) or _relative(source) is not None
+        return any(SINGLE in name or name.startswith(FOLDER) for name in source.names) or _relative(source) is not None
 
     def read(self, source: Foreign, bundle: Bundle, name: str | None) -> Read:
         """Every tensor of it is used, or named."""
@@ -103,7 +108,7 @@ class ControlNetFile(AdapterKind):
 
 
 def _relative(source: Foreign) -> str | None:
-    return next((word for key, word in RELATIVES.items() if any(name.startswith(key) for name in source.weights)), None)
+    return next((word for key, word in RELATIVES.items() if any(name.startswith(key) for name in source.names)), None)
 
 
 def _network(bundle: Bundle) -> Network:

@@ -10,14 +10,14 @@ from ldm.errors import Refusal
 from ldm.interop.bundle import BETAS, DISCRETE, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network.dit import HEADS, DiTNetwork
+from ldm.interop.part.t5 import NODE, TARGET
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
-from ldm.interop.part.t5 import TARGET
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, renamer, same, stacked, tied
 from ldm.nn.transformer import grid_waves
 
-T5 = {"_target_": TARGET, "model": PUBLISHED_T5, "length": 300, "padding": "masked"}
+T5 = {**NODE, "model": PUBLISHED_T5, "length": 300, "padding": "masked"}
 BASE = 64  # latents' side that positions are laid over from 512 pixels on
 DIFFUSERS = renamer(
     {

@@ -95,7 +95,8 @@ class Evaluate(pl.Callback):
     def _measure(self, module: Stage, step: int) -> dict[str, dict[str, Any]]:
         model = module.latent_model()
         autoencoder, device = model.autoencoder if model else module.autoencoder, module.device
-        weights, used = weights_hash(model or autoencoder), {}
+        still = [part.removeprefix("model.") for part in module.frozen if part.startswith("model.")]
+        weights, used = weights_hash(model or autoencoder, still), {}
 
         def use(kind: str, source: Any) -> Any:
             used[kind] = source
