@@ -164,8 +164,10 @@ class Text(Condition):
         Raises:
             Refusal: it is not CLIP's.
         """
+        from open_clip.tokenizer import SimpleTokenizer
+
         plain = self.tokenizer.tokenizer if isinstance(self.tokenizer, Taught) else self.tokenizer
-        if not self.published and not isinstance(plain, open_clip.tokenizer.SimpleTokenizer):
+        if not self.published and not isinstance(plain, SimpleTokenizer):
             raise Refusal(f"this text tower's {type(plain).__name__} cannot be taught words; CLIP's own vocabulary can.")
         return plain
 
