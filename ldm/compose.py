@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.check import nearest
 from ldm.errors import Refusal
-from ldm.run_id import check_sweep, name_run, searched
+from ldm.run_id import FILES, check_sweep, name_run, searched
 from ldm.swap import swapped
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +42,7 @@ NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
 UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
 OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
+SIZED = "+size@_global_="
 LISTS = ("condition", "adapter", "metric", "callback", "logger")
 
 
@@ -150,8 +151,37 @@ def with_local(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     listed = next((a.removeprefix(option).strip("[] ") for a in arguments if a.startswith(option)), "")
     others = [a for a in arguments if not a.startswith(option)]
-    place = next((i for i, a in enumerate(others) if not a.startswith("-")), len(others))  # argparse takes words in one piece
-    return [*others[:place], f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]", *others[place:]]
+    return _beside(others, f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]")
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """Words of a command line as Hydra reads them: free text is quoted, and what they mean besides is said.
+
+    Raises:
+        Refusal: `size` with several experiments, or several sizes.
+    """
+    return sized(with_local(quote(arguments)))
+
+
+def sized(words: Sequence[str]) -> list[str]:
+    """`experiment=NAME size=SIZE` also chooses size/SIZE/NAME.yaml, if there is one, which may choose anew what the experiment
+    chooses: Hydra lets no file do so whose name is put together in train.yaml.
+    """
+    chosen = {key: value for key, _, value in (word.partition("=") for word in words) if key in FILES}
+    if len(chosen) < len(FILES) or "null" in chosen.values() or any(word.startswith(SIZED) for word in words):
+        return list(words)
+    if several := [f"{key}={value}" for key, value in chosen.items() if "," in value]:
+        raise Refusal(f"{several[0]}: size= shrinks one experiment at a time; call the command once for each.")
+    name = "{size}/{experiment}".format(**chosen)
+    parsed = OverridesParser.create().parse_overrides([word for word in words if word.startswith("hydra.searchpath=")])
+    there = any((folder / "size" / f"{name}.yaml").is_file() for folder in (CONFIGS, *searched(parsed)))
+    return _beside(words, f"{SIZED}{name}") if there else list(words)
+
+
+def _beside(words: Sequence[str], word: str) -> list[str]:
+    """Words and one more, ahead of the first that is no option: argparse takes them in one piece."""
+    place = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    return [*words[:place], word, *words[place:]]
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
@@ -166,6 +196,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         chosen, groups = _choices(parsed)
         for override in chosen:
+            if override.input_line.startswith(SIZED):
+                continue
             _check_choice(override, groups[override.key_or_group], multirun)
         words = [o.input_line for o in parsed if (o in chosen and not o.is_sweep_override()) or _is_search(o)]
         config = _composed(config_name, words)
@@ -181,7 +213,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
 
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
-    overrides = with_local(quote(overrides))
+    overrides = prepared(overrides)
     check_overrides(config_name, overrides)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from helpers.command import called
 from ldm.build import NARROW, build
 from ldm.command import precompute, sample, train
-from ldm.compose import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, quote
+from ldm.compose import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, prepared, quote
+from ldm.errors import Refusal
 
 ROOT = CONFIGS.parent
 TEXTS = [
@@ -207,6 +208,20 @@ def test_pictures_have_a_resolution_and_recipes_a_tiny_size():
     assert compose_config("sample", ["model=m", "resolution=[24,40]"]).resolution == [24, 40]
     assert compose_config("evaluate", ["model=m", "resolution=512"]).resolution == 512
     assert compose_config("train", ["experiment=sd/v1", "size=tiny"]).data.size == 32
+
+
+def test_a_size_may_choose_anew_what_a_recipe_chooses(tmp_path):
+    """Its data, or its list of conditions, in a folder of one's own too; the command's own choice goes ahead of both."""
+    words = ["experiment=sd/lora", "size=tiny"]
+    assert compose_config("train", words).data._target_ == "ldm.data.emoji.Emoji"
+    assert compose_config("train", [*words, "data=folder", "data.train=x"]).data._target_ == "ldm.data.folder.Folder"
+    (tmp_path / "size" / "tiny" / "emoji").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /condition: [label]\ndata: {batch: 4}\n"
+    (tmp_path / "size" / "tiny" / "emoji" / "text.yaml").write_text(text)
+    config = compose_config("train", ["experiment=emoji/text", "size=tiny", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert "_target_" in config.condition.label and "_target_" not in config.condition.get("text", {}) and config.data.batch == 4
+    with pytest.raises(Refusal, match=r"experiment=sd/v1,sd/v2: size= shrinks one experiment at a time"):
+        prepared(["-m", "experiment=sd/v1,sd/v2", "size=tiny"])
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,9 @@ class Trainer(pl.Trainer):
     def fit(self, stage, data=None, *loaders, **kwargs):
         super().fit(stage, feed(data) if isinstance(data, Shards) else data, *loaders, **kwargs)
 
+    def validate(self, stage, data, **kwargs):
+        super().validate(stage, feed(data), **kwargs)
+
 
 def train(emoji_root, folder, legs, batch=8, **kwargs):
     """Trains in legs, each a new process as far as the objects know; -> the last stage and its average."""

@@ -126,7 +126,7 @@ def test_a_rank_that_is_left_alone_says_so_in_a_line(tmp_path):
 
     left = SimpleNamespace(**LENGTH, fit=alone, global_rank=1, global_step=7, precision_plugin=None, callbacks=[])
     with pytest.raises(ConnectionError, match="Rank 1 lost the others at step 7"):
-        fit(None, None, left, tmp_path)
+        fit(None, SimpleNamespace(), left, tmp_path)
 
 
 def test_metrics_while_training_are_refused_where_weights_are_shared_out():
