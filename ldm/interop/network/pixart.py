@@ -188,7 +188,7 @@ class PixArt(Network):
 
     def _check(self, bundle: Bundle) -> None:
         usual = {"shared": True, "fixed": True, "tokens": "cross", "rms_norm": False, "swiglu": False, "rotary": False}
-        usual |= {"norm_heads": False, "registers": 0}
+        usual |= {"norm_heads": False, "registers": 0, "fuse": None}
         settings = self.settings(bundle)
         strange = [f"backbone.{name}={settings[name]}" for name, value in usual.items() if settings[name] != value]
         condition = bundle.recipe["condition"]
