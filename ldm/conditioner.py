@@ -43,6 +43,8 @@ class Conditioner(nn.Module):
         if not 0 <= embedder.rate <= 1:
             raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
         self.embedders[name] = complete(embedder)
+        if not 0 <= embedder.drop_from <= 1 - embedder.rate:
+            raise Refusal(f"condition.{name}.drop_from={embedder.drop_from}: wanted 0 to 1 - rate, which is {embedder.rate}.")
         self.widths += embedder.widths
         self.fields = tuple(dict.fromkeys((*self.fields, *self.fields_of(embedder))))
         self.hole = self.hole or embedder.hole
@@ -100,7 +102,8 @@ class Conditioner(nn.Module):
     @staticmethod
     def _drop(name: str, embedder: Embedder, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
-            return draw.uniform(f"drop/{embedder.stands_for or name}") < embedder.rate
+            number = draw.uniform(f"drop/{embedder.stands_for or name}") - embedder.drop_from
+            return (number >= 0) & (number < embedder.rate)
         return torch.full((count,), only is not None and name not in only and embedder.rate > 0)
 
 
