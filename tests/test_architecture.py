@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ldm.check import SLOW
+
 ROOT = Path(__file__).parent.parent
 LDM = ROOT / "ldm"
 GROUND = {"errors", "files"}  # everybody may import these two; errors imports nothing, files itself and errors
@@ -265,3 +267,34 @@ def test_long_signatures_describe_each_parameter(path):
 def test_packages_are_empty():
     """But for what `import ldm` offers, which is looked for in api.py when it is asked for."""
     assert all(not f.read_text().strip() for f in LDM.rglob("__init__.py") if f != LDM / "__init__.py")
+
+
+MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in FILES}
+
+
+@cache
+def at_import(name):
+    """What importing one of our modules imports: its imports outside functions and TYPE_CHECKING, and theirs."""
+    nodes = [n for n in parsed(MODULES[name]).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{a.name}" for a in node.names}
+            names |= (whole & MODULES.keys()) | {node.module}
+    return names.union(*(at_import(other) for other in names & MODULES.keys()))
+
+
+def slow(name):
+    return bool({"pytorch_lightning", "open_clip"} & {other.split(".")[0] for other in at_import(name)})
+
+
+def test_what_is_checked_late_is_what_is_slow_to_import():
+    """`train` names mistakes in all other targets before it imports Lightning and open_clip."""
+    text = "".join(path.read_text() for path in (ROOT / "configs").rglob("*.yaml"))
+    targets = {name.rpartition(".")[0] for name in re.findall(r"_target_: (ldm\.[\w.]+)", text)}
+    late = {name for name in targets if any(f"{name}.".startswith(f"{part}.") for part in SLOW)}
+    assert len(late) > 10 and late == {name for name in targets if slow(name)}
+
+
+def test_drawing_and_measuring_need_no_lightning():
+    assert not [name for name in ("build", "command.subject", "data.shards", "evaluation.run", "api") if slow(f"ldm.{name}")]
