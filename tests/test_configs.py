@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchvision.models import alexnet
 
-from helpers.language import save_t5
-from helpers.runs import write_runs
+from helpers.members import write_home
 from ldm.autoencoder.identity import Identity
 from ldm.build import ALLOWED, build, build_members, build_stage, load_model
 from ldm.check import check_nodes
@@ -66,12 +65,7 @@ def test_a_config_builds_from_its_own_room(room, name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, clip_folder):
-    """runs/quickstart/{clip,autoencoder,diffusion} as the configs expect them, untrained; runs/bert, and runs/language."""
-    runs = write_runs(tmp_path_factory.mktemp("home") / "runs", clip_folder)
-    save_t5(runs / "language")
-    base = compose_config("train", ["experiment=emoji/text", "condition.text.whiten=false", f"runs={runs}"])
-    build_stage(base).export(runs / "quickstart" / "diffusion")
-    return runs
+    return write_home(tmp_path_factory.mktemp("home") / "runs", clip_folder)
 
 
 CHOICES = ("backbone", "loss", "objective", "optimizer", "rate")
