@@ -45,12 +45,14 @@ def config_with(recipe, group, name, runs):
     words = [f"experiment={recipe}", f"runs={runs}"]
     words += ["autoencoder=identity"] if group != "autoencoder" and "autoencoder" not in recipe and "emoji" not in recipe else []
     words += [f"model.init={runs}/quickstart/diffusion"] if recipe.endswith(("lora", "controlnet", "textual_inversion")) else []
-    choice = f"condition=[{name}]" if group == "condition" else f"{group}={name}"
-    if group == "condition":  # a list, whose members stand in the recipe's place as Hydra composes them
-        return untrained(compose_config("train", [*words, choice]))
-    overrides = OverridesParser.create().parse_overrides([words[0], choice])
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):  # and no composing of both, which takes a fifth of a second
-        config = swapped(compose_config("train", words), "train", overrides, CONFIGS)
+    if group == "condition":  # a list, whose members stand in the recipe's place as Hydra composes them; composed once for all
+        config = compose_config("train", [*words, f"condition=[{','.join(members(group))}]"])
+        config.condition = {name: config.condition[name]}
+        return untrained(config)
+    config = compose_config("train", words)
+    overrides = OverridesParser.create().parse_overrides([words[0], f"{group}={name}"])
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):  # no composing of both, which takes a fifth of a second
+        config = swapped(config, "train", overrides, CONFIGS)
     for key, value in SAID.get(name, {}).items():
         OmegaConf.update(config, f"{group}.{key}", value)
     return untrained(config)
