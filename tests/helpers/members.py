@@ -42,9 +42,8 @@ def write_home(runs, clip_folder):
 
 def config_with(recipe, group, name, runs):
     """The config of `experiment=RECIPE GROUP=NAME`; of what was published, only what needs no download."""
-    words = [f"experiment={recipe}", f"runs={runs}"]
+    words = [f"experiment={recipe}", f"runs={runs}", f"model.init={runs}/quickstart/diffusion"]  # a teacher's, an adapter's base
     words += ["autoencoder=identity"] if group != "autoencoder" and "autoencoder" not in recipe and "emoji" not in recipe else []
-    words += [f"model.init={runs}/quickstart/diffusion"] if recipe.endswith(("lora", "controlnet", "textual_inversion")) else []
     if group == "condition":  # a list, whose members stand in the recipe's place as Hydra composes them; composed once for all
         config = compose_config("train", [*words, f"condition=[{','.join(members(group))}]"])
         config.condition = {name: config.condition[name]}
