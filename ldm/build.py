@@ -26,7 +26,7 @@ from ldm.files.process import first
 from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.rest import at_rest, content_of, from_checkpoint, holds_ours, in_our_layout, is_own, read_at_rest
-from ldm.training.callback.checkpoint import newest
+from ldm.training.saved import newest
 from ldm.types import Widths
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")

@@ -65,6 +65,7 @@ def name_run(config: DictConfig, configs: Path, overrides: Sequence[str] = (), s
 def identity(overrides: Sequence[Override], configs: Path, swept: Sequence[str] = ()) -> str:
     """8 hex digits of the overrides, in any order, and of the files that they choose of experiments and sizes."""
     said = {}
+    overrides = [o for o in overrides if not (o.key_or_group in FILES and o.package)]  # which follows from the others
     for o in overrides:
         if o.key_or_group in swept or _root(o.key_or_group) not in VOLATILE:
             said[f"{o.key_or_group}@{o.package or ''}"] = "~" if o.is_delete() else o.value()

@@ -19,7 +19,7 @@ from ldm.errors import Refusal
 from ldm.files.base import identity_of
 from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors, with_parts, write_json
 from ldm.nn.attention import split_attention
-from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.saved import read_checkpoint
 
 UNET = {
     "_target_": "ldm.backbone.unet.UNet",

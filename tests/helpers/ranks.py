@@ -17,7 +17,7 @@ from helpers.training import autoencoder_stage, diffusion, exact, small, train_a
 from ldm.guidance.cfg import CFG
 from ldm.measure import Estimate
 from ldm.sampler.ddim import DDIM
-from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback
 from ldm.training.callback.ema import EMA
 from ldm.training.callback.evaluate import Evaluate
 from ldm.training.callback.guard import Guard
@@ -25,6 +25,7 @@ from ldm.training.callback.preempt import Preempt
 from ldm.training.callback.throughput import Throughput
 from ldm.training.parallel.sharded import Sharded
 from ldm.training.run import fit
+from ldm.training.saved import newest
 
 TWO = {"accelerator": "cpu", "devices": 2}
 
@@ -85,7 +86,7 @@ def train(emoji_root, folder, steps, *callbacks, checkpoint=None, **kwargs):
 
 
 def on_each_rank(emoji_root, folder):
-    """What torchrun runs; the last thing is that rank 1 dies."""
+    """What each of two processes runs; the last thing is that rank 1 dies."""
     for name, told in three_stages(emoji_root, folder, strategy="ddp", **TWO).items():
         if told:
             torch.save(told, folder / f"{name}.pt")

@@ -23,9 +23,9 @@ from ldm.objective.regression import Regression
 from ldm.prediction import Data, Flow
 from ldm.sampler.consistency import Consistency
 from ldm.schedule import Cosine, Linear
-from ldm.training.callback.checkpoint import read_checkpoint
 from ldm.training.callback.ema import EMA
 from ldm.training.optimizer.rate import Constant
+from ldm.training.saved import read_checkpoint
 from ldm.training.stage.diffusion import Diffusion, Trained
 from ldm.types import Cond, Draw, Widths, like
 

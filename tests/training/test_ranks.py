@@ -1,19 +1,17 @@
-"""Two processes, started by torchrun: sharded or not they train as one, stop as one, skip as one, and one may die."""
+"""Two processes, as torchrun starts them: sharded or not they train as one, stop as one, skip as one, and one may die."""
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
 
-from helpers.ranks import SpoilLoss, measured, three_stages, train
+from helpers.processes import together, torchrun
+from helpers.ranks import SpoilLoss, measured, on_each_rank, three_stages, train
 from helpers.training import assert_same, diffusion
-from ldm.compose import CONFIGS
-from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.callback.throughput import Throughput
+from ldm.training.saved import newest, read_checkpoint
 
 
 def held(path):
@@ -24,27 +22,13 @@ def held(path):
     return checkpoint["state_dict"] | average | states
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-from helpers.ranks import on_each_rank
-if __name__ == "__main__":
-    on_each_rank({data!r}, Path({folder!r}))
-"""
-
-
 @pytest.fixture(scope="module")
 def two(emoji_root, tmp_path_factory):
     """The folder in which two processes did all of it."""
     folder = tmp_path_factory.mktemp("two")
-    path = [str(CONFIGS.parent), str(Path(__file__).parents[1])]
-    (folder / "two.py").write_text(SCRIPT.format(path=path, data=str(emoji_root), folder=str(folder)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(folder / "two.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(launch, capture_output=True, text=True, timeout=1800, env=environment)
-    assert (folder / "killed").exists(), answer.stderr[-3000:]
-    assert answer.returncode != 0, "one rank was killed, and the other did not wait for it for ever"
+    codes, said = together(lambda: on_each_rank(emoji_root, folder), torchrun(2), folder)
+    assert (folder / "killed").exists(), said
+    assert codes == [1, -signal.SIGKILL], "one rank was killed, and the other did not wait for it for ever"
     return folder
 
 

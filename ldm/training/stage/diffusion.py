@@ -18,6 +18,7 @@ from ldm.model import LatentModel
 from ldm.training.base import CAPTIONS, Stage
 from ldm.training.callback.ema import average_of
 from ldm.training.callback.levels import LEVELS, curve, level_errors
+from ldm.training.feed import data_of
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.optimizer.mup import MuP, check_optimizer
 from ldm.training.parallel.sharded import whole
@@ -124,7 +125,7 @@ class Diffusion(Stage):
         Raises:
             Refusal: a word is to be learned that no caption holds.
         """
-        check_words(self.model, self.trainer.datamodule)
+        check_words(self.model, data_of(self.trainer))
         self.average = cache(partial(average_of, self.trainer, self, "model"))
         if self.critic and self.device_mesh is not None:
             raise Refusal("trainer=fsdp shares out the model's weights and not those of a critic: use trainer=ddp.")
