@@ -14,7 +14,17 @@ from ldm.errors import Refusal
 from ldm.nn.layers import identity, mlp, visible, zero
 from ldm.nn.route import Route, come_back, leave
 from ldm.nn.sinusoid import sinusoid
-from ldm.nn.transformer import Attention, FeedForward, PlainNorm, Reading, RMSNorm, SwiGLU, Turn, grid_waves, rotation
+from ldm.nn.transformer import (
+    Attention,
+    CrossAttention,
+    FeedForward,
+    PlainNorm,
+    RMSNorm,
+    SwiGLU,
+    Turn,
+    rotation,
+    sinusoidal_positions,
+)
 from ldm.types import Cond, Widths
 
 
@@ -89,7 +99,7 @@ class DiT(nn.Module):
         self.read = Caption(widths.tokens, width) if widths.tokens else None
         self.modulate = nn.Linear(width, 6 * width) if shared else None
         if fixed:
-            self.register_buffer("position", grid_waves(self.side, self.side, width))
+            self.register_buffer("position", sinusoidal_positions(self.side, self.side, width))
         if registers:
             self.registers = nn.Parameter(torch.zeros(registers, width))
         self.head_width, self.count = width // heads if rotary else 0, registers
@@ -175,7 +185,9 @@ class DiT(nn.Module):
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side
-        place = self.position if usual else grid_waves(rows, columns, h.shape[2], (self.side, self.side)).to(self.position)
+        place = (
+            self.position if usual else sinusoidal_positions(rows, columns, h.shape[2], (self.side, self.side)).to(self.position)
+        )
         return h + place, (rows, columns)
 
     def beside(self, h: Tensor, tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
@@ -213,7 +225,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_in, self.attend = norm(width), Attention(width, heads, norm_heads)
-        self.attend_tokens = Reading(width, heads, norm_heads) if across else None
+        self.attend_tokens = CrossAttention(width, heads, norm_heads) if across else None
         self.norm_out, self.feed = norm(width), SwiGLU(width) if swiglu else FeedForward(width)
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 

@@ -36,7 +36,7 @@ def prior(config: DictConfig) -> Path:
     from torchvision.utils import save_image
     from tqdm import tqdm
 
-    from ldm.build import allowed, at_rest, content_of, load_model, recipe_of
+    from ldm.build import allowed, load_model
     from ldm.check import check_counts
     from ldm.command.sample import draw
     from ldm.command.usual import as_usual
@@ -46,6 +46,7 @@ def prior(config: DictConfig) -> Path:
     from ldm.files.folder import write_text
     from ldm.files.process import first, meet, process
     from ldm.files.whole import write_whole
+    from ldm.rest import at_rest, content_of, recipe_of
 
     check_counts(batch=config.batch, count=config.count)
     plain = OmegaConf.to_container(config, resolve=True)

@@ -98,7 +98,7 @@ def _say_tokens(data: Any, stage: Any) -> None:
 def of_base(config: DictConfig) -> dict[str, Any]:
     """How the model that training=finetune begins from is usually drawn, but for its size and data."""
     from ldm.adapt import ADAPTED
-    from ldm.build import at_rest, recipe_of
+    from ldm.rest import at_rest, recipe_of
 
     if OmegaConf.select(config, "training.model._target_") != ADAPTED:
         return {}

@@ -66,7 +66,7 @@ class DMD(nn.Module):
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
         cond, told = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
-        t = self.regression.time(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         noise = self.regression.noise(draw, drawn.detach())
         with torch.no_grad():
             alpha, sigma = (like(s, x) for s in schedule(t))

@@ -58,7 +58,7 @@ class LatentConsistency(nn.Module):
         schedule = model.denoiser.schedule
         self.teacher.check_schedule(schedule)
         check_end(model.denoiser.prediction)
-        u = self.regression.time(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        u = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         t = ((u * self.steps).ceil() / self.steps).clamp(min=1 / self.steps)
         s = t - 1 / self.steps
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (tuple(like(v, x) for v in schedule(time)) for time in (t, s))

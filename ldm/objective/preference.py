@@ -67,7 +67,7 @@ class Preference(nn.Module):
         other = moments.sample(draw.normal("posterior/worse", moments.mean.shape[1:]))
         parts = model.conditioner.parts(batch)  # nothing is dropped: a preference is of a request
         told, heard = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
-        t = self.regression.time(draw.stratified("time"), model.denoiser.schedule).to(x, non_blocking=True)
+        t = self.regression.time_for(x)(draw.stratified("time"), model.denoiser.schedule).to(x, non_blocking=True)
         noise = self.regression.noise(draw, x)
         own = self.margin(model.denoiser, x, other, told, t, noise)
         with torch.no_grad():

@@ -68,6 +68,11 @@ def from_sentencepiece(data: bytes) -> Tokenizer:
             vocabulary.append((piece[1].decode(), piece.get(2, 0.0)))
         elif number == 3:  # of the normalizer
             table = dict(fields(value)).get(2, b"")
+    return tokenizer_of(vocabulary, table)
+
+
+def tokenizer_of(vocabulary: Sequence[tuple[str, float]], table: bytes = b"") -> Tokenizer:
+    """T5's way of cutting, into pieces with their scores, <pad>, </s> and <unk> among them; `table` maps characters before."""
     extra = [f"<extra_id_{i}>" for i in reversed(range(EXTRA))]
     unknown = [word for word, _ in vocabulary].index(UNKNOWN)
     tokenizer = Tokenizer(Unigram([*vocabulary, *((word, 0.0) for word in extra)], unknown, byte_fallback=False))

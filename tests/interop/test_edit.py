@@ -6,7 +6,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 
 from helpers.family import scheduler, their_text, their_tokenizer, their_unet, their_vae
 from ldm.autoencoder.identity import Identity
-from ldm.build import build, load_model, recipe_of
+from ldm.build import build, load_model
 from ldm.condition.edit import Edit
 from ldm.conditioner import Conditioner
 from ldm.embedder import Condition
@@ -14,6 +14,7 @@ from ldm.errors import Refusal
 from ldm.files.folder import load_tensors
 from ldm.interop.__main__ import main
 from ldm.interop.convert import read, write
+from ldm.rest import recipe_of
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
 from ldm.types import Cond, Draw, Widths
