@@ -42,11 +42,12 @@ def run(config: DictConfig) -> float | None:
 def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import pytorch_lightning as pl
 
-    from ldm.build import allowed, build, build_members, build_stage
+    from ldm.build import allowed, build, build_members, build_stage, chosen
     from ldm.command.usual import drawn_as
     from ldm.data.usual import usual_of
     from ldm.nn.empty import weightless
     from ldm.training.callback.profile import Profile
+    from ldm.training.callback.recompute import Recompute
     from ldm.training.logging import close
     from ldm.training.plan import plan
     from ldm.training.resume import Changes
@@ -55,7 +56,9 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     quiet()
     folder = Path(config.folder)
     if config.plan:
-        trainer = _trainer(config, logger=False, callbacks=[])
+        nodes = chosen(OmegaConf.to_container(config.callback, resolve=True), "callback").values()
+        again = [node for node in nodes if node["_target_"] == f"{Recompute.__module__}.{Recompute.__qualname__}"]
+        trainer = _trainer(config, logger=False, callbacks=[build(node) for node in again])
         with weightless():  # what is reckoned needs no numbers
             stage = build_stage(config, begins=False)
         print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
