@@ -73,7 +73,7 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
 
 
 def _kept(stage: Stage, batch: Batch) -> int:
-    """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again (recompute.py) what enters it."""
+    """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it."""
     own = {id(p) for p in stage.parameters()}
     seen: dict[int, Tensor] = {}
 
