@@ -25,6 +25,7 @@ from ldm.errors import Refusal
 from ldm.files.device import device_of
 from ldm.files.picture import from_bytes, to_bytes, to_srgb, to_tensor
 from ldm.model import LatentModel
+from ldm.rest import at_rest, recipe_of
 from ldm.types import Autoencoder, Batch, Guidance, Sampler
 
 Picture = Image.Image
@@ -163,8 +164,8 @@ def load(
     Raises:
         NotFound: nothing is there. Refusal: it is no such model, or the device is not here.
     """
-    folder, place = build.at_rest(model), device_of(device)
-    recipe = build.recipe_of(folder)
+    folder, place = at_rest(model), device_of(device)
+    recipe = recipe_of(folder)
     if recipe.get("_target_", "").startswith("ldm.autoencoder."):
         return Pipeline(None, build.load_autoencoder(str(folder)).to(place), recipe.get("usual", {}), allow)
     whole = build.load_model(folder, allow, adapters, base).to(place)

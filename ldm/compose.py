@@ -84,8 +84,16 @@ def _element(value: str, words: bool, path: bool, alone: bool = False) -> str:
 
 def _text(value: str) -> str:
     """A quoted string of Hydra's grammar that means `value`."""
-    value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
-    return DOLLAR.sub(_escaped, value)
+    return DOLLAR.sub(_escaped, _in_quotes(value))
+
+
+def spoken(value: str) -> str:
+    """A text as it is written for `quote`, which then means that text and no list, whatever it begins with."""
+    return _in_quotes(value) if value[:1] in ("[", "'", '"', "~") or value == "null" else value
+
+
+def _in_quotes(value: str) -> str:
+    return "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
 
 
 def _escaped(found: re.Match[str]) -> str:

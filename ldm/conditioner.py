@@ -43,6 +43,8 @@ class Conditioner(nn.Module):
         if not 0 <= embedder.rate <= 1:
             raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
         self.embedders[name] = complete(embedder)
+        if not 0 <= embedder.drop_from <= 1 - embedder.rate:
+            raise Refusal(f"condition.{name}.drop_from={embedder.drop_from}: wanted 0 to 1 - rate, which is {embedder.rate}.")
         self.widths += embedder.widths
         self.fields = tuple(dict.fromkeys((*self.fields, *self.fields_of(embedder))))
         self.hole = self.hole or embedder.hole
@@ -56,17 +58,26 @@ class Conditioner(nn.Module):
         Raises:
             Refusal: the batch lacks a field, or `only` names a condition that the model does not have.
         """
+        return sum(self.parts(batch, draw, only).values(), Cond())
+
+    def parts(
+        self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None, said: Mapping[str, Cond] | None = None
+    ) -> dict[str, Cond]:
+        """As a call, but what each condition says, by name, in order; those in `said` have said it already."""
         unknown = set(only or ()) - set(self.embedders)
         if unknown:
             raise Refusal(f"This model has the conditions {list(self.embedders)}, not {sorted(unknown)}.")
-        batch, cond = self.fill(batch, draw), Cond()
+        batch, parts = self.fill(batch, draw), {}
         for name, embedder in self.embedders.items():
+            if said is not None and name in said:
+                parts[name] = said[name]
+                continue
             negative = {} if only is None or name in only else self._negative(embedder, batch)
             value = _value(name, embedder, {**batch, **negative})
             count = len(value) if isinstance(embedder.key, str) else len(value[0])
             drop = self._drop(name, embedder, count, draw, only)
-            cond = cond + embedder(value, torch.zeros_like(drop) if negative else drop)
-        return cond
+            parts[name] = embedder(value, torch.zeros_like(drop) if negative else drop)
+        return parts
 
     def fill(self, batch: Batch, draw: Draw | None = None) -> dict[str, Any]:
         """-> the batch and the fields that it lacks and that conditions derive from its others, such as masks."""
@@ -91,7 +102,8 @@ class Conditioner(nn.Module):
     @staticmethod
     def _drop(name: str, embedder: Embedder, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
-            return draw.uniform(f"drop/{embedder.stands_for or name}") < embedder.rate
+            number = draw.uniform(f"drop/{embedder.stands_for or name}") - embedder.drop_from
+            return (number >= 0) & (number < embedder.rate)
         return torch.full((count,), only is not None and name not in only and embedder.rate > 0)
 
 

@@ -8,13 +8,21 @@ is EDM's preconditioning (https://arxiv.org/abs/2206.00364, equation 7), with c_
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
 from ldm.nn.sinusoid import sinusoid
-from ldm.types import Backbone, Cond, Prediction, Schedule, Terminal, like
+from ldm.types import Backbone, Cond, Prediction, Schedule, like
+
+
+@runtime_checkable
+class Terminal(Protocol):
+    """A schedule that may leave no signal at t = 1."""
+
+    zero_terminal_snr: bool
 
 
 @dataclass(frozen=True)

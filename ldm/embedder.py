@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,39 @@ class Weighted(str):
     turns: tuple[Weighted, ...] = ()
 
 
+@dataclass(frozen=True)
+class Input:
+    """How a person writes a field on a page.
+
+    Args:
+        kind: a line of text; a number; one of `names`; a picture, as a file; a mask, painted over the picture of another field; a
+            map, painted with the labels 0, 1, ...; boxes, each of one of these.
+        names: what can be chosen, or what the labels mean.
+        colours: of the labels, as CSS writes them.
+        low, high: of a number, if it has bounds.
+        whole: the number is an integer.
+        usual: what a number is if it is not written.
+        over: the field of the picture that a mask is painted over.
+    """
+
+    kind: Literal["text", "number", "choice", "picture", "mask", "map", "boxes"]
+    names: tuple[str, ...] = ()
+    colours: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    whole: bool = False
+    usual: float | None = None
+    over: str | None = None
+
+
 class Condition(nn.Module):
     """The base of our conditions. Those of others need not inherit it: `complete` gives them the members that they lack."""
 
     frozen: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     hole: tuple[str, str] | None = None
     stands_for: str | None = None
+    drop_from: float = 0.0
     weighs: bool = False
     cut: Any = None
     taught: tuple[str, ...] = ()
@@ -52,6 +80,10 @@ class Condition(nn.Module):
     def unasked(self, field: str, size: tuple[int, int]) -> list[Any] | None:
         """-> None: the request must name the field."""
         return None
+
+    def input(self, field: str) -> Input | None:
+        """A line of text, as on the command line."""
+        return Input("text")
 
     def skip(self, layers: int | None) -> None:
         """Reads no other layer.

@@ -99,7 +99,7 @@ class ScaledLinear:
         steps: of the table, N.
         floor: sigma / alpha at t = 0.
         zero_terminal_snr: whether it is rescaled so that no signal is left at t = 1 (https://arxiv.org/abs/2305.08891,
-            algorithm 1; alpha^2 is 2^-24 there).
+            algorithm 1; alpha^2 is at most 2^-24 there).
     """
 
     beta_start: float = 0.00085

@@ -15,9 +15,8 @@ Words, one meaning each (docs/concepts.md has more)
     recipe     the plain config from which a model is built again;  in configs/experiment/, that of a whole training
     position   a sample's place in the global order of training;  a refusal is a mistake that a person can mend, in one line
 
-Time
-    t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.
-    Latents have zero mean and unit variance, so x_t has variance alpha^2 + sigma^2.
+Time t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.  Latents have zero mean and unit variance, so
+that x_t has variance alpha^2 + sigma^2.
 """
 
 from __future__ import annotations
@@ -160,13 +159,6 @@ class Schedule(Protocol):
         """log(sigma / alpha): (*) -> t: (*) in [0, 1]."""
 
 
-@runtime_checkable
-class Terminal(Protocol):
-    """A schedule that may leave no signal at t = 1."""
-
-    zero_terminal_snr: bool
-
-
 class Prediction(Protocol):
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """What the network should predict; all are (B, C, H, W), or broadcast to it."""
@@ -259,8 +251,10 @@ class Embedder(Protocol):
     rate: float  # the share of samples for which it is dropped in training, in [0, 1]
     widths: Widths
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
+    unreached: tuple[str, ...]  # names of its parts that no gradient reaches: their output is not read, or read without one
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
+    drop_from: float  # it is dropped where its random number is in [drop_from, drop_from + rate)
     weighs: bool  # whether it applies the weights of a caption's parts (embedder.py's Weighted)
     cut: Any  # counts captions that were cut (`seen`, `cut`), and is a sentence as `str`; None where nothing can be cut
     taught: tuple[str, ...]  # words that adapters added to its vocabulary
@@ -272,13 +266,16 @@ class Embedder(Protocol):
         """-> fields that the batch lacks and that follow from its others, by name; `draw` is None outside training."""
 
     def check(self, values: Mapping[str, Sequence[Any]]) -> None:
-        """Refuses a request as a person wrote it, N values by field, before it is read."""
+        """Refuses a request as a person wrote it, N values by field, before it is read; `init` is the picture to begin from."""
 
     def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Any:
         """N values that a person wrote for a field, for pictures of size (height, width) -> the field of a batch of N."""
 
     def show(self, value: Any) -> Tensor | None:
         """value: as in the call -> a picture of it, (B, 3, h, w) in [-1, 1]; None where there is none."""
+
+    def input(self, field: str) -> Any:
+        """How a person writes a field on a page (embedder.py's Input); None: not at all."""
 
     def skip(self, layers: int | None) -> None:
         """Reads the text tower's `layers`-th layer from its end (1 is the last), or with None the one it was built with."""

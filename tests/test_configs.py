@@ -156,7 +156,12 @@ def test_metrics_and_data_build(room, name, runs, tmp_path):
         node = compose_config("evaluate", [f"metric=[{name}]", "model=m", f"runs={runs}"]).metric[name]
     else:
         node = compose_config("train", [f"{room}={name}", f"runs={runs}"])[room]
-    changes = {"model": f"local-dir:{runs}/quickstart/clip", "root": str(tmp_path), "train": str(tmp_path)}
+    changes = {
+        "model": f"local-dir:{runs}/quickstart/clip",
+        "root": str(tmp_path),
+        "train": str(tmp_path),
+        "pictures": str(tmp_path),
+    }
     changes |= {"name": "org/name"} if name == "hf" else {}
     changes |= {"dataset": {"_target_": "torchvision.datasets.FakeData", "size": 2}} if name == "torch" else {}
     for key in changes.keys() & node.keys():

@@ -3,7 +3,7 @@
 Patches are tokens; every block is scaled, shifted and gated by the noise level and the vector (adaLN-Zero).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,9 +12,20 @@ from torch.nn.functional import gelu, silu
 
 from ldm.errors import Refusal
 from ldm.nn.layers import identity, mlp, visible, zero
+from ldm.nn.route import Route, come_back, leave
 from ldm.nn.sinusoid import sinusoid
-from ldm.nn.streams import moved
-from ldm.nn.transformer import Attention, FeedForward, PlainNorm, Reading, RMSNorm, SwiGLU, Turn, grid_waves, rotation
+from ldm.nn.streams import modulated
+from ldm.nn.transformer import (
+    Attention,
+    CrossAttention,
+    FeedForward,
+    PlainNorm,
+    RMSNorm,
+    SwiGLU,
+    Turn,
+    rotation,
+    sinusoidal_positions,
+)
 from ldm.types import Cond, Widths
 
 
@@ -40,6 +51,8 @@ class DiT(nn.Module):
         shared: one layer makes the scales, shifts and gates of all blocks, to which each adds its own table (adaLN-single,
             the same section).
         registers: learnt tokens beside the patches, that mean nothing (https://arxiv.org/abs/2309.16588).
+        fuse: two blocks, 1 the first: what enters the one and what leaves the other are joined by a layer, so that the blocks
+            between may see few patches in training (SPRINT, https://arxiv.org/abs/2510.21986); a token stands for the others.
 
     Raises:
         Refusal: the heads or the patches do not divide what they should, or nothing says where a patch lies.
@@ -64,6 +77,7 @@ class DiT(nn.Module):
         tokens: Literal["cross", "joint"] = "cross",
         shared: bool = False,
         registers: int = 0,
+        fuse: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if width % heads or size % patch or width % 4 or (rotary and width // heads % 4):
@@ -75,6 +89,8 @@ class DiT(nn.Module):
             raise Refusal("backbone.fixed=false leaves a patch without a position; use backbone.rotary=true with it.")
         if tokens not in ("cross", "joint"):
             raise Refusal(f"backbone.tokens={tokens}: cross or joint was wanted.")
+        if fuse is not None and not (len(fuse) == 2 and 1 <= fuse[0] <= fuse[1] <= depth):
+            raise Refusal(f"backbone.fuse={list(fuse)}: wanted two of the {depth} blocks, 1 to {depth}, in their order.")
         self.channels, self.patch, self.side, self.fixed = channels, patch, size // patch, fixed
         self.joint = tokens == "joint"
         norm, across = RMSNorm if rms_norm else PlainNorm, widths.tokens > 0 and not self.joint
@@ -84,12 +100,15 @@ class DiT(nn.Module):
         self.read = Caption(widths.tokens, width) if widths.tokens else None
         self.modulate = nn.Linear(width, 6 * width) if shared else None
         if fixed:
-            self.register_buffer("position", grid_waves(self.side, self.side, width))
+            self.register_buffer("position", sinusoidal_positions(self.side, self.side, width))
         if registers:
             self.registers = nn.Parameter(torch.zeros(registers, width))
         self.head_width, self.count = width // heads if rotary else 0, registers
         self.blocks = nn.ModuleList(Block(width, heads, norm, swiglu, norm_heads, across, shared) for _ in range(depth))
         self.last = Last(width, patch * patch * channels * (2 if learn_range else 1), norm, shared)
+        self.route: Route | None = None
+        self.fuse = tuple(fuse or ())
+        self.fusion = Fusion(width) if fuse else None
         self.start()
 
     def start(self) -> None:
@@ -110,6 +129,8 @@ class DiT(nn.Module):
             zero(block.modulate)
             if block.attend_tokens is not None:
                 zero(block.attend_tokens.out)
+        if self.fusion is not None:
+            self.fusion.start()
         zero(self.last.modulate)
         zero(self.last.out)
 
@@ -128,10 +149,29 @@ class DiT(nn.Module):
         h, before, mask = self.beside(h, tokens, mask)
         turn = self.turn(rows, columns, before, h) if self.head_width else None
         each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
-        for block in self.blocks:
-            h = block(h, each, turn, tokens, mask)
+        h = self.through(h, before, each, turn, tokens, mask)
         h = self.last(h[:, before:], last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
         return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
+
+    def through(
+        self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """h: (B, M + N, C), behind M = `before` tokens the patches -> the same behind all blocks; `route` says who goes where."""
+        route, dense, early, waiting, places = self.route, (turn, mask), h, h, None
+        for i, block in enumerate(self.blocks, 1):
+            if self.fuse and i == self.fuse[0]:
+                early = h
+            if route is not None and i == route.first:
+                waiting, places = h, route.places(h, before)
+                h, turn, mask = leave(h, places, turn, mask, self.joint)
+            h = block(h, told, turn, tokens, mask)
+            if route is not None and i == route.last:
+                if self.fusion is not None:
+                    waiting = self.fusion.missing(waiting)
+                h, turn, mask = come_back(waiting, h, places), *dense
+            if self.fuse and i == self.fuse[1]:
+                h = self.fusion(early, h)
+        return h
 
     def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x: (B, C, H, W) -> patches in their places (B, N, width), and how many rows and columns there are."""
@@ -146,7 +186,9 @@ class DiT(nn.Module):
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side
-        place = self.position if usual else grid_waves(rows, columns, h.shape[2], (self.side, self.side)).to(self.position)
+        place = (
+            self.position if usual else sinusoidal_positions(rows, columns, h.shape[2], (self.side, self.side)).to(self.position)
+        )
         return h + place, (rows, columns)
 
     def beside(self, h: Tensor, tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
@@ -184,7 +226,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_in, self.attend = norm(width), Attention(width, heads, norm_heads)
-        self.attend_tokens = Reading(width, heads, norm_heads) if across else None
+        self.attend_tokens = CrossAttention(width, heads, norm_heads) if across else None
         self.norm_out, self.feed = norm(width), SwiGLU(width) if swiglu else FeedForward(width)
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
@@ -192,10 +234,10 @@ class Block(nn.Module):
         """x: (B, N, C), told: (B, C), or with a table (B, 6 C), tokens: (B, L, C), mask: (B, 1, 1, N or L) -> (B, N, C)."""
         shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(told)[:, None].chunk(6, dim=-1)
         across = self.attend_tokens is not None
-        x = torch.addcmul(x, gate_in, self.attend(moved(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))
+        x = torch.addcmul(x, gate_in, self.attend(modulated(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))
         if self.attend_tokens is not None:
             x = x + self.attend_tokens(x, tokens, mask)
-        return torch.addcmul(x, gate_out, self.feed(moved(self.norm_out(x), shift_out, scale_out)))
+        return torch.addcmul(x, gate_out, self.feed(modulated(self.norm_out(x), shift_out, scale_out)))
 
 
 class Last(nn.Module):
@@ -209,7 +251,29 @@ class Last(nn.Module):
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         """x: (B, N, C), told: (B, C), or with a table (B, 2 C) -> (B, N, P)."""
         shift, scale = self.modulate(told)[:, None].chunk(2, dim=-1)
-        return self.out(moved(self.norm(x), shift, scale))
+        return self.out(modulated(self.norm(x), shift, scale))
+
+
+class Fusion(nn.Module):
+    """What enters some blocks and what leaves them, joined; at first their mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out, self.token = nn.Linear(2 * width, width), nn.Parameter(torch.zeros(width))
+
+    def start(self) -> None:
+        """Half of each."""
+        half = torch.eye(self.out.out_features) / 2
+        with torch.no_grad():
+            self.out.weight.copy_(torch.cat((half, half), dim=1))
+
+    def missing(self, like: Tensor) -> Tensor:
+        """(B, N, C), whose shape counts -> the token that stands for what did not go through, (B, N, C)."""
+        return self.token.to(like).expand_as(like)
+
+    def forward(self, early: Tensor, late: Tensor) -> Tensor:
+        """(B, N, C) each -> (B, N, C)."""
+        return self.out(torch.cat((early, late), dim=2)).to(late)
 
 
 class Table(nn.Module):

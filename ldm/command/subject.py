@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldm.build import allowed, at_rest, build, load_autoencoder, load_model, recipe_of
+from ldm.build import allowed, build, load_autoencoder, load_model
 from ldm.command.usual import as_usual
 from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
@@ -25,8 +25,9 @@ from ldm.files.folder import without_usual
 from ldm.files.named import named_content
 from ldm.files.process import rank
 from ldm.files.weights import weights_hash
+from ldm.rest import at_rest, recipe_of
 
-DRAWING = ("requests", "conditioning", "ask", "negative", "count", "seed", "precision", "paste", "keep")  # what it depends on
+DRAWING = "requests conditioning conditions ask negative count seed precision paste keep".split()  # what it depends on
 
 
 class Subject:
@@ -145,7 +146,7 @@ class Subject:
             told["guides"] = guides
         sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]), config["paste"])
-        return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, **self._made})
+        return Drawings(self.model, self._requests(), sampler, guidance, *how, {**told, **self._made}, config["conditions"])
 
     def _requests(self) -> Split | Given:
         config, count = self.config, self.config["count"]

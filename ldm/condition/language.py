@@ -12,7 +12,7 @@ from ldm.embedder import Condition
 from ldm.errors import Refusal
 from ldm.files.weights import came_from, loaded_from
 from ldm.tower.cut import Cut
-from ldm.tower.language import left, load_language, load_words
+from ldm.tower.language import load_language, load_words, truncated
 from ldm.tower.t5 import T5
 from ldm.types import Cond, Widths
 
@@ -38,7 +38,7 @@ class Language(Condition):
         NotFound, Unreachable: the model is not there. Refusal: it is not read here, or has no such layer.
     """
 
-    frozen = ("tower",)
+    frozen = unreached = ("tower",)
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Language(Condition):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what is cut off."""
         for prompt in map(str, asked):
-            count, behind = left(self.words, prompt, self.length)
+            count, behind = truncated(self.words, prompt, self.length)
             if behind:
                 warn(f"{count} tokens do not fit into {self.length}; cut off: {behind!r}", stacklevel=2)
         return [str(a) for a in asked]

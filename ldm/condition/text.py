@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from ldm.embedder import Condition, Weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
-from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, names_of, read, spoken, warn_of_cut
+from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, embed_text, load_text_tower, names_of, text_mask, warn_of_cut
 from ldm.tower.cut import Cut
 from ldm.tower.taught import Rows, Taught
 from ldm.types import Cond, Widths
@@ -86,12 +86,19 @@ class Text(Condition):
                 self.register_buffer("vector_mean", means[-1])
                 self.register_buffer("vector_mix", mixes[-1])
 
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The blocks behind the last one that is read."""
+        count = len(self.tower.transformer.resblocks)
+        last = count if self.pooled else max(i % (count + 1) for i in self.layers)
+        return tuple(f"tower.transformer.resblocks.{i}" for i in range(last, count))
+
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens, their mask, vector."""
         captions = ["" if d else v for v, d in zip(value, drop.tolist())]
         ids = self.ids(captions)
-        mask = None if self.padding is not None else spoken(ids, self.end)
-        hidden, vector = read(self.tower, ids, self.end, self.projected)
+        mask = None if self.padding is not None else text_mask(ids, self.end)
+        hidden, vector = embed_text(self.tower, ids, self.end, self.projected)
         states = [
             self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
         ]
@@ -115,7 +122,7 @@ class Text(Condition):
         if (self.training or self.cut.always) and hasattr(self.tokenizer, "encode"):
             self.cut.count(captions, (ids[:, -1] != 0).tolist())
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
-        return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids, self.end), self.padding)
+        return ids if self.published or not self.padding else ids.masked_fill(~text_mask(ids, self.end), self.padding)
 
     @property
     def end(self) -> int | None:
@@ -201,6 +208,11 @@ class Text(Condition):
         """-> the prompts; warns of what the tower's context is too short for."""
         return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
 
+    def tokens(self, caption: str) -> list[str]:
+        """The pieces that a caption is cut into; a learned word's further rows are its own."""
+        ids = self.tokenizer.encode(caption) if hasattr(self.tokenizer, "encode") else []
+        return [self.tokenizer.decode([i]).strip() for i in ids]
+
     def skip(self, layers: int | None) -> None:
         """Reads another layer, with the last LayerNorm as before: 1 the last, 2 the one before; None its own again.
 
@@ -266,6 +278,11 @@ class Texts(Condition):
         if width is not None and width < together:
             raise Refusal(f"condition.text.width={width}: the towers' tokens are {together} wide together; as much, or more.")
         self.widths = Widths(tokens=width or together, vector=sum(w.vector for w in each))
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Those of the towers."""
+        return tuple(f"towers.{name}.{part}" for name, tower in self.towers.items() for part in tower.unreached)
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, sum of E) or None."""

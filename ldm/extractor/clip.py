@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ldm.extractor._weights import frozen
 from ldm.measure import Rows, transformed
-from ldm.tower.clip import load_clip, see, settings, transform
+from ldm.tower.clip import load_clip, preprocess, settings, transform
 
 
 class Clip:
@@ -30,4 +30,5 @@ class Clip:
     def patches(self, images: Tensor) -> Tensor:
         """images: (B, 3, h, w) in [-1, 1] -> a vision transformer's features of each patch: (B, D, h', w')."""
         tower = self.clip.to(images.device).visual
-        return tower.forward_intermediates(see(tower, images), indices=1, intermediates_only=True)["image_intermediates"][-1]
+        pixels = preprocess(tower, images)
+        return tower.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"][-1]

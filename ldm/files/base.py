@@ -1,4 +1,4 @@
-"""Which model at rest adapters were trained on: where it lies, and what is in it."""
+"""The base model of adapters: its place, and hashes by which it is known again."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,8 @@ from ldm.files.named import named_content
 
 
 def identity_of(base: Path) -> dict[str, str]:
-    """-> `path`; `sha256` of its own weights; `parts`, that of its autoencoder and text towers, as far as they lie in it.
+    """-> its absolute `path`, the `sha256` of its model.safetensors, and that of its `parts`, the autoencoder and text towers in
+    sub-folders of it.
 
     Raises:
         NotFound: no model is there.
@@ -20,7 +21,7 @@ def identity_of(base: Path) -> dict[str, str]:
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """In what a base is another than it was, empty where in nothing; what earlier versions did not keep is not compared."""
+    """Two identities of a base -> words about what differs, "" where nothing does; what is not in `before` is not compared."""
     words = {"sha256": "its model.safetensors", "parts": "its autoencoder or a text tower"}
     others = [name for name in words if name in before and before[name] != now.get(name)]
     return ", ".join(f"{words[name]} (sha256 {before[name][:12]}, now {now.get(name, 'nothing')[:12]})" for name in others)

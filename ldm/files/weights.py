@@ -1,4 +1,4 @@
-"""Weights in files: read without ever running code, and known by what is in them."""
+"""Weights in files, which are read without running code, and their hashes."""
 
 import hashlib
 import pickle
@@ -28,7 +28,7 @@ WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_check
 
 
 class Inert:
-    """Stands for a class that an old checkpoint names, such as a callback; holds nothing and does nothing."""
+    """Stands in for a class that an old checkpoint names, such as a callback; it holds nothing and does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -38,14 +38,14 @@ class Inert:
 
 
 class Entries(dict[str, Any]):
-    """Stands for torch's ParameterDict, of embeddings of before torch 1.12, and keeps its entries."""
+    """Stands in for torch's ParameterDict in embeddings that were saved before torch 1.12; it keeps the entries."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.update(state.get("_parameters", {}))
 
 
 def _without_factory(*_: object) -> dict[Any, Any]:
-    """Stands for `collections.defaultdict`."""
+    """Stands in for `collections.defaultdict`."""
     return {}
 
 
@@ -70,14 +70,16 @@ STUBS += [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQe
 
 
 def read_weights(path: Path, sha256: str | None = None, option: str = "", instead: str = "") -> dict[str, Tensor]:
-    """Tensors by name out of anybody's file: safetensors, or a pickle of tensors, today's or of before torch 1.6.
+    """A file of safetensors, or a pickle of tensors, also from before torch 1.6 -> tensors by name.
 
-    They are mapped into memory where the file allows it: load them into a network (which copies), or clone them. What a
-    checkpoint holds beside its weights is left out, and so is what wrappers such as DDP put into the names.
+    They are mapped into memory where the file allows it: load them into a network (which copies), or clone them. Whatever a
+    checkpoint holds besides weights is left out, and so are prefixes of wrappers such as DDP in the names.
 
     Args:
-        sha256: what the file must have, in hex, or how that begins; compared before anything is read.
-        option: the setting to name in errors, such as `loss.weights`. instead: what to do about them, a sentence.
+        path: the file.
+        sha256: the one that the file must have, in hex, or its beginning; it is checked before anything is read.
+        option: the setting to name in errors, such as `loss.weights`.
+        instead: what to do about an error, a sentence.
 
     Raises:
         NotFound: there is no such file. Refusal: its sha256 is another; it is damaged, holds code, or holds no weights.
@@ -87,8 +89,8 @@ def read_weights(path: Path, sha256: str | None = None, option: str = "", instea
         raise NotFound(f"{name}: there is no such file.{instead}")
     if path.suffix != ".safetensors" and path.suffix not in PICKLES:
         raise Refusal(f"{name} is none of .safetensors, {', '.join(PICKLES)}.{instead}")
-    if sha256 is not None and not (found := file_content(path)).startswith(sha256.lower()):
-        raise Refusal(f"{name} has sha256 {found}, not {sha256}: it is damaged, or another network with other numbers.{instead}")
+    if sha256 is not None and not (actual := file_content(path)).startswith(sha256.lower()):
+        raise Refusal(f"{name} has sha256 {actual}, not {sha256}: it is damaged, or another network with other numbers.{instead}")
     weights = load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path, name, instead)
     bare = {WRAPPERS.sub("", tensor): x for tensor, x in weights.items()}
     if len(bare) < len(weights):
@@ -97,7 +99,7 @@ def read_weights(path: Path, sha256: str | None = None, option: str = "", instea
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself in its header, by key; nothing of any other file.
+    """-> the metadata in a safetensors file's header, by key; nothing of any other file.
 
     Raises:
         Refusal: the file is cut off or no safetensors.
@@ -112,7 +114,7 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 def notes_of(path: Path) -> dict[str, str]:
-    """What a small file says beside its tensors, by key: the header of a safetensors file, or the words in a pickle."""
+    """-> the text that a small file holds beside its tensors, by key: a safetensors file's metadata, or a pickle's strings."""
     if path.suffix not in PICKLES:
         return metadata_of(path)
     held = _loaded(path, str(path), "")
@@ -120,7 +122,7 @@ def notes_of(path: Path) -> dict[str, str]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
+    """A safetensors file -> tensors by name.
 
     Raises:
         Refusal: the file is cut off or no safetensors.
@@ -132,12 +134,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def download(url: str, sha256: str | None = None, instead: str = "") -> dict[str, Tensor]:
-    """Published weights, fetched once into torch's hub folder.
+    """Published weights, fetched once into torch's hub folder -> tensors by name.
 
     Args:
-        sha256: what the file must have, each time that it is read; by default what its name ends in, where that is the beginning
-            of its sha256, as torchvision's are (`vgg16-397923af.pth`).
-        instead: what a person without a network can do, a sentence.
+        url: of the file.
+        sha256: the one that the file must have whenever it is read; by default the digits at the end of its name, which in
+            torchvision's files begin the hash (`vgg16-397923af.pth`).
+        instead: what to do without a network, a sentence for errors.
 
     Raises:
         Unreachable: it could not be fetched. Refusal: it is damaged.
@@ -155,10 +158,10 @@ def download(url: str, sha256: str | None = None, instead: str = "") -> dict[str
 
 
 def weights_hash(module: nn.Module, still: Sequence[str] = ()) -> str:
-    """-> sha256, in hex, over the names, shapes and numbers of a module's weights and statistics, whatever their precision: the
-    same network has the same, wherever it was loaded from. provenance.json holds it.
+    """-> sha256, in hex, over the names, shapes and float32 numbers of a module's parameters and buffers, so that the same
+    network has the same hash in any precision, wherever it was loaded from.
 
-    still: parts of it whose numbers never change; those that come first by name are read once.
+    `still` names parts whose numbers never change; the first of them, in alphabetical order, are hashed once.
     """
     tensors = sorted(module.state_dict().items())
     origin = _ORIGINS.get(module)
@@ -174,13 +177,13 @@ def weights_hash(module: nn.Module, still: Sequence[str] = ()) -> str:
 
 
 def came_from(module: nn.Module, files: Sequence[Path]) -> None:
-    """Says what a module's weights were loaded from, by which its hash is remembered as long as they stay as they are."""
+    """Records the files that a module's weights were loaded from; its hash is kept in the cache as long as neither changes."""
     if files:
         _ORIGINS[module] = tuple(files), _versions(module)
 
 
 def loaded_from(module: nn.Module) -> tuple[Path, ...]:
-    """The files that `came_from` named, if it did."""
+    """-> the files that `came_from` recorded for a module; none where it did not."""
     return _ORIGINS.get(module, ((), []))[0]
 
 
@@ -189,7 +192,7 @@ _HEADS: WeakKeyDictionary[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
 
 
 def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Which tensors a module holds, and how often each was written to."""
+    """-> the identity of each tensor of a module, and how often it was written to."""
     return [(id(x), x._version) for x in (*module.parameters(), *module.buffers())]
 
 

@@ -99,6 +99,14 @@ class Network:
     def check(self, bundle: Bundle, place: str) -> None:
         """Raises ValueError where its tensors are not those of its config."""
 
+    def brought(self, bundle: Bundle) -> Bundle:
+        """A model as others tell its network, as ours do."""
+        return bundle
+
+    def given(self, bundle: Bundle) -> Bundle:
+        """The inverse of `brought`."""
+        return bundle
+
     def check_single(self, bundle: Bundle) -> None:
         """Raises ValueError where a single file has no place for something in a model."""
 

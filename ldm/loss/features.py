@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
-from ldm.tower.clip import load_clip, see
+from ldm.tower.clip import load_clip, preprocess
 
 
 class Features(nn.Module):
@@ -34,7 +34,7 @@ class Features(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, h, w) in [-1, 1] -> unit-length features (B, N, D) after each block, in float32."""
-        out = self.tower.forward_intermediates(see(self.tower, images), intermediates_only=True, output_fmt="NLC")
+        out = self.tower.forward_intermediates(preprocess(self.tower, images), intermediates_only=True, output_fmt="NLC")
         return [torch.nn.functional.normalize(h.float(), dim=-1) for h in out["image_intermediates"]]
 
     def train(self, mode: bool = True) -> "Features":

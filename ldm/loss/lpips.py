@@ -15,7 +15,7 @@ class LPIPS(nn.Module):
     network of that name, .pth or .safetensors; None downloads it.
 
     Raises:
-        as `Distance`.
+        Refusal: as `Distance`.
     """
 
     def __init__(self, net: str = "vgg", weights: str | None = None) -> None:

@@ -1,6 +1,6 @@
 """CLIP score: how near a picture is to its caption in a CLIP.
 
-score = 100 max(cos(image, text), 0)  (https://arxiv.org/abs/2104.08718, equation 1, with the weight 100 of torchmetrics)
+score = 100 max(cos(image, text), 0)  (https://arxiv.org/abs/2104.08718, section 3, with the weight 100 of torchmetrics)
 """
 
 from collections.abc import Mapping

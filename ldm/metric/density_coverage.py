@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
-from ldm.metric.precision_recall import CHUNK, radii
+from ldm.metric._neighbours import CHUNK, both, radii
 from ldm.types import Batch
 
 
@@ -52,12 +52,9 @@ class DensityCoverage:
         Raises:
             Refusal: no more than k real pictures.
         """
-        drawn, real = rows["features"].float(), reference.rows()["features"].float()
+        drawn, real, note = both(rows, reference, "coverage")
         if len(real) <= self.k:
             raise Refusal(f"Density and coverage need more than k={self.k} real pictures; found {len(real)}.")
-        note = None
-        if len(drawn) != len(real):
-            note = f"{len(drawn)} drawings against {len(real)} real pictures: coverage is comparable only between equal counts."
         radius = radii(real, self.k)
         counts = torch.cat([(torch.cdist(part, real) < radius).sum(1) for part in drawn.split(CHUNK)])
         nearest = torch.cat([torch.cdist(part, drawn).min(1).values for part in real.split(CHUNK)])

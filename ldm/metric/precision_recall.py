@@ -7,14 +7,12 @@ precision = the share of drawings in the real pictures' manifold, recall = the s
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.metric._neighbours import both, radii, within
 from ldm.types import Batch
-
-CHUNK = 1000  # rows of a block of distances
 
 
 class PrecisionRecall:
@@ -49,24 +47,11 @@ class PrecisionRecall:
         Raises:
             Refusal: no more than k pictures.
         """
-        drawn, real = rows["features"].float(), reference.rows()["features"].float()
+        drawn, real, note = both(rows, reference, "recall")
         if min(len(drawn), len(real)) <= self.k:
             raise Refusal(
                 f"Precision and recall need more than k={self.k} pictures of each set; found {len(drawn)} and {len(real)}."
             )
-        note = None
-        if len(drawn) != len(real):
-            note = f"{len(drawn)} drawings against {len(real)} real pictures: recall is comparable only between equal counts."
         precision = within(drawn, real, radii(real, self.k))
         recall = within(real, drawn, radii(drawn, self.k))
         return {"precision": Estimate.mean(precision.float()), "recall": Estimate(recall.double().mean().item(), note=note)}
-
-
-def radii(x: Tensor, k: int) -> Tensor:
-    """x: (N, D) -> (N), the distance of each row to its k-th nearest neighbour among the others."""
-    return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(CHUNK)])
-
-
-def within(points: Tensor, x: Tensor, radius: Tensor) -> Tensor:
-    """points: (M, D), x: (N, D), radius: (N) -> (M) bool, whether a point lies in the ball around any row of x."""
-    return torch.cat([(torch.cdist(part, x) <= radius).any(dim=1) for part in points.split(CHUNK)])

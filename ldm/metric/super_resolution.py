@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, normalize
 from ldm.errors import Refusal
 from ldm.files.weights import weights_hash
 from ldm.measure import Estimate, Reference, Rows
-from ldm.tower.clip import load_clip, see
+from ldm.tower.clip import load_clip, preprocess
 from ldm.types import Batch
 
 
@@ -44,7 +44,7 @@ class SuperResolution:
         bicubic = interpolate(batch["low"], real.shape[2:], mode="bicubic").clamp(-1, 1)
         pair = [images, bicubic]
         error = torch.stack([(x - real).square().mean((1, 2, 3)) for x in pair], dim=1)
-        features = [normalize(self.visual.to(x.device)(see(self.visual, x)).float(), dim=1) for x in (*pair, real)]
+        features = [normalize(self.visual.to(x.device)(preprocess(self.visual, x)).float(), dim=1) for x in (*pair, real)]
         distance = torch.stack([1 - (x * features[-1]).sum(1) for x in features[:2]], dim=1)
         return {"psnr": 10 * torch.log10(4 / error.clamp(min=4e-6)), "distance": distance}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ldm.nn.layers import zero
-from ldm.nn.transformer import FeedForward, PlainNorm, RMSNorm, Turn, merge, split, turned
+from ldm.nn.transformer import FeedForward, PlainNorm, RMSNorm, Turn, apply_rotary, merge, split
 
 
 class Heads(nn.Module):
@@ -81,29 +81,29 @@ class Joint(nn.Module):
         of_picture = self.picture.modulate(embedding)[:, None].chunk(6 if self.picture.again is None else 9, dim=-1)
         plain = self.picture.norm(x)
         heads = [
-            self.text.attend(moved(self.text.norm(y), *of_text[:2])),
-            self.picture.attend(moved(plain, *of_picture[:2])),
+            self.text.attend(modulated(self.text.norm(y), *of_text[:2])),
+            self.picture.attend(modulated(plain, *of_picture[:2])),
         ]
-        read = merge(attended(*(torch.cat(parts, dim=2) for parts in zip(*heads)), turn, mask))
+        read = merge(attention(*(torch.cat(parts, dim=2) for parts in zip(*heads)), turn, mask))
         to_text, to_picture = read[:, : y.shape[1]], read[:, y.shape[1] :]
         x = torch.addcmul(x, of_picture[2], self.picture.attend.out(to_picture))
         if self.picture.again is not None:
             shift, scale, gate = of_picture[6:]
-            second = attended(*self.picture.again(moved(plain, shift, scale)), None, None)
+            second = attention(*self.picture.again(modulated(plain, shift, scale)), None, None)
             x = torch.addcmul(x, gate, self.picture.again.out(merge(second)))
-        x = torch.addcmul(x, of_picture[5], self.picture.feed(moved(self.picture.norm(x), *of_picture[3:5])))
+        x = torch.addcmul(x, of_picture[5], self.picture.feed(modulated(self.picture.norm(x), *of_picture[3:5])))
         if self.text.feed is not None:
             y = torch.addcmul(y, of_text[2], self.text.attend.out(to_text))
-            y = torch.addcmul(y, of_text[5], self.text.feed(moved(self.text.norm(y), *of_text[3:5])))
+            y = torch.addcmul(y, of_text[5], self.text.feed(modulated(self.text.norm(y), *of_text[3:5])))
         return x, y
 
 
-def moved(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x: (B, N, C), shift and scale: (B, 1, C) -> (1 + scale) x + shift (adaLN, https://arxiv.org/abs/2212.09748)."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, turn: Turn | None, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, turn: Turn | None, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention -> (B, heads, N, D).
 
     Args:
@@ -112,7 +112,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, turn: Turn | None, mask: Tensor | 
         mask: (B, 1, 1, N) bool, True where a token may be attended to; None where all may.
     """
     if turn is not None:
-        q, k = turned(q, *turn), turned(k, *turn)
+        q, k = apply_rotary(q, *turn), apply_rotary(k, *turn)
     return scaled_dot_product_attention(q, k, v, mask)
 
 
@@ -125,10 +125,10 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, N, C), embedding: (B, C) -> (B, N, P)."""
-        return self.out(moved(self.norm(x), *self.modulate(embedding)[:, None].chunk(2, dim=-1)))
+        return self.out(modulated(self.norm(x), *self.modulate(embedding)[:, None].chunk(2, dim=-1)))
 
 
-def start(net: nn.Module) -> None:
+def initialize(net: nn.Module) -> None:
     """Initialises a transformer in place: Xavier-uniform matrices, zero biases, and every block the identity, as in DiT
     (adaLN-Zero, https://arxiv.org/abs/2212.09748, section 3.2).
     """

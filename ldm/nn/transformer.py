@@ -70,11 +70,11 @@ class Attention(nn.Module):
         q, k, v = split(self.qkv(x), 3, self.heads)
         q, k = self.norm_q(q), self.norm_k(k)
         if turn is not None:
-            q, k = turned(q, *turn), turned(k, *turn)
+            q, k = apply_rotary(q, *turn), apply_rotary(k, *turn)
         return self.out(merge(scaled_dot_product_attention(q, k, v, mask)))
 
 
-class Reading(nn.Module):
+class CrossAttention(nn.Module):
     """Multi-head cross-attention of patches to tokens (PixArt, https://arxiv.org/abs/2310.00426, section 2.3)."""
 
     def __init__(self, width: int, heads: int, norm_heads: bool) -> None:
@@ -99,7 +99,7 @@ def merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def grid_waves(rows: int, columns: int, width: int, span: tuple[float, float] | None = None) -> Tensor:
+def sinusoidal_positions(rows: int, columns: int, width: int, span: tuple[float, float] | None = None) -> Tensor:
     """-> (rows * columns, width): the sinusoidal positions of a grid, row by row, of each place's column, then of its row.
 
     Rows and columns are counted from 0; with `span` they are scaled to so many rows and columns, whatever their number is.
@@ -130,7 +130,7 @@ def rotary(places: Tensor, widths: Sequence[int], like: Tensor) -> Turn:
     return angle.cos().float().to(like), angle.sin().float().to(like)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: (B, heads, N, D), cos and sin: (N, D) -> x with its neighbouring pairs of features rotated by their place's angles."""
     pairs = x.unflatten(-1, (-1, 2))
     if x.dtype == cos.dtype and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():

@@ -145,7 +145,7 @@ class PublishedTokenizer:
 
 
 def _rows_of(word: str, learned: Sequence[str]) -> list[int]:
-    """The ids of a learned word: its own, and those of word_1, word_2 and so on as far as there are such."""
+    """-> the ids of a learned word, and of word_1, word_2, ... as far as these were learned."""
     places = {name: FIRST_LEARNED + i for i, name in enumerate(learned)}
     rows = [places[word]]
     while (row := places.get(f"{word}_{len(rows)}")) is not None:
@@ -154,14 +154,14 @@ def _rows_of(word: str, learned: Sequence[str]) -> list[int]:
 
 
 def names_of(word: str, count: int) -> list[str]:
-    """What the tokens of a word of several rows are called: word, word_1, ..."""
+    """-> the names of the tokens of a word with `count` rows: word, word_1, ..."""
     return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
 
 
-def see(visual: nn.Module, images: Tensor) -> Tensor:
+def preprocess(visual: nn.Module, images: Tensor) -> Tensor:
     """(B, 3, h, w) in [-1, 1] -> (B, 3, H, W), resized and normalised for an image tower; differentiable."""
     if images.shape[2:] != visual.image_size:
         images = interpolate(images, visual.image_size, mode="bicubic", antialias=True)
@@ -179,7 +179,7 @@ def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
     return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
 
 
-def read(tower: nn.Module, ids: Tensor, end: int | None = None, projected: bool = True) -> tuple[list[Tensor], Tensor]:
+def embed_text(tower: nn.Module, ids: Tensor, end: int | None = None, projected: bool = True) -> tuple[list[Tensor], Tensor]:
     """The embeddings of a text tower: ids (B, L) -> hidden states, (B, L, D) each, and the pooled embedding, (B, E).
 
     The hidden states are those before the first block, after the first, ..., after the last, none of them normalised. The pooled
@@ -193,8 +193,8 @@ def read(tower: nn.Module, ids: Tensor, end: int | None = None, projected: bool 
     return hidden, pooled @ tower.text_projection if projected and tower.text_projection is not None else pooled
 
 
-def spoken(ids: Tensor, end: int | None = None) -> Tensor:
-    """ids: (B, L); `end` as in `read` -> mask (B, L) bool, True up to the end token, itself included."""
+def text_mask(ids: Tensor, end: int | None = None) -> Tensor:
+    """ids: (B, L); `end` as in `embed_text` -> mask (B, L) bool, True up to the end token, itself included."""
     return torch.arange(ids.shape[1], device=ids.device) <= _ends(ids, end)[:, None]
 
 

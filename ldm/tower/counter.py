@@ -17,7 +17,7 @@ class Counter:
     a folder, or a repository of the Hugging Face hub.
 
     Raises:
-        as `load_words`.
+        Refusal: as `load_words`.
     """
 
     def __init__(self, model: str = CLIP) -> None:

@@ -56,7 +56,7 @@ def load_words(model: str, option: str, published: bool) -> Any:
     """The tokenizer of a folder or a repository: `Words` with `published`, which says that it is a T5's, or else `PeerWords`.
 
     Raises:
-        as `load_language`.
+        Refusal: as `load_language`.
     """
     folder = folder_of(model, f"{option}.tokenizer")
     return Words(folder, option) if published else PeerWords(folder, option)
@@ -143,7 +143,7 @@ class PeerWords:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def left(words: Any, caption: str, length: int) -> tuple[int, str]:
+def truncated(words: Any, caption: str, length: int) -> tuple[int, str]:
     """-> the number of a caption's tokens, and the text of those behind `length`; "" where there are none."""
     (row,) = words.rows([caption])
     if len(row) <= length:

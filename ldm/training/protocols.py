@@ -64,6 +64,14 @@ class Critical(Protocol):
 
 
 @runtime_checkable
+class Meets(Protocol):
+    """An objective that meets the model before training, such as one with a second model, which leaves to it what both have."""
+
+    def meet(self, model: Any) -> bool:
+        """-> whether it asks for conditions itself (`model.conditioner`), and need be given none."""
+
+
+@runtime_checkable
 class Average(Protocol):
     """A callback that keeps a running average of what is trained, and gives it as `average` in its `state_dict`."""
 

@@ -136,6 +136,7 @@ def test_uncertainty_learns_the_level_of_the_loss():
 
 ACROSS = ("contrastive",)  # whose samples see the whole batch
 SMALL = {  # what an objective must be told, to be tried on the network of `listener`
+    "route": ["objective.first=1", "objective.last=1"],
     "align": ["objective.width=8", "objective.layer=1", "objective.hidden=8"],
 }
 

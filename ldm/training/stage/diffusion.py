@@ -20,7 +20,7 @@ from ldm.training.callback.ema import average_of
 from ldm.training.callback.levels import LEVELS, curve, level_errors
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.parallel.sharded import whole
-from ldm.training.protocols import Critical
+from ldm.training.protocols import Critical, Meets
 from ldm.training.resume import keep_settings
 from ldm.training.stage.beside import add_gradients, step_beside
 from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
@@ -40,6 +40,7 @@ class Diffusion(Stage):
         self.model, self.objective = model, objective
         self.weights: dict[str, Tensor] = {}
         self.average: Callable[[], LatentModel] = lambda: self.model
+        self.asks = isinstance(objective, Meets) and objective.meet(model)
         for part in objective.frozen if isinstance(objective, Freezes) else ():
             objective.get_submodule(part).eval().requires_grad_(False)
             self.frozen += (f"objective.{part}",)
@@ -125,9 +126,14 @@ class Diffusion(Stage):
         return self
 
     def given(self, batch: Batch, draw: Draw) -> tuple[Tensor, Cond]:
-        """batch -> sampled latents: (B, C, H, W), and the condition, dropped now and then in training."""
+        """batch -> sampled latents: (B, C, H, W), and the condition, dropped now and then in training.
+
+        In training an objective that asks for conditions itself is given an empty one.
+        """
         moments = self.moments(batch)
         x = moments.sample(draw.normal("posterior", moments.mean.shape[1:]))
+        if self.training and self.asks:
+            return x, Cond()
         return x, self.model.conditioner(batch, draw=draw if self.training else None)
 
     def on_train_batch_end(self, *_: Any) -> None:
