@@ -61,20 +61,15 @@ def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
     from ldm.build import allowed, build, build_members, build_stage
     from ldm.command.usual import drawn_as
     from ldm.data.usual import usual_of
-    from ldm.nn.empty import weightless
     from ldm.training.callback.profile import Profile
     from ldm.training.logging import close
-    from ldm.training.plan import plan
     from ldm.training.resume import Changes
     from ldm.training.run import fit, quiet
 
     quiet()
     folder = Path(config.folder)
     if config.plan:
-        trainer = _trainer(config, logger=False, callbacks=[])
-        with weightless():  # what is reckoned needs no numbers
-            stage = build_stage(config, begins=False)
-        print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
+        print(_planned(config))
         return folder, {}
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.debug:
@@ -116,6 +111,21 @@ def _say_tokens(data: Any, stage: Any) -> None:
     for text in (part for part in stage.latent_model().conditioner.modules() if isinstance(part, Text)):
         print(f"data.prompt: {'|'.join(text.tokens(data.prompt))}", flush=True)
         return
+
+
+def _planned(config: DictConfig) -> str:
+    """What a run will take, blocks computed again where callback=[recompute] says so."""
+    from ldm.build import allowed, build, build_stage, chosen
+    from ldm.nn.empty import weightless
+    from ldm.training.callback.recompute import Recompute
+    from ldm.training.plan import plan
+
+    nodes = chosen(OmegaConf.to_container(config.callback, resolve=True), "callback").values()
+    again = [node for node in nodes if node["_target_"] == f"{Recompute.__module__}.{Recompute.__qualname__}"]
+    trainer = _trainer(config, logger=False, callbacks=[build(node) for node in again])
+    with weightless():  # what is reckoned needs no numbers
+        stage = build_stage(config, begins=False)
+    return plan(stage, build(config.data, allowed(config)), trainer, str(config.plan))
 
 
 def of_base(config: DictConfig) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from helpers.autoencoding import train_both
+from helpers.blocks import gradients
 from helpers.clip import CLIP
 from helpers.survive import Send, adamw
 from helpers.training import autoencoder_stage, diffusion, exact, small, train_adapters, train_all, trainer
@@ -90,6 +92,8 @@ def on_each_rank(emoji_root, folder):
     for name, told in three_stages(emoji_root, folder, strategy="ddp", **TWO).items():
         if told:
             torch.save(told, folder / f"{name}.pt")
+    mesh = init_device_mesh("cpu", (2,))
+    torch.save(gradients(torch.distributed.get_rank(), mesh), folder / f"gradients-{torch.distributed.get_rank()}.pt")
     with CommDebugMode() as comm:
         train(emoji_root, folder / "sharded", 3, strategy=Sharded(), **TWO)
     reduced = sum(n for op, n in comm.comm_counts.items() if "reduce_scatter" in str(op))

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from helpers.blocks import gradients
 from helpers.processes import together, torchrun
 from helpers.ranks import SpoilLoss, measured, on_each_rank, three_stages, train
 from helpers.training import assert_same, diffusion
@@ -54,6 +55,14 @@ def test_two_ranks_are_one(name, one, two):
 def test_two_ranks_train_every_stage_as_one(name, one, two):
     """Contrast, autoencoding, diffusion, statistics; adaptive weight, discriminator, codebook counts and dead codes; adapters."""
     assert_same(torch.load(two / f"{name}.pt", weights_only=True), one[name])
+
+
+def test_transformers_shared_out_and_recomputed_by_block_are_one(two):
+    """DiT, with tokens crossed to or joint, MMDiT and Flux: the gradients of a mean over both ranks' samples."""
+    found, wanted = torch.load(two / "gradients-0.pt", weights_only=True), gradients()
+    assert found.keys() == wanted.keys() and {name.split()[0] for name in wanted} == {"dit", "mmdit", "flux"}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-12, rtol=1e-9, msg=name)
 
 
 def test_a_damaged_folder_is_passed_over(two, tmp_path):

@@ -38,7 +38,7 @@ from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import Throughput, flops, peak_of
 from ldm.training.optimizer.rate import Constant
 from ldm.training.parallel import layout
-from ldm.training.plan import fits, plan
+from ldm.training.plan import cost, fits, plan
 from ldm.training.run import fit
 from ldm.training.stage.contrast import Contrast
 from ldm.types import Cond, Draw, Widths
@@ -435,6 +435,10 @@ def test_a_plan_is_reckoned_without_a_step(emoji_root, tmp_path):
     )
     with pytest.raises(ValueError, match="plan=abacus: its peak is not known"):
         plan(diffusion(), small(emoji_root), made, "abacus")
+    again, batch = diffusion(), next(iter(data.ordered("train", 1))) | {"image": torch.zeros(1, 3, 8, 8)}
+    Recompute().on_fit_start(None, again)
+    (work, kept), (more, less) = cost(diffusion(), batch), cost(again, batch)
+    assert work < more < 4 / 3 * work and less < kept, "what enters the blocks, for their forward once more"
 
 
 def test_a_published_recipe_is_planned_without_its_weights(monkeypatch):
