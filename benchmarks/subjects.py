@@ -22,7 +22,7 @@ from ldm.command.train import train
 from ldm.compose import compose_config
 from ldm.files.folder import write_json, write_text
 from ldm.files.picture import to_bytes
-from ldm.tower.clip import load_clip, see
+from ldm.tower.clip import load_clip, preprocess
 
 HOME = Path("runs/subjects")
 WORDS, SEEDS, OTHERS, PRIOR = 8, 32, 128, 64
@@ -94,7 +94,7 @@ def words(seed=0):
 
     def likeness(pictures, image):
         with torch.no_grad():
-            a, b = (clip.encode_image(see(clip.visual, x)) for x in (pictures, image[None]))
+            a, b = (clip.encode_image(preprocess(clip.visual, x)) for x in (pictures, image[None]))
         return cosine_similarity(a, b).mean().item()
 
     for name, (image, caption) in chosen().items():
