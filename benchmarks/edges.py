@@ -83,6 +83,8 @@ def measure(run):
         for strength in strengths:
             answer = put(f"guidance {scale}, strength {strength}", pictures(model, scale, captions, hints, strength))
             shown += [answer] if scale > 1 else []
+    put("guess", pictures(guessing, 2, captions, hints))
+    put("guess, shuffled", pictures(guessing, 2, captions, others))
     empty = [""] * len(captions)
     shown.append(put("guess, no caption", pictures(guessing, 2, empty, hints)))
     put("guess, no caption, shuffled", pictures(guessing, 2, empty, others))
