@@ -18,6 +18,7 @@ from ldm.check import nearest
 from ldm.errors import Refusal
 from ldm.run_id import check_sweep, name_run, searched
 from ldm.swap import swapped
+from ldm.unused import LISTS, check_used
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, or in a clone
@@ -39,7 +40,6 @@ NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
 UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
 OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
-LISTS = ("condition", "adapter", "metric", "callback", "logger")
 
 
 def quote(arguments: Sequence[str]) -> list[str]:
@@ -180,22 +180,33 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     return [o.key_or_group for o in parsed if o.is_sweep_override()]
 
 
-def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
+def compose_config(config_name: str, overrides: Sequence[str] = (), used: bool = False) -> DictConfig:
+    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with.
+
+    used: whether settings are refused that the command does not read.
+    """
     overrides = with_local(quote(overrides))
     check_overrides(config_name, overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return settled(compose(config_name, overrides=list(overrides)), config_name, overrides)
+        return settled(compose(config_name, overrides=list(overrides)), config_name, overrides, used=used)
 
 
-def settled(config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = ()) -> DictConfig:
+def settled(
+    config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = (), used: bool = True
+) -> DictConfig:
     """A composed config as a command works with it: choices in place of a recipe's own stand alone, and a run has its name.
 
     Args:
-        swept: the settings that a multirun gives several values.
+        swept: the settings that a multirun gives several values. used: as in `compose_config`.
+
+    Raises:
+        Refusal: a setting that the command does not read.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return name_run(swapped(config, config_name, parsed, CONFIGS, say=True), CONFIGS, overrides, swept)
+    config = swapped(config, config_name, parsed, CONFIGS, say=True)
+    if used:
+        check_used(config, config_name, parsed, CONFIGS)
+    return name_run(config, CONFIGS, overrides, swept)
 
 
 def _options(loader: Any, group: str, more: Sequence[Path] = ()) -> list[str]:
