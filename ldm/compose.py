@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.check import nearest
 from ldm.errors import Refusal
-from ldm.run_id import check_sweep, name_run, searched
+from ldm.run_id import FILES, check_sweep, name_run, searched
 from ldm.swap import swapped
 from ldm.unused import LISTS, check_used
 
@@ -38,7 +38,7 @@ FREE_TEXT = re.compile(
 DOLLAR = re.compile(r"(\\*)\$\{")  # where an interpolation begins
 NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
-UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
+UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance|adversary|set)=null$")  # which Hydra writes as ~sampler
 OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
 
 
@@ -226,6 +226,9 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     if override.is_sweep_override() and not multirun:
         raise Refusal(f"{override.input_line}: several choices need a multirun: python train.py -m {override.input_line}")
+    if values == [None] and not override.is_delete():
+        one = "leave it out for none" if group in FILES else f"wanted one of {', '.join(sorted(options))}"
+        raise Refusal(f"{group}=null: {f'{group}=[] chooses none' if group.split('@')[0] in LISTS else one}.")
     for value in values:
         names = value if isinstance(value, list) else [value]
         if isinstance(value, list) and group.split("@")[0] not in LISTS:

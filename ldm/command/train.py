@@ -74,7 +74,7 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     changes = Changes(OmegaConf.to_yaml(config), _plain(config), lambda path: _plain(OmegaConf.load(path)), folder)
     debug = {"detect_anomaly": True, "devices": 1, "num_nodes": 1, "strategy": "auto"} if config.debug else {}
-    trainer = _trainer(config, callbacks=[*callbacks, *always, *profile, changes], logger=loggers, **debug)
+    trainer = _trainer(config, callbacks=[changes, *callbacks, *always, *profile], logger=loggers, **debug)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:
