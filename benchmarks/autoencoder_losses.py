@@ -19,7 +19,7 @@ from ldm.command.train import train
 from ldm.compose import compose_config
 from ldm.loss.features import Features
 from ldm.metric.frechet import frechet, moments
-from ldm.tower.clip import load_clip, see
+from ldm.tower.clip import load_clip, preprocess
 from ldm.training.stage.autoencoding import fidelity
 
 HOME = Path("runs/autoencoders")
@@ -60,7 +60,7 @@ def train_one(name, factor, perceptual, adversary):
 
 def statistics(clip, images):
     """Mean and covariance of a CLIP's picture vectors."""
-    return moments({"features": torch.cat([clip.encode_image(see(clip.visual, part)) for part in images.split(64)])})
+    return moments({"features": torch.cat([clip.encode_image(preprocess(clip.visual, part)) for part in images.split(64)])})
 
 
 @torch.no_grad()

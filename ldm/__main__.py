@@ -7,9 +7,11 @@ from importlib import import_module
 COMMANDS = {
     "train": "trains one stage: experiment=emoji/text",
     "sample": "draws pictures: model=RUN prompt='[red apple,fox]'",
+    "draw": "opens a page to draw with, in the browser: model=RUN",
     "evaluate": "measures a model or a folder of pictures: model=RUN metric=[frechet,clip_score]",
     "precompute": "encodes a data set ahead of time: model=RUN data=shards data.train=DIR out=DIR",
     "quickstart": "trains, draws and measures small models on the emoji, in minutes",
+    "prior": "draws class pictures for DreamBooth: model=RUN prompt='a photo of a dog' out=DIR",
     "convert": "converts weights between layouts: SOURCE TARGET --to diffusers",
     "pack": "packs pictures and captions into shards: PICTURES OUT --size 512",
     "doctor": "says what is in shards and what is broken: SHARDS",

@@ -1,7 +1,8 @@
 """Adapters meet a model: attached to be trained beside it, or put to work on it.
 
-`adapters=[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]]`, one or a list: NAME is the word of an embedding or the field of a control
-picture, SOURCE a run, a folder, a file or hf://org/name, the strengths are 1 where they are not said.
+`adapters=[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]][:guess]`, one or a list: NAME is the word of an embedding or the field of a
+control picture, SOURCE a run, a folder, a file or hf://org/name, the strengths are 1 where they are not said, and `guess` is a
+ControlNet's guess mode.
 """
 
 import math
@@ -15,12 +16,18 @@ from torch import Tensor
 
 from ldm.check import nearest
 from ldm.errors import NotFound, Refusal
-from ldm.files.content import file_content
+from ldm.files.base import difference, identity_of
 from ldm.files.folder import from_parts, read_recipe, without_usual
+from ldm.files.process import first
 from ldm.model import LatentModel
 
 ADAPTED = "ldm.build.adapted"  # the recipe of a model whose adapters alone were trained
-WORDS = re.compile(r"(?:(?P<name>[^=/:]+)=)?(?P<source>.+?)(?::(?P<strength>[^:/]+))?(?::(?P<text>[^:/]+))?", re.S)
+WORDS = re.compile(
+    r"(?:(?P<name>[^=/:]+)=)?(?P<source>.+?)"
+    r"(?::(?P<strength>(?!guess\Z)[^:/]+))?(?::(?P<text>(?!guess\Z)[^:/]+))?(?P<guess>:guess)?",
+    re.S,
+)
+NAMES = ("name", "word")  # what NAME= means of an adapter
 TEXT = "conditioner."  # where the names of a text's tensors begin
 
 
@@ -28,6 +35,7 @@ class Adapter(Protocol):
     """Something small that is trained beside a finished model, and put to work on it when that draws."""
 
     wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
+    scales: bool  # whether strengths between 0 and 1 mean something for it
 
     def attach(self, model: LatentModel) -> Sequence[str]:
         """Before training: gives a model, in place, new weights without effect -> the names of what is trained."""
@@ -44,12 +52,14 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks for: a source, its name if it has one, its strength; `text` is the strength of its text, if another."""
+    """What a person asks for: a source, its name if it has one, its strength; `text` is the strength of its text, if another;
+    `guess`: a ControlNet in its guess mode."""
 
     source: str
     name: str | None = None
     strength: float = 1.0
     text: float | None = None
+    guess: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ def asked(words: str | Sequence[str] | None) -> list[Asked]:
         Refusal: a strength that is no number, or two of one name.
     """
     listed = [] if words is None else [words] if isinstance(words, str) else list(words)
+    if "" in listed:
+        raise Refusal("adapters= names nothing; wanted [NAME=]SOURCE[:STRENGTH], or no adapters= at all.")
     found = [_asked(str(word)) for word in listed]
     for i, one in enumerate(found):
         twin = next((other for other in found[:i] if one.name is not None and other.name == one.name), None)
@@ -82,12 +94,14 @@ def _asked(word: str) -> Asked:
         return Asked(word)
     found = WORDS.fullmatch(word)
     if found is None:
-        raise Refusal(f"adapters={word!r}: wanted [NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]], such as style.safetensors:0.8.")
+        raise Refusal(
+            f"adapters={word!r}: wanted [NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]][:guess], such as style.safetensors:0.8."
+        )
     said = {"strength": found["strength"], "text": found["text"]}
     strengths = {name: _number(value) for name, value in said.items() if value is not None}
     if wrong := [said[name] for name, number in strengths.items() if not math.isfinite(number)]:
         raise Refusal(f"adapters={word}: the strength {wrong[0]!r} is no number; wanted SOURCE:0.8, or SOURCE:0.8:0.5.")
-    return Asked(found["source"], found["name"], **strengths)
+    return Asked(found["source"], found["name"], **strengths, guess=found["guess"] is not None)
 
 
 def _number(text: str) -> float:
@@ -95,6 +109,31 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def check_new(one: Given, others: Sequence[Given]) -> None:
+    """Raises Refusal where an adapter is among others already, by the same name."""
+    for other in others:
+        if (other.sha256, other.asked.name) == (one.sha256, one.asked.name):
+            raise Refusal(
+                f"adapters: {other.asked.source} and {one.asked.source} are the same. Ask for it once, with the strengths' sum."
+            )
+
+
+def as_asked(adapters: Mapping[str, dict[str, Any]], one: Asked) -> dict[str, dict[str, Any]]:
+    """The recipes of adapters, one of which is called NAME, and a ControlNet guesses, where that is asked for.
+
+    Raises:
+        Refusal: none of them has a name, or a guess mode.
+    """
+    nodes = adapters.values()
+    if one.name is not None and not any(name in node for node in nodes for name in NAMES):
+        raise Refusal(f"adapters={one.name}={one.source}: {', '.join(adapters)} has no name; name it without {one.name}=.")
+    if one.guess and not any("guess" in node for node in nodes):
+        raise Refusal(f"adapters={one.source}:guess: {', '.join(adapters)} has no guess mode; a ControlNet has.")
+    said = {} if one.name is None else dict.fromkeys(NAMES, one.name)
+    said |= {"guess": True} if one.guess else {}
+    return {name: {k: said.get(k, v) for k, v in node.items()} for name, node in adapters.items()}
 
 
 def attach(model: LatentModel, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> None:
@@ -139,8 +178,7 @@ def check_base(base: Path) -> None:
 def kept_of(recipe: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """What a run beside a base keeps: which base and which adapters; without adapters, the whole model's own recipe."""
     if recipe["adapters"]:
-        told = {"path": str(base.absolute()), "sha256": file_content(base / "model.safetensors")}
-        return {"_target_": ADAPTED, "base": told, "adapters": recipe["adapters"]}
+        return {"_target_": ADAPTED, "base": identity_of(base), "adapters": recipe["adapters"]}
     whole = without_usual(from_parts(read_recipe(base), base))[0]
     for name, rate in recipe["rates"].items():
         whole["condition"][name]["rate"] = rate
@@ -153,14 +191,15 @@ def base_of(path: str | Path, recipe: Mapping[str, Any], base: Path | None) -> P
     Raises:
         Refusal: it is not there, or another is.
     """
-    told, place = recipe["base"], Path(base or recipe["base"]["path"])
-    file = place / "model.safetensors"
-    now = file_content(file) if file.is_file() else "nothing"
-    if now != told["sha256"]:
+    before, place = recipe["base"], Path(base or recipe["base"]["path"])
+    other = difference(before, identity_of(place) if (place / "model.safetensors").is_file() else {})
+    if other:
         raise Refusal(
-            f"{path} was trained on {told['path']} with sha256 {told['sha256'][:12]}; {place} holds {now[:12]} now. Say "
-            f"base=PATH, or put it on another model on purpose: model=OTHER adapters={path}."
+            f"{path} was trained on {before['path']}, and in {place} there is another: {other}. Say base=PATH, or put it on "
+            f"another model on purpose: model=OTHER adapters={path}."
         )
+    if "parts" not in before and first():
+        print(f"{path} does not say which autoencoder and text towers its base had: they were not compared.", flush=True)
     return place
 
 
@@ -176,6 +215,11 @@ def put_on(model: LatentModel, given: Sequence[Given]) -> None:
         lost = [n for n in one.tensors if not any(adapter.owns(n) for adapter in one.adapters.values())]
         if lost:
             raise Refusal(f"{one.asked.source}: {len(lost)} tensors are of none of its adapters, such as {lost[0]}.")
+        if one.asked.strength not in (0, 1) and not any(adapter.scales for adapter in one.adapters.values()):
+            raise Refusal(
+                f"adapters={one.asked.source}:{one.asked.strength:g} is a word, which is there or is not: 1 or 0. Prompts weigh "
+                "it: prompt_weights=true prompt='(<word>:0.8)'."
+            )
     for one, name, adapter in sorted(work, key=lambda item: item[2].wraps):
         tensors = {n: x for n, x in one.tensors.items() if adapter.owns(n)}
         try:
@@ -183,7 +227,13 @@ def put_on(model: LatentModel, given: Sequence[Given]) -> None:
         except Refusal as error:
             raise Refusal(f"adapters={one.asked.source} ({name}): {error}") from error
     told = [
-        {"source": one.asked.source, "strength": one.asked.strength, "text_strength": one.asked.text, "sha256": one.sha256}
+        {
+            "source": one.asked.source,
+            "strength": one.asked.strength,
+            "text_strength": one.asked.text,
+            "guess": one.asked.guess or None,
+            "sha256": one.sha256,
+        }
         for one in given
     ]
     model.adapters = (*model.adapters, *({k: v for k, v in each.items() if v is not None} for each in told))

@@ -25,6 +25,7 @@ from ldm.errors import Refusal
 from ldm.files.device import device_of
 from ldm.files.picture import from_bytes, to_bytes, to_srgb, to_tensor
 from ldm.model import LatentModel
+from ldm.rest import at_rest, recipe_of
 from ldm.types import Autoencoder, Batch, Guidance, Sampler
 
 Picture = Image.Image
@@ -88,11 +89,13 @@ class Pipeline:
             guidance: its scale (1 is none), the name of a guidance (`ldm list guidance`), or one that is built.
             sampler: a name (`ldm list sampler`), or one that is built, which then says the steps.
             size: pixels; height and width, or one number for both.
-            init: a picture to begin from. strength: how much of it is drawn anew, in [0, 1]; by default 0.6, with a mask 1.
+            init: a picture to begin from.
             mask: inpainting, white where `init` is drawn anew.
+            strength: how much of `init` is drawn anew, in [0, 1]; by default 0.6, with a mask 1.
             ask: other conditions by the field that they read: {"label": "Food"}, {"map": a PIL picture}.
             settings: others of sample.yaml, such as ["sampler/grid=karras", "sampler.grid.rho=5", "batch=4"].
             watch: called after each step with (step, time, estimate of the latents), which `decode` makes pictures of.
+            output: "pil" or "pt", as above.
 
         What is None is what the model is usually drawn with.
 
@@ -152,6 +155,7 @@ def load(
     It may be an autoencoder alone. What is in another layout than ours is brought into it once, and kept (`ldm cache`).
 
     Args:
+        model: where it is, or its name.
         device: `auto` is a GPU where there is one; `cpu`, `cuda:1`, `mps`.
         allow: packages of your own that it may be built from.
         adapters: LoRAs and others that are put to work on it, such as "style.safetensors:0.8" (docs/finetuning.md).
@@ -160,8 +164,8 @@ def load(
     Raises:
         NotFound: nothing is there. Refusal: it is no such model, or the device is not here.
     """
-    folder, place = build.at_rest(model), device_of(device)
-    recipe = build.recipe_of(folder)
+    folder, place = at_rest(model), device_of(device)
+    recipe = recipe_of(folder)
     if recipe.get("_target_", "").startswith("ldm.autoencoder."):
         return Pipeline(None, build.load_autoencoder(str(folder)).to(place), recipe.get("usual", {}), allow)
     whole = build.load_model(folder, allow, adapters, base).to(place)

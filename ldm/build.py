@@ -14,20 +14,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ldm.adapt import ADAPTED, Asked, Given, asked, attach, base_of, check_base, kept_of, put_on
+from ldm.adapt import ADAPTED, Asked, Given, as_asked, asked, attach, base_of, check_base, check_new, kept_of, put_on
 from ldm.check import check_nodes, nearest
 from ldm.compose import CONFIGS
 from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser
 from ldm.errors import NotFound, Refusal
-from ldm.files.content import file_content
-from ldm.files.folder import LaterFormat, as_run, from_parts, read_json, read_model, read_recipe, read_weights, without_usual
+from ldm.files.folder import as_run, read_recipe, read_weights, without_usual
 from ldm.files.moved import moved
 from ldm.files.process import first
 from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
-from ldm.training.callback.checkpoint import newest, read_checkpoint
-from ldm.training.protocols import averages_in
+from ldm.rest import at_rest, content_of, from_checkpoint, holds_ours, in_our_layout, is_own, read_at_rest
+from ldm.training.callback.checkpoint import newest
 from ldm.types import Widths
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")
@@ -147,9 +146,12 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
             if place in model:
                 model[place] = chosen(model[place], group)
         if model.get("base") is not None:
-            model["base"] = _brought(model["base"])
+            model["base"] = in_our_layout(model["base"])
     stage = build(plain["training"], allowed(config))
-    stage.recipe = kept_of(recipe, at_rest(recipe["base"])) if recipe.get("_target_") == ADAPTED else recipe
+    stage.recipe = recipe
+    if recipe.get("_target_") == ADAPTED:
+        base = at_rest(recipe["base"])
+        stage.recipe, stage.began = kept_of(recipe, base), content_of(base)
     model = stage.latent_model()
     frozen = () if model is None else frozen_parts(model)
     stage.frozen = (*(f"model.{part}" for part in frozen), *stage.frozen)
@@ -166,30 +168,13 @@ def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     from ldm.interop.begin import weights_for
     from ldm.interop.cache import is_named
 
-    source = _brought(source) if is_named(source) else source
+    source = in_our_layout(source) if is_named(source) else source
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
-    if unfinished or (path.suffix == ".ckpt" and _is_own(path)):
-        return _from_checkpoint(path, part)[1]
+    if unfinished or (path.suffix == ".ckpt" and is_own(path)):
+        return from_checkpoint(path, part)[1]
     kind = recipe["prediction"]["_target_"].split(".")[-1] if "prediction" in recipe else None
     return weights_for(part, source, kind)
-
-
-def _brought(source: str) -> str:
-    """What is there, or has a name elsewhere, in our layout; anything else as it is written."""
-    from ldm.interop.cache import is_named
-
-    return str(at_rest(source)) if Path(source).exists() or is_named(source) else source
-
-
-def _is_own(path: Path) -> bool:
-    """Whether a .ckpt is of a training here, and not one of another framework."""
-    try:
-        return "recipe" in read_checkpoint(path)
-    except LaterFormat:
-        return True
-    except (ValueError, FileNotFoundError):
-        return False
 
 
 def frozen_parts(model: LatentModel) -> list[str]:
@@ -237,7 +222,7 @@ def load_model(
 
     Args:
         allow: packages of the user's own that it may be built from.
-        adapters: what is put to work on it, as `[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]]` (adapt.py).
+        adapters: what is put to work on it, as `[NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]][:guess]` (adapt.py).
         base: where the base of a run of adapters lies, if not where it was.
 
     Raises:
@@ -245,23 +230,24 @@ def load_model(
     """
     if path is None:
         raise Refusal("No model is named: model.init=RUN, or the path= of what loads one, such as objective.teacher.path=RUN.")
-    recipe, weights = _at_rest(path)
+    recipe, weights = read_at_rest(path)
     given = []
     if recipe["_target_"] == ADAPTED:
-        given = [Given(Asked(str(path)), _members(recipe, allow), weights, _content(Path(path)))]
-        recipe, weights = _at_rest(base_of(path, recipe, None if base is None else at_rest(base)))
+        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(Path(path)))]
+        recipe, weights = read_at_rest(base_of(path, recipe, None if base is None else at_rest(base)))
     elif base is not None:
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
     model = _whole(path, recipe, weights, allow)
     own = model.state_dict()
     mine = {one.sha256 for one in given}
-    given += [_given(one, recipe, own, allow) for one in asked(adapters)]
-    for one in given[len(mine) :]:
+    for one in [_given(one, recipe, own, allow) for one in asked(adapters)]:
         if one.sha256 in mine:
             raise Refusal(
                 f"adapters={one.asked.source} is at work already, since model={path} is its run: model=BASE with "
                 f"adapters={one.asked.source}:0.5 draws with half of it."
             )
+        check_new(one, given)
+        given.append(one)
     if given:
         put_on(model, given)
     return model.eval()
@@ -284,119 +270,22 @@ def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, An
     return model
 
 
-def _at_rest(source: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe and the weights of whatever `at_rest` takes, of a run those of its newest checkpoint."""
-    path = at_rest(source)
-    if (path / "model.safetensors").is_file():
-        recipe, weights = read_model(path)
-        return from_parts(recipe, path), weights
-    return _from_checkpoint(path)
-
-
 def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow: Sequence[str]) -> Given:
     """An adapter that is asked for, of a run here or in another layout, as a model of that recipe and tensors takes it."""
     path = Path(one.source)
-    if path.exists() and _holds_ours(path):
-        theirs, tensors = _at_rest(path)
+    if path.exists() and holds_ours(path):
+        theirs, tensors = read_at_rest(path)
         if theirs["_target_"] != ADAPTED:
             raise Refusal(f"adapters={one.source} is a whole model: model={one.source} draws from it.")
-        return Given(one, _members(_named(theirs, one), allow), tensors, _content(path))
+        return Given(one, _members({"adapters": as_asked(theirs["adapters"], one)}, allow), tensors, content_of(path))
     from ldm.interop.adapters import read_adapter
 
     read, sha256 = read_adapter(one.source, one.name, recipe, own)
     print(*(read.said if first() else ()), sep="\n", end="\n" if read.said and first() else "", flush=True)
-    return Given(one, {read.node["_target_"].split(".")[-2]: build(read.node, narrowed(allow))}, read.tensors, sha256)
-
-
-def _named(recipe: dict[str, Any], one: Asked) -> dict[str, Any]:
-    """The recipe of adapters, one of which is called NAME where that is asked for.
-
-    Raises:
-        Refusal: none of them has a name.
-    """
-    if one.name is None:
-        return recipe
-    named = {n: {**node, "name": one.name} if "name" in node else node for n, node in recipe["adapters"].items()}
-    if named == recipe["adapters"] and not any(node.get("name") == one.name for node in named.values()):
-        raise Refusal(f"adapters={one.name}={one.source}: {', '.join(named)} has no name; name it without {one.name}=.")
-    return {**recipe, "adapters": named}
-
-
-def _holds_ours(path: Path) -> bool:
-    """Whether there is a run, an exported model or a checkpoint of ours."""
-    if path.is_file():
-        return path.suffix == ".ckpt" and _is_own(path)
-    config = path / "config.json"
-    return newest(path) is not None or (config.is_file() and "_target_" in (read_json(config) or {}))
+    nodes = as_asked({read.node["_target_"].split(".")[-2]: read.node}, one)
+    return Given(one, _members({"adapters": nodes}, allow), read.tensors, sha256)
 
 
 def _members(recipe: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
     """The adapters of a recipe, built."""
     return {name: build(node, narrowed(allow)) for name, node in recipe["adapters"].items()}
-
-
-def _content(path: Path) -> str:
-    """sha256 of what adapters are read from."""
-    exported = path / "model.safetensors"
-    return file_content(exported if exported.is_file() else _newest(path))
-
-
-def recipe_of(path: str | Path) -> dict[str, Any]:
-    """What a model, whatever `at_rest` takes, or a run's newest checkpoint, says of itself, as it is kept.
-
-    Raises:
-        NotFound: nothing is there.
-    """
-    path = at_rest(path)
-    if (path / "model.safetensors").is_file():
-        return read_recipe(path)
-    return dict(read_checkpoint(_newest(path), lazily=True)["recipe"])
-
-
-def at_rest(source: str | Path) -> Path:
-    """What `model=` takes -> a run, an exported folder or a checkpoint of ours.
-
-    These are themselves. A folder of diffusers', a single file, hf://org/name or a short name (`ldm list model`) is brought into
-    our layout, once (interop/cache.py).
-
-    Raises:
-        NotFound: it is neither, and there is no such file or folder.
-    """
-    from ldm.interop.cache import brought, is_foreign, is_named
-    from ldm.interop.published import published
-
-    path = Path(source)
-    if path.exists():
-        inside = path.name == "model.safetensors" and (path.parent / "config.json").is_file() and not is_foreign(path.parent)
-        if inside or not is_foreign(path) or (path.suffix == ".ckpt" and _is_own(path)):
-            return path.parent if inside else path
-    elif not is_named(str(source)):
-        word = str(source)
-        close = nearest(word, list(published())) if "/" not in word else ""
-        raise NotFound(
-            f"There is no model in {word}: neither model.safetensors nor a good *.ckpt, nor is it hf://ORG/NAME or a published "
-            f"model's short name.{close}"
-        )
-    return brought(str(source))
-
-
-def autoencoder_of(source: str | Path) -> Path:
-    """What `model=` takes -> the folder of its autoencoder: its own, or the one in it."""
-    folder = at_rest(source)
-    inside = folder / "autoencoder"
-    return inside if (inside / "model.safetensors").is_file() and (inside / "config.json").is_file() else folder
-
-
-def _newest(path: Path) -> Path:
-    found = newest(path) if path.is_dir() else path
-    if found is None or not found.is_file():
-        raise NotFound(f"There is no model in {path}: neither model.safetensors nor a good *.ckpt. Name a run with model=FOLDER.")
-    return found
-
-
-def _from_checkpoint(path: Path, part: str = "model") -> tuple[dict, dict]:
-    """The recipe and the weights of a stage's `part`, averaged where the checkpoint has averages."""
-    checkpoint, prefix = read_checkpoint(_newest(path)), f"{part}."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    weights |= {k.removeprefix(prefix): v for k, v in averages_in(checkpoint).items() if k.startswith(prefix)}
-    return checkpoint["recipe"], weights

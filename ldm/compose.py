@@ -29,6 +29,7 @@ PATHS = (
     *("train", "val", "split", "val_split", "data_dir", "root", "images", "reference", "mask", "prompts"),  # of what is read
     *("out", "runs", "run_id", "folder", "cache", "checkpoints", "save_dir", "default_root_dir"),  # of what is written
     *("resume", "sweep", "compare", "adapters", "base"),
+    *("pictures", "prior", "prompt", "word", "begin"),  # of fine-tuning, words among them
 )
 FREE_TEXT = re.compile(
     rf"^(?P<key>\+{{0,2}}(?:(?:prompt|negative|source|callback\.drawings\.captions|ask\.[\w.]+)|(?:[\w.]+\.)?(?:{'|'.join(PATHS)})))"
@@ -46,9 +47,9 @@ def quote(arguments: Sequence[str]) -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar; `ask.*`, `groups` and `rates` may add what they name.
 
     `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
-    in the place of a file or folder. `[cat|dog] on a mat` and `"Hello" on a wall` are none of these, but text. Of a list of
-    prompts each element is text. A path's `~` is the person's home, which shells leave as it is behind a `=`; `${...}` is text,
-    but for a run's own name.
+    in the place of a file or folder, and a truth value in that of pretrained weights. `[cat|dog] on a mat` and `"Hello" on a
+    wall` are none of these, but text. Of a list of prompts each element is text. A path's `~` is the person's home, which shells
+    leave as it is behind a `=`; `${...}` is text, but for a run's own name.
     """
     quoted = []
     for argument in arguments:
@@ -62,7 +63,8 @@ def quote(arguments: Sequence[str]) -> list[str]:
             key = f"++{key}"
         name = key.lstrip("+")
         spoken = name in SPOKEN or name.split(".")[0] in SPOKEN
-        if value and (spoken or value != "null") and not (name in NAMED and "${" in value):
+        plain = ("null", "true", "false") if name.endswith(".pretrained") else () if spoken else ("null",)
+        if value and value not in plain and not (name in NAMED and "${" in value):
             write = partial(_element, words=name in SPOKEN, path=not spoken or name.startswith("ask."))
             value = _listed(value, write) if value[0] == "[" else write(value, alone=True)
         quoted.append(f"{key}={value}")
@@ -82,8 +84,16 @@ def _element(value: str, words: bool, path: bool, alone: bool = False) -> str:
 
 def _text(value: str) -> str:
     """A quoted string of Hydra's grammar that means `value`."""
-    value = "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
-    return DOLLAR.sub(_escaped, value)
+    return DOLLAR.sub(_escaped, _in_quotes(value))
+
+
+def spoken(value: str) -> str:
+    """A text as it is written for `quote`, which then means that text and no list, whatever it begins with."""
+    return _in_quotes(value) if value[:1] in ("[", "'", '"', "~") or value == "null" else value
+
+
+def _in_quotes(value: str) -> str:
+    return "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -1,4 +1,8 @@
-"""Gathers every embedder's part into one condition, and drops it now and then."""
+"""The conditioner: every condition of a model joined into one `Cond`, with dropout for classifier-free guidance.
+
+cond = e_1(fields_1) + e_2(fields_2) + ..., where each e_i is dropped for a share rate_i of the samples in training
+(https://arxiv.org/abs/2207.12598, algorithm 1)
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +16,15 @@ from ldm.types import Batch, Cond, Draw, Embedder, Widths
 
 
 class Conditioner(nn.Module):
-    """The conditions of a model, in order, each with its own dropout rate.
+    """The conditions of a model by name, in order, each with its own dropout rate.
 
-    The null condition is not another code path: it is dropout of everything that is ever dropped. A rate of 0 means
-    that a condition is never dropped, not in the null either. `hole`: the fields of an inpainting model's picture and mask.
-    An embedder may lack the members that embedder.py has defaults for: it gets them here.
+    The null condition is no other code path: it is dropout of everything that is ever dropped. A condition with rate 0 is never
+    dropped, not in the null condition either. `widths` are those of the joined `Cond`, `fields` the batch fields that are read,
+    `hole` the fields of an inpainting model's picture and mask. An embedder gets here the members that it lacks and that
+    embedder.py has defaults for.
 
     Raises:
-        Refusal: a rate that is no share.
+        Refusal: a rate outside [0, 1], or tokens of several widths.
     """
 
     def __init__(self, embedders: Mapping[str, Embedder]) -> None:
@@ -30,50 +35,65 @@ class Conditioner(nn.Module):
             self.add(name, embedder)
 
     def add(self, name: str, embedder: Embedder) -> None:
-        """One more condition, behind the others."""
+        """Adds a condition behind the others.
+
+        Raises:
+            Refusal: as the class.
+        """
         if not 0 <= embedder.rate <= 1:
             raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
         self.embedders[name] = complete(embedder)
+        if not 0 <= embedder.drop_from <= 1 - embedder.rate:
+            raise Refusal(f"condition.{name}.drop_from={embedder.drop_from}: wanted 0 to 1 - rate, which is {embedder.rate}.")
         self.widths += embedder.widths
         self.fields = tuple(dict.fromkeys((*self.fields, *self.fields_of(embedder))))
         self.hole = self.hole or embedder.hole
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
-        """Reads each embedder's fields of the batch.
+        """The fields of B samples -> their `Cond`, the parts in the conditioner's order.
 
-        With `draw`, each is dropped at its own rate, sample by sample; with `only`, those not named are dropped, or told the
-        batch's `negative.<field>` in the place of their field where there is one.
+        With `draw`, each condition is dropped at its rate, sample by sample. With `only`, those that it does not name are
+        dropped; one of them whose field has a `negative.<field>` in the batch reads that instead.
 
         Raises:
             Refusal: the batch lacks a field, or `only` names a condition that the model does not have.
         """
+        return sum(self.parts(batch, draw, only).values(), Cond())
+
+    def parts(
+        self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None, said: Mapping[str, Cond] | None = None
+    ) -> dict[str, Cond]:
+        """As a call, but what each condition says, by name, in order; those in `said` have said it already."""
         unknown = set(only or ()) - set(self.embedders)
         if unknown:
             raise Refusal(f"This model has the conditions {list(self.embedders)}, not {sorted(unknown)}.")
-        batch, cond = self.fill(batch, draw), Cond()
+        batch, parts = self.fill(batch, draw), {}
         for name, embedder in self.embedders.items():
+            if said is not None and name in said:
+                parts[name] = said[name]
+                continue
             negative = {} if only is None or name in only else self._negative(embedder, batch)
             value = _value(name, embedder, {**batch, **negative})
             count = len(value) if isinstance(embedder.key, str) else len(value[0])
             drop = self._drop(name, embedder, count, draw, only)
-            cond = cond + embedder(value, torch.zeros_like(drop) if negative else drop)
-        return cond
+            parts[name] = embedder(value, torch.zeros_like(drop) if negative else drop)
+        return parts
 
     def fill(self, batch: Batch, draw: Draw | None = None) -> dict[str, Any]:
-        """The batch, with the fields that its conditions derive from others where it lacks them."""
+        """-> the batch and the fields that it lacks and that conditions derive from its others, such as masks."""
         filled = dict(batch)
         for embedder in self.embedders.values():
             filled |= embedder.derive(filled, draw)
         return filled
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
-        """What conditions with a picture to them were told, by name: (B, 3, h, w) in [-1, 1] each."""
-        shown = {n: e.show(_value(n, e, self.fill(batch))) for n, e in self.embedders.items()}
-        return {name: picture for name, picture in shown.items() if picture is not None}
+        """-> pictures of the batch's conditions by name, of those that can be shown: (B, 3, h, w) in [-1, 1] each."""
+        pictures = {n: e.show(_value(n, e, self.fill(batch))) for n, e in self.embedders.items()}
+        return {name: picture for name, picture in pictures.items() if picture is not None}
 
     @staticmethod
     def fields_of(embedder: Embedder) -> tuple[str, ...]:
-        """The batch fields that an embedder reads."""
+        """-> the batch fields that an embedder reads."""
         return (embedder.key,) if isinstance(embedder.key, str) else tuple(embedder.key)
 
     def _negative(self, embedder: Embedder, batch: Batch) -> dict[str, Any]:
@@ -82,7 +102,8 @@ class Conditioner(nn.Module):
     @staticmethod
     def _drop(name: str, embedder: Embedder, count: int, draw: Draw | None, only: Sequence[str] | None) -> Tensor:
         if draw is not None:
-            return draw.uniform(f"drop/{embedder.stands_for or name}") < embedder.rate
+            number = draw.uniform(f"drop/{embedder.stands_for or name}") - embedder.drop_from
+            return (number >= 0) & (number < embedder.rate)
         return torch.full((count,), only is not None and name not in only and embedder.rate > 0)
 
 

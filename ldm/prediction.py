@@ -1,7 +1,13 @@
-"""What the network is asked to say, and how to read its answer.
+"""What the network predicts, and how its output becomes an estimate of the data.
 
-`target` and `to_data` are inverse to each other: whatever the schedule,
-to_data(target(x, noise), alpha * x + sigma * noise) is x.
+           target of training                                x_hat from the output v
+Data       x                                                 v
+Noise      noise                                             (x_t - sigma v) / alpha
+Flow       noise - x                                         (x_t - sigma v) / (alpha + sigma)
+Velocity   (alpha noise - sigma x) / sqrt(alpha^2 + sigma^2)  (alpha x_t / r - sigma v) / r,  r = sqrt(alpha^2 + sigma^2)
+
+`target` and `to_data` are inverse to each other: whatever the schedule, to_data(target(x, noise), alpha x + sigma noise) is x.
+All tensors are (B, C, H, W), alpha and sigma broadcast over them.
 """
 
 from dataclasses import dataclass
@@ -12,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Data:
-    """The clean latents themselves."""
+    """The clean latents themselves (x-prediction)."""
 
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """(B, C, H, W) each -> (B, C, H, W)."""
@@ -25,7 +31,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise that was added (DDPM, https://arxiv.org/abs/2006.11239, equation 14)."""
+    """The noise that was added (epsilon-prediction; DDPM, https://arxiv.org/abs/2006.11239, equation 14)."""
 
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """(B, C, H, W) each -> (B, C, H, W)."""
@@ -38,7 +44,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Flow:
-    """noise - x, the constant speed along a straight path (https://arxiv.org/abs/2209.03003)."""
+    """noise - x, the constant velocity along a straight path (rectified flow, https://arxiv.org/abs/2209.03003, equation 1)."""
 
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """(B, C, H, W) each -> (B, C, H, W)."""
@@ -51,7 +57,10 @@ class Flow:
 
 @dataclass(frozen=True)
 class Velocity:
-    """v-prediction (https://arxiv.org/abs/2202.00512); for unit-variance latents also EDM's preconditioning, up to sign."""
+    """v-prediction (https://arxiv.org/abs/2202.00512, appendix D), divided by sqrt(alpha^2 + sigma^2), which is 1 there.
+
+    For unit-variance latents it is also EDM's preconditioned target, up to its sign.
+    """
 
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """(B, C, H, W) each -> (B, C, H, W)."""

@@ -1,9 +1,15 @@
-"""Noise schedules: t -> (alpha, sigma), and back from log(sigma / alpha). A few lines each, to be read side by side.
+"""Noise schedules: t in [0, 1] -> (alpha, sigma) of x_t = alpha x + sigma noise, and back from log(sigma / alpha).
 
-Floors keep both scales above zero, so that no formula elsewhere needs a special case at its ends.
+Linear        sigma = t,  alpha = 1 - t
+Cosine        sigma = sin(pi t / 2),  alpha = cos(pi t / 2)
+Karras        sigma^(1 / rho) linear in t,  alpha = 1
+ScaledLinear  alpha_n^2 = prod over i <= n of (1 - beta_i),  sqrt(beta) linear in n;  sigma = sqrt(1 - alpha^2)
+DDPM          the same, beta linear in n
 
-Published tables of N steps are continued between the steps: step n is t = (n + 1) / N, and log(sigma / alpha) is linear in
-t from one step to the next; below the first it falls to log(floor) at t = 0.
+Floors keep alpha and sigma above zero, so that no formula elsewhere needs a special case at its ends.
+
+Tables of N steps are continued between the steps: step n is t = (n + 1) / N, and log(sigma / alpha) is linear in t from one step
+to the next; below the first it falls to log(floor) at t = 0.
 """
 
 import math
@@ -20,8 +26,8 @@ TERMINAL_ALPHA_BAR = 2.0**-24
 class Linear:
     """Straight paths from data to noise (rectified flow, https://arxiv.org/abs/2209.03003).
 
-    `shift` multiplies sigma / alpha everywhere: m / n for pictures of m times the pixels of n at equal uncertainty
-    (SD3, https://arxiv.org/abs/2403.03206, equation 23, where the shift is sqrt(m / n)).
+    `shift` > 0 multiplies sigma / alpha everywhere: sqrt(m / n) for pictures of m pixels where 1 is right for n (SD3,
+    https://arxiv.org/abs/2403.03206, equation 23). `floor` is sigma at t = 0, and alpha at t = 1, before the shift.
     """
 
     floor: float = 1e-3
@@ -42,15 +48,15 @@ class Linear:
 class Cosine:
     """Variance preserving, alpha^2 + sigma^2 = 1 (https://arxiv.org/abs/2102.09672, equation 17 without its offset).
 
-    `shift` multiplies sigma / alpha everywhere: d / 64 for pictures of side d (simple diffusion,
-    https://arxiv.org/abs/2301.11093, section 3.1).
+    `shift` > 0 multiplies sigma / alpha everywhere: d / 64 for pictures of side d (simple diffusion,
+    https://arxiv.org/abs/2301.11093, section 3.1). `floor` is the share of the quarter circle that is left out at either end.
     """
 
     floor: float = 1e-3
     shift: float = 1.0
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t: (*) in [0, 1] -> alpha: (*), sigma: (*)."""
+        """t: (*) in [0, 1] -> alpha: (*), sigma: (*), alpha^2 + sigma^2 = 1."""
         angle = (self.floor + (1 - 2 * self.floor) * t) * math.pi / 2
         angle = torch.atan2(self.shift * torch.sin(angle), torch.cos(angle))
         return torch.cos(angle), torch.sin(angle)
@@ -63,7 +69,11 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Karras:
-    """Variance exploding, sigma^(1/rho) linear in t (EDM, https://arxiv.org/abs/2206.00364, equation 5)."""
+    """Variance exploding, sigma^(1/rho) linear in t (EDM, https://arxiv.org/abs/2206.00364, equation 5).
+
+    `sigma_min` is sigma at t = 0, `sigma_max` at t = 1, for data of unit variance; a larger `rho` takes shorter steps near the
+    data.
+    """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -82,9 +92,14 @@ class Karras:
 
 @dataclass(frozen=True)
 class ScaledLinear:
-    """Stable Diffusion's table: sqrt(beta) linear over the steps (https://arxiv.org/abs/2112.10752, appendix).
+    """Stable Diffusion's table: sqrt(beta) linear over the steps (CompVis/stable-diffusion, `make_beta_schedule("linear")`).
 
-    `zero_terminal_snr` rescales it so that no signal is left at t = 1 (https://arxiv.org/abs/2305.08891, algorithm 1).
+    Args:
+        beta_start, beta_end: betas of the first and the last step, in (0, 1).
+        steps: of the table, N.
+        floor: sigma / alpha at t = 0.
+        zero_terminal_snr: whether it is rescaled so that no signal is left at t = 1 (https://arxiv.org/abs/2305.08891,
+            algorithm 1; alpha^2 is at most 2^-24 there).
     """
 
     beta_start: float = 0.00085
@@ -111,7 +126,11 @@ class ScaledLinear:
 class DDPM:
     """DDPM's table: beta linear over the steps (https://arxiv.org/abs/2006.11239, section 4); DiT's and ADM's too.
 
-    `zero_terminal_snr` rescales it so that no signal is left at t = 1 (https://arxiv.org/abs/2305.08891, algorithm 1).
+    Args:
+        beta_start, beta_end: betas of the first and the last step, in (0, 1).
+        steps: of the table, N.
+        floor: sigma / alpha at t = 0.
+        zero_terminal_snr: as in `ScaledLinear`.
     """
 
     beta_start: float = 1e-4
@@ -145,6 +164,7 @@ def _table(betas: Tensor, floor: float, zero_terminal_snr: bool) -> Tensor:
 
 
 def _read(table: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """table: (N + 1), t: (*) in [0, 1] -> alpha: (*), sigma: (*)."""
     steps = len(table) - 1
     place = t.double().clamp(0, 1) * steps
     low = place.floor().long().clamp(max=steps - 1)
@@ -153,6 +173,7 @@ def _read(table: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _find(table: Tensor, log_ratio: Tensor) -> Tensor:
+    """table: (N + 1), rising, log(sigma / alpha): (*) -> t: (*) in [0, 1], the inverse of `_read`."""
     steps, ratio = len(table) - 1, log_ratio.double().contiguous()
     low = (torch.searchsorted(table, ratio) - 1).clamp(0, steps - 1)
     place = low + (ratio - table[low]) / (table[low + 1] - table[low])

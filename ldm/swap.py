@@ -28,6 +28,8 @@ def swapped(config: DictConfig, config_name: str, overrides: Sequence[Override],
 
     Args:
         config: composed of `overrides`. Hydra must be initialized.
+        config_name: of the command's own file, such as `train`.
+        overrides: the words of the command line, parsed by Hydra.
         configs: the folder of the framework's configs.
         say: whether settings that are not taken over are printed.
 

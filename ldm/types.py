@@ -1,33 +1,29 @@
-"""The words every room speaks. Imports nothing but torch.
+"""The vocabulary: what the parts of a model, of its training and of its data are to each other. It imports nothing but torch.
 
 Shapes
     B        batch
-    C, H, W  latent channels, height, width;  C' channels of a spatial condition
+    C, H, W  latent channels, height, width;  C' channels of a spatial condition;  f pixels a side of a latent
     L, D     condition tokens, width of a token or a vector
+    h, w     height, width in pixels: pictures are (B, 3, h, w) in [-1, 1];  (*) any shape
 
 Words, one meaning each (docs/concepts.md has more)
     field      a named entry of a sample: image, caption, label, map;  a record is the JSON beside a sample
-    batch      fields of B samples, by name
-    request    what pictures are asked by: the fields that a model's conditions read, B of each
-    condition  a part that reads fields and says a `Cond` of them;  the null condition is that of nothing
-    moments    mean and std of the latents that an encoder sees in a picture
-    estimate   x_hat, the clean latents that a denoiser believes in
-    recipe     the plain config that builds a model again;  in configs/experiment/, that of a whole training
-    position   a sample's place in the global order of training
-    refusal    a mistake that a person can mend, in one line
+    batch      the fields of B samples, by name;  a request is what pictures are drawn from: the fields that conditions read
+    condition  a part that reads fields and makes a `Cond` of them;  the null condition is a `Cond` with all of them dropped
+    moments    mean and standard deviation of the distribution of latents that an encoder gives for a picture
+    estimate   x_hat, the clean latents that a denoiser predicts from noisy ones
+    recipe     the plain config from which a model is built again;  in configs/experiment/, that of a whole training
+    position   a sample's place in the global order of training;  a refusal is a mistake that a person can mend, in one line
 
-Time
-    t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.
-    Latents have zero mean and unit variance, so x_t has variance alpha^2 + sigma^2.
-
-Pictures are (B, 3, height, width) in [-1, 1].
+Time t runs from 0 (data) to 1 (noise), and  x_t = alpha(t) * x + sigma(t) * noise.  Latents have zero mean and unit variance, so
+that x_t has variance alpha^2 + sigma^2.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,23 +31,23 @@ from torch import Tensor, nn
 
 from ldm.errors import Refusal
 
-# What the shards hold, by field name; `position` (B,) int64 is the sample's place in the global order of training.
+# The fields of B samples, by name; `position` (B) int64 is among them in training.
 Batch = Mapping[str, Any]
 
-# (x_t: (B, C, H, W), t: () or (B)) -> x_hat: (B, C, H, W); a third, `to`, like t, is for flow maps alone: flow_map.py
+# (x_t: (B, C, H, W), t: () or (B)) -> x_hat: (B, C, H, W). Flow maps take a third argument, `to`, like t (denoiser.py).
 Denoise = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Widths:
-    """How wide each way of listening is; 0 means that nothing is said that way."""
+    """The widths of a `Cond`: of its vector, of one of its tokens, and the channels of its maps; 0 where it has none."""
 
     vector: int = 0
     tokens: int = 0
     spatial: int = 0
 
     def __add__(self, other: Widths) -> Widths:
-        """Vectors and maps join by width; tokens line up, so their widths must agree.
+        """The widths of two `Cond` joined: those of vectors and maps add up, those of tokens must agree.
 
         Raises:
             Refusal: two conditions bring tokens of different widths.
@@ -66,12 +62,12 @@ class Widths:
 
 @dataclass(frozen=True)
 class Cond:
-    """What the backbone is told, in the three ways a backbone can listen.
+    """A condition as the backbone reads it, in up to three ways, called slots.
 
-    vector:  (B, D)         everywhere the same, joins the time embedding
-    tokens:  (B, L, D)      a sequence to attend to
-    mask:    (B, L) bool    True where a token speaks; None where all do
-    spatial: (B, C', H, W)  maps at latent resolution, concatenated to the noisy latent's channels
+    vector:  (B, D)         added to the time embedding
+    tokens:  (B, L, D)      a sequence for cross-attention
+    mask:    (B, L) bool    True where a token may be attended to; None where all may
+    spatial: (B, C', H, W)  maps at latent resolution, concatenated to the noisy latents by channel
     """
 
     vector: Tensor | None = None
@@ -80,20 +76,11 @@ class Cond:
     spatial: Tensor | None = None
 
     def __add__(self, other: Cond) -> Cond:
-        """Says both: vectors join by width, tokens line up, maps join by channel."""
-        both_have_tokens = self.tokens is not None and other.tokens is not None
-        one_is_masked = self.mask is not None or other.mask is not None
-        return Cond(
-            vector=_join(self.vector, other.vector, dim=1),
-            tokens=_join(self.tokens, other.tokens, dim=1),
-            mask=torch.cat((self._full_mask(), other._full_mask()), 1)
-            if both_have_tokens and one_is_masked
-            else (self.mask if self.mask is not None else other.mask),
-            spatial=_join(self.spatial, other.spatial, dim=1),
-        )
+        """Both conditions at once: vectors are concatenated by width, tokens by length, maps by channel."""
+        return self._joined(other, 1)
 
     def stack(self, other: Cond) -> Cond:
-        """Lays two conditions of the same kind end to end along the batch, (B, ...) -> (2B, ...).
+        """Concatenates two conditions with the same slots along the batch, (B, ...) -> (2 B, ...).
 
         Raises:
             Refusal: the two do not fill the same slots, or bring different numbers of tokens.
@@ -103,31 +90,27 @@ class Cond:
             if (a is None) != (b is None) or (a is not None and a.shape[1:] != b.shape[1:]):
                 shapes = [None if v is None else tuple(v.shape) for v in (a, b)]
                 raise Refusal(f"Conditions with {slot} of shapes {shapes[0]} and {shapes[1]} cannot share a batch.")
-        masked = self.mask is not None or other.mask is not None
-        return Cond(
-            vector=_join(self.vector, other.vector, dim=0),
-            tokens=_join(self.tokens, other.tokens, dim=0),
-            mask=torch.cat((self._full_mask(), other._full_mask())) if masked else None,
-            spatial=_join(self.spatial, other.spatial, dim=0),
-        )
+        return self._joined(other, 0)
 
     def to(self, device: torch.device | str) -> Cond:
         """The same on another device."""
-        slots = {name: getattr(self, name) for name in ("vector", "tokens", "mask", "spatial")}
-        return replace(self, **{name: None if v is None else v.to(device) for name, v in slots.items()})
+        return Cond(*(None if x is None else x.to(device) for x in (self.vector, self.tokens, self.mask, self.spatial)))
 
-    def _full_mask(self) -> Tensor:
-        assert self.tokens is not None
-        return self.mask if self.mask is not None else self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
+    def _joined(self, other: Cond, dim: int) -> Cond:
+        vector, tokens, spatial = (_join(getattr(self, s), getattr(other, s), dim) for s in ("vector", "tokens", "spatial"))
+        masks = [self.mask, other.mask]
+        if any(mask is not None for mask in masks):  # then tokens without a mask are all attended to
+            sides = zip(masks, (self.tokens, other.tokens))
+            masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None and x is not None else mask for mask, x in sides]
+        return Cond(vector, tokens, _join(*masks, dim), spatial)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The randomness of training, as a function of (seed, stream, global sample position).
+    """The random numbers of training, as a function of (seed, stream, global sample position).
 
-    So a resumed run, or one on another number of ranks or workers, draws the same numbers for the same sample.
-    position: (B,) int64, on the CPU; batch: samples in the global batch, over which stratified numbers are laid; step: of
-    training, updates made so far.
+    So a resumed run, or one on another number of ranks or workers, draws the same numbers for the same sample. `position` (B)
+    int64 is on the CPU; `batch` is the global batch's size, for stratified numbers; `step` counts the updates made so far.
     """
 
     seed: int
@@ -136,7 +119,7 @@ class Draw:
     step: int = 0
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
-        """-> (B, *shape) unit normal, on the CPU; pinned where there is a GPU, for `.to(device, non_blocking=True)`."""
+        """-> (B, *shape), unit normal, on the CPU; pinned where there is a GPU, for `.to(device, non_blocking=True)`."""
         numbers = self._each(stream, lambda g: torch.randn(*shape, generator=g))
         return numbers.pin_memory() if torch.cuda.is_available() else numbers
 
@@ -149,54 +132,46 @@ class Draw:
         return (self.position % self.batch + self.uniform(stream)) / self.batch
 
     def _each(self, stream: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        name = zlib.crc32(stream.encode())
-        generator = torch.Generator()
+        name, generator = zlib.crc32(stream.encode()), torch.Generator()
         return torch.stack([draw(generator.manual_seed(mix(self.seed, name, p))) for p in self.position.tolist()])
 
 
 @dataclass(frozen=True)
 class Moments:
-    """A normal distribution of whitened latents, as an encoder tells it.
+    """An encoder's normal distribution of whitened latents; `mean` and `std` are (B, C, H, W).
 
-    mean, std: (B, C, H, W); over the data, mean + std * noise has zero mean and unit variance per channel.
+    Over the data, mean + std * noise has zero mean and unit variance per channel.
     """
 
     mean: Tensor
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> latents: (B, C, H, W)."""
+        """noise: (B, C, H, W), unit normal -> latents mean + std * noise: (B, C, H, W)."""
         return self.mean + self.std * noise.to(self.mean, non_blocking=True)
 
 
 class Schedule(Protocol):
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t: (*) in [0, 1] -> alpha: (*), sigma: (*)."""
+        """t: (*) in [0, 1] -> alpha: (*), sigma: (*), both above 0."""
 
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*) in [0, 1]."""
 
 
-@runtime_checkable
-class Terminal(Protocol):
-    """A schedule that can be told to leave no signal at t = 1."""
-
-    zero_terminal_snr: bool
-
-
 class Prediction(Protocol):
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What the network should say, (B, C, H, W)."""
+        """What the network should predict; all are (B, C, H, W), or broadcast to it."""
 
     def to_data(self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What the network's output means: its estimate of x, (B, C, H, W)."""
+        """The estimate of x that the network's output stands for: (B, C, H, W)."""
 
 
 class Backbone(Protocol):
     blocks: Iterable[nn.Module]  # in order: what is compiled, recomputed and sharded one by one, and where hidden states are read
 
     def __call__(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """x: (B, C, H, W), noise_level: (B) -> (B, C, H, W)."""
+        """x: (B, C, H, W), noise_level: (B) -> (B, C, H, W), what the prediction reads."""
 
 
 class Denoiser(Protocol):
@@ -212,50 +187,60 @@ class Denoiser(Protocol):
 
 
 class Sampler(Protocol):
-    """Ours are a `walk` over the times of a `grid` in `steps`, and have the rest from sampler/walk.py."""
+    """Ours `walk` over the times of a `grid` in `steps`, and have the other two from sampler/_walk.py."""
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal, seeds: one an image -> x: (B, C, H, W)."""
+        """noise: (B, C, H, W), unit normal; seeds: one a picture -> latents x: (B, C, H, W)."""
 
     def walk(self, denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Goes from x: (B, C, H, W) at times[0] to times[-1]; seeds feed the samplers that add noise on the way."""
+        """Goes from x_t at the first of some times to x_t at the last: (B, C, H, W) -> (B, C, H, W).
+
+        Args:
+            denoise, schedule: the estimate of the data, and t -> (alpha, sigma).
+            x: (B, C, H, W), at times[0].
+            times: (N) in [0, 1], falling; deterministic samplers can also be walked upwards, to invert them.
+            seeds: B of them, of the fresh noise of samplers that add some.
+        """
 
     def times(self, schedule: Schedule, sides: Sequence[int] | None = None) -> Tensor:
-        """-> (steps + 1), from the first time down to the last, float64. sides: the latents' height and width."""
+        """-> (steps + 1), from the first time down to the last, float64; `sides` are the latents' height and width."""
 
 
 class Conditioned(Protocol):
-    """What guidance and objectives may ask of a model: its denoiser, its conditions by name, and what they say of a request."""
+    """A model as guidance and objectives see it."""
 
     denoiser: Denoiser
-    conditioner: Any  # whose `embedders` are by name
+    conditioner: Any  # whose `embedders` are the conditions by name
 
     def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
-        """request: fields, B of each -> its condition; `only` keeps those named, `()` is the null condition.
+        """request: fields, B of each -> its `Cond`. With `only`, the other conditions are dropped; `()` gives the null condition.
 
-        What `only` keeps out is told `negative.<field>` instead, where the request has that.
+        A condition that is left out by `only` reads `negative.<field>` in the place of its field where the request has that.
         """
 
 
 class Guidance(Protocol):
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
-        """Binds a model and a request into a plain denoiser."""
+        """model, ask: the request's fields, B of each -> the guided estimate, (x_t, t) -> x_hat."""
 
 
 class InTraining(Conditioned, Protocol):
     average: Conditioned  # the same model with the averaged weights; it takes no gradients
 
     def encode(self, images: Tensor) -> Moments:
-        """As the autoencoder's, without gradients."""
+        """(B, 3, h, w) in [-1, 1] -> the autoencoder's whitened moments of (B, C, H, W), without gradients."""
 
 
 class Objective(Protocol):
-    """It may also be a `Freezes`."""
+    """What is minimised; it may also be a `Freezes`."""
 
     def __call__(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
-        """batch: what the shards hold; x: (B, C, H, W) its clean latents; cond: its condition, dropped now and then.
+        """-> scalars to log by name, among them `loss`, which is minimised.
 
-        -> scalars to log, among them `loss`.
+        Args:
+            model, draw: what is trained, and the random numbers of this step.
+            batch, x: the fields of B samples, and their clean latents, (B, C, H, W).
+            cond: their condition, in which each part is dropped at its rate.
         """
 
 
@@ -263,45 +248,51 @@ class Embedder(Protocol):
     """One condition. It may leave out all but `key`, `rate`, `widths` and the call: embedder.py has the defaults."""
 
     key: str | tuple[str, ...]  # the batch field it reads, or several
-    rate: float
+    rate: float  # the share of samples for which it is dropped in training, in [0, 1]
     widths: Widths
     frozen: tuple[str, ...]  # names of its parts that come from elsewhere: not trained, nor in checkpoints
+    unreached: tuple[str, ...]  # names of its parts that no gradient reaches: their output is not read, or read without one
     hole: tuple[str, str] | None  # the fields of an inpainting model's picture and mask
     stands_for: str | None  # the condition with whose random numbers it is dropped, where that is another
-    weighs: bool  # whether it heeds the weights of a caption's parts (embedder.py's Weighted)
-    cut: Any  # counts captions that were cut (`seen`, `cut`) and says so by `str`; None where there is nothing to say
+    drop_from: float  # it is dropped where its random number is in [drop_from, drop_from + rate)
+    weighs: bool  # whether it applies the weights of a caption's parts (embedder.py's Weighted)
+    cut: Any  # counts captions that were cut (`seen`, `cut`), and is a sentence as `str`; None where nothing can be cut
+    taught: tuple[str, ...]  # words that adapters added to its vocabulary
 
     def __call__(self, value: Any, drop: Tensor) -> Cond:
-        """value: the field, or one of each; drop: (B) bool, on the CPU, True where nothing must be told."""
+        """value: the field, or a list of the fields; drop: (B) bool, on the CPU, True where it is dropped -> its `Cond`."""
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
-        """What the batch lacks and other fields tell, by field; draw is None outside training."""
+        """-> fields that the batch lacks and that follow from its others, by name; `draw` is None outside training."""
 
-    def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
-        """Refuses what a person writes, by field N of it, before it is read."""
+    def check(self, values: Mapping[str, Sequence[Any]]) -> None:
+        """Refuses a request as a person wrote it, N values by field, before it is read; `init` is the picture to begin from."""
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Any:
-        """What a person writes for a field, N of it, for pictures of size (height, width) -> what a batch of N holds."""
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Any:
+        """N values that a person wrote for a field, for pictures of size (height, width) -> the field of a batch of N."""
 
     def show(self, value: Any) -> Tensor | None:
-        """value: as in the call -> a picture of what it was told, (B, 3, h, w) in [-1, 1]."""
+        """value: as in the call -> a picture of it, (B, 3, h, w) in [-1, 1]; None where there is none."""
+
+    def input(self, field: str) -> Any:
+        """How a person writes a field on a page (embedder.py's Input); None: not at all."""
 
     def skip(self, layers: int | None) -> None:
-        """Reads its text tower's last layer but `layers` - 1, or, told None, its own."""
+        """Reads the text tower's `layers`-th layer from its end (1 is the last), or with None the one it was built with."""
 
     def unasked(self, field: str, size: tuple[int, int]) -> list[Any] | None:
-        """What a person means who does not write a field; None: it must be written."""
+        """-> the values of a field that the request does not name, as a person would write them; None: it must be named."""
 
     def settings(self) -> dict[str, Any] | None:
-        """Of a text whose embeddings can be kept ahead of time: plain values that decide, besides its weights, what it says."""
+        """-> what, besides its weights, decides its embeddings, as plain values; None where they cannot be precomputed."""
 
     def original(self) -> Embedder | None:
-        """Of one that reads what another said ahead of time: that other one, read and compared with what is kept, or None."""
+        """-> the condition whose precomputed embeddings this one reads, loaded and compared with them; None for any other."""
 
 
 class Autoencoder(Protocol):
-    channels: int
-    factor: int
+    channels: int  # C
+    factor: int  # f
 
     def encode(self, images: Tensor) -> Moments:
         """(B, 3, f * H, f * W) in [-1, 1] -> whitened moments of (B, C, H, W)."""
@@ -312,27 +303,27 @@ class Autoencoder(Protocol):
 
 @runtime_checkable
 class StandIn(Protocol):
-    """An autoencoder that training never runs, for one that encoded the data ahead of time."""
+    """An autoencoder that training never runs, in the place of the one that the data were encoded with."""
 
     def original(self) -> Autoencoder:
-        """That one, read, and compared with what this was told of it."""
+        """-> that one, loaded, after its sizes were compared with this one's."""
 
 
 class Samples(Protocol):
     """A split of the data."""
 
-    index: Any  # of its shards; `fingerprint()` is theirs
-    selection: Any  # which of the index' samples; `content()` is its hash
+    index: Any  # of its shards; its `fingerprint()` is their hash
+    selection: Any  # which samples of the index count; its `content()` is their hash
 
     def __len__(self) -> int:
-        """How many there are."""
+        """How many samples there are."""
 
     def captions(self) -> list[str]:
         """All captions, in order."""
 
 
 class DataModule(Protocol):
-    """What stages, evaluation and commands ask of data; beside it, a Lightning data module's hooks."""
+    """What stages, evaluation and commands use of a data module, besides Lightning's hooks."""
 
     train: Any
     val: Any
@@ -345,48 +336,40 @@ class DataModule(Protocol):
     trainer: Any
 
     def prepare_data(self) -> None:
-        """Writes and indexes what must be there, once on each node."""
+        """Writes and indexes what must be on the disk, once on each node."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Checks the samples, on every process."""
+        """Opens and checks the splits, on every process."""
 
     def ordered(self, split: str, batch: int, rank: int = 0, world: int = 1) -> Iterable[Batch]:
-        """Every sample of a split once, in order, over all `world` processes."""
+        """-> batches with this process' share of a split, every sample of which comes once, in order, over all of `world`."""
 
     def parts(self, split: str) -> tuple[Sequence[Any], Sequence[tuple[int, int]]]:
-        """-> the selected samples of each bucket, and its height and width."""
+        """-> the selected samples of each bucket, and the buckets' heights and widths."""
 
     def rows(self, split: str, chosen: Sequence[int]) -> Batch:
         """The chosen samples of a split as one batch."""
 
     def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
-        """The same on the device."""
+        """The same batch on the device."""
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Pictures and arrays as float32, on the device."""
+        """The same batch with pictures and arrays as float32, pictures in [-1, 1]."""
 
 
 @runtime_checkable
 class Draws(Protocol):
-    """A stage of training that may be of a latent model."""
+    """A stage of training that may train a latent model."""
 
     def latent_model(self) -> Any | None:
-        """The model with its `autoencoder` and `conditioner`; None where another part is trained."""
+        """-> the model, with its `autoencoder` and `conditioner`; None where another part is trained."""
 
 
 @runtime_checkable
 class Freezes(Protocol):
-    """An objective, a torch module, some of whose modules come from elsewhere: they are not trained, nor in checkpoints."""
+    """An objective that is a torch module with `frozen` sub-modules: they are neither trained nor in checkpoints."""
 
     frozen: tuple[str, ...]
-
-
-class AdversarialLoss(Protocol):
-    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Logits (B, 1, h, w) of each -> (), what the discriminator minimises."""
-
-    def generator(self, fake: Tensor) -> Tensor:
-        """Logits (B, 1, h, w) -> (), what the autoencoder minimises."""
 
 
 def like(scale: Tensor, x: Tensor) -> Tensor:
@@ -397,14 +380,14 @@ def like(scale: Tensor, x: Tensor) -> Tensor:
 def _join(a: Tensor | None, b: Tensor | None, dim: int) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    if a.device != b.device:  # numbers are told on the CPU
+    if a.device != b.device:  # numbers are embedded on the CPU
         device = b.device if a.device.type == "cpu" else a.device
         a, b = a.to(device, non_blocking=True), b.to(device, non_blocking=True)
     return torch.cat((a, b), dim)
 
 
 def mix(*words: int) -> int:
-    """Hashes integers to one of 63 bits (splitmix64, Steele et al. 2014), the same on every platform."""
+    """Hashes integers into one in [0, 2^63) (splitmix64, https://doi.org/10.1145/2660193.2660195), equal on every platform."""
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

@@ -1,6 +1,9 @@
 """Who may import whom, and how long things may be."""
 
 import ast
+import importlib
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +29,8 @@ ALLOWED = {
     "unused": {"check", "run_id"},
     "compose": {"check", "run_id", "swap", "unused"},
     "adapt": {"types", "check", "model"},
-    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "training", "types"},
+    "rest": {"check", "interop", "training"},
+    "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "rest", "training", "types"},
     "nn": set(),
     "tower": {"nn"},
     **{room: {"types", "nn", "tower"} for room in MEMBERS},
@@ -37,10 +41,11 @@ ALLOWED = {
     "drawing": {"types", "embedder", "model", "sampler"},
     "evaluation": {"types", "measure", "model", "drawing", "data"},
     "report": {"evaluation"},
+    "page": {"adapt", "build", "check", "compose", "drawing", "embedder", "model"},
     "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},
     "interop": {"types", "adapt", "adapter", "autoencoder", "backbone", "condition", "nn", "tower"},
     "__main__": {"check"},
-    "api": {"build", "command", "compose", "drawing", "model", "types"},
+    "api": {"build", "command", "compose", "drawing", "model", "rest", "types"},
 }
 INSIDE = {  # rooms within a room, each with those beside it that it may know
     "data.shard": set(),
@@ -51,10 +56,11 @@ INSIDE = {  # rooms within a room, each with those beside it that it may know
 ALIASES = ["average.py", "data/doctor.py", "data/pack.py"]  # names of before: three lines each
 CONFINED = {
     "hydra": {"build", "command", "compose", "run_id", "swap", "unused"},
-    "omegaconf": {"api", "build", "command", "compose", "run_id", "swap", "unused"},
+    "omegaconf": {"api", "build", "command", "compose", "page", "run_id", "swap", "unused"},
     "pytorch_lightning": {"command", "data", "training"},
     "webdataset": {"data"},
     "peft": {"adapter"},
+    "aiohttp": {"data", "page"},
     "open_clip": {"condition", "extractor", "loss", "metric", "tower", "training"},
 }
 # getattr(x, "name", default) and hasattr(x, "name"), where x is none of ours, or may be anybody's; `None`: any name
@@ -185,8 +191,10 @@ def test_test_modules_import_no_test_modules():
 
 # Words that name nothing: what was told, found, asked, kept, and whose? These files and rooms have been rid of them.
 VAGUE = {"told", "found", "asked", "own", "theirs", "kept"}
-PLAIN = {"api", "check", "conditioner", "denoiser", "extractor", "guidance", "loss", "metric", "model", "prediction", "schedule"}
-PLAIN |= {"swap"}
+PLAIN = set(
+    """api autoencoder average check conditioner denoiser drawing embedder evaluation extractor files guidance loss metric model
+    nn prediction report sampler schedule swap tower types""".split()
+)
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if room(f) in PLAIN], ids=lambda p: str(p.relative_to(LDM)))
@@ -195,6 +203,57 @@ def test_names_say_what_a_thing_is(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
     assert not names & VAGUE
+
+
+LONG = 4  # parameters that a sentence can name
+
+
+def _signatures(path):
+    """The public functions, classes and methods that a file defines: (name, parameters, docstring) of each."""
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for name, thing in vars(module).items():
+        if getattr(thing, "__module__", None) != module.__name__ or name.startswith("_") or not callable(thing):
+            continue
+        members = vars(thing) if inspect.isclass(thing) else {}
+        if inspect.isfunction(thing) or ("__init__" in members and not _is_protocol(thing)):
+            yield name, [*inspect.signature(thing).parameters], thing.__doc__
+        for member, value in members.items():
+            method = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            if inspect.isfunction(method) and (member == "__call__" or not member.startswith("_")):
+                parameters = [p for p in inspect.signature(method).parameters if p not in ("self", "cls")]
+                if _is_protocol(thing) or (member, parameters) not in _promised():
+                    yield f"{name}.{member}", parameters, method.__doc__
+
+
+def _is_protocol(thing):
+    return getattr(thing, "_is_protocol", False)
+
+
+def _promised():
+    """What the Protocols describe once for all that keep to them; torch's modules are called by `forward`."""
+    modules = [importlib.import_module(f"ldm.{name}") for name in ("types", "measure")]
+    protocols = [thing for module in modules for thing in vars(module).values() if _is_protocol(thing)]
+    methods = [(n, m) for p in protocols for n, m in vars(p).items() if inspect.isfunction(m) and not n.startswith("_")]
+    methods += [(n, vars(p)["__call__"]) for p in protocols if "__call__" in vars(p) for n in ("__call__", "forward")]
+    return [(name, [*inspect.signature(method).parameters][1:]) for name, method in methods]
+
+
+def _listed(docstring):
+    """The parameters that a docstring's `Args:` list names, one or several (`a, b:`) at the head of each of its lines."""
+    section = re.search(r"^( *)Args:\n((?:\1 +.*\n?)+)", docstring or "", re.MULTILINE)
+    heads = re.findall(r"^ *((?:\*{0,2}\w+)(?:, \*{0,2}\w+)*): ", section[2], re.MULTILINE) if section else []
+    return [name.lstrip("*") for head in heads for name in head.split(", ")]
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) in PLAIN], ids=lambda p: str(p.relative_to(LDM)))
+def test_long_signatures_describe_each_parameter(path):
+    """An `Args:` list names them all; a method that keeps to a Protocol of types.py or measure.py is described there."""
+    wrong = []
+    for name, parameters, docstring in _signatures(path):
+        listed = _listed(docstring)
+        wrong += [f"{name} takes no {arg}" for arg in listed if arg not in parameters]
+        wrong += [f"{name} says nothing of {arg}" for arg in parameters if arg not in listed and len(parameters) > LONG]
+    assert not wrong
 
 
 def test_packages_are_empty():

@@ -156,7 +156,12 @@ def test_metrics_and_data_build(room, name, runs, tmp_path):
         node = compose_config("evaluate", [f"metric=[{name}]", "model=m", f"runs={runs}"]).metric[name]
     else:
         node = compose_config("train", [f"{room}={name}", f"runs={runs}"])[room]
-    changes = {"model": f"local-dir:{runs}/quickstart/clip", "root": str(tmp_path), "train": str(tmp_path)}
+    changes = {
+        "model": f"local-dir:{runs}/quickstart/clip",
+        "root": str(tmp_path),
+        "train": str(tmp_path),
+        "pictures": str(tmp_path),
+    }
     changes |= {"name": "org/name"} if name == "hf" else {}
     changes |= {"dataset": {"_target_": "torchvision.datasets.FakeData", "size": 2}} if name == "torch" else {}
     for key in changes.keys() & node.keys():
@@ -193,7 +198,8 @@ def test_experiments_say_their_name_and_command_and_build(name, runs):
         config.loss = {**config.loss, "net": "alex", "weights": str(random_alexnet(runs))}
     if "whiten" in config.condition.get("text", {}):
         config.condition.text.whiten = False  # the random tower has no statistics
-    if name not in LAION and not name.startswith(("sd/", "dit/")):  # those are built below, and in test_family
+    family = ("sd/", "sd3/", "dit/", "pixart/", "flux/")
+    if name not in LAION and not name.startswith(family):  # those are built below, and in test_family
         with torch.device("meta" if name.startswith("laion/") else "cpu"):
             assert any(p.requires_grad for p in build_stage(config).parameters())
 

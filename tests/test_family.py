@@ -4,8 +4,15 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
+from benchmarks.t5 import save_t5
 from ldm.build import build, build_stage, load_model
 from ldm.command.sample import sample
 from ldm.command.train import train
@@ -13,10 +20,12 @@ from ldm.compose import CONFIGS, compose_config
 from ldm.drawing.generate import unit_noise
 from ldm.files.folder import load_tensors, save_model
 from ldm.guidance.cfg import CFG
+from ldm.guidance.none import Unguided
 from ldm.interop.convert import read, write
 from ldm.nn.empty import weightless
 from ldm.sampler.ddim import DDIM
-from ldm.sampler.grid import Leading
+from ldm.sampler.euler import Euler
+from ldm.sampler.grid import BySize, Leading
 
 SIZES = {
     "sd/v1": 859_520_964,
@@ -24,26 +33,32 @@ SIZES = {
     "sd/xl": 2_567_463_684,
     "dit/xl_2": 673_663_120,
     "dit/sit_xl_2": 673_663_120,
-}  # DiT and SiT without range and fixed positions
+    "sd3/medium": 2_028_328_000,
+    "pixart/xl_2": 610_856_096 - 16 * 1153,
+}  # DiT, SiT and PixArt without range and fixed positions
+TOWERS = {name: ["text"] for name in ("sd/v1", "sd/v2")} | {"sd/xl": ["text_sdxl.towers.large", "text_sdxl.towers.giant"]}
+TOWERS |= {"sd3/medium": ["text_sd3.towers.large", "text_sd3.towers.giant"]}
 STAGES = {"sd/v1": [256, 512], "sd/v2": [256, 512, 512, 768], "sd/xl": [256, 512, 1024], "dit/xl_2": [256], "dit/sit_xl_2": [256]}
+STAGES |= {"sd3/medium": [256, 1024], "pixart/xl_2": [256, 512]}
 STEPS = ["trainer.val_check_interval=2", "callback.checkpoint.every=2", "trainer.log_every_n_steps=1", "data.batch=4"]
 STEPS += ["+trainer.limit_val_batches=1"]
 EMOJI = ["data.groups=[Activities]", "data.val_fraction=0.2", "size=tiny", "logger=[csv]"]
 PIPELINES = {"sd/v1": StableDiffusionPipeline, "sd/v2": StableDiffusionPipeline, "sd/xl": StableDiffusionXLPipeline}
+PIPELINES |= {"sd3/medium": StableDiffusion3Pipeline, "pixart/xl_2": PixArtSigmaPipeline, "flux/tiny": FluxPipeline}
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_recipes_have_their_published_size(name):
-    towers = {"sd/v1": ["text"], "sd/v2": ["text"], "sd/xl": ["text_sdxl.towers.large", "text_sdxl.towers.giant"]}.get(name, [])
-    offline = [f"condition.{tower}.pretrained=null" for tower in towers]
+    offline = [f"condition.{tower}.pretrained=null" for tower in TOWERS.get(name, [])]
+    offline += [f"condition.{t5}.pretrained=false" for t5 in {"sd3/medium": ["t5_sd3"], "pixart/xl_2": ["t5"]}.get(name, [])]
     config = compose_config("train", [f"experiment={name}", *offline])
-    config.autoencoder = {"_target_": "ldm.autoencoder.kl.KL"}
+    config.autoencoder = {"_target_": "ldm.autoencoder.kl.KL", "channels": 16 if name == "sd3/medium" else 4}
     with weightless():
         stage = build_stage(config)
     count = sum(p.numel() for p in stage.model.denoiser.parameters())
     assert count == SIZES[name]
     trained = sum(p.numel() for p in stage.model.conditioner.parameters() if p.requires_grad)
-    assert trained == (1001 * 1152 if "dit" in name else 0)
+    assert trained == (1001 * 1152 if "dit/" in name else 0)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -78,10 +93,11 @@ def home(tmp_path_factory, clip_folder):
     measured = {"mean": torch.randn(4), "std": torch.rand(4) + 0.5, "count": torch.tensor(9)}
     weights = KL(**{k: v for k, v in recipe.items() if k[0] != "_"}).state_dict() | measured
     save_model(weights, recipe, runs / "quickstart" / "autoencoder")
+    save_t5(["kite", "a red fox", "yo-yo"], runs / "tiny" / "t5")
     return runs
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=[*SIZES, "flux/tiny"])
 def trained(request, home, emoji_root):
     """A recipe, shrunken, after two steps and after one more."""
     ours = [f"experiment={request.param}", f"runs={home}", f"data.root={emoji_root}", *EMOJI, *STEPS]
@@ -98,6 +114,11 @@ def test_a_shrunken_recipe_trains_resumes_and_draws(trained, tmp_path):
     assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
 
 
+MORE = {"sd3/medium": {"negative_prompt": "yo-yo", "max_sequence_length": 16}, "flux/tiny": {"max_sequence_length": 16}}
+MORE["pixart/xl_2"] = {"negative_prompt": "yo-yo", "max_sequence_length": 16, "use_resolution_binning": False}
+SAMPLERS = {"sd3/medium": Euler(10), "flux/tiny": Euler(10, grid=BySize())}
+
+
 def test_what_was_trained_here_draws_the_same_in_diffusers(trained, tmp_path):
     """The statistics of the latents travel inside the autoencoder."""
     name, folder = trained
@@ -110,13 +131,17 @@ def test_what_was_trained_here_draws_the_same_in_diffusers(trained, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     model, noise = load_model(folder), unit_noise([5], (4, 8, 8))
     words = {"num_inference_steps": 10, "guidance_scale": 3.0, "latents": noise, "height": 32, "width": 32, "output_type": "pt"}
-    wanted = pipeline("kite", negative_prompt="yo-yo", **words).images
-    ask = {"caption": ["kite"], "negative.caption": ["yo-yo"]}
+    words |= MORE.get(name, {"negative_prompt": "yo-yo"})
+    if name == "flux/tiny":
+        words["latents"] = FluxPipeline._pack_latents(noise, *noise.shape)
+    wanted = pipeline("kite", **words).images
+    ask = {"caption": ["kite"], **({} if name == "flux/tiny" else {"negative.caption": ["yo-yo"]})}
     if name == "sd/xl":
         ask |= {k: torch.tensor([0 if "crop" in k else 32]) for k in model.conditioner.embedders["number"].key}
     with torch.no_grad():
         schedule = model.denoiser.schedule
-        x = DDIM(10, grid=Leading(last=1 / 1000))(CFG(3.0)(model, ask), schedule, noise, [5])
+        guide = Unguided() if name == "flux/tiny" else CFG(3.0)
+        x = SAMPLERS.get(name, DDIM(10, grid=Leading(last=1 / 1000)))(guide(model, ask), schedule, noise, [5])
         drawn = model.autoencoder.decode(x).clamp(-1, 1)
     torch.testing.assert_close(drawn.add(1).div(2), wanted, atol=1e-3, rtol=0)
 

@@ -63,7 +63,8 @@ class LoRA:
         targets: which modules: `attention` (queries, keys, values and what leaves them), `transformers` (also feed-forwards and
             the projections around them), `all` (also residual blocks and how they are told the noise level), or a regular
             expression that is searched for in names such as denoiser.backbone.middle.1.blocks.0.attend_self.q.
-        text: whether the text towers are trained as well.
+        text: whether the text towers are trained as well, as far as they are read with a gradient: not a language model, nor
+            what lies behind the last layer that is read.
         dora: whether each row's length is trained apart from its direction.
 
     Raises:
@@ -71,6 +72,7 @@ class LoRA:
     """
 
     wraps = False
+    scales = True
 
     def __init__(
         self, rank: int = 8, alpha: float | None = None, targets: str = "attention", text: bool = False, dora: bool = False
@@ -117,12 +119,13 @@ class LoRA:
         places = (BACKBONE, TEXT) if self.text else (BACKBONE,)
         layers = {n: m for n, m in model.named_modules() if n.startswith(places) and isinstance(m, nn.Linear | nn.Conv2d)}
         pattern = rf"(?:{TARGETS[self.targets]})\Z" if self.targets in TARGETS else self.targets
-        found = [name for name in layers if re.search(pattern, name)]
+        unreached = tuple(f"{TEXT}{n}.{part}." for n, e in model.conditioner.embedders.items() for part in e.unreached)
+        found = [name for name in layers if re.search(pattern, name) and not name.startswith(unreached)]
         if self.text and not any(name.startswith(TEXT) for name in found):
             told = ", ".join(type(e).__name__ for e in model.conditioner.embedders.values()) or "nothing"
             raise Refusal(
-                f"adapter.lora.text=true, but no text tower is run here (the model is told by {told}): condition=[text], not "
-                "cached_text, or adapter.lora.text=false."
+                f"adapter.lora.text=true, but no text tower is run here with a gradient (the model is told by {told}): "
+                "condition=[text], not cached_text or a language model, or adapter.lora.text=false."
             )
         if not found:
             raise Refusal(
@@ -132,6 +135,9 @@ class LoRA:
         resizing = [name for name in found if type(layers[name]).__init__ not in PLAIN]
         if resizing:
             raise Refusal(f"adapter.lora.targets={self.targets}: {resizing[0]} resizes inside; PEFT cannot wrap it.")
+        if self.text and unreached and first():
+            left = ", ".join(part.rstrip(".") for part in unreached)
+            print(f"adapter.lora: without {left}: no gradient reaches it", flush=True)
         return found
 
     def apply(self, model: nn.Module, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor]) -> None:

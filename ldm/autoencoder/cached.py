@@ -1,4 +1,4 @@
-"""Latents from shards: an autoencoder that training never runs, and that is read only when something must be drawn."""
+"""An autoencoder for training on precomputed latents: it is never run, and loaded only when pictures must be decoded."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,10 @@ from ldm.types import Autoencoder, Moments
 
 
 class Cached(nn.Module):
-    """Stands in for the autoencoder that the shards' moments were made with (precompute.py), of which it knows only the sizes.
+    """Stands in for the autoencoder that the shards' moments were made with (precompute.py): (B, C, H, W) -> pictures.
 
-    `load` reads it the first time that latents are decoded. So a training takes none of its memory until a picture is drawn.
+    `load` loads that one when latents are decoded for the first time, so that training takes none of its memory before.
+    `channels`, C, and `factor`, f, must be those of the loaded one.
     """
 
     def __init__(self, load: Callable[[], Autoencoder], channels: int, factor: int) -> None:
@@ -20,7 +21,7 @@ class Cached(nn.Module):
         self.kept: list[Autoencoder] = []  # in a list, so that it is no part of this module
 
     def encode(self, images: Tensor) -> Moments:
-        """Refuses: the latents are in the shards.
+        """Refuses, since the latents are in the shards.
 
         Raises:
             Refusal: always.
@@ -33,28 +34,22 @@ class Cached(nn.Module):
         """(B, C, H, W) whitened -> (B, 3, f * H, f * W), about [-1, 1].
 
         Raises:
-            Refusal: the autoencoder has other sizes than this was told.
+            Refusal: the loaded autoencoder has other sizes.
         """
         if not self.kept:
-            found = self.load().to(latents.device)
-            self.compare(found)
-            self.kept.append(found.requires_grad_(False))
+            self.kept.append(self.original().to(latents.device).requires_grad_(False))
         return self.kept[0].to(latents.device).decode(latents)
 
     def original(self) -> Autoencoder:
-        """The autoencoder itself, compared with what this was told of it; it is not kept."""
-        found = self.load()
-        self.compare(found)
-        return found
-
-    def compare(self, found: Autoencoder) -> None:
-        """Compares the autoencoder that was loaded with what this was told of it.
+        """-> the autoencoder itself, loaded anew.
 
         Raises:
             Refusal: it has other sizes.
         """
-        if (found.channels, found.factor) != (self.channels, self.factor):
+        loaded = self.load()
+        if (loaded.channels, loaded.factor) != (self.channels, self.factor):
             raise Refusal(
                 f"autoencoder.channels={self.channels} autoencoder.factor={self.factor}, but the autoencoder in "
-                f"autoencoder.load.path has {found.channels} and {found.factor}; say these."
+                f"autoencoder.load.path has {loaded.channels} and {loaded.factor}; say these."
             )
+        return loaded

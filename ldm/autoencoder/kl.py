@@ -1,7 +1,10 @@
 """The KL autoencoder of Latent Diffusion and Stable Diffusion (https://arxiv.org/abs/2112.10752, section 3.1, appendix G).
 
-Pictures -> a normal distribution over a small latent space -> pictures. Latents leave whitened: `encode` and `decode`
-subtract and add the statistics that were measured over the training set, so that nobody else hears of a scale factor.
+q(z|x) = N(mean(x), std(x)^2), x_hat = decoder(z)
+KL(q || N(0, 1)) = (mean^2 + std^2 - 1 - log std^2) / 2 for each number of z
+
+Latents leave whitened, (z - m) / s: `encode` and `decode` apply the mean m and the standard deviation s of each channel of
+sampled latents over the training set, so that no other part needs a scale factor.
 """
 
 from collections.abc import Sequence
@@ -17,13 +20,23 @@ from ldm.types import Draw, Moments
 
 
 class KL(nn.Module):
-    """(B, 3, f * H, f * W) <-> (B, channels, H, W), f = 2 ^ (levels - 1).
+    """(B, 3, f * H, f * W) <-> (B, channels, H, W), f = 2 ^ (levels - 1); the defaults are Stable Diffusion's KL-f8.
 
-    `width` * mult[i] features at level i, `res_blocks` residual blocks each, one attention at the smallest size, and one
-    after each block of the levels that `attention` names. `checkpointing` computes activations again instead of keeping
-    them; without `quant_conv` no 1x1 convolutions stand around the latents (Stable Diffusion 3, Flux). The defaults are Stable
-    Diffusion's KL-f8. `mean` and `std` (channels) hold the statistics of sampled latents,
-    `count` the number of pictures that they were measured on: 0 until then.
+    The buffers `mean` and `std`, (channels), hold the statistics of sampled latents, and `count` the number of pictures that they
+    were measured on, 0 until then.
+
+    Args:
+        channels: of the latents.
+        width: features at the largest size.
+        mult: level i has width * mult[i] features; each level but the last halves height and width.
+        res_blocks: residual blocks of each level; the decoder has one more.
+        groups: of the norms; they divide the features of every level.
+        attention: the levels with an attention after each block, besides the one in the middle.
+        checkpointing: whether activations are computed again in the backward pass, to save memory.
+        quant_conv: whether 1x1 convolutions stand around the latents; Stable Diffusion 3 and Flux have none.
+
+    Raises:
+        Refusal: the groups do not divide the features.
     """
 
     mean: Tensor
@@ -64,44 +77,49 @@ class KL(nn.Module):
         return self.reconstruct(unwhiten(latents, self.mean, self.std))
 
     def posterior(self, images: Tensor) -> Moments:
-        """(B, 3, f * H, f * W) in [-1, 1] -> moments of the network's own latents, not whitened."""
+        """(B, 3, f * H, f * W) in [-1, 1] -> moments of the network's own latents (B, C, H, W), not whitened.
+
+        Raises:
+            Refusal: f does not divide the size.
+        """
         check_size(images, self.factor)
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return Moments(mean, torch.exp(0.5 * log_variance.clamp(-30, 20)))
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """(B, C, H, W), the network's own latents -> (B, 3, f * H, f * W)."""
+        """(B, C, H, W), latents that are not whitened -> (B, 3, f * H, f * W), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
     def bottleneck(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 3, f * H, f * W) in [-1, 1] -> sampled latents (B, C, H, W) to reconstruct from, and `kl` in nats."""
-        told = self.posterior(images)
-        return told.sample(draw.normal("posterior", told.mean.shape[1:])), {"kl": kl_divergence(told.mean, told.std)}
+        moments = self.posterior(images)
+        noise = draw.normal("posterior", moments.mean.shape[1:])
+        return moments.sample(noise), {"kl": kl_divergence(moments.mean, moments.std)}
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The last convolution's weight, where an adaptive adversarial weight is measured."""
+        """The last convolution's weight, on which the adaptive adversarial weight is measured."""
         return self.decoder.conv_out.weight
 
 
 def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(0, 1)) in nats, (B, C, H, W) each -> (), the mean over all latent numbers, in float32."""
+    """mean, std: (B, C, H, W) -> KL(N(mean, std^2) || N(0, 1)) in nats, (), the mean over all numbers, in float32."""
     mean, std = mean.float(), std.float()
     return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
 
 
 def whiten(raw: Moments, mean: Tensor, std: Tensor) -> Moments:
-    """Moments of the network's own latents (B, C, H, W), statistics (C) -> whitened moments."""
+    """Moments of latents (B, C, H, W), mean and std: (C) -> whitened moments."""
     return Moments((raw.mean - mean[:, None, None]) / std[:, None, None], raw.std / std[:, None, None])
 
 
 def unwhiten(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, C, H, W) whitened, statistics (C) -> the network's own latents."""
+    """(B, C, H, W) whitened, mean and std: (C) -> latents that are not whitened."""
     return latents * std[:, None, None] + mean[:, None, None]
 
 
 def check_size(images: Tensor, factor: int) -> None:
-    """Raises ValueError where `factor` does not divide the height and width of (B, 3, height, width)."""
+    """Refuses pictures (B, 3, height, width) whose height and width `factor` does not divide."""
     height, width = images.shape[2:]
     if height % factor or width % factor:
         crop = f"crop it to {height - height % factor}x{width - width % factor}"
@@ -113,7 +131,12 @@ def check_size(images: Tensor, factor: int) -> None:
 
 
 class Encoder(nn.Module):
-    """(B, 3, f * H, f * W) -> (B, channels, H, W)."""
+    """(B, 3, f * H, f * W) -> (B, channels, H, W).
+
+    Args:
+        channels: of the output.
+        width, mult, res_blocks, groups, attention, checkpointing: as in `KL`.
+    """
 
     def __init__(
         self,
@@ -143,7 +166,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, channels, H, W) -> (B, 3, f * H, f * W)."""
+    """(B, channels, H, W) -> (B, 3, f * H, f * W).
+
+    Args:
+        channels: of the input.
+        width, mult, res_blocks, groups, attention, checkpointing: as in `KL`.
+    """
 
     def __init__(
         self,
@@ -173,7 +201,7 @@ class Decoder(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a skip."""
+    """x + conv(act(norm(conv(act(norm(x)))))), with a 1x1 convolution of the first x where the width changes."""
 
     def __init__(self, inward: int, outward: int, groups: int) -> None:
         super().__init__()
@@ -187,7 +215,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each pixel attends to all, with one head."""
+    """Self-attention of each pixel to all, with one head, added to its input."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -203,7 +231,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halves height and width; pads below and to the right, as the published weights expect."""
+    """A convolution that halves height and width; it pads below and to the right, as the published weights expect."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2)
@@ -214,9 +242,10 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubles height and width by repetition, then a convolution.
+    """Doubles height and width by nearest-neighbour interpolation, then a convolution.
 
-    Both at once are a transposed convolution, whose kernel of 4 x 4 sums what meets the same pixel: 4/9 of the multiplications.
+    Both in one are a transposed convolution with a kernel of 4 x 4, which sums the weights that meet the same pixel: 4/9 of the
+    multiplications.
     """
 
     def __init__(self, channels: int) -> None:
@@ -230,7 +259,7 @@ class Upsample(nn.Conv2d):
 
 
 def activate(h: Tensor) -> Tensor:
-    """SiLU of what a norm just made: in place where no gradient will ask for it again."""
+    """SiLU of a norm's output, in place where no backward pass needs that output."""
     return silu(h, inplace=not torch.is_grad_enabled())
 
 
@@ -240,7 +269,14 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 def level(inward: int, outward: int, count: int, groups: int, attend: bool) -> list[nn.Module]:
-    """`count` residual blocks of one size, each with an attention behind it where `attend` says so.
+    """The residual blocks of one level, each with an attention behind it where there is one.
+
+    Args:
+        inward: features of the first block's input.
+        outward: features of every block's output.
+        count: blocks.
+        groups: of the norms.
+        attend: whether there is attention.
 
     Raises:
         Refusal: the groups do not divide the features.
@@ -258,7 +294,7 @@ def level(inward: int, outward: int, count: int, groups: int, attend: bool) -> l
 
 
 def through(levels: nn.ModuleList, h: Tensor, checkpointing: bool) -> Tensor:
-    """(B, C, H, W) through one level after another -> (B, C', H', W'); with `checkpointing`, activations are not kept."""
+    """h: (B, C, H, W), through one level after another -> (B, C', H', W'); with `checkpointing`, activations are not kept."""
     for block in levels:
         h = checkpoint(block, h, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(h)
     return h

@@ -1,4 +1,7 @@
-"""Large pictures in little memory: latents are decoded one picture and one tile at a time, and the tiles blended."""
+"""Large pictures in little memory: latents are decoded one picture and one tile at a time, and the tiles are blended.
+
+x = sum_k w_k decode(z_k) / sum_k w_k over the tiles k, with weights w that rise and fall linearly over the shared pixels
+"""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +11,13 @@ from ldm.types import Autoencoder, Moments
 
 
 class Tiled(nn.Module):
-    """An autoencoder around an autoencoder, that decodes tiles of `tile` x `tile` latents, `overlap` of them shared.
+    """An autoencoder around an autoencoder, which decodes tiles of `tile` x `tile` latents that share `overlap` with the next.
 
-    Neighbours are blended linearly over what they share. A tile does not see the whole picture, as attention and group norms
-    would, so the result differs a little from decoding at once; docs/autoencoder.md says how much.
+    A tile does not see the whole picture, as attention and group norms would, so that the result differs a little from decoding
+    at once; docs/autoencoder.md says how much.
+
+    Raises:
+        Refusal: the overlap is not in [0, tile / 2].
     """
 
     def __init__(self, autoencoder: Autoencoder, tile: int = 64, overlap: int = 16) -> None:
@@ -46,13 +52,15 @@ class Tiled(nn.Module):
         return total / weights
 
     def starts(self, length: int) -> list[int]:
-        """Where tiles begin along a side of `length` latents; the last one ends where the side does."""
+        """-> where tiles begin along a side of `length` latents; the last one ends where the side ends."""
         if length <= self.tile:
             return [0]
         return [*range(0, length - self.tile, self.tile - self.overlap), length - self.tile]
 
     def ramp(self, size: int, start: int, length: int) -> Tensor:
-        """Weights (f * size) of a tile's pixels: up from its beginning and down to its end, save at the picture's own edges."""
+        """-> the weights of a tile's pixels along one side, (f * size): rising at its beginning and falling at its end, save
+        where these are the picture's edges. The tile has `size` latents from `start` on, of `length` in all.
+        """
         pixels, shared = torch.arange(size * self.factor) + 0.5, max(self.overlap * self.factor, 1)
         up = torch.ones_like(pixels) if start == 0 else (pixels / shared).clamp(max=1)
         down = torch.ones_like(pixels) if start + size == length else (pixels.flip(0) / shared).clamp(max=1)

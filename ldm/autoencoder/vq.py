@@ -1,8 +1,11 @@
 """The vector-quantised autoencoder of Latent Diffusion (https://arxiv.org/abs/1711.00937; https://arxiv.org/abs/2112.10752, 3.1).
 
-Encoder and decoder are the KL autoencoder's. A latent vector is replaced by the nearest of `codes` vectors before it is
-decoded. As in LDM's interface, `encode` gives the latents before that, which is what a diffusion model learns, and `decode`
-replaces first.
+e = the code nearest to z = encoder(x),  x_hat = decoder(z + sg(e - z))
+loss = |sg(z) - e|^2 + beta |z - sg(e)|^2  (1711.00937, equation 3; sg: no gradient), the first term unless the codes follow
+running means of the z that chose them (its appendix A.1)
+
+Encoder and decoder are the KL autoencoder's. As in LDM's VQModelInterface, `encode` gives the latents z before quantisation,
+which are what a diffusion model learns, and `decode` quantises first.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +20,18 @@ ROWS = 16384  # vectors whose distances to all codes are held at once
 
 
 class VQ(nn.Module):
-    """(B, 3, f * H, f * W) <-> (B, channels, H, W), f = 2 ^ (levels - 1); sizes and statistics as in `KL`.
+    """(B, 3, f * H, f * W) <-> (B, channels, H, W), f = 2 ^ (levels - 1); the defaults are LDM's VQ-f4.
 
-    `codebook` (codes, channels) moves to the running mean of the vectors that chose each code (`ema`, rate 1 - `decay`; van den
-    Oord et al., appendix A.1), or by gradient. A code chosen less often than `dead` times the mean is put onto a vector of the
-    batch; 0 leaves it where it is. `commitment` is beta in their equation 3. The defaults are LDM's VQ-f4.
+    The buffers `mean`, `std` and `count` are as in `KL`; `codebook` is (codes, channels).
+
+    Args:
+        channels: of the latents and of a code.
+        width, mult, res_blocks, groups, attention, checkpointing: as in `KL`.
+        codes: vectors in the codebook.
+        commitment: beta above.
+        ema: whether codes follow the running mean of the latents that chose them; else they learn by gradient.
+        decay: of the running means, in [0, 1).
+        dead: a code that is chosen less often than `dead` times the mean is replaced by a latent of the batch; 0 keeps all.
     """
 
     mean: Tensor
@@ -65,10 +75,10 @@ class VQ(nn.Module):
         self.window: list[tuple[Tensor, Tensor]] = []
 
     def encode(self, images: Tensor) -> Moments:
-        """(B, 3, f * H, f * W) in [-1, 1] -> whitened latents before quantisation, (B, C, H, W), as moments with no spread.
+        """(B, 3, f * H, f * W) in [-1, 1] -> whitened latents before quantisation, (B, C, H, W), as moments with std 0.
 
         Raises:
-            ValueError: f does not divide the size.
+            Refusal: f does not divide the size.
         """
         return whiten(self.posterior(images), self.mean, self.std)
 
@@ -77,17 +87,21 @@ class VQ(nn.Module):
         return self.reconstruct(self.quantise(unwhiten(latents, self.mean, self.std))[0])
 
     def posterior(self, images: Tensor) -> Moments:
-        """(B, 3, f * H, f * W) in [-1, 1] -> the network's own latents before quantisation, not whitened, with no spread."""
+        """(B, 3, f * H, f * W) in [-1, 1] -> latents before quantisation, (B, C, H, W), not whitened, as moments with std 0.
+
+        Raises:
+            Refusal: f does not divide the size.
+        """
         check_size(images, self.factor)
         z = self.quant_conv(self.encoder(images))
         return Moments(z, torch.zeros_like(z))
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """(B, C, H, W), quantised -> (B, 3, f * H, f * W)."""
+        """(B, C, H, W), quantised -> (B, 3, f * H, f * W), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> the nearest codes (B, C, H, W) and their numbers (B, H, W)."""
+        """(B, C, H, W), not whitened -> the nearest codes (B, C, H, W) and their numbers (B, H, W)."""
         rows = z.detach().permute(0, 2, 3, 1).flatten(0, 2).float()
         with torch.autocast(z.device.type, enabled=False):
             book = self.codebook.float()
@@ -96,10 +110,8 @@ class VQ(nn.Module):
         return self.codebook[numbers].permute(0, 3, 1, 2), numbers
 
     def bottleneck(self, images: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, 3, f * H, f * W) in [-1, 1] -> quantised latents (B, C, H, W) whose gradient goes straight through, and terms.
-
-        codebook: beta |z - sg(e)|^2, and |sg(z) - e|^2 where the codebook learns by gradient, means over all numbers;
-        perplexity, usage: of the codes that these pictures chose.
+        """(B, 3, f * H, f * W) in [-1, 1] -> quantised latents (B, C, H, W), with the gradient of the straight-through estimator,
+        and numbers: `codebook`, the loss above as a mean over all numbers, and `perplexity` and `usage` of the chosen codes.
         """
         z = self.posterior(images).mean.to(self.sums)
         e, numbers = self.quantise(z)
@@ -111,36 +123,38 @@ class VQ(nn.Module):
         return z + (e - z).detach(), {"codebook": loss, **self.used(numbers)}
 
     def used(self, numbers: Tensor) -> dict[str, Tensor]:
-        """Chosen codes (...) -> `perplexity`, exp of their entropy, up to `codes`; `usage`, the share of all codes among them."""
+        """Numbers of chosen codes, (*) -> `perplexity`, exp of their entropy, in [1, codes], and `usage`, the share of all codes
+        that was chosen.
+        """
         share = self._count(numbers.flatten()) / numbers.numel()
         return {"perplexity": torch.special.entr(share).sum().exp(), "usage": (share > 0).float().mean()}
 
     def codes(self) -> int:
-        """How many vectors the codebook has."""
+        """-> the number of vectors in the codebook."""
         return len(self.codebook)
 
     def moving(self) -> list[Tensor]:
-        """The tensors that `update` changes."""
+        """-> the tensors that `update` changes."""
         return [self.codebook.data, self.hits, self.sums]
 
     def forget(self) -> None:
-        """What was encoded since the last update is not learned from."""
+        """Forgets the latents that were encoded since the last update."""
         self.window.clear()
 
     @torch.no_grad()
     def update(self, step: int, reduce: Callable[[Tensor], Tensor], rank: int = 0, world: int = 1) -> None:
-        """Once a training step: counts what its pictures chose, on all ranks, moves the codes, and brings dead ones back.
+        """Once a training step: moves the codes towards the latents that chose them on all ranks, and replaces dead ones.
 
-        Latents that are not finite, on whatever rank, leave everything as it was.
-        reduce: sums a tensor over the ranks, each of which saw as many pictures.
+        Latents that are not finite, on any rank, leave everything as it was. `step` seeds the choice of replacements; `reduce`
+        sums a tensor over the `world` ranks, all of which must have seen equally many pictures.
         """
         rows, numbers = (torch.cat(parts) for parts in zip(*self.window))
         self.window.clear()
         fresh = self.hits.sum() == 0
-        chosen, told = reduce(self._count(numbers)), reduce(torch.zeros_like(self.sums).index_add_(0, numbers, rows))
-        finite = told.isfinite().all()
-        self.hits.lerp_(torch.where(finite, chosen, self.hits), 1 - self.decay)
-        self.sums.lerp_(torch.where(finite, told, self.sums), 1 - self.decay)
+        hits, sums = reduce(self._count(numbers)), reduce(torch.zeros_like(self.sums).index_add_(0, numbers, rows))
+        finite = sums.isfinite().all()
+        self.hits.lerp_(torch.where(finite, hits, self.hits), 1 - self.decay)
+        self.sums.lerp_(torch.where(finite, sums, self.sums), 1 - self.decay)
         if self.ema:
             self._move(finite & (self.hits > 1e-5), self.sums / self.hits[:, None].clamp(min=1e-5))
         if self.dead:
@@ -152,14 +166,14 @@ class VQ(nn.Module):
             self.sums.copy_(torch.where(dead[:, None], vectors * usual, self.sums))
 
     def _count(self, numbers: Tensor) -> Tensor:
-        """Chosen codes (N) -> how often each was, (codes); bincount would make the host wait for the device."""
+        """Numbers of chosen codes, (N) -> each code's count, (codes); bincount would make the host wait for the device."""
         return torch.zeros_like(self.hits).index_add_(0, numbers, torch.ones_like(numbers, dtype=self.hits.dtype))
 
     def _move(self, which: Tensor, vectors: Tensor) -> None:
         self.codebook.copy_(torch.where(which[:, None], vectors, self.codebook))
 
     def _pick(self, rows: Tensor, step: int, reduce: Callable[[Tensor], Tensor], rank: int, world: int) -> Tensor:
-        """One vector of the global batch for each code: the same whatever the number of ranks."""
+        """-> a latent of the global batch for each code, (codes, C), the same for any number of ranks."""
         generator = torch.Generator().manual_seed(step)
         place = torch.randint(world * len(rows), (len(self.hits),), generator=generator).to(rows.device) - rank * len(rows)
         mine = (place >= 0) & (place < len(rows))
@@ -167,5 +181,5 @@ class VQ(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The last convolution's weight, where an adaptive adversarial weight is measured."""
+        """The last convolution's weight, on which the adaptive adversarial weight is measured."""
         return self.decoder.conv_out.weight

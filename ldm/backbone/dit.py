@@ -3,7 +3,7 @@
 Patches are tokens; every block is scaled, shifted and gated by the noise level and the vector (adaLN-Zero).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,8 +12,19 @@ from torch.nn.functional import gelu, silu
 
 from ldm.errors import Refusal
 from ldm.nn.layers import identity, mlp, visible, zero
+from ldm.nn.route import Route, come_back, leave
 from ldm.nn.sinusoid import sinusoid
-from ldm.nn.transformer import Attention, FeedForward, PlainNorm, Reading, RMSNorm, SwiGLU, Turn, grid_waves, rotation
+from ldm.nn.transformer import (
+    Attention,
+    CrossAttention,
+    FeedForward,
+    PlainNorm,
+    RMSNorm,
+    SwiGLU,
+    Turn,
+    rotation,
+    sinusoidal_positions,
+)
 from ldm.types import Cond, Widths
 
 
@@ -39,6 +50,8 @@ class DiT(nn.Module):
         shared: one layer makes the scales, shifts and gates of all blocks, to which each adds its own table (adaLN-single,
             the same section).
         registers: learnt tokens beside the patches, that mean nothing (https://arxiv.org/abs/2309.16588).
+        fuse: two blocks, 1 the first: what enters the one and what leaves the other are joined by a layer, so that the blocks
+            between may see few patches in training (SPRINT, https://arxiv.org/abs/2510.21986); a token stands for the others.
 
     Raises:
         Refusal: the heads or the patches do not divide what they should, or nothing says where a patch lies.
@@ -63,6 +76,7 @@ class DiT(nn.Module):
         tokens: Literal["cross", "joint"] = "cross",
         shared: bool = False,
         registers: int = 0,
+        fuse: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if width % heads or size % patch or width % 4 or (rotary and width // heads % 4):
@@ -74,6 +88,8 @@ class DiT(nn.Module):
             raise Refusal("backbone.fixed=false leaves a patch without a position; use backbone.rotary=true with it.")
         if tokens not in ("cross", "joint"):
             raise Refusal(f"backbone.tokens={tokens}: cross or joint was wanted.")
+        if fuse is not None and not (len(fuse) == 2 and 1 <= fuse[0] <= fuse[1] <= depth):
+            raise Refusal(f"backbone.fuse={list(fuse)}: wanted two of the {depth} blocks, 1 to {depth}, in their order.")
         self.channels, self.patch, self.side, self.fixed = channels, patch, size // patch, fixed
         self.joint = tokens == "joint"
         norm, across = RMSNorm if rms_norm else PlainNorm, widths.tokens > 0 and not self.joint
@@ -83,12 +99,15 @@ class DiT(nn.Module):
         self.read = Caption(widths.tokens, width) if widths.tokens else None
         self.modulate = nn.Linear(width, 6 * width) if shared else None
         if fixed:
-            self.register_buffer("position", grid_waves(self.side, self.side, width))
+            self.register_buffer("position", sinusoidal_positions(self.side, self.side, width))
         if registers:
             self.registers = nn.Parameter(torch.zeros(registers, width))
         self.head_width, self.count = width // heads if rotary else 0, registers
         self.blocks = nn.ModuleList(Block(width, heads, norm, swiglu, norm_heads, across, shared) for _ in range(depth))
         self.last = Last(width, patch * patch * channels * (2 if learn_range else 1), norm, shared)
+        self.route: Route | None = None
+        self.fuse = tuple(fuse or ())
+        self.fusion = Fusion(width) if fuse else None
         self.start()
 
     def start(self) -> None:
@@ -109,6 +128,8 @@ class DiT(nn.Module):
             zero(block.modulate)
             if block.attend_tokens is not None:
                 zero(block.attend_tokens.out)
+        if self.fusion is not None:
+            self.fusion.start()
         zero(self.last.modulate)
         zero(self.last.out)
 
@@ -127,10 +148,29 @@ class DiT(nn.Module):
         h, before, mask = self.beside(h, tokens, mask)
         turn = self.turn(rows, columns, before, h) if self.head_width else None
         each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
-        for block in self.blocks:
-            h = block(h, each, turn, tokens, mask)
+        h = self.through(h, before, each, turn, tokens, mask)
         h = self.last(h[:, before:], last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
         return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def through(
+        self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """h: (B, M + N, C), behind M = `before` tokens the patches -> the same behind all blocks; `route` says who goes where."""
+        route, dense, early, waiting, places = self.route, (turn, mask), h, h, None
+        for i, block in enumerate(self.blocks, 1):
+            if self.fuse and i == self.fuse[0]:
+                early = h
+            if route is not None and i == route.first:
+                waiting, places = h, route.places(h, before)
+                h, turn, mask = leave(h, places, turn, mask, self.joint)
+            h = block(h, told, turn, tokens, mask)
+            if route is not None and i == route.last:
+                if self.fusion is not None:
+                    waiting = self.fusion.missing(waiting)
+                h, turn, mask = come_back(waiting, h, places), *dense
+            if self.fuse and i == self.fuse[1]:
+                h = self.fusion(early, h)
+        return h
 
     def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x: (B, C, H, W) -> patches in their places (B, N, width), and how many rows and columns there are."""
@@ -145,7 +185,9 @@ class DiT(nn.Module):
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side
-        place = self.position if usual else grid_waves(rows, columns, h.shape[2], (self.side, self.side)).to(self.position)
+        place = (
+            self.position if usual else sinusoidal_positions(rows, columns, h.shape[2], (self.side, self.side)).to(self.position)
+        )
         return h + place, (rows, columns)
 
     def beside(self, h: Tensor, tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
@@ -183,7 +225,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_in, self.attend = norm(width), Attention(width, heads, norm_heads)
-        self.attend_tokens = Reading(width, heads, norm_heads) if across else None
+        self.attend_tokens = CrossAttention(width, heads, norm_heads) if across else None
         self.norm_out, self.feed = norm(width), SwiGLU(width) if swiglu else FeedForward(width)
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
@@ -209,6 +251,28 @@ class Last(nn.Module):
         """x: (B, N, C), told: (B, C), or with a table (B, 2 C) -> (B, N, P)."""
         shift, scale = self.modulate(told)[:, None].chunk(2, dim=-1)
         return self.out(self.norm(x) * (1 + scale) + shift)
+
+
+class Fusion(nn.Module):
+    """What enters some blocks and what leaves them, joined; at first their mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out, self.token = nn.Linear(2 * width, width), nn.Parameter(torch.zeros(width))
+
+    def start(self) -> None:
+        """Half of each."""
+        half = torch.eye(self.out.out_features) / 2
+        with torch.no_grad():
+            self.out.weight.copy_(torch.cat((half, half), dim=1))
+
+    def missing(self, like: Tensor) -> Tensor:
+        """(B, N, C), whose shape counts -> the token that stands for what did not go through, (B, N, C)."""
+        return self.token.to(like).expand_as(like)
+
+    def forward(self, early: Tensor, late: Tensor) -> Tensor:
+        """(B, N, C) each -> (B, N, C)."""
+        return self.out(torch.cat((early, late), dim=2)).to(late)
 
 
 class Table(nn.Module):

@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, pixel_shuffle, pixel_unshuffle, silu
 from ldm.errors import Refusal
 from ldm.nn.layers import mlp, visible
 from ldm.nn.sinusoid import sinusoid
-from ldm.nn.streams import Joint, LastLayer, attended, moved, start
+from ldm.nn.streams import Joint, LastLayer, attention, initialize, modulated
 from ldm.nn.transformer import PlainNorm, RMSNorm, Turn, merge, rotary, split
 from ldm.types import Cond, Widths
 
@@ -63,7 +63,7 @@ class Flux(nn.Module):
         double = [Joint(width, heads, norm_heads=True) for _ in range(depth)]
         self.blocks = nn.ModuleList([*double, *(Single(width, heads) for _ in range(single))])
         self.last = LastLayer(width, patch * patch * channels)
-        start(self)
+        initialize(self)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W).
@@ -106,9 +106,9 @@ class Single(nn.Module):
         """x: (B, N, C), y: (B, L, C), told: (B, C), turn: (L + N, D) each, mask: (B, 1, 1, L + N) -> x, y."""
         both, length = torch.cat((y, x), dim=1), y.shape[1]
         shift, scale, gate = self.modulate(told)[:, None].chunk(3, dim=-1)
-        heads, wide = self.into(moved(self.norm(both), shift, scale)).split((3 * self.width, 4 * self.width), dim=-1)
+        heads, wide = self.into(modulated(self.norm(both), shift, scale)).split((3 * self.width, 4 * self.width), dim=-1)
         q, k, v = split(heads, 3, self.heads)
-        read = merge(attended(self.norm_q(q), self.norm_k(k), v, turn, mask))
+        read = merge(attention(self.norm_q(q), self.norm_k(k), v, turn, mask))
         both = both + gate * self.out(torch.cat((read, gelu(wide, approximate="tanh")), dim=-1))
         return both[:, length:], both[:, :length]
 

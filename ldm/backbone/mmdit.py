@@ -12,8 +12,8 @@ from torch.nn.functional import silu
 from ldm.errors import Refusal
 from ldm.nn.layers import mlp, visible
 from ldm.nn.sinusoid import sinusoid
-from ldm.nn.streams import Joint, LastLayer, start
-from ldm.nn.transformer import grid_waves
+from ldm.nn.streams import Joint, LastLayer, initialize
+from ldm.nn.transformer import sinusoidal_positions
 from ldm.types import Cond, Widths
 
 
@@ -62,10 +62,10 @@ class MMDiT(nn.Module):
         self.level = mlp(256, width)
         self.vector = vector(widths.vector, width) if widths.vector else None
         self.read = nn.Linear(widths.tokens, width)
-        self.register_buffer("position", grid_waves(most, most, width, (size // patch, size // patch)))
+        self.register_buffer("position", sinusoidal_positions(most, most, width, (size // patch, size // patch)))
         self.blocks = nn.ModuleList(Joint(width, heads, norm_heads, i < again, i == depth - 1) for i in range(depth))
         self.last = LastLayer(width, patch * patch * channels)
-        start(self)
+        initialize(self)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W).

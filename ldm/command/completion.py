@@ -17,7 +17,7 @@ _ldm() {
 }
 complete -o nospace -o default -F _ldm ldm
 """
-CONFIGURED = ("train", "sample", "evaluate", "precompute")
+CONFIGURED = ("train", "sample", "evaluate", "precompute", "prior", "draw")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,7 +48,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     from ldm.check import check_counts
     from ldm.command.subject import Subject
     from ldm.evaluation.pictures import Kept
-    from ldm.evaluation.protocol import entries, show, tell
+    from ldm.evaluation.protocol import entries, show, write_numbers
     from ldm.evaluation.run import measure
     from ldm.files.process import meet, rank
 
@@ -63,7 +63,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
     kept = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}
     if rank() == 0:
-        tell(told, out)
+        write_numbers(told, out)
         show(metrics, subject.used, out)
     return told, kept, metrics, subject
 

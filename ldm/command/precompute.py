@@ -22,16 +22,15 @@ OTHERS = ("_target_", "_partial_", "key", "rate")  # settings that are not of wh
 
 def precompute(config: DictConfig) -> Path:
     """Writes shards of moments beside their captions and records, OUT/train and OUT/val, and OUT/text; -> OUT."""
-    from ldm.build import allowed, autoencoder_of, build
+    from ldm.build import allowed, build
     from ldm.condition.cached_text import save_null, spoken_only
     from ldm.data.batch.latents import write_latents
     from ldm.data.usual import KEPT, usual_of
     from ldm.files.device import device_of
     from ldm.files.folder import write_json
+    from ldm.rest import autoencoder_of
 
-    rank, world, _ = process()
-    device = device_of(config.device)
-    place = autoencoder_of(config.model)
+    (rank, world, _), device, place = process(), device_of(config.device), autoencoder_of(config.model)
     trained = {"_target_": "ldm.build.load_autoencoder", "path": str(place)}
     autoencoder = build(trained, allowed(config)).to(device)
     data = build(config.data, allowed(config), batch=1)  # no bucket is too small to be encoded

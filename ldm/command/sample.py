@@ -24,31 +24,46 @@ def sample(config: DictConfig) -> Tensor:
     """Writes OUT/00000.png ..., OUT/grid.png and OUT/request.json; -> pictures (N, 3, h, w) in [-1, 1]."""
     import torch
 
-    from ldm.autoencoder.tiled import Tiled
-    from ldm.build import allowed, at_rest, load_model, recipe_of
-    from ldm.check import check_counts
-    from ldm.drawing.generate import compile_backbone
+    from ldm.build import allowed
     from ldm.drawing.request import write_pictures
-    from ldm.files.device import device_of
     from ldm.files.process import first, from_all, meet, process
 
-    check_counts(batch=config.batch, tile=config.tile)
+    check(config)
     meet()
     rank, world, _ = process()
-    place = at_rest(config.model)
-    model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
-    if config.compile:
-        compile_backbone(model.denoiser.backbone)
-    if config.tile:
-        model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
+    model, usual = ready(config)
     plain = OmegaConf.to_container(config, resolve=True)
-    usual, say = recipe_of(place).get("usual", {}), print if first() else lambda line: None
+    say = print if first() else lambda line: None
     images, told = draw(model, usual, plain, allowed(config), say, share=(rank, world))
     images = torch.cat(from_all(images))
     if first():
         write_pictures(images, Path(config.out), told, model.conditioner.show(told["asked"]))
     say(f"{len(images)} pictures are in {config.out}")
     return images
+
+
+def check(config: DictConfig) -> None:
+    """Raises Refusal where a count is none, before anything is loaded."""
+    from ldm.check import check_counts
+
+    check_counts(batch=config.batch, tile=config.tile)
+
+
+def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
+    """-> the model that a composed sample.yaml names, with its adapters and on its device, and how it is usually drawn from."""
+    from ldm.autoencoder.tiled import Tiled
+    from ldm.build import allowed, load_model
+    from ldm.drawing.generate import compile_backbone
+    from ldm.files.device import device_of
+    from ldm.rest import at_rest, recipe_of
+
+    place = at_rest(config.model)
+    model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
+    if config.compile:
+        compile_backbone(model.denoiser.backbone)
+    if config.tile:
+        model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
+    return model, recipe_of(place).get("usual", {})
 
 
 def draw(

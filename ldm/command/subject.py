@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldm.build import allowed, at_rest, build, load_autoencoder, load_model, recipe_of
+from ldm.build import allowed, build, load_autoencoder, load_model
 from ldm.command.usual import as_usual
 from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
@@ -16,15 +16,16 @@ from ldm.data.shards import Shards
 from ldm.data.usual import far, resolved
 from ldm.drawing.request import read_request
 from ldm.errors import NotFound, Refusal
-from ldm.evaluation.content import named_content
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version
 from ldm.evaluation.real import Archive, Folder, read_captions
 from ldm.evaluation.rows import fingerprint
 from ldm.files.device import device_of
 from ldm.files.folder import without_usual
+from ldm.files.named import named_content
 from ldm.files.process import rank
 from ldm.files.weights import weights_hash
+<<<<<<< HEAD
 from ldm.measure import Metric
 
 SAID = "model images reference requests conditioning prompts ask negative count resolution seed precision paste corrupt keep"
@@ -41,6 +42,11 @@ class Noted(dict):
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
         return super().__getitem__(name)
+=======
+from ldm.rest import at_rest, recipe_of
+
+DRAWING = "requests conditioning conditions ask negative count seed precision paste keep".split()  # what it depends on
+>>>>>>> main
 
 
 class Subject:
@@ -169,7 +175,7 @@ class Subject:
             told["guides"] = guides
         sampler, guidance = build(usual["sampler"], self.allow), build(usual["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]), config["paste"])
-        return Drawings(self.model, self._requests(), sampler, guidance, *how, protocol={**told, **self._made})
+        return Drawings(self.model, self._requests(), sampler, guidance, *how, {**told, **self._made}, config["conditions"])
 
     def _requests(self) -> Split | Given:
         config, count = self.config, self.config["count"]

@@ -67,6 +67,7 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     stage = build_stage(config)
     drawn = {} if stage.latent_model() is None else drawn_as(config)
     drawn |= of_base(config)
+    _say_tokens(data, stage)
     stage.recipe = {**stage.recipe, "usual": usual_of(OmegaConf.to_container(config.data, resolve=True)) | drawn}
     callbacks, always, loggers = (list(build_members(config, group).values()) for group in ("callback", "always", "logger"))
     profile = [Profile(folder / "profile")] if config.profile else []
@@ -82,10 +83,22 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+def _say_tokens(data: Any, stage: Any) -> None:
+    """Of DreamBooth's prompt: whether a rare word is one token is seen here."""
+    from ldm.condition.text import Text
+    from ldm.data.dreambooth import DreamBooth
+
+    if not isinstance(data, DreamBooth) or data.prompt is None or stage.latent_model() is None or not first():
+        return
+    for text in (part for part in stage.latent_model().conditioner.modules() if isinstance(part, Text)):
+        print(f"data.prompt: {'|'.join(text.tokens(data.prompt))}", flush=True)
+        return
+
+
 def of_base(config: DictConfig) -> dict[str, Any]:
     """How the model that training=finetune begins from is usually drawn, but for its size and data."""
     from ldm.adapt import ADAPTED
-    from ldm.build import at_rest, recipe_of
+    from ldm.rest import at_rest, recipe_of
 
     if OmegaConf.select(config, "training.model._target_") != ADAPTED:
         return {}

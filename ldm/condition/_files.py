@@ -76,14 +76,21 @@ def read_masks(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tenso
     return torch.stack(masks)
 
 
+def shrunk(field: str, asked: Sequence[Any], size: tuple[int, int]) -> float:
+    """How many times larger than `size` the largest of some files is, once it has its shape."""
+    sizes = [_open(field, path).size for path in files(field, asked)]
+    return max(min(width / size[1], height / size[0]) for width, height in sizes)
+
+
 def check_shapes(asked: Mapping[str, Sequence[Any]], a: str, b: str) -> None:
     """Raises ValueError where the files of the fields a and b, one by one, are of different shapes."""
     ours, theirs = ([(path, _open(field, path).size) for path in files(field, asked[field])] for field in (a, b))
     for _, (one, (w, h)), (other, (w2, h2)) in zip(range(max(len(ours), len(theirs))), cycle(ours), cycle(theirs)):
         if abs(w * h2 - w2 * h) > max(w, h, w2, h2):  # a pixel, once they are of one height or width
+            second = f"{b}={other}" if b == "init" else f"ask.{b}={other}"
             raise Refusal(
-                f"ask.{a}={one} is {w}x{h} and ask.{b}={other} is {w2}x{h2}: they are cut in the middle, each for itself, and so "
-                "would not lie on each other. Give both the same shape."
+                f"ask.{a}={one} is {w}x{h} and {second} is {w2}x{h2}: they are cut in the middle, each for itself, and so would "
+                "not lie on each other. Give both the same shape."
             )
 
 
@@ -122,8 +129,21 @@ def numbers(field: str, asked: Sequence[Any], low: float = -math.inf, high: floa
 
 def painted(labels: Tensor, count: int) -> Tensor:
     """labels: (B, h, w) integers in [0, count) -> (B, 3, h, w) in [-1, 1], white for 0, else hues as far apart as can be."""
-    hues = [colorsys.hsv_to_rgb(i / max(count - 1, 1), 0.8, 0.9) for i in range(count - 1)]
-    return torch.tensor([(1.0, 1.0, 1.0), *hues])[labels.cpu()].permute(0, 3, 1, 2).mul(2).sub(1)
+    return torch.tensor(_hues(count))[labels.cpu()].permute(0, 3, 1, 2).mul(2).sub(1)
+
+
+def palette(count: int) -> tuple[str, ...]:
+    """The colours of `painted`, as CSS writes them: #rrggbb."""
+    return tuple("#" + "".join(f"{round(255 * part):02x}" for part in hue) for hue in _hues(count))
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """The names of labels that have none."""
+    return tuple(map(str, range(count)))
+
+
+def _hues(count: int) -> list[tuple[float, float, float]]:
+    return [(1.0, 1.0, 1.0), *(colorsys.hsv_to_rgb(i / max(count - 1, 1), 0.8, 0.9) for i in range(count - 1))]
 
 
 def _open(field: str, path: Path | Image.Image, read: Callable[[Image.Image], Image.Image] = upright) -> Image.Image:

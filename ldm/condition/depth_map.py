@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm.condition._files import read_pictures
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.types import Autoencoder, Cond, Widths
 
 
@@ -32,6 +32,10 @@ class DepthMap(Condition):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of depth pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""
         return read_pictures(field, asked, size)
+
+    def input(self, field: str) -> Input:
+        """A picture."""
+        return Input("picture")
 
     def show(self, value: Tensor) -> Tensor:
         """value: as in `forward` -> (B, 3, f * H, f * W)."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ldm.condition._files import read_pictures
-from ldm.embedder import Condition
-from ldm.tower.clip import load_clip, see
+from ldm.embedder import Condition, Input
+from ldm.tower.clip import load_clip, preprocess
 from ldm.types import Cond, Widths
 
 
@@ -19,7 +19,7 @@ class Embedding(Condition):
     `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`.
     """
 
-    frozen = ("tower",)
+    frozen = unreached = ("tower",)
 
     def __init__(
         self,
@@ -37,13 +37,17 @@ class Embedding(Condition):
     def forward(self, value: Tensor, drop: Tensor) -> Cond:
         """value: (B, 3, h, w) in [-1, 1], drop: (B) bool -> tokens: (B, 1, E), or vector: (B, E), of unit variance."""
         with torch.no_grad():
-            told = self.tower(see(self.tower, value))
+            told = self.tower(preprocess(self.tower, value))
         told = normalize(told, dim=1) * told.shape[1] ** 0.5 * (~drop).to(told, non_blocking=True)[:, None]
         return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""
         return read_pictures(field, asked, size)
+
+    def input(self, field: str) -> Input:
+        """A picture."""
+        return Input("picture")
 
     def show(self, value: Tensor) -> Tensor:
         """value: as in `forward` -> the same."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.condition._files import numbers, read_greys, read_pictures
-from ldm.embedder import Condition
+from ldm.condition._files import check_shapes, numbers, read_greys, read_pictures, shrunk
+from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
 from ldm.nn.layers import zero
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
+THIN = 4  # times that a picture may be scaled down before its lines are lost
 CHANNELS = (16, 32, 96, 256)  # of the published ones
 
 
@@ -89,22 +90,31 @@ class Hint(Condition):
         return {strength: torch.full((len(batch[picture]),), self.strength)}
 
     def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
-        """Refuses a request without a control picture."""
+        """Refuses a request without a control picture, or with one of another shape than the picture to begin from."""
         picture = self.key[0]
         if picture not in asked:
             raise Refusal(f"ask.{picture}=FILE must be said: {picture} is a ControlNet, which follows a picture.")
+        if "init" in asked:
+            check_shapes(asked, picture, "init")
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]; strengths, numbers -> (N), or files of
         pictures -> (N, 1, height, width) in [0, 1]."""
         if field == self.key[0]:
             pictures = read_pictures(field, asked, size, ground="black")
+            if (times := shrunk(field, asked, size)) > THIN:
+                advice = f"thin lines grow faint: make it {size[1]}x{size[0]}"
+                warn(f"ask.{field}: a picture is scaled down {times:.3g} times, and {advice}.", stacklevel=2)
             if flat := [i for i, picture in enumerate(pictures) if picture.amin() == picture.amax()]:
                 warn(f"ask.{field}: picture {flat[0]} is of one colour, which tells a ControlNet nothing.", stacklevel=2)
             return pictures
         if any(_is_number(one) for one in asked):
             return numbers(field, asked)
         return read_greys(field, asked, size)
+
+    def input(self, field: str) -> Input:
+        """A picture, and a number: how strongly it is followed."""
+        return Input("picture") if field == self.key[0] else Input("number", low=0, high=2, usual=self.strength)
 
     def show(self, value: Sequence[Tensor]) -> Tensor:
         """value: as in `forward` -> the pictures."""

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from ldm.condition._files import check_shapes, read_masks, read_pictures
 from ldm.condition._masks import key_generator, random_mask
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
@@ -61,6 +61,11 @@ class Inpaint(Condition):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files -> pictures (N, 3, height, width) in [-1, 1], or masks (N, 1, height, width), white where to repaint."""
         return (read_pictures if field == self.key[0] else read_masks)(field, asked, size)
+
+    def input(self, field: str) -> Input:
+        """A picture, and a mask that is painted over it."""
+        image, mask = self.key
+        return Input("mask", over=image) if field == mask else Input("picture")
 
     def show(self, value: Sequence[Tensor]) -> Tensor:
         """value: as in `forward` -> the pictures with their holes grey."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
 from ldm.types import Cond, Widths
 
@@ -53,6 +53,13 @@ class Label(Condition):
             Refusal: a word that begins no class' name, or several.
         """
         return torch.tensor([self._number(str(a)) for a in asked])
+
+    def input(self, field: str) -> Input:
+        """One of the names where they tell the classes apart, else a number."""
+        words = {name.lower() for name in self.names}
+        if len(words) == len(self.names) > 0 and not any(word.lstrip("-").isdigit() for word in words):
+            return Input("choice", tuple(self.names))
+        return Input("number", low=0, high=self.table.num_embeddings - 2, whole=True)
 
     def _number(self, word: str) -> int:
         if word.lstrip("-").isdigit():

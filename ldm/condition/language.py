@@ -10,8 +10,9 @@ from torch.nn.functional import pad
 
 from ldm.embedder import Condition
 from ldm.errors import Refusal
+from ldm.files.weights import came_from, loaded_from
 from ldm.tower.cut import Cut
-from ldm.tower.language import left, load_language, load_words
+from ldm.tower.language import load_language, load_words, truncated
 from ldm.tower.t5 import T5
 from ldm.types import Cond, Widths
 
@@ -37,7 +38,7 @@ class Language(Condition):
         NotFound, Unreachable: the model is not there. Refusal: it is not read here, or has no such layer.
     """
 
-    frozen = ("tower",)
+    frozen = unreached = ("tower",)
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Language(Condition):
         self.key, self.rate, self.layer, self.length, self.padding, self.dropped = key, rate, layer, length, padding, dropped
         self.tower = load_language(model, bool(pretrained), getattr(torch, precision), "condition.language")
         self.words = load_words(tokenizer or model, "condition.language", isinstance(self.tower, T5)) if pretrained else None
+        came_from(self, loaded_from(self.tower))
         count = self.tower.depth + 1
         if not -count <= layer < count:
             raise Refusal(f"condition.language.layer={layer}: wanted one of this tower's, 0 to {count - 1} or -1 to -{count}.")
@@ -98,7 +100,7 @@ class Language(Condition):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what is cut off."""
         for prompt in map(str, asked):
-            count, behind = left(self.words, prompt, self.length)
+            count, behind = truncated(self.words, prompt, self.length)
             if behind:
                 warn(f"{count} tokens do not fit into {self.length}; cut off: {behind!r}", stacklevel=2)
         return [str(a) for a in asked]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition._files import painted
-from ldm.embedder import Condition
+from ldm.condition._files import numbered, painted, palette
+from ldm.embedder import Condition, Input
 from ldm.errors import NotFound, Refusal
 from ldm.types import Batch, Cond, Draw, Widths
 
@@ -90,6 +90,10 @@ class Layout(Condition):
         found = [_from_file(field, a) for a in asked] if asked and isinstance(asked[0], str) else [asked]
         rows = [row for boxes in found for row in (boxes if _is_of_many(boxes) else [boxes])]
         return [[self._checked(box) for box in row] for row in rows]
+
+    def input(self, field: str) -> Input:
+        """Boxes that are drawn."""
+        return Input("boxes", numbered(self.classes), palette(self.classes))
 
     def show(self, value: Sequence[Sequence[Box]], side: int = 64) -> Tensor:
         """value: as in `forward` -> (B, 3, side, side) in [-1, 1], each box in its class' colour, small ones above large ones."""

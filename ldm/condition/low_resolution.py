@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from ldm.condition._degrade import bicubic
 from ldm.condition._files import numbers, read_pictures
 from ldm.condition._masks import key_generator
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
@@ -74,6 +74,11 @@ class LowResolution(Condition):
         if field == "level":
             return numbers(field, asked, 0, self.noise)
         return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
+
+    def input(self, field: str) -> Input | None:
+        """A small picture, and a number: how much noise it has."""
+        made = {"low": Input("picture"), "level": Input("number", low=0, high=self.noise, usual=0)}
+        return made.get(field)
 
     def show(self, value: Any) -> Tensor:
         """value: as in `forward` -> the small pictures."""

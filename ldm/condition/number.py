@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm.condition._files import numbers
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
 from ldm.nn.sinusoid import sinusoid
 from ldm.types import Batch, Cond, Draw, Widths
@@ -48,6 +48,11 @@ class Number(Condition):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Numbers -> (N)."""
         return numbers(field, asked)
+
+    def input(self, field: str) -> Input:
+        """A number."""
+        usual = self.usual[field]
+        return Input("number", usual=usual if isinstance(usual, int | float) else None)
 
     def unasked(self, field: str, size: tuple[int, int]) -> list[float] | None:
         """What a request of a picture of `size`, height and width, means where it does not say the field."""

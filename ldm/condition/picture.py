@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from ldm.condition._files import read_pictures
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.types import Autoencoder, Cond, Widths
 
 
@@ -34,6 +34,10 @@ class Picture(Condition):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""
         return read_pictures(field, asked, size)
+
+    def input(self, field: str) -> Input:
+        """A picture."""
+        return Input("picture")
 
     def show(self, value: Tensor) -> Tensor:
         """value: as in `forward` -> the same."""

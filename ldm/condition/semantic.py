@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.condition._files import painted, read_maps
-from ldm.embedder import Condition
+from ldm.condition._files import numbered, painted, palette, read_maps
+from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
 from ldm.types import Autoencoder, Cond, Widths
 
@@ -49,6 +49,10 @@ class Semantic(Condition):
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of label maps, or folders of them -> (N, height, width) integers."""
         return read_maps(field, asked, size)
+
+    def input(self, field: str) -> Input:
+        """A map that is painted."""
+        return Input("map", numbered(self.classes), palette(self.classes))
 
     def show(self, value: Tensor) -> Tensor:
         """value: as in `forward` -> (B, 3, f * H, f * W) in [-1, 1], a colour for each label."""

@@ -12,8 +12,9 @@ from torch.nn.functional import pad
 from ldm.embedder import Condition, Weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
-from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, load_text_tower, read, spoken, warn_of_cut
+from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, embed_text, load_text_tower, names_of, text_mask, warn_of_cut
 from ldm.tower.cut import Cut
+from ldm.tower.taught import Rows, Taught
 from ldm.types import Cond, Widths
 
 
@@ -85,12 +86,19 @@ class Text(Condition):
                 self.register_buffer("vector_mean", means[-1])
                 self.register_buffer("vector_mix", mixes[-1])
 
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """The blocks behind the last one that is read."""
+        count = len(self.tower.transformer.resblocks)
+        last = count if self.pooled else max(i % (count + 1) for i in self.layers)
+        return tuple(f"tower.transformer.resblocks.{i}" for i in range(last, count))
+
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool, True where the caption is withheld -> tokens, their mask, vector."""
         captions = ["" if d else v for v, d in zip(value, drop.tolist())]
         ids = self.ids(captions)
-        mask = None if self.padding is not None else spoken(ids)
-        hidden, vector = read(self.tower, ids, self.tokenizer.end if self.published else None, self.projected)
+        mask = None if self.padding is not None else text_mask(ids, self.end)
+        hidden, vector = embed_text(self.tower, ids, self.end, self.projected)
         states = [
             self.tower.ln_final(h) if self.final_norm and h is not hidden[0] else h for h in (hidden[i] for i in self.layers)
         ]
@@ -114,7 +122,60 @@ class Text(Condition):
         if (self.training or self.cut.always) and hasattr(self.tokenizer, "encode"):
             self.cut.count(captions, (ids[:, -1] != 0).tolist())
         ids = ids.to(self.tower.token_embedding.weight.device, non_blocking=True)
-        return ids if self.published or not self.padding else ids.masked_fill(~spoken(ids), self.padding)
+        return ids if self.published or not self.padding else ids.masked_fill(~text_mask(ids, self.end), self.padding)
+
+    @property
+    def end(self) -> int | None:
+        """The id that ends a caption; None where it is the largest there is, as long as no word is learned."""
+        return self.tokenizer.end if self.published or self.learned else None
+
+    def begin(self, words: str, count: int) -> Tensor:
+        """Plain words -> (count, D), the rows of their tokens in turn, with which a new word begins.
+
+        Raises:
+            Refusal: they have none, or more.
+        """
+        ids = self._plain().encode(words)
+        if not 1 <= len(ids) <= count:
+            tokens = "|".join(self.tokenizer.decode([i]).strip() for i in ids)
+            raise Refusal(
+                f"adapter.textual_inversion.begin={words!r} has {len(ids)} tokens ({tokens}) for {count} vectors: wanted one to "
+                "as many; take a plainer word, or more vectors."
+            )
+        table = self.tower.token_embedding.weight.detach()
+        return torch.stack([table[ids[i % len(ids)]] for i in range(count)])
+
+    def learn(self, word: str, rows: Tensor) -> None:
+        """Teaches one more word. rows: (n, D), which are read wherever a caption spells it.
+
+        Raises:
+            Refusal: it is a word already, or none; or its rows are of another width.
+        """
+        width = self.tower.token_embedding.embedding_dim
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise Refusal(f"the rows of {word} are {rows.shape[-1]} wide, and this text tower's {width}: it is of another model.")
+        plain, known = self._plain().encode(word), [other.lower() for other in (*self.learned, *self.taught)]
+        if len(plain) < 2 or word.lower() in known:
+            raise Refusal(f"word={word!r} is {'a word already' if plain else 'empty'}; write <{word.strip('<> ') or 'fox'}>.")
+        first = FIRST_LEARNED + len(self.learned)
+        self.tower.token_embedding = Rows(self.tower.token_embedding, rows.clone(), first)
+        self.learned, self.taught = (*self.learned, *names_of(word, len(rows))), (*self.taught, word)
+        if self.published:
+            self.tokenizer = PublishedTokenizer(self.tower.context_length, self.padding, self.learned)
+            return
+        known = self.tokenizer.words if isinstance(self.tokenizer, Taught) else {}
+        self.tokenizer = Taught(self._plain(), {**known, word: range(first, first + len(rows))})
+
+    def _plain(self) -> Any:
+        """The tokenizer, without what was learned.
+
+        Raises:
+            Refusal: it is not CLIP's.
+        """
+        plain = self.tokenizer.tokenizer if isinstance(self.tokenizer, Taught) else self.tokenizer
+        if not self.published and not isinstance(plain, open_clip.tokenizer.SimpleTokenizer):
+            raise Refusal(f"this text tower's {type(plain).__name__} cannot be taught words; CLIP's own vocabulary can.")
+        return plain
 
     def _parts(self, caption: Weighted, plain: Tensor) -> tuple[Tensor, Tensor]:
         """plain: (L) ids of the caption as one text -> (L) those of its parts, each cut by itself, and their weights."""
@@ -147,6 +208,11 @@ class Text(Condition):
         """-> the prompts; warns of what the tower's context is too short for."""
         return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
 
+    def tokens(self, caption: str) -> list[str]:
+        """The pieces that a caption is cut into; a learned word's further rows are its own."""
+        ids = self.tokenizer.encode(caption) if hasattr(self.tokenizer, "encode") else []
+        return [self.tokenizer.decode([i]).strip() for i in ids]
+
     def skip(self, layers: int | None) -> None:
         """Reads another layer, with the last LayerNorm as before: 1 the last, 2 the one before; None its own again.
 
@@ -167,6 +233,7 @@ class Text(Condition):
         """What, besides its weights, decides what it says."""
         names = ("layers", "final_norm", "pooled", "padding", "whiten", "dropped")
         cut = {"tokenizer": "clip", "learned": list(self.learned)} if self.published else {}
+        cut |= {"learned": list(self.learned)} if self.learned else {}
         cut |= {} if self.projected else {"projected": False}
         return {name: getattr(self, name) for name in names} | {"layers": list(self.layers)} | cut
 
@@ -212,6 +279,11 @@ class Texts(Condition):
             raise Refusal(f"condition.text.width={width}: the towers' tokens are {together} wide together; as much, or more.")
         self.widths = Widths(tokens=width or together, vector=sum(w.vector for w in each))
 
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Those of the towers."""
+        return tuple(f"towers.{name}.{part}" for name, tower in self.towers.items() for part in tower.unreached)
+
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, sum of E) or None."""
         told = [tower(value, drop) for tower in self.towers.values()]
@@ -219,6 +291,11 @@ class Texts(Condition):
         vector = torch.cat(vectors, dim=1) if vectors else None
         tokens = torch.cat([cond.tokens for cond in told], dim=2)
         return Cond(tokens=pad(tokens, (0, self.widths.tokens - tokens.shape[2])), mask=told[0].mask, vector=vector)
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """What each of its towers was taught."""
+        return tuple(dict.fromkeys(word for tower in self.towers.values() for word in tower.taught))
 
     def settings(self) -> dict[str, Any]:
         """What, besides their weights, decides what they say."""

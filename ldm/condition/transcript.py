@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.embedder import Condition
-from ldm.tower.clip import spoken, warn_of_cut
+from ldm.tower.clip import text_mask, warn_of_cut
 from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
 
@@ -38,7 +38,7 @@ class Transcript(Condition):
         if self.training:
             self.cut.count(captions, (ids[:, -1] != 0).tolist())
         ids = ids.to(self.places.device, non_blocking=True)
-        mask = spoken(ids)
+        mask = text_mask(ids)
         return Cond(tokens=self.transformer(self.words(ids) + self.places, src_key_padding_mask=~mask), mask=mask)
 
     def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.condition._files import numbers, read_pictures
-from ldm.embedder import Condition
+from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
 from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 
@@ -70,6 +70,11 @@ class Upscale(Condition):
         if field == "step":
             return numbers(field, asked, 0, self.table.num_embeddings - 1).long()
         return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
+
+    def input(self, field: str) -> Input | None:
+        """A small picture, and the step of its noise."""
+        step = Input("number", low=0, high=self.table.num_embeddings - 1, whole=True, usual=20)
+        return {"low": Input("picture"), "step": step}.get(field)
 
     def show(self, value: Sequence[Tensor]) -> Tensor:
         """value: as in `forward` -> the small pictures."""

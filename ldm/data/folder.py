@@ -76,8 +76,7 @@ class Folder(Shards):
 
     def _opened(self, split: Split, source: Any) -> Samples:
         packed = Packed()
-        rows = [row for one in listed(source) for row in _rows(Path(one), packed, f"data.{split}")]
-        rows = self._whole(rows, split, packed)
+        rows = self._gathered(split, source, packed)
         if split == "train":
             self.classes = packed.classes
         elif strange := sorted({row.label for row in rows if row.label is not None} - self.train_set.labels.keys()):
@@ -87,6 +86,10 @@ class Folder(Shards):
         least = self.batch if split == "train" and pictures else 1
         selection, self._buckets[split] = select(listing, self.fields, self.filters, self.sizes, least)
         return Files(listing, selection, self.fields, self.size, rows, self.classes)
+
+    def _gathered(self, split: Split, source: Any, packed: Packed) -> list[Row]:
+        rows = [row for one in listed(source) for row in read_rows(Path(one), packed, f"data.{split}")]
+        return self._whole(rows, split, packed)
 
     def _whole(self, rows: list[Row], split: str, packed: Packed) -> list[Row]:
         bad = [f"{row.name}: {row.fault}" for row in rows if row.fault]
@@ -143,7 +146,7 @@ class Files(Samples):
             raise BadSample(f"{row.file} is no whole picture: {error}") from error
 
 
-def _rows(source: Path, packed: Packed, option: str) -> list[Row]:
+def read_rows(source: Path, packed: Packed, option: str) -> list[Row]:
     """The pictures of one source.
 
     Raises:
@@ -168,7 +171,8 @@ def _listing(source: Any, rows: Sequence[Row], classes: Mapping[str, int]) -> Li
     files = [os.path.abspath(row.file) for row in rows]
     home = os.path.commonpath([os.path.dirname(file) for file in files])
     names = [os.path.relpath(file, home) for file in files]
-    seen = _seen(files)
+    once = {file: i for i, file in enumerate(dict.fromkeys(files))}
+    seen = _seen(list(once)).take([once[file] for file in files])
     numbers = {name: seen[name].to_numpy() for name in ("width", "height")}
     numbers |= {f"original_{side}": numbers[side] for side in ("width", "height")}
     for column in dict.fromkeys(name for row in rows for name, value in row.columns.items() if _is_number(value)):

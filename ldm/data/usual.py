@@ -16,6 +16,8 @@ from ldm.errors import Refusal
 WORD = "usual"  # of a setting that is as the model's own data have it
 KEPT = "usual.json"  # beside shards of latents: the usual of the pictures that they were made of
 EMOJI, SHARDS = "ldm.data.emoji.Emoji", "ldm.data.shards.Shards"
+DREAMBOOTH = "ldm.data.dreambooth.DreamBooth"
+OWN = "val groups val_fraction filters tokens pictures prompt templates prior prior_weight".split()  # of those pictures alone
 # How training reads, in which order and how much at a time, is no part of what the data are; where the emoji lie neither.
 READING = "batch seed workers crop flip buckets weights window lanes cache cache_gb on_mismatch max_bad_fraction shuffle".split()
 
@@ -42,7 +44,7 @@ def usual_of(data: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads((Path(train) / KEPT).read_text())
     left = {*READING, *(["root"] if data.get("_target_") == EMOJI else [])}
     node = {name: value for name, value in data.items() if name not in left and value is not None}
-    node |= {split: _absolute(node[split]) for split in ("train", "val") if split in node}
+    node |= {split: _absolute(node[split]) for split in ("train", "val", "pictures", "prior") if split in node}
     return {"resolution": [data["size"]] * 2, "data": node} if isinstance(data.get("size"), int) else {"data": node}
 
 
@@ -57,8 +59,8 @@ def resolved(said: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any
     own = {name: value for name, value in said.items() if value != WORD and name not in ("_target_", "fields")}
     base = dict(usual.get("data") or {"_target_": EMOJI, "size": 32})
     if "train" in own:
-        base = {**base, "_target_": SHARDS} if base["_target_"] == EMOJI else base
-        base = {name: value for name, value in base.items() if name not in ("val", "groups", "val_fraction", "filters", "tokens")}
+        base = {**base, "_target_": SHARDS} if base["_target_"] in (EMOJI, DREAMBOOTH) else base
+        base = {name: value for name, value in base.items() if name not in OWN}
     fields = {name: member for name, member in said["fields"].items() if member != WORD}
     fields = {**base.get("fields", {"image": "jpg", "caption": "txt"}), **fields}
     return {**base, **own, "fields": fields}

@@ -1,6 +1,10 @@
 """Drawing that begins from a picture: image-to-image, inpainting, inversion. Each is a sampler around a sampler.
 
-Their pictures are latents, (B, C, H, W), or (1, C, H, W) for one that all begin from. `strength`, in [0, 1], is the part of the
+FromPicture    x_t = alpha_t picture + sigma_t noise, then the sampler from t to 0
+FromInversion  the sampler from 0 up to t, as another request is denoised, then down to 0
+Inpainting     the sampler, with mask x_s + (1 - mask) (alpha_s picture + sigma_s noise) after every step
+
+`picture` are latents, (B, C, H, W), or (1, C, H, W) for one that all begin from. `strength`, in [0, 1], is the share of the
 sampler's times that is walked: 0 (or too little for one step) gives the picture back, 1 keeps next to nothing of it.
 """
 
@@ -17,14 +21,14 @@ from ldm.types import Denoise, Sampler, Schedule, mix
 
 @dataclass(frozen=True)
 class FromPicture:
-    """Image-to-image: noises the picture to an earlier time and walks from there (SDEdit, https://arxiv.org/abs/2108.01073)."""
+    """Image-to-image: adds noise to the picture and denoises from there (SDEdit, https://arxiv.org/abs/2108.01073)."""
 
     sampler: Sampler
     picture: Tensor
     strength: float = 0.6
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
+        """noise: (B, C, H, W), unit normal; seeds: one a picture -> x: (B, C, H, W)."""
         times = last_part(self.sampler.times(schedule, noise.shape[2:]), self.strength)
         if len(times) == 1:
             return self.picture.to(noise).expand_as(noise)
@@ -34,13 +38,11 @@ class FromPicture:
 
 @dataclass(frozen=True)
 class FromInversion:
-    """Walks the picture up the sampler's times, as `source` of so many pictures denoises, and down again, as asked.
+    """Inverts the picture to noise, and denoises that as the request says.
 
-    With a deterministic sampler and the same request the picture comes back, up to the sampler's error (DDIM,
-    https://arxiv.org/abs/2010.02502, section 4.3); with another request it is edited.
-
-    Raises:
-        Refusal: the sampler cannot go up in noise.
+    `source`, called with the number of pictures, gives the estimate by which they are inverted. With a deterministic sampler and
+    the same request the picture comes back, up to the sampler's error (DDIM, https://arxiv.org/abs/2010.02502, section 4.3); with
+    another request it is edited.
     """
 
     sampler: Sampler
@@ -49,7 +51,11 @@ class FromInversion:
     strength: float = 1.0
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W), of which only the shape matters -> x: (B, C, H, W)."""
+        """noise: (B, C, H, W), of which only the shape is used; seeds: one a picture -> x: (B, C, H, W).
+
+        Raises:
+            Refusal: the sampler cannot be walked upwards.
+        """
         times = last_part(self.sampler.times(schedule, noise.shape[2:]), self.strength)
         if len(times) == 1:
             return self.picture.to(noise).expand_as(noise)
@@ -62,10 +68,15 @@ class FromInversion:
 
 @dataclass(frozen=True)
 class Inpainting:
-    """Draws where `mask` is 1, by putting the noised picture in place elsewhere after every step.
+    """Draws inside the mask; outside, the noised picture replaces x after every step (RePaint, https://arxiv.org/abs/2201.09865,
+    algorithm 1 with jumps of one step).
 
-    Each step is taken `resamples` times, with noise added back in between, so that the two parts come to agree
-    (RePaint, https://arxiv.org/abs/2201.09865, algorithm 1 with jumps of one step). mask: (B or 1, 1, H, W) in {0, 1}.
+    Args:
+        sampler: whose steps are taken.
+        picture: (B or 1, C, H, W) latents.
+        mask: (B or 1, 1, H, W) in {0, 1}, 1 where it is drawn.
+        resamples: how often each step is taken, at least once, with noise added back in between, so that the two parts agree.
+        strength: the share of the sampler's times that is walked, in [0, 1].
 
     Raises:
         Refusal: resamples < 1.
@@ -82,7 +93,7 @@ class Inpainting:
             raise Refusal(f"resamples={self.resamples}: each step is taken at least once.")
 
     def __call__(self, denoise: Denoise, schedule: Schedule, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        """noise: (B, C, H, W) unit normal -> x: (B, C, H, W)."""
+        """noise: (B, C, H, W), unit normal; seeds: one a picture -> x: (B, C, H, W), `picture` itself outside the mask."""
         picture, redrawn = self.picture.to(noise), self.mask.to(noise) > 0
         times = last_part(self.sampler.times(schedule, noise.shape[2:]), self.strength)
         if len(times) == 1:
@@ -102,7 +113,7 @@ class Inpainting:
 
 
 def last_part(times: Tensor, strength: float) -> Tensor:
-    """The last `strength` of the steps: (strength * steps + 1) times, rounded.
+    """times: (steps + 1) -> the last (strength * steps + 1) of them, rounded.
 
     Raises:
         Refusal: a strength outside [0, 1].
@@ -113,6 +124,6 @@ def last_part(times: Tensor, strength: float) -> Tensor:
 
 
 def noised(picture: Tensor, schedule: Schedule, t: Tensor, noise: Tensor) -> Tensor:
-    """picture: (B or 1, C, H, W), noise: (B, C, H, W) unit normal -> x_t: (B, C, H, W)."""
+    """picture: (B or 1, C, H, W), t: (), noise: (B, C, H, W), unit normal -> x_t: (B, C, H, W)."""
     alpha, sigma = schedule(t)
     return alpha * picture + sigma * noise

@@ -1,4 +1,7 @@
-"""From a request to pictures: condition -> guidance -> sampler -> autoencoder."""
+"""From a request to pictures: condition -> guidance -> sampler -> autoencoder.
+
+x_hat = guidance(model, request), latents = sampler(x_hat, schedule, noise), pictures = decode(latents)
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +14,7 @@ from ldm.errors import TOO_LARGE, Refusal
 from ldm.model import LatentModel
 from ldm.types import Batch, Denoise, Guidance, Sampler
 
-# (step from 1, its time t, x_hat: (B, C, H, W) latents), called after each step; what it raises stops the drawing
+# Called after each step with its number, from 1, its time t, and x_hat: (B, C, H, W) latents; what it raises stops the drawing.
 Watch = Callable[[int, float, Tensor], None]
 
 
@@ -26,13 +29,20 @@ def generate(
     paste: str | None = "latents",
     watch: Watch | None = None,
 ) -> Tensor:
-    """ask: the conditions, B of each; seeds: B integers; size: height, width in pixels -> (B, 3, height, width) in [-1, 1].
+    """Draws one batch -> (B, 3, height, width) in [-1, 1]. A picture depends on its seed and its request alone, not on the batch.
 
-    A picture depends on its own seed and condition, never on the batch it was drawn in. paste: as in `paste_known`.
-    watch: is told each step, with the estimate of the data so far, which the autoencoder decodes.
+    Args:
+        model: what draws.
+        ask: the request's fields, B of each.
+        sampler: from noise to latents.
+        guidance: from the model and the request to an estimate.
+        seeds: B integers, one a picture.
+        size: height and width in pixels.
+        paste: what is done about an inpainting model's known part, as in `paste_known`.
+        watch: called after each step; the autoencoder can decode the estimate that it is given.
 
     Raises:
-        Refusal: the autoencoder's factor does not divide the size.
+        Refusal: the autoencoder's factor does not divide the size, or it decodes to numbers that are not finite.
     """
     device = next(model.denoiser.parameters()).device
     noise = unit_noise(seeds, latent_shape(model, size)).to(device)
@@ -47,10 +57,10 @@ def generate(
 
 
 def watched(denoise: Denoise, watch: Watch) -> Denoise:
-    """The same, telling `watch` once a step: of the first call at each lower time, whatever else a sampler calls it for."""
+    """-> the same estimate, which calls `watch` once a step: at the first call at a lower time than before."""
     step, lowest = 0, math.inf
 
-    def told(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
+    def estimate(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
         nonlocal step, lowest
         x_hat = denoise(x_t, t, *to)
         if (time := float(t.max())) < lowest:
@@ -58,18 +68,18 @@ def watched(denoise: Denoise, watch: Watch) -> Denoise:
             watch(step, time, x_hat)
         return x_hat
 
-    return told
+    return estimate
 
 
 def paste_known(model: LatentModel, ask: Batch, images: Tensor, how: str | None) -> Tensor:
-    """images: (B, 3, h, w) drawn by an inpainting model -> the same with what `ask`'s mask keeps of its image.
+    """images: (B, 3, h, w) that an inpainting model drew -> the same, with the request's image outside its mask.
 
-    how: `latents` pastes and sends the whole through the autoencoder once more, which leaves no seam and the autoencoder's
-    own error; `pixels` pastes to the bit, as https://arxiv.org/abs/2112.10752's own script; None leaves what was drawn.
-    Other models' pictures come back as they are.
+    With `how` = `latents` the pasted picture goes through the autoencoder once more, which leaves no seam, but the autoencoder's
+    error; with `pixels` it does not, as in the script of https://arxiv.org/abs/2112.10752; with None nothing is pasted. Pictures
+    of models that do not inpaint come back as they are.
 
     Raises:
-        Refusal: another `how`, or `pixels` of a model that does not inpaint.
+        Refusal: another `how`, or `pixels` for a model that does not inpaint.
     """
     check_paste(model, how)
     if how is None or model.conditioner.hole is None:
@@ -80,29 +90,33 @@ def paste_known(model: LatentModel, ask: Batch, images: Tensor, how: str | None)
 
 
 def check_paste(model: LatentModel, how: str | None) -> None:
-    """Raises Refusal if `how` is not for this model."""
+    """Refuses a way of pasting that does not exist, or that is not for this model."""
     if how not in (None, "latents", "pixels"):
         raise Refusal(f"paste={how}: wanted latents, pixels or null.")
     if how == "pixels" and model.conditioner.hole is None:
-        raise Refusal(f"paste=pixels is for inpainting models, and this one is told {list(model.conditioner.embedders)}.")
+        raise Refusal(f"paste=pixels is for inpainting models; this one's conditions are {list(model.conditioner.embedders)}.")
 
 
 def compile_backbone(backbone: nn.Module) -> None:
     """Compiles a backbone in place for drawing: once for each size of batch and latents, on a GPU as a captured graph.
 
-    What it puts out is copied, since the graph's next call writes over it and samplers keep what was said before.
+    Its output is copied, since the graph's next call overwrites it, and samplers use earlier outputs.
     """
     run = torch.compile(backbone.to(memory_format=torch.channels_last).forward, mode="reduce-overhead", dynamic=False)
     backbone.forward = lambda *inputs: run(*inputs).clone()
 
 
 def unit_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """seeds: B integers -> (B, *shape) unit normal, drawn on the CPU so that devices agree."""
+    """seeds: B integers -> (B, *shape), unit normal, drawn on the CPU so that devices agree."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def latent_shape(model: LatentModel, size: tuple[int, int]) -> tuple[int, int, int]:
-    """size: height, width in pixels -> (C, H, W)."""
+    """size: height, width in pixels -> (C, H, W).
+
+    Raises:
+        Refusal: the autoencoder's factor does not divide the size.
+    """
     f = model.autoencoder.factor
     if size[0] % f or size[1] % f:
         raise Refusal(
@@ -122,9 +136,17 @@ def draw_all(
     paste: str | None = "latents",
     watch: Watch | None = None,
 ) -> Tensor:
-    """As `generate`, for any number of pictures, `batch` at a time; the last batch is filled up to the others' size, and cut.
+    """As `generate`, for any number of pictures -> (N, 3, height, width) in [-1, 1], on the CPU.
 
-    ask: lists or tensors of N -> (N, 3, height, width) in [-1, 1], on the CPU. `watch` is told the steps of every batch.
+    Args:
+        model, sampler, guidance, size, paste: as in `generate`.
+        ask: the request's fields, lists or tensors of N.
+        seeds: N integers, one a picture.
+        batch: pictures at a time; the last batch is filled up, so that all have one size, and cut afterwards.
+        watch: as in `generate`, for the steps of every batch.
+
+    Raises:
+        Refusal: as `generate`.
     """
     check_paste(model, paste)
     seeds, images = list(seeds), []

@@ -1,4 +1,4 @@
-"""Drawing in half precision: the network alone, since latents, schedules and autoencoders lose by it."""
+"""Drawing in half precision: of the network alone, since latents, schedules and autoencoders would suffer from it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,21 +12,21 @@ from ldm.types import Batch, Conditioned, Denoise, Guidance
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
-def precision_of(said: Any, usual: Mapping[str, Any], device: torch.device) -> str:
-    """What is said, or else, on a GPU, what the model's weights are kept in -> 32, bf16 or 16.
+def precision_of(setting: Any, usual: Mapping[str, Any], device: torch.device) -> str:
+    """The setting `precision` -> 32, bf16 or 16; None means, on a GPU, the precision that the model's `usual` section names.
 
     Raises:
         Refusal: it is none of these.
     """
-    kept = usual.get("precision", "32") if device.type == "cuda" else "32"
-    word = str(kept if said is None else said)
+    default = usual.get("precision", "32") if device.type == "cuda" else "32"
+    word = str(default if setting is None else setting)
     if word not in PRECISIONS:
         raise Refusal(f"precision={word}: wanted one of {', '.join(PRECISIONS)}.")
     return word
 
 
 def in_precision(guidance: Guidance, precision: str, device: torch.device) -> Guidance:
-    """The same guidance, of a network that computes in `precision`; what it says is float32."""
+    """-> the same guidance, whose network computes in `precision` under autocast, and whose estimates are float32."""
     kind = PRECISIONS[precision]
     if kind is None:
         return guidance
@@ -35,10 +35,10 @@ def in_precision(guidance: Guidance, precision: str, device: torch.device) -> Gu
         with torch.autocast(device.type, kind):
             denoise = guidance(model, ask)
 
-        def said(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
+        def estimate(x_t: Tensor, t: Tensor, *to: Tensor) -> Tensor:
             with torch.autocast(device.type, kind):
                 return denoise(x_t, t, *to).float()
 
-        return said
+        return estimate
 
     return guide

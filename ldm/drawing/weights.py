@@ -1,11 +1,11 @@
-r"""Prompts with weights, as AUTOMATIC1111's web UI means them (its wiki, Features: Attention/emphasis, Alternating words).
+r"""Prompts with weights, in the syntax of AUTOMATIC1111's web UI (its wiki, Features: Attention/emphasis, Alternating words).
 
-(word)       1.1 times as heavy; ((word)) 1.21 times
-(word:1.3)   1.3 times
-[word]       1 / 1.1 times
-[cat|dog]    cat and dog in turns, one a step
+(word)       weight 1.1; ((word)) 1.21
+(word:1.3)   weight 1.3
+[word]       weight 1 / 1.1
+[cat|dog]    cat and dog alternate, one a step
 \( \) \[ \]  the signs themselves
-A bracket that is not closed goes to the end. Its changes at a step, [from:to:when], and BREAK are not known here, and refused.
+A bracket that is not closed goes to the end. The web UI's changes at a step, [from:to:when], and BREAK are refused.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ CHANGE = re.compile(r"\[[^\[\]]*:\s*[\d.]+\s*\]")
 
 
 def weighted(prompt: str) -> Weighted:
-    """A prompt -> its plain text, with its parts' weights and the captions that take turns.
+    """A prompt -> its plain text, with its parts' weights and the captions that alternate.
 
     Raises:
-        Refusal: it says what is not known here.
+        Refusal: it has a syntax that is not supported, or too many captions alternate.
     """
     if CHANGE.search(prompt) or re.search(r"\bBREAK\b", prompt):
         raise Refusal(
@@ -45,7 +45,7 @@ def weighted(prompt: str) -> Weighted:
 
 
 def parts_of(text: str) -> list[tuple[str, float]]:
-    """Text without turns -> its parts, each with its weight; neighbours of one weight are one part."""
+    """Text without alternatives -> its parts, each with its weight; neighbours of equal weight are one part."""
     parts: list[list[Any]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -78,11 +78,15 @@ def parts_of(text: str) -> list[tuple[str, float]]:
 
 
 def in_turns(text: str) -> list[str]:
-    """Text -> the texts that take turns, each of which holds one choice of every [a|b]; itself where there is none."""
-    found = _alternatives(text)
-    if found is None:
+    """Text -> the texts that alternate, each of which holds one choice of every [a|b]; the text itself where there is none.
+
+    Raises:
+        Refusal: more than MOST texts would alternate.
+    """
+    alternatives = _alternatives(text)
+    if alternatives is None:
         return [text]
-    before, choices, after = found
+    before, choices, after = alternatives
     several = [in_turns(f"{before}{choice}{after}") for choice in choices]
     count = math.lcm(len(choices), *map(len, several))
     if count > MOST:
@@ -91,7 +95,9 @@ def in_turns(text: str) -> list[str]:
 
 
 def taking_turns(guidance: Guidance) -> Guidance:
-    """The same guidance; where captions take turns, one a step: a step begins with the first call at a lower time."""
+    """-> the same guidance, in which captions with `turns` alternate, one a step: a step begins at the first call at a lower
+    time.
+    """
 
     def guide(model: Conditioned, ask: Batch) -> Denoise:
         lengths = {len(c.turns) for value in ask.values() if isinstance(value, list) for c in value if isinstance(c, Weighted)}
@@ -119,7 +125,7 @@ def _turn(ask: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 
 def _alternatives(text: str) -> tuple[str, list[str], str] | None:
-    """The first bracket that holds a | of its own -> what is before it, its choices, and what is behind it."""
+    """-> the text before the first bracket with a |, its choices, and the text behind it; None where there is no such bracket."""
     opened: list[tuple[int, list[int]]] = []
     for sign in re.finditer(r"\\.|[\[\]|]", text):
         if sign[0] == "[":

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: numbers, beside each everything that it depends on, and what metrics have to show."""
+"""What an evaluation writes: numbers, each with its protocol, which is everything that it depends on, and metrics' pictures."""
 
 import subprocess
 from collections.abc import Mapping
@@ -23,12 +23,17 @@ def entries(
     subject: Mapping[str, Any],
     corrupt: Mapping[str, int],
 ) -> dict[str, dict[str, Any]]:
-    """What metrics.json holds: number -> value, standard error, what was measured (`subject`), and the `protocol`.
+    """-> the entries of metrics.json: number -> value, standard error, note, `subject`, `protocol`, and `corrupt`.
 
-    sources: those that were used, by kind; settings: what else the pictures depend on; corrupt: how many of a kind could not be
-    read.
+    Args:
+        numbers: estimates by number, by metric.
+        metrics: those that made them, by name.
+        sources: of the pictures that were used, by kind: drawing, reconstruction, reference, train.
+        settings: what else the numbers depend on, as plain values.
+        subject: what was measured, as plain values.
+        corrupt: how many pictures of a kind could not be read, where some could not.
     """
-    told = {}
+    entries = {}
     for name, estimates in numbers.items():
         metric = metrics[name]
         pictures, reference = sources[metric.of], sources.get(metric.against)
@@ -41,16 +46,16 @@ def entries(
             **settings,
         }
         for number, estimate in estimates.items():
-            told[number] = {"value": estimate.value, "error": estimate.error, "subject": dict(subject), "protocol": protocol}
-            told[number] |= {} if estimate.note is None else {"note": estimate.note}
-            told[number] |= {"corrupt": dict(corrupt)} if corrupt else {}
-    return told
+            entries[number] = {"value": estimate.value, "error": estimate.error, "subject": dict(subject), "protocol": protocol}
+            entries[number] |= {} if estimate.note is None else {"note": estimate.note}
+            entries[number] |= {"corrupt": dict(corrupt)} if corrupt else {}
+    return entries
 
 
-def tell(told: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """Writes OUT/metrics.json and prints the numbers."""
-    write_metrics(told, out)
-    for name, entry in told.items():
+def write_numbers(numbers: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Writes OUT/metrics.json, of the entries that `entries` makes, and prints the numbers."""
+    write_metrics(numbers, out)
+    for name, entry in numbers.items():
         print(f"{name:28s} {shown(entry)}")
         if "note" in entry:
             print(f"    {entry['note']}")
@@ -58,7 +63,7 @@ def tell(told: Mapping[str, Mapping[str, Any]], out: Path) -> None:
 
 
 def show(metrics: Mapping[str, Metric], sources: Mapping[str, Any], out: Path) -> None:
-    """Writes OUT/<metric>.png for each metric that has something to show."""
+    """Writes OUT/<metric>.png for each metric that shows pictures; `sources` are those of the pictures, by kind."""
     for name, metric in metrics.items():
         if isinstance(metric, Showing):
             judged, real = (lambda n, s=sources[k]: s.images(n, s.fields(n)) for k in (metric.of, metric.against))
@@ -68,7 +73,7 @@ def show(metrics: Mapping[str, Metric], sources: Mapping[str, Any], out: Path) -
 
 
 def code_version() -> str:
-    """The commit that measured, with `+` where files were changed since; the package's version where there is no repository."""
+    """-> the commit of this code, with `+` where files have changed since; the package's version where there is no repository."""
     git = ["git", "-C", str(HERE)]
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()

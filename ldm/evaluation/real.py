@@ -1,4 +1,4 @@
-"""Pictures that lie in files: folders, ADM's .npz batches, and statistics that others made of them."""
+"""Sources of pictures in files: folders, ADM's .npz batches, and published statistics of features."""
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +26,18 @@ THREADS = 8  # that decode a folder's pictures
 
 
 class Folder:
-    """All pictures below a folder, in natural order; their captions, one for each, where there are some.
+    """All pictures below a folder, in natural order.
 
-    size: pixels; the shorter side is brought to it and the middle kept. None: as they are, all of one size.
-    limit: the share of unreadable pictures that is counted and passed over.
+    Args:
+        path: the folder.
+        size: pixels; the shorter side is resized to it, and the middle kept. None for pictures as they are, all of one size.
+        device: where pictures are put.
+        captions: one a picture; None where there are none.
+        limit: the share of pictures, in [0, 1], that may be unreadable; they are counted and left out.
+        option: the setting to name in errors.
+
+    Raises:
+        NotFound: there are no pictures. Refusal: there are not as many captions as pictures.
     """
 
     def __init__(
@@ -59,13 +67,15 @@ class Folder:
         self.protocol |= {} if captions is None else {"captions": fingerprint(list(captions))}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
-        """image: (B, 3, h, w) in [-1, 1]; corrupt: (B) bool, where the picture is grey; caption, where there are captions."""
+        """B numbers -> image: (B, 3, h, w) in [-1, 1]; corrupt: (B) bool, where the picture could not be read, and is grey; and
+        caption, where there are captions.
+        """
         with ThreadPoolExecutor(THREADS) as pool:
-            read = list(pool.map(self._read, [self.files[n] for n in numbers]))
+            pixels = list(pool.map(self._read, [self.files[n] for n in numbers]))
         shape = self._as_they_are if self.size is None else (self.size, self.size)
         blank = torch.full((3, *shape), 128, dtype=torch.uint8)
-        images = torch.stack([blank if image is None else image for image in read]).to(self.device)
-        fields = {"image": from_bytes(images), "corrupt": torch.tensor([image is None for image in read])}
+        images = torch.stack([blank if image is None else image for image in pixels]).to(self.device)
+        fields = {"image": from_bytes(images), "corrupt": torch.tensor([image is None for image in pixels])}
         return fields if self.captions is None else {**fields, "caption": [self.captions[n] for n in numbers]}
 
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
@@ -85,7 +95,7 @@ class Folder:
         return sizes.pop() if sizes else (8, 8)
 
     def check(self, corrupt: Sequence[int]) -> None:
-        """Raises ValueError where more pictures than `limit` could not be read."""
+        """Refuses the folder where more pictures than `limit` could not be read; `corrupt` are their numbers."""
         if len(corrupt) > self.limit * self.count:
             named = ", ".join(str(self.files[n]) for n in corrupt[:3])
             raise Refusal(
@@ -104,24 +114,27 @@ class Folder:
 
 
 class Archive:
-    """Pictures and statistics in an .npz, as ADM's reference batches: `arr_0` uint8 (N, h, w, 3), `mu` and `sigma` of Inception.
+    """Pictures and statistics in an .npz, as ADM's reference batches: `arr_0` uint8 (N, h, w, 3), `mu` (D) and `sigma` (D, D).
 
-    Either may be missing: pytorch-fid writes statistics alone, ADM's samplers pictures alone.
+    Either may be missing: pytorch-fid writes statistics alone, ADM's samplers pictures alone. Errors name the setting `option`.
+
+    Raises:
+        Refusal: the file is damaged, or holds neither.
     """
 
-    features = "inception"  # that the statistics are of
+    features = "inception"  # of which the statistics are
 
     def __init__(self, path: str, device: Any, option: str = "reference") -> None:
         self.path, self.device, self.option = path, device, option
         try:
             with np.load(path, allow_pickle=False) as file:
-                found = set(file.files)
-                self.array = file["arr_0"] if "arr_0" in found else None
-                self.statistics = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= found else None
+                names = set(file.files)
+                self.array = file["arr_0"] if "arr_0" in names else None
+                self.statistics = (file["mu"], file["sigma"]) if {"mu", "sigma"} <= names else None
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise Refusal(f"{option}={path} is no whole .npz file: {error}.") from error
         if self.array is None and self.statistics is None:
-            raise Refusal(f"{option}={path} holds {sorted(found)}; wanted arr_0 (pictures), or mu and sigma (statistics).")
+            raise Refusal(f"{option}={path} holds {sorted(names)}; wanted arr_0 (pictures), or mu and sigma (statistics).")
         if self.array is not None and (self.array.ndim != 4 or self.array.shape[3] != 3 or self.array.dtype != np.uint8):
             raise Refusal(
                 f"{option}={path}: arr_0 is {self.array.dtype} of shape {self.array.shape}; wanted uint8 (N, height, width, 3)."
@@ -130,7 +143,11 @@ class Archive:
         self.protocol = {"file": Path(path).name, "sha256": file_content(path), "count": self.count}
 
     def fields(self, numbers: Sequence[int]) -> Batch:
-        """image: (B, 3, h, w) in [-1, 1]."""
+        """B numbers -> image: (B, 3, h, w) in [-1, 1].
+
+        Raises:
+            Refusal: the file holds statistics alone.
+        """
         if self.array is None:
             raise Refusal(
                 f"{self.option}={self.path} holds statistics alone, which do for the Fréchet distance of Inception; other "
@@ -144,7 +161,7 @@ class Archive:
         return fields["image"]
 
     def moments(self) -> Rows | None:
-        """The statistics that the file brings: mean (D), covariance (D, D) in float64; None where it brings none."""
+        """-> the file's statistics, mean (D) and covariance (D, D) in float64; None where it has none."""
         if self.statistics is None:
             return None
         mean, covariance = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in self.statistics)
@@ -152,21 +169,21 @@ class Archive:
 
 
 class Known:
-    """A reference whose moments are known, and whose rows may be."""
+    """A reference with published `moments` of its features; `rows` gives the features themselves, or refuses."""
 
     def __init__(self, moments: Rows, rows: Callable[[], Rows]) -> None:
         self.moments, self.rows = moments, rows
 
     def kept(self, name: str, make: Callable[[Rows], Rows]) -> Mapping[str, Tensor]:
-        """The given moments; anything else is made of the rows."""
+        """-> the moments where they are wanted; anything else is made of the rows."""
         return self.moments if name == "moments" else make(self.rows())
 
 
 def read_captions(path: str) -> list[str]:
-    """A file of captions, one a line.
+    """A file of captions, one a line -> the captions.
 
     Raises:
-        NotFound: no such file. Refusal: an empty line, which would shift all after it.
+        NotFound: there is no such file. Refusal: a line is empty.
     """
     lines = read_lines(path)
     if "" in lines:

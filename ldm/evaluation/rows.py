@@ -1,7 +1,7 @@
-"""What metrics see of pictures, extracted once, split exactly over processes, and kept on disk so that nothing is done twice.
+"""Rows: what metrics see of each picture, such as its features, computed once, over all processes, and kept on disk.
 
-A picture belongs to a batch by its number alone, and batches go to the processes in turn: every batch holds the same pictures,
-whatever the number of processes. The last one is filled up with its last picture and cut again, so that all have one size.
+A picture's batch follows from its number alone, and batches go to the processes in turn, so that every batch holds the same
+pictures for any number of processes. The last one is filled up with its last picture and cut again, so that all have one size.
 """
 
 import hashlib
@@ -22,34 +22,31 @@ from ldm.files.weights import load_tensors
 from ldm.measure import Rows
 from ldm.types import Batch
 
-SECONDS = 30  # between two writings of what was seen
+SECONDS = 30  # between two times that rows are written
 Look = Callable[[Tensor, Batch], Rows]
 
 
 class Source(Protocol):
-    """Pictures by number.
-
-    protocol: plain values; sources of equal protocols have equal pictures.
-    """
+    """Pictures by number, from 0 to `count` - 1."""
 
     count: int
-    protocol: Mapping[str, Any]
+    protocol: Mapping[str, Any]  # plain values; sources of equal protocols have equal pictures
 
     def fields(self, numbers: Sequence[int]) -> Batch:
-        """What the pictures answer to; `corrupt` (B) bool where some may be unreadable."""
+        """B numbers -> the pictures' fields, such as their captions; `corrupt` (B) bool where some may be unreadable."""
 
     def images(self, numbers: Sequence[int], fields: Batch) -> Tensor:
-        """-> (B, 3, h, w) in [-1, 1]."""
+        """B numbers and their fields -> the pictures, (B, 3, h, w) in [-1, 1]."""
 
 
 @runtime_checkable
 class Summarised(Protocol):
-    """A source that may bring statistics of its pictures' features."""
+    """A source that may have published statistics of its pictures' features."""
 
     features: str  # of which network, such as `inception`
 
     def moments(self) -> Rows | None:
-        """mean (D), covariance (D, D) in float64; None where there are none."""
+        """-> mean (D) and covariance (D, D) in float64; None where there are none."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -58,24 +55,26 @@ def fingerprint(*parts: Any) -> str:
 
 
 class Store:
-    """A folder of rows, in parts as they were made; each row under its picture's number."""
+    """A folder of rows, in files as they were computed; each row has its picture's number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.waiting, self.since = folder, [], time.monotonic()
 
     def done(self) -> set[int]:
-        """The numbers of the pictures that were seen, unreadable ones among them."""
+        """-> the numbers of the pictures that are done, unreadable ones included."""
         return set(self._numbers("number")) | set(self._numbers("corrupt"))
 
     def add(self, number: Tensor, corrupt: Tensor, rows: Rows) -> None:
-        """number: (B), corrupt: (B) bool, rows: (B, ...) each. Written now and then, and by `flush`."""
-        kept = {name: value[~corrupt].detach().cpu() for name, value in rows.items()}
-        self.waiting.append({**kept, "number": number[~corrupt], "corrupt": number[corrupt]})
+        """Adds the rows of B pictures, (B, ...) each, to what `flush` writes; number: (B), corrupt: (B) bool. Every SECONDS it is
+        written.
+        """
+        readable = {name: value[~corrupt].detach().cpu() for name, value in rows.items()}
+        self.waiting.append({**readable, "number": number[~corrupt], "corrupt": number[corrupt]})
         if time.monotonic() - self.since > SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was not written yet."""
+        """Writes the rows that are not written yet."""
         if self.waiting:
             part = {name: torch.cat([p[name] for p in self.waiting]) for name in self.waiting[0]}
             first = min(torch.cat((part["number"], part["corrupt"])).tolist())
@@ -83,11 +82,11 @@ class Store:
         self.waiting, self.since = [], time.monotonic()
 
     def corrupt(self) -> list[int]:
-        """The numbers of the pictures that could not be read."""
+        """-> the numbers of the pictures that could not be read."""
         return sorted(set(self._numbers("corrupt")))
 
     def rows(self) -> dict[str, Tensor]:
-        """All rows, in the order of their pictures' numbers; `number` among them."""
+        """-> all rows, (N, ...) each, in the order of their pictures' numbers; `number` (N) is among them."""
         parts = [load_tensors(path) for path in self._parts()]
         joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0] if name != "corrupt"}
         numbers = joined["number"].tolist()
@@ -99,28 +98,28 @@ class Store:
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
     def _numbers(self, name: str) -> list[int]:
-        """`number` or `corrupt` of all parts, without reading the rows."""
-        found: list[int] = []
+        """-> `number` or `corrupt` of all files, without reading the rows."""
+        numbers: list[int] = []
         for path in self._parts():
             with safe_open(path, "pt") as part:
-                found += part.get_tensor(name).tolist()
-        return found
+                numbers += part.get_tensor(name).tolist()
+        return numbers
 
 
 class Seen:
-    """A set of real pictures as a metric compares with it: rows, and what is made of them, on disk."""
+    """measure.py's `Reference`: rows of real pictures, and what is made of them, on disk."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._rows: Rows = {}
 
     def rows(self) -> Rows:
-        """All rows, in order, read once."""
+        """-> all rows, in order, read once."""
         self._rows = self._rows or self.store.rows()
         return self._rows
 
     def kept(self, name: str, make: Callable[[Rows], Rows]) -> Rows:
-        """make(rows), from FOLDER/name.safetensors where it was made before."""
+        """-> make(rows), from FOLDER/name.safetensors where it was made before."""
         path = self.store.folder / f"{name}.safetensors"
         if not path.is_file():
             save_tensors(make(self.rows()), path)
@@ -129,10 +128,14 @@ class Seen:
 
 @torch.no_grad()
 def see(source: Source, looks: Mapping[str, Look], folder: Path, batch: int, doing: str) -> dict[str, Store]:
-    """Shows every picture of `source` to every look that has not seen it -> a store for each, complete, on every process.
+    """Calls every look with every picture of a source whose row is not there yet -> stores by name, complete, on every process.
 
-    Raises:
-        ValueError: more pictures are unreadable than the source allows.
+    Args:
+        source: of the pictures.
+        looks: metrics' `look` by name.
+        folder: where the stores are, FOLDER/name each.
+        batch: pictures at a time.
+        doing: words for the progress bar.
     """
     stores = {name: Store(folder / name) for name in looks}
     done = {name: store.done() for name, store in stores.items()}

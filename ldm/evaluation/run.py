@@ -1,4 +1,4 @@
-"""Shows pictures to metrics and lets them count: the core of evaluate.py and of the callback that measures during training."""
+"""Runs metrics on pictures: the core of evaluate.py and of the callback that measures during training."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +17,16 @@ def measure(
 ) -> tuple[dict[str, dict[str, Estimate]], dict[str, int]]:
     """-> the numbers of each metric, and how many pictures of each kind could not be read, the same on every process.
 
-    pictures: makes the sources of what is judged, `drawing` and `reconstruction`; real: those it is compared with, `reference`,
-    `train` and `val`. Only what the metrics ask for is made. out: where rows of judged pictures are kept; cache: of real ones.
+    Args:
+        metrics: by name.
+        pictures: makers of the sources that are judged, by kind: `drawing`, `reconstruction`; only those needed are made.
+        real: makers of the sources that these are compared with, by kind: `reference`, `train`, `val`.
+        out: the folder for rows of judged pictures.
+        cache: the folder for rows of real pictures.
+        batch: pictures at a time.
+
+    Raises:
+        Refusal: more pictures are unreadable than a source allows, or as a metric's `look` or `compute`.
     """
     seen: dict[tuple[str, str], Any] = {}
     corrupt: dict[str, int] = {}
@@ -27,8 +35,8 @@ def measure(
     for place, sources, folder, doing in (("against", compared, cache, "reading"), ("of", judged, out, "judging")):
         for kind, source in sources.items():
             judges = [metric for metric in metrics.values() if getattr(metric, place) == kind]
-            lost, found = _see(source, judges, folder, batch, f"{doing} {kind} pictures")
-            seen |= {(kind, name): reference for name, reference in found.items()}
+            lost, references = _see(source, judges, folder, batch, f"{doing} {kind} pictures")
+            seen |= {(kind, name): reference for name, reference in references.items()}
             corrupt |= {kind: lost} if lost else {}
     numbers = None
     if rank() == 0:
@@ -40,12 +48,12 @@ def measure(
 
 
 def key(metric: Metric) -> str:
-    """Metrics of the same key share rows."""
+    """-> a hash of a metric's protocol; metrics with equal ones share rows."""
     return fingerprint(dict(metric.protocol))
 
 
 def _see(source: Any, judges: list[Metric], folder: Path, batch: int, doing: str) -> tuple[int, dict[str, Reference]]:
-    """-> how many pictures could not be read, and what the metrics see of the others, by their keys."""
+    """-> how many pictures could not be read, and the rows of the others, by the metrics' keys."""
     statistics = source.moments() if isinstance(source, Summarised) else None
     given = [m for m in judges if isinstance(m, FromMoments) and m.knows(source.features)] if statistics else []
     known = {key(m): Known(statistics, lambda: source.fields([0])) for m in given}
@@ -55,8 +63,8 @@ def _see(source: Any, judges: list[Metric], folder: Path, batch: int, doing: str
             source.fields([])
         return 0, known
     stores = see(source, looks, folder / fingerprint(dict(source.protocol)), batch, doing)
-    found: dict[str, Reference] = {name: Seen(store) for name, store in stores.items()}
+    references: dict[str, Reference] = {name: Seen(store) for name, store in stores.items()}
     lost = max((store.corrupt() for store in stores.values()), key=len)
     if lost:
         source.check(lost)
-    return len(lost), found | {name: Known(k.moments, found[name].rows) for name, k in known.items()}
+    return len(lost), references | {name: Known(k.moments, references[name].rows) for name, k in known.items()}

@@ -1,4 +1,4 @@
-"""Weights of published networks that judge pictures: downloaded, or a local file, held to its sha256 before it is read."""
+"""Weights of the published networks behind metrics: downloaded, or a local file, whose sha256 is checked before it is read."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ OFFLINE = (
 
 
 def read_weights(weights: str, published: str, url: str, sha256: str | None) -> dict[str, Tensor]:
-    """weights: the name `published`, which is downloaded once into torch's hub folder, or a local .pth or .safetensors file.
+    """Tensors by name, from `weights`: a local .pth or .safetensors file, or the name `published`, which stands for `url`.
+
+    What is downloaded is kept in torch's hub folder. With `sha256` None, any file's numbers are taken.
 
     Raises:
         Unreachable: it could not be downloaded. NotFound: there is no such file. Refusal: its sha256 is another than `sha256`.
@@ -27,6 +29,6 @@ def read_weights(weights: str, published: str, url: str, sha256: str | None) -> 
 
 
 def frozen(net: nn.Module, name: str, resize: str, **more: Any) -> dict[str, Any]:
-    """Freezes a network for good -> its protocol."""
+    """Freezes a network, in place -> its protocol: its name, its weights' hash, how pictures are resized, and `more`."""
     net.eval().requires_grad_(False)
     return {"extractor": name, "sha256": weights_hash(net), "resize": resize, **more}

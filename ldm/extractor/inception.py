@@ -1,8 +1,8 @@
-"""The Inception-v3 that FID means: Google's 2015 network with 1,008 classes, not torchvision's.
+"""The Inception-v3 of FID: Google's 2015 network with 1,008 classes, not torchvision's.
 
-The network is that of Heusel et al. (https://arxiv.org/abs/1706.08500) as pytorch-fid ported it: averages over the pixels that
-are there, a maximum in the last block, TensorFlow 1's resize. torch-fidelity, pytorch-fid and ADM's evaluator judge by the same
-weights; torchmetrics' FID antialiases before it, and its numbers are others.
+It is the network of Heusel et al. (https://arxiv.org/abs/1706.08500) as pytorch-fid ported it: average pooling leaves padding
+out, the last block has maximum pooling, and pictures are resized as in TensorFlow 1. torch-fidelity, pytorch-fid and ADM's
+evaluator use the same weights; torchmetrics' FID resizes with antialiasing, and gives other numbers.
 """
 
 from functools import cache
@@ -24,9 +24,9 @@ SIDE = 299
 
 
 class Inception:
-    """Pictures of any size -> `features` (B, 2048) before the classifier, `logits` (B, 1008) without its bias.
+    """Pictures of any size -> `features` (B, 2048) before the classifier, and `logits` (B, 1008) without its bias.
 
-    weights: `fid` downloads the published ones; or a local file of them, held to `sha256` (null: whatever the file holds).
+    `weights` is a local file, or `fid`, which downloads the published ones. A file must have `sha256`; null takes any file.
     """
 
     statistics = "inception"  # of reference batches in .npz files, ADM's and pytorch-fid's
@@ -36,7 +36,7 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1], rounded to 8 bits first."""
+        """images: (B, 3, h, w) in [-1, 1], which are rounded to 8 bits -> features: (B, 2048), logits: (B, 1008)."""
         x = resize_tensorflow1(to_bytes(images).float(), SIDE, SIDE).sub(128).div(128)
         features = self.net.to(images.device)(x)
         return {"features": features, "logits": features @ self.logits.T.to(features)}
@@ -63,7 +63,7 @@ def _interpolate(x: Tensor, size: int, dim: int) -> Tensor:
 
 
 def inception() -> nn.Module:
-    """The network with random weights; its parameters are named as in pytorch-fid's file."""
+    """-> the network with random weights; its parameters have the names of pytorch-fid's file."""
     net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     for name, channels in {"Mixed_5b": 32, "Mixed_5c": 64, "Mixed_5d": 64}.items():
         setattr(net, name, _A(getattr(net, name).branch1x1.conv.in_channels, pool_features=channels))

@@ -1,4 +1,4 @@
-"""Any image network of timm, fed as timm feeds it: DINOv2, DINOv3, ConvNeXt, ..."""
+"""Any image network of timm, with timm's own preprocessing: DINOv2, DINOv3, ConvNeXt, ..."""
 
 import inspect
 
@@ -15,8 +15,11 @@ from ldm.measure import Rows, transformed
 class Timm:
     """Pictures of any size -> `features` (B, D), before the classifier.
 
-    weights: `pretrained` downloads timm's; or a local file of them, held to `sha256` where given. size: pixels that the network
-    sees, its own by default.
+    `model` is timm's name. `weights` is a local file, which must have `sha256` where that is given, or `pretrained`, which
+    downloads timm's. `size` is the side, in pixels, that pictures are resized to; None for the network's default.
+
+    Raises:
+        Refusal: the weights are of another network. NotFound: there is no such file.
     """
 
     def __init__(self, model: str, weights: str = "pretrained", size: int | None = None, sha256: str | None = None) -> None:
@@ -33,23 +36,23 @@ class Timm:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1]."""
+        """images: (B, 3, h, w) in [-1, 1] -> features: (B, D)."""
         return {"features": self.net.to(images.device)(transformed(images, self.transform)).float()}
 
     @torch.no_grad()
     def patches(self, images: Tensor) -> Tensor:
-        """images: (B, 3, h, w) in [-1, 1] -> what the network says of each patch in the end, normalised, (B, D, h', w').
+        """images: (B, 3, h, w) in [-1, 1] -> the network's features of each patch after its last norm, (B, D, h', w').
 
-        Resized and whitened on the device, without the detour by 8 bits of what pictures are judged by.
+        The pictures are resized and normalised on the device, and not rounded to 8 bits, as they are for metrics.
         """
         mean, std = (images.new_tensor(numbers).view(3, 1, 1) for numbers in (self.mean, self.std))
         resized = interpolate(images, self.size, mode="bicubic", antialias=True) if images.shape[2:] != self.size else images
-        seen = ((resized + 1) / 2 - mean) / std
-        return self.net.to(images.device).forward_intermediates(seen, indices=1, norm=True, intermediates_only=True)[-1]
+        pixels = ((resized + 1) / 2 - mean) / std
+        return self.net.to(images.device).forward_intermediates(pixels, indices=1, norm=True, intermediates_only=True)[-1]
 
 
 def _load(net: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads weights as they were published, for any size of picture; a classifier among them is left out."""
+    """Loads published weights, in place, and adapts them to the picture's size; a classifier among them is left out."""
     adapt = getattr(inspect.getmodule(type(net)), "checkpoint_filter_fn", None)
     missing, unknown = net.load_state_dict(weights if adapt is None else adapt(weights, net), strict=False)
     unknown = [name for name in unknown if name.split(".")[0] not in ("head", "fc", "classifier")]

@@ -1,4 +1,4 @@
-"""Any layer of any image network of torchvision, fed as torchvision feeds it: VGG-16's fc2 and others."""
+"""Any layer of any image network of torchvision, with torchvision's own preprocessing: VGG-16's fc2 and others."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from ldm.measure import Rows, transformed
 
 
 class Torchvision:
-    """Pictures of any size -> `features` (B, D), what `layer` says, flattened.
+    """Pictures of any size -> `features` (B, D), the flattened output of `layer`.
 
-    weights: `pretrained` downloads torchvision's default ones; or a local file of them, held to `sha256` where given.
+    `model` and `layer` are torchvision's names. `weights` is a local file, which must have `sha256` where that is given, or
+    `pretrained`, which downloads torchvision's default ones.
     """
 
     def __init__(self, model: str, layer: str, weights: str = "pretrained", sha256: str | None = None) -> None:
@@ -25,5 +26,5 @@ class Torchvision:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1]."""
+        """images: (B, 3, h, w) in [-1, 1] -> features: (B, D)."""
         return {"features": self.net.to(images.device)(transformed(images, self.transform))["features"].flatten(1).float()}

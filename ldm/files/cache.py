@@ -1,9 +1,9 @@
-"""Where what was brought from elsewhere is kept: remote shards, indices of what cannot be written beside, published models."""
+"""The cache's folder: of remote shards, of indices that cannot be written beside their shards, of published models."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """LDM_CACHE, or ~/.cache/ldm."""
+    """-> the environment's LDM_CACHE, or ~/.cache/ldm."""
     return Path(os.environ.get("LDM_CACHE", "~/.cache/ldm")).expanduser()

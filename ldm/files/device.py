@@ -1,4 +1,4 @@
-"""Where a command computes."""
+"""The device that a command computes on."""
 
 import torch
 
@@ -7,10 +7,10 @@ from ldm.files.process import process
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` (a GPU where there is one, each of several processes its own), `cpu`, `cuda`, `cuda:1`, `mps` -> the device.
+    """`auto` (a GPU where there is one, another for each of several processes), `cpu`, `cuda`, `cuda:1`, `mps` -> the device.
 
     Raises:
-        Refusal: no such device is here.
+        Refusal: this machine has no such device.
     """
     if name == "auto":
         if not torch.cuda.is_available():

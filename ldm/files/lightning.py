@@ -1,6 +1,6 @@
-"""What is reached for in Lightning beyond what it promises, all of it, so that a release without it is named at once.
+"""All uses of Lightning's private members, so that a release of Lightning without them is named at once.
 
-It stands on the ground floor because data and training both need it; it imports nothing of Lightning.
+It is among the files because data and training both need it; it imports nothing of Lightning.
 """
 
 from collections.abc import Callable
@@ -13,36 +13,40 @@ WANTED = "pytorch-lightning >= 2.6, < 2.7"  # as pyproject.toml has it
 
 
 def reach(owner: Any, name: str) -> Any:
-    """-> owner.name, for parts and names that a release of Lightning may take away.
+    """-> owner.name, a member that a release of Lightning may take away.
 
     Raises:
-        Refusal: it has none.
+        Refusal: there is none.
     """
     if not hasattr(owner, name):
-        found = f"found {version('pytorch-lightning')}, whose {type(owner).__name__} has no {name}"
-        raise Refusal(f"ldm needs {WANTED}; {found}. Install such a one.")
+        installed = f"found {version('pytorch-lightning')}, whose {type(owner).__name__} has no {name}"
+        raise Refusal(f"ldm needs {WANTED}; {installed}. Install such a one.")
     return getattr(owner, name)
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
-    """Puts something else in the place of owner.name, which must be there."""
+    """Sets owner.name, which must exist.
+
+    Raises:
+        Refusal: there is none.
+    """
     reach(owner, name)
     setattr(owner, name, value)
 
 
 def listen_with(trainer: Any, listen: Callable[[], None]) -> None:
-    """`listen` takes the place of Lightning's signal handlers, and its broadcast at every step, to look for a signal, goes."""
+    """Replaces Lightning's installation of signal handlers by `listen`, and drops its broadcast of signals at every step."""
     replace(reach(trainer, "_signal_connector"), "register_signal_handlers", listen)
     replace(reach(reach(trainer, "fit_loop"), "epoch_loop"), "_broadcast_sigterm_tensor", lambda: None)
 
 
 def are_logs_due(trainer: Any) -> bool:
-    """Whether the loggers want this step's numbers."""
+    """Whether this step's numbers are logged."""
     return reach(reach(trainer, "_logger_connector"), "should_update_logs")
 
 
 def begin_step_anew(trainer: Any) -> None:
-    """The micro-batches of the step under way count as not yet come."""
+    """Makes Lightning forget the micro-batches of the step under way, so that it begins again."""
     progress = reach(reach(reach(reach(trainer, "fit_loop"), "epoch_loop"), "batch_progress"), "current")
     lost = reach(progress, "ready") % trainer.accumulate_grad_batches
     for name in ("ready", "started", "processed", "completed"):
@@ -50,5 +54,5 @@ def begin_step_anew(trainer: Any) -> None:
 
 
 def scaler_of(trainer: Any) -> Any | None:
-    """The gradient scaler of fp16; None in other precisions, whose plugins have none."""
+    """-> the gradient scaler of fp16; None in other precisions."""
     return getattr(trainer.precision_plugin, "scaler", None)

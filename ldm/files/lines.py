@@ -1,4 +1,4 @@
-"""Text files of one thing a line, such as captions."""
+"""Text files with one thing a line, such as captions."""
 
 from pathlib import Path
 
@@ -6,13 +6,10 @@ from ldm.errors import NotFound, Refusal
 
 
 def read_lines(path: str | Path, option: str = "prompts") -> list[str]:
-    """A file's lines without spaces around them; the end of the last one begins no other.
+    """-> a file's lines, stripped of spaces; a newline at the end of the file begins no further line.
 
-    A line ends at a newline and nowhere else: text from the web holds U+2028 and the like inside a caption. The byte order mark
-    that some editors put at a file's beginning belongs to no line.
-
-    Args:
-        option: the setting to name in errors.
+    A line ends at a newline and nowhere else: captions from the web hold U+2028 and the like. A byte order mark at the file's
+    beginning is dropped. Errors name the setting `option`.
 
     Raises:
         NotFound: there is no such file. Refusal: it is not UTF-8.

@@ -1,4 +1,4 @@
-"""metrics.json, what an evaluation leaves: number -> its value, standard error, note, what was measured, and the protocol."""
+"""metrics.json, which an evaluation writes: number -> its value, standard error, note, what was measured, and the protocol."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def write_metrics(entries: Mapping[str, Mapping[str, Any]], folder: Path) -> Non
 
 
 def read_metrics(place: str | Path) -> dict[str, dict[str, Any]]:
-    """place: the folder of an evaluation, or its metrics.json -> what it holds.
+    """The folder of an evaluation, or its metrics.json -> the entries by number.
 
     Raises:
         NotFound: it is not there. Refusal: it is no JSON, or has numbers without their protocol.
@@ -36,5 +36,5 @@ def read_metrics(place: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def shown(entry: Mapping[str, Any]) -> str:
-    """A number with its standard error."""
+    """-> an entry's number with its standard error, as text."""
     return f"{entry['value']:.4g}" + ("" if entry.get("error") is None else f" ± {entry['error']:.2g}")

@@ -1,6 +1,6 @@
-"""Where things have moved to: recipes, checkpoints and configs with old names are read as if they had the new ones.
+"""Old names of what has moved: recipes, checkpoints and configs with them are read as if they had the present ones.
 
-Whoever moves or renames what a saved model or a user's config may name adds a row here; rows are never taken out.
+Whoever moves or renames something that a saved model or a user's config may name adds a row here; rows are never removed.
 """
 
 import re
@@ -74,7 +74,7 @@ TENSORS: dict[str, str] = {}
 
 
 def moved(node: Any) -> Any:
-    """Plain containers with every `_target_`, and the parameters beside it, by their present names."""
+    """-> plain containers in which every `_target_`, and the parameters beside it, have their present names."""
     if isinstance(node, list | tuple):
         return [moved(value) for value in node]
     if not isinstance(node, Mapping):
@@ -88,7 +88,7 @@ def moved(node: Any) -> Any:
 
 
 def moved_path(path: str) -> str:
-    """The present name of a dotted path, however often it was moved."""
+    """-> the present name of a dotted path, however often it was moved."""
     for _ in range(len(MOVED)):
         old = max((old for old in MOVED if path == old or path.startswith(f"{old}.")), key=len, default=None)
         if old is None:
@@ -98,7 +98,7 @@ def moved_path(path: str) -> str:
 
 
 def moved_names(state: Any) -> Any:
-    """A state dict, or containers of such by name, by present names: of all that is no container itself."""
+    """-> a state dict, or containers of state dicts, in which tensors have their present names."""
     if not isinstance(state, Mapping):
         return state
     return {key if isinstance(value, Mapping) else _moved_name(key): moved_names(value) for key, value in state.items()}

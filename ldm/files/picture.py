@@ -1,6 +1,7 @@
 """Pictures in files: which files they are, in which order, and how their bytes become upright sRGB pixels, or numbers in [-1, 1].
 
-Readers of pictures raise whatever a file leads them to; here each such fault is a ValueError, and nothing else leaves.
+Pixel p in 0 ... 255 is p / 127.5 - 1. Libraries raise all kinds of exceptions for broken pictures; here each becomes a
+ValueError.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of a file that is named; of several pictures in one the first
 MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacked
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
-NEAR_SRGB = 3  # of 255: profiles that move no colour further than this are sRGB in other words
+NEAR_SRGB = 3  # of 255: profiles that change no colour by more than this are taken for sRGB
 ASIDE = ("__MACOSX", "@eaDir")  # folders that archivers and storage servers fill with copies of their own
 ORIENTATION = 0x0112  # of EXIF
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps it
@@ -44,50 +45,50 @@ PNG_PIXELS = (b"IDAT", b"fdAT", b"acTL", b"fcTL")  # chunks that say nothing of 
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones, relative to it, in natural order; a linked folder is gone into once."""
-    found, linked = [], {os.path.realpath(folder)}
+    """-> all files below a folder but hidden ones, relative to it, in natural order; a linked folder is entered once."""
+    files, linked = [], {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         links = {name: os.path.realpath(path) for name in folders if os.path.islink(path := os.path.join(place, name))}
         folders[:] = [name for name in folders if not is_hidden(name) and links.get(name) not in linked]
         linked |= set(links.values())
-        found += [Path(place, name).relative_to(folder) for name in names if not is_hidden(name)]
-    return sorted(found, key=natural)
+        files += [Path(place, name).relative_to(folder) for name in names if not is_hidden(name)]
+    return sorted(files, key=natural)
 
 
 def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """-> the pictures below a folder in natural order, and how many other files there are, by ending (hidden ones apart)."""
+    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out."""
     files = files_in(folder)
     others = Counter(file.suffix.lower() or file.name for file in files if not is_picture(file))
     return [folder / file for file in files if is_picture(file)], others
 
 
 def left_out(where: str, others: Counter[str]) -> str:
-    """What to say of a folder's other files."""
+    """-> a sentence about a folder's other files; `where` names the folder."""
     named = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common())
     return f"{where}: {others.total():,} files are left out, pictures end in {', '.join(ENDINGS)}: {named}"
 
 
 def is_picture(file: Path) -> bool:
-    """Whether a file of a folder is taken for a picture: by its ending, and not hidden (macOS leaves `._cat.jpg`)."""
+    """Whether a file counts as a picture: by its ending, unless it is hidden (macOS leaves `._cat.jpg`)."""
     return file.suffix.lower() in ENDINGS and not is_hidden(file.name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of such a name is none of a person's own: `._cat.jpg`, `.ipynb_checkpoints`, `__MACOSX`."""
+    """Whether a program made a file or folder of this name for itself: `._cat.jpg`, `.ipynb_checkpoints`, `__MACOSX`."""
     return name.startswith(".") or name in ASIDE
 
 
 def natural(file: Path) -> list[tuple[list[str | int], str]]:
-    """What to sort by, so that 10.png comes behind 9.png; equal to the alphabet where numbers have equally many digits."""
+    """-> a sorting key by which 10.png comes behind 9.png; it is alphabetical where numbers have equally many digits."""
     parts = [[int(word) if i % 2 else word for i, word in enumerate(re.split(r"([0-9]+)", part))] for part in file.parts]
     return list(zip(parts, file.parts))
 
 
 def open_picture(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
-    """A picture of which no more than the header is read.
+    """Bytes -> a picture of which only the header is read.
 
     Raises:
-        Refusal: none of these formats, a broken header, or more than MAX_PIXELS.
+        ValueError: it is of none of these formats, its header is broken, or it has more than MAX_PIXELS.
     """
     with _faults(formats):
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -97,30 +98,30 @@ def open_picture(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
 
 
 def picture_size(data: bytes, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
-    """-> width and height as it is looked at, from the header alone.
+    """Bytes -> width and height of the upright picture, from the header alone.
 
     Raises:
-        Refusal: no picture.
+        ValueError: as `open_picture`.
     """
     image = open_picture(_without_pixels(data) if data.startswith(PNG) else data, formats)
-    lies = image.format != "TIFF" and orientation(image) >= 5  # Pillow tells a TIFF's size as it is looked at
-    return (image.height, image.width) if lies else image.size
+    is_turned = image.format != "TIFF" and orientation(image) >= 5  # for a TIFF, Pillow gives the upright size
+    return (image.height, image.width) if is_turned else image.size
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's number, 1 to 8, as far as it has been read; 1, upright, where there is none or one that cannot be understood."""
+    """-> EXIF's orientation, 1 to 8, by what has been read of the file; 1, upright, where there is none or an invalid one."""
     try:
-        told = Image.Image.getexif(image).get(ORIENTATION, 1)  # that of the class PNG would unpack the pixels
+        number = Image.Image.getexif(image).get(ORIENTATION, 1)  # that of the class PNG would unpack the pixels
     except Exception:  # whatever others wrote into the tags: the pixels do not depend on it
         return 1
-    return told if isinstance(told, int) and told in TURNS else 1
+    return number if isinstance(number, int) and number in TURNS else 1
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as it is looked at, its pixels read.
+    """-> the picture, its pixels read, turned as its EXIF orientation says.
 
     Raises:
-        Refusal: they cannot be read.
+        ValueError: they cannot be read.
     """
     with _faults():
         image.load()
@@ -134,12 +135,12 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, ground: str = "white") -> Image.Image:
-    """Any picture, upright -> mode RGB, its colours brought to sRGB by the profile it carries, what is transparent over `ground`.
+    """-> the upright picture in mode RGB, converted to sRGB by its colour profile, with transparent parts over `ground`.
 
-    A profile that cannot be read, or is of other channels than the picture's, is passed over, as browsers do.
+    A profile that cannot be read, or that is for other channels than the picture's, is ignored, as browsers do.
 
     Raises:
-        Refusal: its pixels cannot be read, or are numbers of no known range.
+        ValueError: its pixels cannot be read, or are numbers without a known range.
     """
     with _faults():
         image = upright(image)
@@ -154,28 +155,28 @@ def to_srgb(image: Image.Image, ground: str = "white") -> Image.Image:
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """Any picture, upright -> mode L, such as a mask; its transparency and its profile are passed over.
+    """-> the upright picture in mode L, such as a mask; its transparency and its colour profile are ignored.
 
     Raises:
-        Refusal: its pixels cannot be read, or are numbers of no known range.
+        ValueError: as `to_srgb`.
     """
     with _faults():
         return _base(upright(image))[0].convert("L")
 
 
 def colour_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """What brings a picture's colours to sRGB; None where they are, or where nothing is known of them."""
+    """-> the conversion of a picture's colours to sRGB; None where they are sRGB, or have no usable profile."""
     profile = image.info.get("icc_profile")
     return _transform(profile, _base_mode(image)) if profile and len(profile) <= MAX_PROFILE else None
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """(B, 3, h, w) in [-1, 1] -> uint8, rounded: the picture as a file holds it."""
+    """(*) in [-1, 1] -> uint8 in 0 ... 255, (*), rounded."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_bytes(pixels: Tensor) -> Tensor:
-    """uint8 -> float32 of the same shape and layout in [-1, 1]."""
+    """uint8, (*) -> float32 in [-1, 1], (*), in the same memory layout."""
     return pixels.to(torch.float32).div_(127.5).sub_(1)
 
 
@@ -185,14 +186,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def _base_mode(image: Image.Image) -> str:
-    """The mode that a picture's colours are read in, transparency apart."""
+    """-> the mode that a picture's colours are read in, without transparency: L, RGB or CMYK."""
     if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16"):
         return "L"
     return "CMYK" if image.mode == "CMYK" else "RGB"
 
 
 def _base(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """-> the picture in that mode, and its transparency (mode L)."""
+    """-> the picture in that mode, and its opacity (mode L); None where it has no transparency."""
     if image.mode in ("I", "F", "LAB"):
         raise Refusal(f"a picture of mode {image.mode}: numbers of no known range, wanted grey, RGB or CMYK of 8 or 16 bits")
     if image.mode.startswith("I;16"):
@@ -209,10 +210,10 @@ def _base(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile's colours to sRGB, perceptually; None where that moves none further than NEAR_SRGB."""
+    """-> the perceptual conversion from a profile to sRGB; None where it changes no colour by more than NEAR_SRGB."""
     try:
-        told = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(told, ImageCms.createProfile("sRGB"), mode, "RGB")
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
         if mode == "CMYK":
             return transform
         probe = Image.fromarray(_probe()[:, :, 0] if mode == "L" else _probe())
@@ -223,30 +224,30 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _probe() -> np.ndarray:
-    """Colours on a grid, as a picture, uint8 (17 * 17, 17, 3); each of the channels takes all its values."""
+    """-> colours on a grid, as a picture, uint8 (17 * 17, 17, 3)."""
     steps = np.linspace(0, 255, 17).round().astype(np.uint8)
     return np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(17 * 17, 17, 3)
 
 
 def _without_pixels(data: bytes) -> bytes:
-    """A PNG with all that it says before and behind its pixels, and none of them.
+    """A PNG's bytes -> the same without its pixels, with all chunks before and behind them.
 
     Raises:
-        Refusal: it is cut off.
+        ValueError: it is cut off.
     """
-    at, told = len(PNG), [PNG]
+    at, chunks = len(PNG), [PNG]
     while (kind := data[at + 4 : at + 8]) != b"IEND":
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if not kind or end > len(data):
             raise Refusal(f"a PNG that is cut off after {len(data)} bytes")
-        told += [] if kind in PNG_PIXELS else [data[at:end]]
+        chunks += [] if kind in PNG_PIXELS else [data[at:end]]
         at = end
-    return b"".join([*told, struct.pack(">I4sI", 0, b"IDAT", 0x35AF061E)])
+    return b"".join([*chunks, struct.pack(">I4sI", 0, b"IDAT", 0x35AF061E)])
 
 
 @contextmanager
 def _faults(formats: Sequence[str] = FORMATS) -> Iterator[None]:
-    """Whatever a reader of pictures raises becomes a ValueError, in words that two broken files can share."""
+    """A context in which whatever a reader of pictures raises becomes a ValueError, in words that broken files can share."""
     try:
         yield
     except UnidentifiedImageError as error:  # its words hold an address

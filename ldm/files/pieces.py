@@ -1,4 +1,4 @@
-"""The weights in a folder as transformers and diffusers write them: one file, or pieces that an index names."""
+"""The weights of a model in a folder, as transformers and diffusers write them: one file, or several that an index names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,18 +9,18 @@ from ldm.errors import NotFound, Refusal
 from ldm.files.folder import read_json
 from ldm.files.weights import read_weights
 
-KINDS = ("", "fp32", "bf16", "fp16")  # of a model's files, the first that is there
+KINDS = ("", "fp32", "bf16", "fp16")  # variants of a model's files, the best first
 
 
 def names_of() -> list[str]:
-    """What such files are called, the best first: safetensors, and of the most bits, whole or the index of pieces."""
+    """-> the names of such files and indices, in the order in which they are preferred."""
     kinds = [f".{kind}" if kind else "" for kind in KINDS]
     endings = (("model", "safetensors"), ("pytorch_model", "bin"))
     return [n for stem, end in endings for dot in kinds for n in (f"{stem}{dot}.{end}", f"{stem}.{end}.index{dot}.json")]
 
 
 def patterns_of(names: Sequence[str]) -> list[str]:
-    """Of a folder's files those that `read_folder` would read, as patterns."""
+    """The names of a folder's files -> patterns of those that `read_folder` would read."""
     best = next((name for name in names_of() if name in names), None)
     if best is None or not best.endswith(".json"):
         return [] if best is None else [best]
@@ -29,29 +29,29 @@ def patterns_of(names: Sequence[str]) -> list[str]:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model of transformers by name, mapped into memory where the files allow it.
+    """-> the tensors of the model in a folder by name, mapped into memory where the files allow it.
 
     Raises:
-        NotFound: there are none. Refusal: a piece is missing or damaged, or numbers are quantised.
+        NotFound: there are none. Refusal: a file is missing or damaged, or its numbers are quantised.
     """
-    found = next((folder / name for name in names_of() if (folder / name).is_file()), None)
-    if found is None:
+    path = next((folder / name for name in names_of() if (folder / name).is_file()), None)
+    if path is None:
         raise NotFound(f"There are no weights in {folder}: wanted {names_of()[0]}, or an index of its pieces beside them.")
-    weights = read_pieces(found) if found.suffix == ".json" else read_weights(found)
+    weights = read_pieces(path) if path.suffix == ".json" else read_weights(path)
     for name, x in weights.items():
         if x.dtype.itemsize == 1:
             kind = str(x.dtype).removeprefix("torch.")
             raise Refusal(
-                f"{found}: {name} is {kind}, quantised numbers. Take the bfloat16, float16 or float32 files of this model."
+                f"{path}: {name} is {kind}, quantised numbers. Take the bfloat16, float16 or float32 files of this model."
             )
     return weights
 
 
 def read_pieces(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, which lie beside it.
+    """-> the tensors of all files that an index names, which lie beside it.
 
     Raises:
-        NotFound: a piece is missing. Refusal: one is damaged, or lacks a tensor that the index tells of.
+        NotFound: a file is missing. Refusal: one is damaged, or lacks a tensor that the index names.
     """
     places, weights = read_json(index)["weight_map"], {}
     for name in sorted(set(places.values())):

@@ -1,4 +1,4 @@
-"""Which of several processes this is, however they were started: by torchrun, by srun, or by Lightning; and how they meet."""
+"""The rank of this process among several, whether torchrun, srun or Lightning started them, and their communication."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ NUMBERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # 0 on the first 
 
 
 class Process(NamedTuple):
-    """One of `world` processes: its number, and its number among those on its machine."""
+    """One of `world` processes: its `rank`, from 0, and its `local` rank, among those on its machine."""
 
     rank: int
     world: int
@@ -22,42 +22,43 @@ class Process(NamedTuple):
 
 
 def process() -> Process:
-    """This process: as they have met (torch.distributed), or else as torchrun or srun say. Those that Lightning starts are
-    numbered once they have met; until then they only know which is the `first`.
+    """-> this process, by torch.distributed where that is initialized, or else by the environment of torchrun or srun.
+
+    Processes that Lightning starts have numbers once torch.distributed is initialized; before, they only know which is `first`.
     """
     names = _launcher()
-    said = Process(*(int(os.environ.get(name, 0)) for name in names)) if names else Process(0, 1, 0)
+    launched = Process(*(int(os.environ.get(name, 0)) for name in names)) if names else Process(0, 1, 0)
     if not met():
-        return said
+        return launched
     dist = sys.modules["torch.distributed"]
-    return Process(dist.get_rank(), dist.get_world_size(), said.local or int(os.environ.get("LOCAL_RANK", 0)))
+    return Process(dist.get_rank(), dist.get_world_size(), launched.local or int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def rank() -> int:
-    """This process's number."""
+    """-> this process' number, from 0."""
     return process().rank
 
 
 def world() -> int:
-    """How many processes there are."""
+    """-> the number of processes."""
     return process().world
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """-> the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def first() -> bool:
-    """Whether this is the process that speaks for all; known from the beginning, under Lightning too."""
+    """Whether this is the process that prints and writes for all; it is known before the processes are connected."""
     return rank() == 0 if met() or _launcher() else all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)
 
 
 def meet() -> None:
-    """Joins the processes that torchrun or srun started, if one did. They meet over gloo, also on GPUs: only words are exchanged.
+    """Initializes torch.distributed if torchrun or srun started several processes: over gloo, since little is exchanged.
 
-    Under srun at MASTER_ADDR and MASTER_PORT where these are set, or else where Lightning's processes would: on the first
-    machine of the step, at a port that follows from the job's number.
+    Under srun they connect to MASTER_ADDR and MASTER_PORT where these are set, or else where Lightning's processes would: to the
+    first machine of the step, at a port that follows from the job's number.
     """
     here = process()
     if here.world == 1 or met():
@@ -69,37 +70,37 @@ def meet() -> None:
 
 
 def met() -> bool:
-    """Whether the processes have met; without torch, which is slow to import, they have not."""
+    """Whether torch.distributed is initialized; torch, which is slow to import, is not imported for it."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Waits for all processes (a barrier)."""
     if met():
         sys.modules["torch.distributed"].barrier()
 
 
 def from_first(value: Any) -> Any:
-    """What process 0 has, on every process."""
+    """-> process 0's value, on every process (a broadcast)."""
     if not met():
         return value
-    words = [value]
-    sys.modules["torch.distributed"].broadcast_object_list(words, src=0)
-    return words[0]
+    values = [value]
+    sys.modules["torch.distributed"].broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def from_all(value: Any) -> list[Any]:
-    """What each process has, in order of their numbers, on every process."""
+    """-> every process' value, by rank, on every process (an all-gather)."""
     if not met():
         return [value]
-    words = [None] * world()
-    sys.modules["torch.distributed"].all_gather_object(words, value)
-    return words
+    values = [None] * world()
+    sys.modules["torch.distributed"].all_gather_object(values, value)
+    return values
 
 
 def _launcher() -> tuple[str, ...]:
-    """The words of who started several processes; of one that started a single process, nothing need be known."""
+    """-> the variables of the launcher that started several processes; none where there is one process."""
     return next((names for names in (TORCHRUN, SRUN) if names[0] in os.environ and int(os.environ.get(names[1], 1)) > 1), ())
 
 

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all: they are written beside their place, brought to the disk, and then renamed."""
+"""Atomic writes: files and folders are written beside their place, flushed to the disk, and then renamed."""
 
 import os
 import shutil
@@ -10,15 +10,15 @@ from typing import Any
 
 from ldm.errors import NotWritten
 
-END = ".part"  # of what is being written, or was when its process was killed: `.NAME.SOMETHING.part` beside NAME
+END = ".part"  # of files that are being written, or were when their process was killed: `.NAME.SOMETHING.part` beside NAME
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives the block a temporary path; the file that it writes there becomes `path` when the block ends without an exception.
+    """A context with a temporary path; the file that the block writes there becomes `path` if the block raises nothing.
 
     Raises:
-        OSError: it could not be written; what stood at `path` before still stands.
+        OSError: it could not be written; a file that was at `path` before is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{END}")
@@ -32,8 +32,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole`, for a folder, which is there, and empty, when the block begins. If another process has finished the same folder
-    by the end of the block, that one stays.
+    """As `whole`, for a folder, which the block finds empty. If another process has written the same folder by the end of the
+    block, that one is kept.
 
     Raises:
         OSError: it could not be written.
@@ -55,10 +55,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(part: Path, path: Path) -> None:
-    """Gives a finished folder its name; one that has this name is kept until then, and goes.
+    """Renames a finished folder to `path`; a folder that had this name is kept until then, and removed.
 
     Raises:
-        OSError: it could not be renamed; what stood at `path` before still stands.
+        OSError: it could not be renamed; the folder that was at `path` before is still there.
     """
     old = path.with_name(f".{path.name}.old{END}")
     shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
@@ -77,7 +77,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path), flushes it to the disk and renames it to `path`.
 
     Raises:
-        NotWritten: nothing could be written; what stood at `path` before still stands.
+        NotWritten: nothing could be written; a file that was at `path` before is still there.
     """
     try:
         with whole(path) as part:
@@ -90,7 +90,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove_halves(folder: Path, pattern: str) -> None:
-    """Removes what killed processes left half written, anywhere below a folder, of files and folders called `pattern`."""
+    """Removes what killed processes left half written below a folder, of files and folders whose name matches `pattern`."""
     for half in list(folder.rglob(f".{pattern}*{END}")):
         shutil.rmtree(half, ignore_errors=True) if half.is_dir() else half.unlink(missing_ok=True)
 

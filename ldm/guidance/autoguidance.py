@@ -1,4 +1,7 @@
-"""Guiding a model with a bad version of itself (https://arxiv.org/abs/2406.02507, equation 3)."""
+"""Guiding a model with a bad version of itself (https://arxiv.org/abs/2406.02507, equation 3).
+
+x_hat = x_weak + scale (x_strong - x_weak)
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +17,10 @@ from ldm.types import Batch, Conditioned, Denoise
 
 @dataclass(frozen=True)
 class Autoguidance:
-    """weak + scale (strong - weak), both told the condition: quality without loss of variety.
+    """The formula above, with the same condition for both networks: quality without loss of variety.
 
     `weak` loads a smaller or less trained model of the same latents, such as an earlier checkpoint, when it is first needed.
-    scale = 1 does without it (one call of the network); otherwise there is one call of each.
-
-    Raises:
-        Refusal: the two have different schedules, or the request has a negative.
+    `scale` = 1 needs no weak model, and one call of the network; any other needs one call of each.
     """
 
     weak: Callable[[], Conditioned]
@@ -28,11 +28,15 @@ class Autoguidance:
 
     @cached_property
     def loaded(self) -> Any:
-        """The weak model."""
+        """The weak model, loaded once."""
         return self.weak()
 
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
-        """ask: the request's fields -> Denoise."""
+        """ask: the request's fields, B of each -> the guided estimate, (x_t, t) -> x_hat.
+
+        Raises:
+            Refusal: the two models have different schedules, or the request has a negative.
+        """
         refuse_negative(ask, "autoguidance")
         cond = model.condition(ask)
         if self.scale == 1:

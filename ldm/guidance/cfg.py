@@ -1,4 +1,8 @@
-"""Classifier-free guidance (https://arxiv.org/abs/2207.12598, equation 6 with scale = 1 + w)."""
+"""Classifier-free guidance (https://arxiv.org/abs/2207.12598, equation 6 with scale = 1 + w).
+
+x_hat = x_null + scale (x_cond - x_null), whose std over each picture `rescale` brings back to x_cond's:
+x_hat (1 + rescale (std(x_cond) / std(x_hat) - 1))  (https://arxiv.org/abs/2305.08891, equations 15 and 16)
+"""
 
 from dataclasses import dataclass
 
@@ -11,18 +15,18 @@ from ldm.types import Batch, Conditioned, Denoise, like
 
 @dataclass(frozen=True)
 class CFG:
-    """scale = 0 ignores the condition, 1 follows it (one call of the network), more than 1 exaggerates it (two, as one batch).
+    """`scale` = 0 ignores the condition, 1 follows it, with one call of the network, and more exaggerates it, with two in one
+    batch.
 
-    A request's field `negative.<key>` takes the place of `<key>` in the null condition; conditions without one are dropped
-    there. `rescale`, from 0 to 1, brings the estimate's std, over each picture, back to that of the unguided one, against
-    over-exposure at large scales (https://arxiv.org/abs/2305.08891, equations 15 and 16).
+    A request's field `negative.<field>` takes the place of `<field>` in the null condition; conditions without one are dropped
+    there. `rescale`, in [0, 1], works against over-exposure at large scales.
     """
 
     scale: float = 2.0
     rescale: float = 0.0
 
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
-        """ask: the request's fields -> Denoise."""
+        """ask: the request's fields, B of each -> the guided estimate, (x_t, t) -> x_hat."""
         cond = model.condition(ask)
         if self.scale == 1:
             return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)
@@ -37,7 +41,7 @@ class CFG:
 
 
 def refuse_negative(ask: Batch, guidance: str) -> None:
-    """Raises ValueError where a request says what to move away from, and `guidance` has no null condition to put it in."""
+    """Refuses a negative request for a `guidance` that has no null condition to put it in."""
     if negative := [field for field in ask if field.startswith("negative.")]:
         raise Refusal(
             f"guidance={guidance} takes no negative request, and found {negative}: take negative=... out, or use guidance=cfg, "
@@ -46,7 +50,7 @@ def refuse_negative(ask: Batch, guidance: str) -> None:
 
 
 def rescaled(x_hat: Tensor, x_cond: Tensor, rescale: float) -> Tensor:
-    """x_hat: (B, C, H, W), with `rescale` of the way to x_cond's std over each picture -> (B, C, H, W)."""
+    """x_hat, x_cond: (B, C, H, W) -> x_hat, its std over each picture brought towards x_cond's by the share `rescale`."""
     if rescale == 0:
         return x_hat
     ratio = x_cond.flatten(1).std(1) / x_hat.flatten(1).std(1)

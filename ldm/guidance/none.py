@@ -1,4 +1,4 @@
-"""No guidance: the condition, as it is."""
+"""No guidance: x_hat = D(x_t, t, condition)."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from ldm.types import Batch, Conditioned, Denoise
 
 @dataclass(frozen=True)
 class Unguided:
-    """One call of the network a step.
-
-    Raises:
-        ValueError: the request has a negative.
-    """
+    """The model's estimate as it is, at one call of the network."""
 
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
-        """ask: the request's fields -> Denoise."""
+        """ask: the request's fields, B of each -> the estimate, (x_t, t) -> x_hat.
+
+        Raises:
+            Refusal: the request has a negative.
+        """
         refuse_negative(ask, "none")
         cond = model.condition(ask)
 

@@ -1,4 +1,7 @@
-"""A scale for each condition (InstructPix2Pix, https://arxiv.org/abs/2211.09800, equation 3)."""
+"""A guidance scale for each condition (InstructPix2Pix, https://arxiv.org/abs/2211.09800, equation 3).
+
+x_hat = x_0 + s_1 (x_1 - x_0) + s_2 (x_2 - x_1) + ..., where x_i is the estimate with the first i conditions of `scales`
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +16,11 @@ from ldm.types import Batch, Cond, Conditioned, Denoise
 
 @dataclass(frozen=True)
 class Scales:
-    """x_0 + s_1 (x_1 - x_0) + s_2 (x_2 - x_1) + ..., where x_i is told the first i conditions of `scales`.
+    """The formula above; `scales` maps names of conditions to s_1, s_2, ..., in this order.
 
-    Conditions that `scales` does not name are always told; those that x_i is not told yet have their negative request in their
-    place where there is one. With one scale for all it is classifier-free guidance, and with 1 for all no guidance (one call of
-    the network); otherwise there is one call more than conditions, as one batch.
+    Every x_i has the conditions that `scales` does not name. Those that it lacks are dropped, or read their negative where the
+    request has one. One scale for all is classifier-free guidance. 1 for all is no guidance, at one call of the network;
+    otherwise there is one call more than there are scales, in one batch.
 
     Raises:
         Refusal: no condition is named.
@@ -30,7 +33,7 @@ class Scales:
             raise Refusal("guidance.scales={}: name the model's conditions, as guidance.scales={text: 7.5, map: 1.5}.")
 
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
-        """ask: the request's fields -> Denoise."""
+        """ask: the request's fields, B of each -> the guided estimate, (x_t, t) -> x_hat."""
         if all(scale == 1 for scale in self.scales.values()):
             cond = model.condition(ask)
             return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm.adapt import asked
 from ldm.errors import Refusal
-from ldm.interop.adapters import base_of, is_adapter, merge, read_any, with_towers, write_adapter
+from ldm.interop.adapters import base_of, is_adapter, merge, read_all, with_towers, write_adapters
 from ldm.interop.convert import LAYOUTS, add_autoencoder, add_words, check, describe, read, write
 from ldm.interop.find import adapter_kinds
 from ldm.interop.hub import HUB, download, push
@@ -62,9 +62,9 @@ def _convert_adapter(told: argparse.Namespace) -> None:
     if base is None:
         raise Refusal(f"{told.source} is an adapter, which does not say of which model; name that: --base FOLDER.")
     bundle = with_towers(read(base)[0])
-    adapter = read_any(told.source, bundle)
-    write_adapter(told.source, adapter, bundle, base, told.target, told.to)
-    print("\n".join([*adapter.said, f"The adapter is in {told.target}"]))
+    adapters = read_all(told.source, bundle)
+    write_adapters(told.source, adapters, bundle, base, told.target, told.to)
+    print("\n".join([*(line for read in adapters.values() for line in read.said), f"The adapter is in {told.target}"]))
 
 
 if __name__ == "__main__":

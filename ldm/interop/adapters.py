@@ -10,13 +10,13 @@ from torch import Tensor
 from ldm.adapt import ADAPTED, TEXT, Asked
 from ldm.adapter.lora import LoRA
 from ldm.errors import Refusal
-from ldm.files.content import file_content
+from ldm.files.base import identity_of
 from ldm.files.folder import read_model, read_recipe, save_model
 from ldm.interop.bundle import Bundle
 from ldm.interop.find import adapter_kinds
 from ldm.interop.foreign import Foreign
 from ldm.interop.hub import HUB, download
-from ldm.interop.protocols import Read
+from ldm.interop.protocols import AdapterKind, Read
 
 
 def read_adapter(source: str, name: str | None, recipe: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Read, str]:
@@ -62,34 +62,62 @@ def base_of(source: str) -> str | None:
 
 
 def read_any(source: str, bundle: Bundle) -> Read:
-    """An adapter of a run here, or in another layout, for a model whose tensors are whole (`with_towers`).
+    """As `read_all`, of one adapter.
 
     Raises:
-        NotFound: nothing is there. Refusal: it is no adapter, several of them, or of another model.
+        Refusal: there are several.
+    """
+    found = read_all(source, bundle)
+    if len(found) > 1:
+        raise Refusal(f"{source} holds {', '.join(found)}, and one adapter was wanted; draw with it here.")
+    return next(iter(found.values()))
+
+
+def read_all(source: str, bundle: Bundle) -> dict[str, Read]:
+    """The adapters of a run here, or the one in another layout, for a model whose tensors are whole (`with_towers`), by name.
+
+    Raises:
+        NotFound: nothing is there. Refusal: it is no adapter, or of another model.
     """
     if not _is_ours(Path(source)):
-        return read_adapter(source, None, bundle.recipe, bundle.weights)[0]
+        read = read_adapter(source, None, bundle.recipe, bundle.weights)[0]
+        return {_member(read): read}
     recipe, tensors = read_model(Path(source))
-    if len(recipe["adapters"]) > 1:
-        raise Refusal(f"{source} holds {', '.join(recipe['adapters'])}: other layouts have one file for each; draw with it here.")
-    return Read(next(iter(recipe["adapters"].values())), tensors)
+    if len(recipe["adapters"]) == 1:
+        return {name: Read(node, tensors) for name, node in recipe["adapters"].items()}
+    kinds = {name: _kind(node) for name, node in recipe["adapters"].items()}
+    return {
+        name: Read(node, {n: x for n, x in tensors.items() if kinds[name].owns(n)}) for name, node in recipe["adapters"].items()
+    }
 
 
-def write_adapter(source: str, adapter: Read, bundle: Bundle, base: str, target: Path, layout: str) -> None:
-    """An adapter into one of its layouts, or, for `ldm`, into a folder like a run's.
+def write_adapters(source: str, adapters: Mapping[str, Read], bundle: Bundle, base: str, target: Path, layout: str) -> None:
+    """Adapters into a layout of theirs, of several into a folder; or, for `ldm`, into a folder like a run's.
 
     Raises:
-        Refusal: the layout has no place for it.
+        Refusal: the layout has no place for one.
     """
     if layout == "ldm":
-        name, file = adapter.node["_target_"].split(".")[-2], Path(base) / "model.safetensors"
-        told = {"path": str(Path(base).absolute()), "sha256": file_content(file)}
-        save_model(adapter.tensors, {"_target_": ADAPTED, "base": told, "adapters": {name: adapter.node}}, target)
+        nodes = {name: read.node for name, read in adapters.items()}
+        tensors = {n: x for read in adapters.values() for n, x in read.tensors.items()}
+        save_model(tensors, {"_target_": ADAPTED, "base": identity_of(Path(base)), "adapters": nodes}, target)
         return
-    kind = next(kind for kind in adapter_kinds() if adapter.node["_target_"].split(".")[-2] == kind.adapter)
-    if layout not in kind.layouts:
-        raise Refusal(f"--to {layout}: {source} is {kind.word}, which goes into {', '.join((*kind.layouts, 'ldm'))}.")
-    kind.write(adapter, bundle, target, layout)
+    kinds = {name: _kind(read.node) for name, read in adapters.items()}
+    for kind in kinds.values():
+        if layout not in kind.layouts:
+            others = f"; it is with {', '.join(adapters)} in one run: --to diffusers writes them all" if len(adapters) > 1 else ""
+            raise Refusal(f"--to {layout}: {source} is {kind.word}, which goes into {', '.join((*kind.layouts, 'ldm'))}{others}.")
+    for name, kind in kinds.items():
+        kind.write(adapters[name], bundle, target / kind.file if len(adapters) > 1 else target, layout)
+
+
+def _kind(node: Mapping[str, Any]) -> AdapterKind:
+    """Which kind of adapter a recipe's node is."""
+    return next(kind for kind in adapter_kinds() if node["_target_"].split(".")[-2] == kind.adapter)
+
+
+def _member(read: Read) -> str:
+    return read.node["_target_"].split(".")[-2]
 
 
 def with_towers(bundle: Bundle) -> Bundle:

@@ -76,7 +76,7 @@ class Bundle:
 
 USUAL = {"text.Text": "text", "text.Texts": "text", "bert.Bert": "bert", "label.Label": "label", "number.Number": "number"}
 USUAL |= {"language.Language": "language", "language.Silence": "language"}
-USUAL |= {"inpaint.Inpaint": "inpaint", "depth_map.DepthMap": "depth", "upscale.Upscale": "upscale"}
+USUAL |= {"inpaint.Inpaint": "inpaint", "depth_map.DepthMap": "depth", "upscale.Upscale": "upscale", "edit.Edit": "edit"}
 
 
 def usually_named(bundle: Bundle) -> Bundle:

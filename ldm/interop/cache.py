@@ -173,9 +173,23 @@ def _convert(path: Path, source: str, row: Published | None, folder: Path, say: 
     except NotFound:
         raise
     except Refusal as error:
+        if (kind := _adapter(path)) is not None:
+            raise Refusal(f"{source} is {kind}, and no model: model=BASE adapters={source} puts it on one.") from error
         what = f"{error} What a source leaves open is said to `ldm convert {path} FOLDER --to ldm ...`; then model=FOLDER."
         raise Refusal(what if "--" in str(error) else str(error)) from error
     say(f"{source} is there, after {time.time() - begun:.0f} s")
+
+
+def _adapter(path: Path) -> str | None:
+    """What kind of adapter lies there, if any."""
+    from ldm.interop.find import adapter_kinds
+    from ldm.interop.foreign import Foreign
+
+    try:
+        found = Foreign(path)
+        return next((kind.word for kind in adapter_kinds() if kind.recognise(found)), None)
+    except Refusal:
+        return None
 
 
 def _looks(path: Path) -> list[list[Any]]:

@@ -1,5 +1,6 @@
 """The family's conditions beside text: the sizes of XL, the score of its refiner, and what the map channels of a U-Net are."""
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 
+EDIT = "ldm.condition.edit.Edit"
 LABEL = "conditioner.embedders.label.table.weight"
 CLASSES = 1000  # of ImageNet
 IDENTITY = {"_target_": "ldm.nn.layers.identity", "_partial_": True}
@@ -45,8 +47,9 @@ def lacks_null(table: Tensor) -> bool:
     return len(table) == CLASSES + 1 and not table[-1].any()
 
 
-def map_node(spatial: int, channels: int, text: bool, table: Tensor | None) -> dict[str, Any]:
+def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None) -> dict[str, Any]:
     """What the map channels of a published U-Net of `channels` latent channels are, with its `table` of noise steps if any.
+    `told` names what else it is told.
 
     Raises:
         Refusal: they are none that is known.
@@ -58,10 +61,12 @@ def map_node(spatial: int, channels: int, text: bool, table: Tensor | None) -> d
         node = {"_target_": "ldm.condition.upscale.Upscale", "_partial_": True, "steps": steps, "width": width}
         return {"upscale": node}
     known = {1 + channels: ("inpaint", "ldm.condition.inpaint.Inpaint"), 1: ("depth", "ldm.condition.depth_map.DepthMap")}
-    if spatial not in known or not text:
+    known |= {} if "number" in told else {channels: ("edit", EDIT)}
+    if spatial not in known or not told:
         raise Refusal(
-            f"The U-Net takes {spatial} channels beside the {channels} noisy ones{'' if text else ', and no text'}. Whole models "
-            f"are known with, beside text: 1 (depth), {1 + channels} (inpainting), and 3 with a table of noise steps (upscaling)."
+            f"The U-Net takes {spatial} channels beside the {channels} noisy ones{'' if told else ', and no text'}. Whole models "
+            f"are known with, beside text: 1 (depth), {1 + channels} (inpainting), {channels} (InstructPix2Pix of Stable "
+            "Diffusion 1 and 2), and 3 with a table of noise steps (upscaling)."
         )
     name, target = known[spatial]
     return {name: {"_target_": target, "_partial_": True}}

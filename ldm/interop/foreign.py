@@ -5,13 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from ldm.errors import NotFound, Refusal
 from ldm.files.content import file_content, files_content
 from ldm.files.folder import read_json
-from ldm.files.weights import PICKLES, read_weights
+from ldm.files.weights import PICKLES, notes_of, read_weights
 
 ENDINGS = (".safetensors", *PICKLES)
 
@@ -34,11 +33,24 @@ class Foreign:
             raise Refusal(f"adapters={path}: there are no weights in this folder ({', '.join(ENDINGS)}).")
 
     @cached_property
+    def each(self) -> dict[Path, dict[str, Tensor]]:
+        """The tensors of each of its files by name."""
+        return {file: read_weights(file) for file in self.files}
+
+    @cached_property
+    def names(self) -> set[str]:
+        """Of the tensors of all its files."""
+        return {name for held in self.each.values() for name in held}
+
+    @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The tensors of all its files by name."""
+        """The tensors of all its files by name.
+
+        Raises:
+            Refusal: two files hold the same.
+        """
         found: dict[str, Tensor] = {}
-        for file in self.files:
-            held = read_weights(file)
+        for held in self.each.values():
             if twice := next((name for name in held if name in found), None):
                 raise Refusal(f"adapters={self.path}: {twice} is in several of {[f.name for f in self.files]}; name one file.")
             found |= held
@@ -47,10 +59,7 @@ class Foreign:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """What its first file says beside its tensors."""
-        if self.files[0].suffix != ".safetensors":
-            return {}
-        with safe_open(self.files[0], "pt") as held:
-            return dict(held.metadata() or {})
+        return notes_of(self.files[0])
 
     def config(self, name: str) -> dict[str, Any]:
         """What a JSON file of its folder says; nothing where there is none."""

@@ -99,6 +99,14 @@ class Network:
     def check(self, bundle: Bundle, place: str) -> None:
         """Raises ValueError where its tensors are not those of its config."""
 
+    def brought(self, bundle: Bundle) -> Bundle:
+        """A model as others tell its network, as ours do."""
+        return bundle
+
+    def given(self, bundle: Bundle) -> Bundle:
+        """The inverse of `brought`."""
+        return bundle
+
     def check_single(self, bundle: Bundle) -> None:
         """Raises ValueError where a single file has no place for something in a model."""
 
@@ -239,13 +247,18 @@ class AdapterKind:
     """A kind of adapter in others' files, known by what is in them and never by their names. A new one is a file in `adapter/`.
 
     `adapter` is its member in ldm/adapter, `word` what it is called in messages, `named` whether NAME= means something for it;
-    `layouts` are what --to calls those that are written.
+    `layouts` are what --to calls those that are written; `file` is what one is called in the folder of a run of several.
     """
 
     adapter: str
     word: str
     named = False
     layouts: tuple[str, ...] = ()
+    file = ""
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of that name in a model is its."""
+        raise NotImplementedError
 
     def recognise(self, source: Foreign) -> bool:
         """Whether a file or folder holds such an adapter."""

@@ -9,10 +9,12 @@ import yaml
 
 from ldm.files.folder import read_json
 from ldm.interop.bundle import BACKBONE, Bundle
+from ldm.interop.conditions import EDIT
 from ldm.interop.schedulers import MULTISTEP, stops
 from ldm.interop.weights import class_of
 
 CFG, GRID, SAMPLER = "ldm.guidance.cfg.CFG", "ldm.sampler.grid.", "ldm.sampler."
+SCALES, PICTURE = "ldm.guidance.scales.Scales", 1.5  # of InstructPix2Pix, which also has a scale for the picture
 # What diffusers' pipelines take unless they are told: steps, and the scale of guidance.
 PIPELINES: dict[str, tuple[int, float]] = {
     "DiTPipeline": (50, 4.0),
@@ -20,6 +22,7 @@ PIPELINES: dict[str, tuple[int, float]] = {
     "PixArtSigmaPipeline": (20, 4.5),
     "StableDiffusion3Pipeline": (28, 7.0),
     "LDMTextToImagePipeline": (50, 1.0),
+    "StableDiffusionInstructPix2PixPipeline": (100, 7.5),
     "StableDiffusionUpscalePipeline": (75, 9.0),
     "StableDiffusionXLPipeline": (50, 5.0),
     "StableDiffusionXLImg2ImgPipeline": (50, 5.0),
@@ -124,6 +127,9 @@ def _flux_steps(bundle: Bundle) -> int:
 
 def _guidance(bundle: Bundle, scale: float) -> dict[str, Any]:
     """None where there is nothing to leave out, or a network that needs none (Flux)."""
+    if (edit := bundle.made_by(EDIT)) is not None:
+        text = next(name for name in bundle.recipe["condition"] if name != edit)
+        return {"_target_": SCALES, "scales": {edit: PICTURE, text: scale}}
     guided = bundle.recipe["condition"] and not _is(bundle, "flux.Flux")
     return {"_target_": CFG, "scale": scale, "rescale": 0.0} if guided else {"_target_": "ldm.guidance.none.Unguided"}
 

@@ -55,7 +55,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     weights = _joined(path) if path.suffix == ".json" else read_weights(path)
     lora = [name for name in weights if any(word in name for word in LORA)]
     if lora:
-        raise Refusal(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model. Merge it into its base first.")
+        raise Refusal(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model: it is put on one by adapters={path}.")
     return weights
 
 

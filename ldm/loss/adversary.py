@@ -1,4 +1,11 @@
-"""The adversary of an autoencoder: a discriminator of patches, and what it and the autoencoder want of each other."""
+"""The adversary of an autoencoder: a discriminator of patches, and the adversarial losses of the two.
+
+              discriminator minimises                           autoencoder minimises
+Hinge         (E max(0, 1 - D(real)) + E max(0, 1 + D(fake))) / 2   -E D(fake)
+NonSaturating (E softplus(-D(real)) + E softplus(D(fake))) / 2      E softplus(-D(fake))
+
+D is the discriminator's logit of being real, and E the mean over pictures and patches.
+"""
 
 import math
 
@@ -10,10 +17,10 @@ from ldm.errors import Refusal
 
 
 class PatchGAN(nn.Module):
-    """Judges overlapping patches (https://arxiv.org/abs/1611.07004, section 3.2.2; `layers` = 3 sees 70 x 70 pixels).
+    """A discriminator of overlapping patches (https://arxiv.org/abs/1611.07004, section 3.2.2; `layers` = 3 sees 70 x 70 pixels).
 
-    GroupNorm, of at most `groups` groups, in place of the paper's BatchNorm: a picture's verdict depends neither on its batch
-    nor on the number of ranks.
+    `width` is the number of features of the first layer. GroupNorm, with at most `groups` groups, replaces the paper's BatchNorm,
+    so that a picture's logits depend neither on its batch nor on the number of ranks.
     """
 
     def __init__(self, width: int = 64, layers: int = 3, groups: int = 32) -> None:
@@ -51,7 +58,7 @@ class PatchGAN(nn.Module):
 
 
 class Hinge:
-    """https://arxiv.org/abs/1705.02894, section 3, halved as in VQGAN; the autoencoder minimises -logit."""
+    """The hinge loss (https://arxiv.org/abs/1705.02894, section 3), halved as in VQGAN."""
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         """Logits (B, 1, h, w) of each -> ()."""
@@ -63,7 +70,7 @@ class Hinge:
 
 
 class NonSaturating:
-    """https://arxiv.org/abs/1406.2661, section 3, halved: cross-entropy, and the autoencoder minimises -log D."""
+    """The non-saturating cross-entropy (https://arxiv.org/abs/1406.2661, section 3), halved."""
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         """Logits (B, 1, h, w) of each -> ()."""

@@ -1,17 +1,23 @@
-"""Perceptual distance in the features of a frozen CLIP's image tower."""
+"""Perceptual distance in the features of a frozen CLIP's image tower.
+
+d(x, y) = mean over blocks l and tokens of |f_l(x) - f_l(y)|^2, f_l of unit length: LPIPS (https://arxiv.org/abs/1801.03924,
+equation 1) without learnt weights
+"""
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
-from ldm.tower.clip import load_clip, see
+from ldm.tower.clip import load_clip, preprocess
 
 
 class Features(nn.Module):
-    """Mean squared distance of unit-length token features after every block of a vision transformer.
+    """The distance above, in the token features after every block of a vision transformer.
 
-    The form is LPIPS' (https://arxiv.org/abs/1801.03924, equation 1) without learned weights. `model` and `pretrained` are
-    open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`.
+    `model` and `pretrained` are open_clip's name and tag or local file, or `local-dir:FOLDER`.
+
+    Raises:
+        Refusal: the model is no vision transformer. NotFound: there is no CLIP in the folder.
     """
 
     def __init__(self, model: str, pretrained: str | None = None) -> None:
@@ -21,14 +27,14 @@ class Features(nn.Module):
             raise Refusal(f"loss.model={model} has no vision transformer; choose a ViT of open_clip's.")
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Both (B, 3, h, w) in [-1, 1] -> (), at least 0. Gradients reach `images`; the tower stays as it is."""
+        """(B, 3, h, w) in [-1, 1] each -> (), the mean over pictures, at least 0. Gradients flow to `images` alone."""
         with torch.no_grad():
-            wanted = self.features(targets)
-        return torch.stack([(a - b).square().sum(-1).mean() for a, b in zip(self.features(images), wanted)]).mean()
+            features = self.features(targets)
+        return torch.stack([(a - b).square().sum(-1).mean() for a, b in zip(self.features(images), features)]).mean()
 
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, h, w) in [-1, 1] -> unit-length features (B, N, D) after each block, in float32."""
-        out = self.tower.forward_intermediates(see(self.tower, images), intermediates_only=True, output_fmt="NLC")
+        out = self.tower.forward_intermediates(preprocess(self.tower, images), intermediates_only=True, output_fmt="NLC")
         return [torch.nn.functional.normalize(h.float(), dim=-1) for h in out["image_intermediates"]]
 
     def train(self, mode: bool = True) -> "Features":

@@ -9,8 +9,13 @@ INSTEAD = "Or take the distance in a local CLIP's features, loss=features."
 
 
 class LPIPS(nn.Module):
-    """`net` is vgg (as in Latent Diffusion's loss), alex (as in most tables) or squeeze. `weights` is a local file of
-    torchvision's network of that name, .pth or .safetensors; None downloads it.
+    """The mean of tower/lpips.py's distance.
+
+    `net` is vgg (as in Latent Diffusion's loss), alex (as in most tables) or squeeze. `weights` is a local file of torchvision's
+    network of that name, .pth or .safetensors; None downloads it.
+
+    Raises:
+        Refusal: as `Distance`.
     """
 
     def __init__(self, net: str = "vgg", weights: str | None = None) -> None:
@@ -18,7 +23,7 @@ class LPIPS(nn.Module):
         self.distance = Distance(net, weights, "loss", INSTEAD)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Both (B, 3, h, w) in [-1, 1] -> (), at least 0. Gradients reach `images`; the networks stay as they are.
+        """(B, 3, h, w) in [-1, 1] each -> (), at least 0. Gradients flow to `images` alone.
 
         Raises:
             Refusal: the pictures are too small for the network.

@@ -13,9 +13,9 @@ from ldm.types import Batch
 
 
 class Pairs:
-    """Pictures and captions through a CLIP's two towers, fed by open_clip's own transform and tokenizer.
+    """Pictures and captions through a CLIP's two towers, preprocessed by open_clip's transform and tokenizer.
 
-    model, pretrained: open_clip's name and tag or local file, or `local-dir:FOLDER`. option: the config line, for errors.
+    `model` and `pretrained` are open_clip's name and tag or local file, or `local-dir:FOLDER`; errors name the setting `option`.
     """
 
     def __init__(self, model: str, pretrained: str | None, option: str) -> None:
@@ -42,6 +42,6 @@ class Pairs:
         if "caption" not in batch:
             raise Refusal(f"{self.option} compares pictures with captions, and there is only {sorted(batch)} (prompts=FILE).")
         self.clip.to(images.device)
-        seen = self.clip.encode_image(transformed(images, self.transform))
-        read = self.clip.encode_text(self.tokenizer(list(batch["caption"])).to(images.device))
-        return {"image": normalize(seen.float(), dim=1), "text": normalize(read.float(), dim=1)}
+        image = self.clip.encode_image(transformed(images, self.transform))
+        text = self.clip.encode_text(self.tokenizer(list(batch["caption"])).to(images.device))
+        return {"image": normalize(image.float(), dim=1), "text": normalize(text.float(), dim=1)}

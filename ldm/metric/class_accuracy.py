@@ -12,10 +12,10 @@ from ldm.types import Batch
 
 
 class ClassAccuracy:
-    """Top-1 of a linear classifier on an extractor's features: ridge regression onto classes, fitted to the training set.
+    """Top-1 accuracy of a linear classifier on an extractor's features: ridge regression onto the classes of the training set.
 
-    key: the field with the class. ridge: in units of the features' mean variance. The classifier's own worth is measured with it,
-    on each training picture by the fit without that picture. `right` holds the answers, picture by picture.
+    W = (X^T X + lambda I)^-1 X^T Y, with lambda = ridge * N * the features' mean variance, and no penalty on the bias. `key` is
+    the field that holds the class. `right` holds the answers, picture by picture.
     """
 
     of, against = "drawing", "train"
@@ -40,7 +40,10 @@ class ClassAccuracy:
         return {"features": self.extractor(images)["features"], "label": torch.as_tensor(batch[self.key])}
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
-        """-> `class_accuracy` of the drawings, `class_accuracy_real` of the training pictures, each left out of its own fit."""
+        """-> `class_accuracy` of the drawings, and `class_accuracy_real` of the training pictures, in [0, 1].
+
+        Each training picture is judged by the fit without it: its residual is that of the fit to all, over 1 - its leverage.
+        """
         real = reference.rows()
         classes = int(torch.cat((real["label"], rows["label"])).max()) + 1
         x, y = real["features"].double(), one_hot(real["label"], classes).double()

@@ -16,13 +16,17 @@ SHIFT = 4  # pixels by which training pictures move, at most
 
 
 class Classifier:
-    """Top-1 of a convolutional network on pictures pooled to side x side, trained from scratch and kept beside the reference.
+    """Top-1 accuracy of a convolutional network that is trained from scratch on the training pictures, pooled to side x side.
 
-    For small pictures, of which no published network knows much; elsewhere `class_accuracy` on a strong extractor is less work.
-    `classifier_accuracy_real` is of the held-out pictures that the requests came from: what a perfect drawing would get. Where
-    requests are of the training set, or come with no picture, there is none. `right` holds the answers, picture by picture.
+    It is for small pictures, of which no published network knows much; elsewhere `class_accuracy` on a strong extractor is less
+    work. The trained network is kept beside the reference. `right` holds the answers, picture by picture.
 
-    key: the field with the class. steps: of `batch` mirrored and shifted pictures. width: of the first layer.
+    Args:
+        key: the field that holds the class.
+        side: pixels that pictures are pooled to.
+        steps: of training, with AdamW.
+        batch: mirrored and shifted pictures of a step.
+        width: channels of the first layer.
     """
 
     of, against = "drawing", "train"
@@ -33,6 +37,8 @@ class Classifier:
 
     def look(self, images: Tensor, batch: Batch) -> Rows:
         """images: (B, 3, h, w) in [-1, 1]; batch: the class, (B), image -> pixels, real: uint8 (B, 3, side, side), label: (B).
+
+        `real`, the picture that the request came from, is there where it is held out.
 
         Raises:
             Refusal: the requests have no class.
@@ -46,7 +52,11 @@ class Classifier:
         return rows | ({"real": self._pooled(batch["image"])} if held_out else {})
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
-        """-> `classifier_accuracy` of the drawings, and `classifier_accuracy_real` where there are held-out pictures."""
+        """-> `classifier_accuracy` of the drawings, in [0, 1], and `classifier_accuracy_real`, what perfect drawings would get.
+
+        The latter is of the held-out pictures that the requests came from, and missing where there are none: where the requests
+        are of the training set, or come with no picture.
+        """
         weights = reference.kept(f"classifier-{self.width}-{self.steps}-{self.batch}", self._trained)
         net = self._network(len(weights["head.bias"]))
         net.load_state_dict(weights)

@@ -12,8 +12,10 @@ from ldm.types import Batch
 
 
 class ClipRetrieval:
-    """Top-1 by cosine in a CLIP (R-precision, https://arxiv.org/abs/1711.10485, section 5): the own caption against `others`
-    random ones, 99 in the paper, or against all that were asked for. Equal captions are no rivals.
+    """Top-1 by cosine in a CLIP (R-precision, https://arxiv.org/abs/1711.10485, section 5): is the picture's caption the nearest?
+
+    It competes with `others` random captions, 99 in the paper, or, with None, with all captions of the evaluation. Equal captions
+    do not compete. `model` and `pretrained` are open_clip's name and tag or local file, or `local-dir:FOLDER`.
     """
 
     of, against = "drawing", None
@@ -23,7 +25,7 @@ class ClipRetrieval:
         self.protocol, self.others, self.seed = self.pairs.protocol, others, seed
 
     def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1]; batch: caption."""
+        """images: (B, 3, h, w) in [-1, 1]; batch: caption -> image, text: (B, E), as `Pairs`."""
         return self.pairs.look(images, batch)
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:

@@ -1,4 +1,7 @@
-"""CLIP score: how near a picture is to its caption in a CLIP."""
+"""CLIP score: how near a picture is to its caption in a CLIP.
+
+score = 100 max(cos(image, text), 0)  (https://arxiv.org/abs/2104.08718, section 3, with the weight 100 of torchmetrics)
+"""
 
 from collections.abc import Mapping
 
@@ -10,10 +13,10 @@ from ldm.types import Batch
 
 
 class ClipScore:
-    """Mean over pictures of max(100 cos(image, text), 0) (https://arxiv.org/abs/2104.08718, with weight 100 as in torchmetrics).
+    """The mean over pictures of their CLIP scores; `scores` holds them picture by picture.
 
-    model, pretrained: any CLIP of open_clip, or `local-dir:FOLDER`. Scores of different CLIPs do not compare. `scores` holds them
-    picture by picture.
+    `model` and `pretrained` are any CLIP of open_clip, by name and tag or local file, or `local-dir:FOLDER`. Scores of different
+    CLIPs do not compare.
     """
 
     of, against = "drawing", None
@@ -23,7 +26,7 @@ class ClipScore:
         self.protocol = self.pairs.protocol
 
     def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1]; batch: caption."""
+        """images: (B, 3, h, w) in [-1, 1]; batch: caption -> image, text: (B, E), as `Pairs`."""
         return self.pairs.look(images, batch)
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:

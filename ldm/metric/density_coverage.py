@@ -1,4 +1,10 @@
-"""Density (how much do drawings lie among real pictures?) and coverage (how many real pictures have a drawing near?)."""
+"""Density (how much do drawings lie among real pictures?) and coverage (how many real pictures have a drawing near?).
+
+With the ball B_j around real picture j, out to its k-th nearest real neighbour, N real pictures and M drawings
+(https://arxiv.org/abs/2002.09797, equations 5 and 6):
+density = 1 / (k M) * sum over drawings i of the number of j with i in B_j
+coverage = 1 / N * the number of j with a drawing in B_j
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -7,15 +13,22 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
-from ldm.metric.precision_recall import CHUNK, radii
+from ldm.metric._neighbours import CHUNK, both, radii
 from ldm.types import Batch
 
 
 class DensityCoverage:
-    """https://arxiv.org/abs/2002.09797, equations 5 and 6: balls around real pictures, out to the `k`-th real neighbour.
+    """Density and coverage of an extractor's features.
 
-    For equal distributions density is 1, which more may exceed, and coverage 1 - 2^-k for many pictures of each. One outlier
-    among the real pictures does not count for much, as it does in precision and recall.
+    Between equal distributions, for many pictures of each, the expected density is 1 and the expected coverage 1 - 2^-k. One
+    outlier among the real pictures counts for little, unlike in precision and recall.
+
+    Args:
+        extractor: makes the network whose features are compared.
+        weights: of the extractor, a published name or a local file; None for its own default.
+        of: which pictures are judged, `drawing` or `reconstruction`.
+        against: which real pictures they are compared with, `reference` or `train`.
+        k: which neighbour a ball reaches to, at least 1.
     """
 
     def __init__(
@@ -39,12 +52,9 @@ class DensityCoverage:
         Raises:
             Refusal: no more than k real pictures.
         """
-        drawn, real = rows["features"].float(), reference.rows()["features"].float()
+        drawn, real, note = both(rows, reference, "coverage")
         if len(real) <= self.k:
             raise Refusal(f"Density and coverage need more than k={self.k} real pictures; found {len(real)}.")
-        note = None
-        if len(drawn) != len(real):
-            note = f"{len(drawn)} drawings against {len(real)} real pictures: coverage is comparable only between equal counts."
         radius = radii(real, self.k)
         counts = torch.cat([(torch.cdist(part, real) < radius).sum(1) for part in drawn.split(CHUNK)])
         nearest = torch.cat([torch.cdist(part, drawn).min(1).values for part in real.split(CHUNK)])

@@ -13,9 +13,10 @@ from ldm.types import Batch
 
 
 class EdgeF1:
-    """Mean over pictures of F1 = 2 P R / (P + R): P of the drawing's edges that lie on asked ones, R of these that are drawn.
+    """The mean over pictures of F1 = 2 P R / (P + R) of Canny edges: P is the share of the drawing's edge pixels that lie on the
+    control picture's edges, R the share of the control picture's edge pixels that are drawn.
 
-    An edge counts as met within `slack` pixels. `edge_f1_real` is the same of the real picture: what a perfect drawing gets.
+    `key` is the field of the control picture. An edge pixel counts as met within `slack` pixels, at least 0.
     """
 
     of, against = "drawing", None
@@ -38,15 +39,17 @@ class EdgeF1:
         return {"f1": self._f1(edges(images), wanted), "real": self._f1(edges(batch["image"]), wanted)}
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
-        """-> `edge_f1` of the drawings, `edge_f1_real` of the pictures that the edges came from."""
+        """-> in [0, 1]: `edge_f1` of the drawings, and `edge_f1_real` of the pictures that the edges came from, which is what a
+        perfect drawing would get.
+        """
         return {"edge_f1": Estimate.mean(rows["f1"]), "edge_f1_real": Estimate.mean(rows["real"])}
 
     def _f1(self, drawn: Tensor, wanted: Tensor) -> Tensor:
         precision, recall = self._share(drawn, wanted), self._share(wanted, drawn)
         return 2 * precision * recall / (precision + recall).clamp(min=1e-12)
 
-    def _share(self, those: Tensor, near: Tensor) -> Tensor:
-        """Of those pixels, how many lie near others; 1 of none."""
-        met = max_pool2d(near.float(), 2 * self.slack + 1, stride=1, padding=self.slack) > 0
-        count = those.flatten(1).sum(1)
-        return torch.where(count > 0, (those & met).flatten(1).sum(1) / count.clamp(min=1), 1.0)
+    def _share(self, pixels: Tensor, others: Tensor) -> Tensor:
+        """(B, 1, h, w) bool each -> the share of `pixels` that lie within `slack` of `others`, (B); 1 where there are none."""
+        near = max_pool2d(others.float(), 2 * self.slack + 1, stride=1, padding=self.slack) > 0
+        count = pixels.flatten(1).sum(1)
+        return torch.where(count > 0, (pixels & near).flatten(1).sum(1) / count.clamp(min=1), 1.0)

@@ -1,4 +1,8 @@
-"""Fréchet distance between two sets of pictures: FID with Inception, FD-DINOv2 with DINOv2, rFID of reconstructions."""
+"""Fréchet distance between two sets of pictures: FID with Inception, FD-DINOv2 with DINOv2, rFID of reconstructions.
+
+d^2 = ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the features' means m and covariances S
+(https://arxiv.org/abs/1706.08500, equation 6)
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -11,9 +15,14 @@ from ldm.types import Batch
 
 
 class Frechet:
-    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of features' means and covariances (https://arxiv.org/abs/1706.08500, eq. 6).
+    """The Fréchet distance of an extractor's features, in float64.
 
-    Computed in float64. weights: of the extractor, a published name or a local file. name: what the number is called.
+    Args:
+        extractor: makes the network whose features are compared.
+        weights: of the extractor, a published name or a local file; None for its own default.
+        name: what the number is called in metrics.json.
+        of: which pictures are judged, `drawing` or `reconstruction`.
+        against: which real pictures they are compared with, `reference` or `train`.
     """
 
     def __init__(
@@ -28,7 +37,7 @@ class Frechet:
         self.name, self.of, self.against, self.protocol = name, of, against, self.extractor.protocol
 
     def knows(self, statistics: str) -> bool:
-        """Whether the extractor's own features are those that statistics were made of by others."""
+        """Whether published statistics, such as `inception`, are of this extractor's features."""
         return isinstance(self.extractor, Published) and self.extractor.statistics == statistics
 
     def look(self, images: Tensor, batch: Batch) -> Rows:
@@ -53,7 +62,11 @@ class Frechet:
 
 
 def moments(rows: Rows) -> Rows:
-    """features: (N, D) -> mean: (D), covariance: (D, D), unbiased, in float64."""
+    """features: (N, D) -> mean: (D), covariance: (D, D), unbiased, in float64.
+
+    Raises:
+        Refusal: N < 2.
+    """
     features = rows["features"].double()
     if len(features) < 2:
         raise Refusal(f"A Fréchet distance needs at least 2 pictures, better 10,000; found {len(features)} (count=...).")
@@ -65,6 +78,9 @@ def frechet(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tens
 
     tr (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: no complex
     roots, and none that fail.
+
+    Raises:
+        Refusal: the widths differ, or a number is not finite.
     """
     if mean1.shape != mean2.shape:
         raise Refusal(f"Features are {len(mean1)} wide, the reference's {len(mean2)}: its statistics are of another extractor.")

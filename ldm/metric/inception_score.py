@@ -1,4 +1,7 @@
-"""Inception Score: how sure Inception is of each picture, and how varied of all."""
+"""Inception Score: how sure Inception is of each picture, and how varied its classes are over all of them.
+
+IS = exp E_x[KL(p(y|x) || p(y))]  (https://arxiv.org/abs/1606.03498, section 4)
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -11,9 +14,10 @@ from ldm.types import Batch
 
 
 class InceptionScore:
-    """exp E[KL(p(y|x) || p(y))] (https://arxiv.org/abs/1606.03498, section 4), the mean over `splits` parts in random order.
+    """The mean score of `splits` random parts of the pictures.
 
-    Order and parts are torch-fidelity's; the logits are those of the ImageNet classifier without its bias.
+    Their order, drawn with `seed`, and the parts are torch-fidelity's; the logits are those of the classifier without its bias.
+    `extractor` makes the network, `weights` are its published name or a local file.
     """
 
     of, against = "drawing", None
@@ -29,7 +33,7 @@ class InceptionScore:
         return self.extractor(images)
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
-        """-> `inception_score` and `inception_score_std`, its standard deviation over the parts.
+        """-> `inception_score`, from 1 to the number of classes, and `inception_score_std`, over the parts.
 
         Raises:
             Refusal: an extractor without logits, or fewer pictures than parts.

@@ -1,4 +1,7 @@
-"""How well a hole is filled: against the picture that was there, and against its known part's mean colour."""
+"""How well a hole is filled: against the picture that was there, and against the mean colour of its known part.
+
+PSNR = 10 log10(4 / MSE) in dB, for pixels in [-1, 1]
+"""
 
 from collections.abc import Mapping
 
@@ -11,10 +14,7 @@ from ldm.types import Batch
 
 
 class Inpainting:
-    """Means over pictures of PSNR in dB, peak-to-peak 2: inside the hole, of the drawing and of the known part's mean colour;
-    of the known part, which the drawing has through the autoencoder. `inpainting_gain` is the difference inside the hole.
-    Pictures whose mask is empty or full are left out.
-    """
+    """Means of PSNR over the pictures whose mask is neither empty nor full."""
 
     of, against = "drawing", None
 
@@ -38,7 +38,9 @@ class Inpainting:
         }
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
-        """-> `inpainting_psnr`, `inpainting_psnr_of_mean_colour`, `inpainting_gain`, `inpainting_known_psnr`."""
+        """-> in dB: `inpainting_psnr` inside the hole, `inpainting_psnr_of_mean_colour` of the known part's mean colour there,
+        `inpainting_gain`, the difference of the two, and `inpainting_known_psnr` outside, which the autoencoder limits.
+        """
         hole, mean = rows["hole"], rows["mean"]
         numbers = {"psnr": hole, "psnr_of_mean_colour": mean, "gain": hole - mean, "known_psnr": rows["known"]}
         return {

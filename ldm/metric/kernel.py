@@ -1,4 +1,7 @@
-"""Kernel distance between two sets of pictures: KID with Inception. Unbiased, so that few pictures do."""
+"""Kernel distance between two sets of pictures: KID with Inception. It is unbiased, so that few pictures suffice.
+
+MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = (x . y / D + 1)^3  (https://arxiv.org/abs/1801.01401, section 4)
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -12,9 +15,17 @@ from ldm.types import Batch
 
 
 class Kernel:
-    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (https://arxiv.org/abs/1801.01401, section 4).
+    """The squared maximum mean discrepancy of an extractor's features, in float64: the mean over random subsets of both sets.
 
-    The mean over `subsets` random ones of `size` pictures of each set; drawn as torch-fidelity draws them.
+    Args:
+        extractor: makes the network whose features are compared.
+        weights: of the extractor, a published name or a local file; None for its own default.
+        name: what the number is called in metrics.json.
+        of: which pictures are judged, `drawing` or `reconstruction`.
+        against: which real pictures they are compared with, `reference` or `train`.
+        subsets: how many are drawn, as torch-fidelity draws them.
+        size: pictures of a subset; fewer where there are fewer.
+        seed: of the subsets.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Whether a picture has the colours asked for within the boxes asked for."""
+"""Whether a picture has the colours of its classes within the boxes of its request."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,10 @@ from ldm.types import Batch
 
 
 class LayoutIoU:
-    """Mean over pictures of the mean, over the boxes asked for, of intersection over union of the box with the region of its
-    class: the pixels whose nearest colour of `palette` is the class' own.
+    """The mean over pictures of the mean over boxes of the intersection over union of a box with the region of its class.
 
-    `layout_iou_real` is the same of the real picture that the boxes came from: what a perfect drawing would get. A request
-    without a box is left out.
+    The region of class c is where colour c of `palette` (K colours in 0 to 255) is a pixel's nearest. Requests without a box are
+    left out.
     """
 
     of, against = "drawing", None
@@ -36,7 +35,9 @@ class LayoutIoU:
         return {name: self._iou(x, batch["boxes"]) for name, x in {"iou": images, "real": batch["image"]}.items()}
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
-        """-> `layout_iou` of the drawings, `layout_iou_real` of the pictures that the boxes came from."""
+        """-> in [0, 1]: `layout_iou` of the drawings, and `layout_iou_real` of the pictures that the boxes came from, which is
+        what a perfect drawing would get.
+        """
         overlaps = {"layout_iou": rows["iou"], "layout_iou_real": rows["real"]}
         return {name: Estimate.mean(values[~values.isnan()]) for name, values in overlaps.items()}
 

@@ -1,4 +1,4 @@
-"""LPIPS: how far pictures look from their originals."""
+"""LPIPS: how different pictures look from their originals (https://arxiv.org/abs/1801.03924, equation 1)."""
 
 from collections.abc import Mapping
 
@@ -14,9 +14,10 @@ PUBLISHED = "pretrained"
 
 
 class Lpips:
-    """Mean over pictures of the distance in a network's features, weighed as people judge (arXiv 1801.03924, eq. 1).
+    """The mean over pictures of the distance of tower/lpips.py.
 
-    weights: `pretrained` downloads torchvision's of the network, alex (most tables), vgg or squeeze; or a local file of them.
+    `net` is alex (most tables), vgg or squeeze. `weights` is a local file of torchvision's network, or `pretrained`, which
+    downloads it. `of` is `reconstruction` or `drawing`.
     """
 
     against = None

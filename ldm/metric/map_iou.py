@@ -12,10 +12,11 @@ from ldm.types import Batch
 
 
 class MapIoU:
-    """Mean over pictures of the mean, over the labels in the map asked for, of intersection over union with the map read back
-    from the picture: each pixel's nearest colour of `palette`, label by label. Labels of equal colours count as one.
+    """The mean over pictures of the mean over the request's labels of the intersection over union of a label's regions in the
+    requested map and in the map that is read back from the picture.
 
-    `map_iou_real` is the same of the real picture that the map came from: what a perfect drawing would get.
+    A pixel's label is read back as the number of its nearest colour of `palette` (K colours in 0 to 255). Labels of equal colours
+    count as one. `key` is the field of the map.
     """
 
     of, against = "drawing", None
@@ -37,7 +38,9 @@ class MapIoU:
         return {"iou": self._iou(images, wanted), "real": self._iou(batch["image"], wanted)}
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
-        """-> `map_iou` of the drawings, `map_iou_real` of the pictures that the maps came from."""
+        """-> in [0, 1]: `map_iou` of the drawings, and `map_iou_real` of the pictures that the maps came from, which is what a
+        perfect drawing would get.
+        """
         return {"map_iou": Estimate.mean(rows["iou"]), "map_iou_real": Estimate.mean(rows["real"])}
 
     def _iou(self, images: Tensor, wanted: Tensor) -> Tensor:

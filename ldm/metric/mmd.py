@@ -1,4 +1,7 @@
-"""Maximum mean discrepancy with a Gaussian kernel: CMMD with CLIP (https://arxiv.org/abs/2401.09603), and the same in DINOv2."""
+"""Maximum mean discrepancy with a Gaussian kernel: CMMD with CLIP (https://arxiv.org/abs/2401.09603), and the same in DINOv2.
+
+MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = exp(-||x - y||^2 / (2 sigma^2)),  x and y of unit length
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -14,9 +17,18 @@ CHUNK = 1000  # rows of a block of the kernel
 
 
 class MMD:
-    """scale * (E k(x, x') + E k(y, y') - 2 E k(x, y)) over all pairs, each with itself too; k = exp(-||x - y||^2 / (2 sigma^2)).
+    """scale * MMD^2 of an extractor's features, in float64, over all pairs, those of a picture with itself included.
 
-    x and y are of unit length; it wants no normal distribution, and fewer pictures than FID. sigma and scale are CMMD's.
+    It assumes no normal distribution, and needs fewer pictures than FID.
+
+    Args:
+        extractor: makes the network whose features are compared.
+        weights: of the extractor, a published name or a local file; None for its own default.
+        name: what the number is called in metrics.json.
+        of: which pictures are judged, `drawing` or `reconstruction`.
+        against: which real pictures they are compared with, `reference` or `train`.
+        sigma: of the kernel; 10 is CMMD's.
+        scale: what MMD^2 is multiplied by; 1000 is CMMD's.
     """
 
     def __init__(

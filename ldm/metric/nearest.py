@@ -14,11 +14,12 @@ SHOWN = 16  # pairs in the picture
 
 
 class Nearest:
-    """Nearest neighbours by cosine of an extractor's features.
+    """Nearest neighbours by the cosine of an extractor's features.
 
     Authenticity (https://arxiv.org/abs/2102.08921, section 3.3) is the share of drawings that lie farther from their nearest
-    training picture than that one lies from its own nearest: 0 where all are copies, about 1/2 for new pictures of the same kind.
-    `number` and `similarity` say of each drawing which training picture is nearest, and how near.
+    training picture than that one lies from its nearest: 0 where all are copies, about 1/2 for new pictures of the same
+    distribution. `number` and `similarity` hold each drawing's nearest training picture and its cosine. `extractor` makes the
+    network, `weights` are its published name or a local file.
     """
 
     of, against = "drawing", "train"
@@ -49,9 +50,9 @@ class Nearest:
 
 
 def nearest(points: Tensor, x: Tensor, same: bool = False) -> tuple[Tensor, Tensor]:
-    """points: (M, D), x: (N, D), of unit length -> cosine with the nearest of x, (M), and its place, (M).
+    """points: (M, D), x: (N, D), of unit length -> the cosine with the nearest row of x, (M), and that row's number, (M).
 
-    same: points are x, and no point is its own neighbour.
+    With `same`, `points` is `x`, and no point is its own neighbour.
     """
     best = []
     for start in range(0, len(points), CHUNK):

@@ -1,20 +1,29 @@
-"""Precision (are drawings among the real pictures?) and recall (are real pictures among the drawings?)."""
+"""Precision (are drawings among the real pictures?) and recall (are real pictures among the drawings?).
+
+A picture lies in a set's manifold where its distance to some member is at most that member's to its k-th nearest neighbour in
+the set (https://arxiv.org/abs/1904.06991, equations 1 to 3).
+precision = the share of drawings in the real pictures' manifold, recall = the share of real pictures in the drawings'
+"""
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.metric._neighbours import both, radii, within
 from ldm.types import Batch
-
-CHUNK = 1000  # rows of a block of distances
 
 
 class PrecisionRecall:
-    """Improved precision and recall (https://arxiv.org/abs/1904.06991, equations 1 to 3): a picture is in a set's manifold where
-    it lies within the distance of some member to its `k`-th neighbour. ADM judges in Inception's features, as the default does.
+    """Improved precision and recall of an extractor's features; ADM uses Inception's, as the default does.
+
+    Args:
+        extractor: makes the network whose features are compared.
+        weights: of the extractor, a published name or a local file; None for its own default.
+        of: which pictures are judged, `drawing` or `reconstruction`.
+        against: which real pictures they are compared with, `reference` or `train`.
+        k: which neighbour a ball reaches to, at least 1.
     """
 
     def __init__(
@@ -38,24 +47,11 @@ class PrecisionRecall:
         Raises:
             Refusal: no more than k pictures.
         """
-        drawn, real = rows["features"].float(), reference.rows()["features"].float()
+        drawn, real, note = both(rows, reference, "recall")
         if min(len(drawn), len(real)) <= self.k:
             raise Refusal(
                 f"Precision and recall need more than k={self.k} pictures of each set; found {len(drawn)} and {len(real)}."
             )
-        note = None
-        if len(drawn) != len(real):
-            note = f"{len(drawn)} drawings against {len(real)} real pictures: recall is comparable only between equal counts."
         precision = within(drawn, real, radii(real, self.k))
         recall = within(real, drawn, radii(drawn, self.k))
         return {"precision": Estimate.mean(precision.float()), "recall": Estimate(recall.double().mean().item(), note=note)}
-
-
-def radii(x: Tensor, k: int) -> Tensor:
-    """x: (N, D) -> (N), each one's distance to its k-th neighbour among the others."""
-    return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(CHUNK)])
-
-
-def within(points: Tensor, x: Tensor, radius: Tensor) -> Tensor:
-    """points: (M, D), x: (N, D), radius: (N) -> (M) bool: does it lie in the ball of any x?"""
-    return torch.cat([(torch.cdist(part, x) <= radius).any(dim=1) for part in points.split(CHUNK)])

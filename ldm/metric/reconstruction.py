@@ -1,4 +1,8 @@
-"""PSNR and SSIM of pictures against their originals."""
+"""PSNR and SSIM of pictures against their originals.
+
+PSNR = 10 log10(4 / MSE) in dB, for pixels in [-1, 1];  SSIM: Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861), equation
+13, with a Gaussian of 11 pixels and sigma 1.5, K1 = 0.01 and K2 = 0.03
+"""
 
 from collections.abc import Mapping
 
@@ -12,8 +16,9 @@ from ldm.types import Batch
 
 
 class Reconstruction:
-    """Means over pictures of PSNR, 10 log10(peak^2 / MSE) with peak-to-peak 2, in dB, and of SSIM (Wang et al. 2004: a Gaussian
-    of 11 pixels and sigma 1.5, K 0.01 and 0.03). `of` drawing compares with the picture that the request came with.
+    """The means over pictures of PSNR and SSIM.
+
+    `of` is `reconstruction`, or `drawing`, which compares with the picture that the request came from.
     """
 
     against = None
@@ -22,7 +27,11 @@ class Reconstruction:
         self.of, self.protocol = of, {"extractor": "psnr and ssim of 8-bit pictures"}
 
     def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1]; batch: image, the originals -> psnr: (B), in dB, ssim: (B)."""
+        """images: (B, 3, h, w) in [-1, 1]; batch: image, the originals -> psnr: (B), in dB, ssim: (B).
+
+        Raises:
+            Refusal: the sizes differ.
+        """
         original = batch["image"]
         if images.shape != original.shape:
             raise Refusal(

@@ -12,9 +12,9 @@ from ldm.types import Batch
 
 
 class TextMatch:
-    """Top-1: the nearest training picture (L2 after pooling to side x side) is the caption's own.
+    """Top-1: the training picture nearest to the drawing (L2 after pooling to side x side) is the one with the caption.
 
-    A test of conditioning, not of generalisation. `matched` holds the answers, picture by picture.
+    It tests conditioning, not generalisation. `matched` holds the answers, picture by picture.
     """
 
     of, against = "drawing", "train"
@@ -25,7 +25,7 @@ class TextMatch:
         self.matched = torch.empty(0, dtype=torch.bool)
 
     def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1]; batch: position (B), split -> pooled: (B, 3 side side), position: (B).
+        """images: (B, 3, h, w) in [-1, 1]; batch: position (B), split -> pooled: (B, 3 * side * side), position: (B).
 
         Raises:
             Refusal: the requests are not of the training set.

@@ -1,4 +1,8 @@
-"""How many different pictures there are: the Vendi score (https://arxiv.org/abs/2210.02410, equation 2)."""
+"""How many different pictures there are: the Vendi score.
+
+VS = exp(-sum_i l_i log l_i), l_i the eigenvalues of K / N, K the N pictures' cosine similarities
+(https://arxiv.org/abs/2210.02410, equation 2)
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -11,9 +15,10 @@ from ldm.types import Batch
 
 
 class Vendi:
-    """exp of the entropy of the eigenvalues of K / N, K the pictures' cosine similarities: 1 for N copies, N for N unlike ones.
+    """The Vendi score of an extractor's features: 1 for N copies of one picture, N for N orthogonal ones.
 
-    It is of the drawings alone, grows with their number, and says nothing of how good they are.
+    It sees the judged pictures alone, grows with their number, and says nothing of how good they are. `extractor` makes the
+    network, `weights` are its published name or a local file, `of` is `drawing` or `reconstruction`.
     """
 
     against = None

@@ -1,4 +1,7 @@
-"""An nn.MultiheadAttention whose matrices are layers of their own, for adapters that are trained beside them."""
+"""An nn.MultiheadAttention whose q, k and v matrices are separate layers, so that adapters can be attached to each.
+
+softmax(q k^T / sqrt(D)) v, for each head of width D (https://arxiv.org/abs/1706.03762, equation 1)
+"""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Split(nn.Module):
-    """The same attention of a batch-first sequence to itself or another, by four nn.Linear that share its memory."""
+    """The attention of a batch-first nn.MultiheadAttention, by four frozen nn.Linear that share its memory."""
 
     PARTS = ("q", "k", "v")
 
@@ -21,7 +24,14 @@ class Split(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """query: (B, N, C), key and value: (B, L, C), attn_mask: (N, L), added, or True where it is forbidden -> (B, N, C)."""
+        """-> (B, N, C), and None in the place of the weights, as nn.MultiheadAttention is called and answers.
+
+        Args:
+            query: (B, N, C).
+            key, value: (B, L, C).
+            need_weights: not read: the weights are never given.
+            attn_mask: (N, L), added to the logits, or bool, True where attention is forbidden.
+        """
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
         layers = ((self.q, query), (self.k, key), (self.v, value))
@@ -30,7 +40,7 @@ class Split(nn.Module):
 
 
 def split_attention(module: nn.Module) -> None:
-    """Puts `Split` into the place of every nn.MultiheadAttention in a module whose three matrices lie in one."""
+    """Replaces every batch-first nn.MultiheadAttention in a module, whose q, k and v lie in one matrix, by `Split`, in place."""
     for owner in list(module.modules()):
         for name, child in list(owner.named_children()):
             if isinstance(child, nn.MultiheadAttention) and child.in_proj_weight is not None and child.batch_first:
@@ -38,7 +48,7 @@ def split_attention(module: nn.Module) -> None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A frozen layer on memory that is there."""
+    """A frozen layer that shares these tensors' memory."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

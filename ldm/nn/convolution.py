@@ -1,16 +1,16 @@
-"""A convolution that is quick on a CPU too where the kernel is large and the picture small."""
+"""A convolution that is fast on a CPU too where the kernel is large and the picture small."""
 
 from torch import Tensor, nn
 from torch.nn.functional import linear, unfold
 
-KERNEL, PIXELS = 2**23, 128  # more numbers than a core's caches hold; fewer pixels than it takes to pay for laying them out anew
+KERNEL, PIXELS = 2**23, 128  # numbers of a kernel that no core's cache holds; output pixels that are too few to pay for a reorder
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d with the same weights and numbers.
+    """nn.Conv2d with the same weights, and the same results up to rounding.
 
-    A CPU's library lays a kernel out anew in every call, which for 1280 channels on 8 x 8 pixels takes longer than the sums.
-    There it is one product of matrices instead, of the kernel and the patches under it: half the time, backward too.
+    On a CPU, torch reorders a kernel in memory in every call, which for 1280 channels on 8 x 8 pixels takes longer than the
+    convolution. There it is one matrix product instead, of the kernel and the patches under it: half the time, backward too.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Networks without memory for their weights, which loading then puts in place: there is never a second copy."""
+"""Networks built without memory for their weights, into which loading puts them: there is never a second copy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,20 @@ REGISTER = nn.Module.register_parameter
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Within it, new modules' parameters are on the meta device; buffers and all other tensors are as ever."""
+    """A context in which new modules' parameters are on the meta device; buffers and all other tensors are as usual."""
     with _registering(_on_meta):
         yield
 
 
 @contextmanager
 def weighted() -> Iterator[None]:
-    """Within `weightless`, modules whose weights are loaded by others' code are made as ever."""
+    """A context within `weightless` in which modules are built with memory again, for those that load their own weights."""
     with _registering(REGISTER):
         yield
 
 
 def is_weightless() -> bool:
-    """Whether modules are made without memory now."""
+    """Whether modules are built without memory now."""
     return nn.Module.register_parameter is _on_meta
 
 

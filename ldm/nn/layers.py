@@ -7,15 +7,15 @@ from ldm.errors import Refusal
 
 
 def mlp(inward: int, outward: int) -> nn.Sequential:
-    """How a noise level or a vector enters: (B, inward) -> (B, outward)."""
+    """The embedding of a noise level's sinusoids or of the conditions' vector: (B, inward) -> (B, outward)."""
     return nn.Sequential(nn.Linear(inward, outward), nn.SiLU(), nn.Linear(outward, outward))
 
 
 def identity(inward: int, outward: int) -> nn.Module:
-    """How a vector enters that has the embedding's width already: as it is.
+    """The embedding of a vector that has the noise level embedding's width already: (B, inward) -> the same.
 
     Raises:
-        Refusal: it has another.
+        Refusal: the widths differ.
     """
     if inward != outward:
         raise Refusal(f"The conditions' vector is {inward} wide; backbone.vector=identity adds it to {outward} numbers.")
@@ -23,16 +23,17 @@ def identity(inward: int, outward: int) -> nn.Module:
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """The layer, with all its weights at zero: a residual branch that starts silent."""
+    """-> the same layer, all its weights set to zero, so that a residual branch adds nothing at first."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def visible(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """tokens: (B, L, D), mask: (B, L) -> those that any sample may see, (B, L', D), and the mask for attention (B, 1, 1, L').
+    """tokens: (B, L, D), mask: (B, L) bool -> the tokens up to the last that any sample may attend to, (B, L', D), and the mask
+    for attention, (B, 1, 1, L').
 
-    On a GPU L' is L: to ask it how many would be to wait for it.
+    On a GPU L' is L, since to read L' the CPU would wait for the GPU.
     """
     if mask is None:
         return tokens, None

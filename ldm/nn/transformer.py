@@ -1,4 +1,11 @@
-"""Layers of transformers over patches: norms, feed-forwards, attention, and where a patch lies."""
+"""Layers of transformers over patches: norms, feed-forwards, attention, and positions.
+
+Attention     softmax(q k^T / sqrt(D)) v, for each head of width D (https://arxiv.org/abs/1706.03762, equation 1)
+SwiGLU        W3 (silu(W1 x) * W2 x) (https://arxiv.org/abs/2002.05202, equation 6)
+Sinusoids     sin(w_i p), cos(w_i p), w_i = 10000^(-4 i / width), half the features for each of column and row
+Rotary        pairs of features (a, b) -> (a cos(w_i p) - b sin(w_i p), a sin(w_i p) + b cos(w_i p))
+              (https://arxiv.org/abs/2104.09864, equation 34)
+"""
 
 from collections.abc import Sequence
 
@@ -10,21 +17,21 @@ Turn = tuple[Tensor, Tensor]  # cosines and sines of rotary positions, (N, D) ea
 
 
 class PlainNorm(nn.LayerNorm):
-    """LayerNorm that leaves scale and shift to the block."""
+    """LayerNorm without weights of its own: scale and shift come from the block."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6, elementwise_affine=False)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Divides by the root mean square (https://arxiv.org/abs/1910.07467)."""
+    """Divides by the root mean square, with a learnt scale (https://arxiv.org/abs/1910.07467, equation 4)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
 
 class FeedForward(nn.Module):
-    """Four times as wide, GELU by its tanh formula."""
+    """Two linear layers around a GELU (its tanh approximation), four times as wide in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,7 +43,7 @@ class FeedForward(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated by SiLU (https://arxiv.org/abs/2002.05202), two thirds as wide, so that it has as many weights."""
+    """A feed-forward gated by SiLU, two thirds as wide as `FeedForward`, so that it has as many weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,7 +57,7 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself."""
+    """Multi-head self-attention; `norm_heads` normalises queries and keys by their root mean square."""
 
     def __init__(self, width: int, heads: int, norm_heads: bool) -> None:
         super().__init__()
@@ -59,16 +66,16 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (RMSNorm(width // heads) if norm_heads else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, turn: Turn | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, C), mask: (B, 1, 1, N), True where x may be seen -> (B, N, C)."""
+        """x: (B, N, C), turn: rotary positions, mask: (B, 1, 1, N) bool, True where x may be attended to -> (B, N, C)."""
         q, k, v = split(self.qkv(x), 3, self.heads)
         q, k = self.norm_q(q), self.norm_k(k)
         if turn is not None:
-            q, k = turned(q, *turn), turned(k, *turn)
+            q, k = apply_rotary(q, *turn), apply_rotary(k, *turn)
         return self.out(merge(scaled_dot_product_attention(q, k, v, mask)))
 
 
-class Reading(nn.Module):
-    """Multi-head attention of a sequence to another (https://arxiv.org/abs/2310.00426, section 2.3)."""
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention of patches to tokens (PixArt, https://arxiv.org/abs/2310.00426, section 2.3)."""
 
     def __init__(self, width: int, heads: int, norm_heads: bool) -> None:
         super().__init__()
@@ -77,13 +84,13 @@ class Reading(nn.Module):
         self.norm_q, self.norm_k = (RMSNorm(width // heads) if norm_heads else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, N, C), tokens: (B, L, C), mask: (B, 1, 1, L), True where they may be seen -> (B, N, C)."""
+        """x: (B, N, C), tokens: (B, L, C), mask: (B, 1, 1, L) bool, True where they may be attended to -> (B, N, C)."""
         (q,), (k, v) = split(self.q(x), 1, self.heads), split(self.kv(tokens), 2, self.heads)
         return self.out(merge(scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v, mask)))
 
 
 def split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, N, parts * C) -> the parts, each by head: (B, heads, N, C / heads)."""
+    """(B, N, parts * C) -> the parts, such as queries, keys and values, by head: (B, heads, N, C / heads) each."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -92,10 +99,10 @@ def merge(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def grid_waves(rows: int, columns: int, width: int, span: tuple[float, float] | None = None) -> Tensor:
-    """-> (rows * columns, width): of each place, sines and cosines of its column, then of its row, half the width each.
+def sinusoidal_positions(rows: int, columns: int, width: int, span: tuple[float, float] | None = None) -> Tensor:
+    """-> (rows * columns, width): the sinusoidal positions of a grid, row by row, of each place's column, then of its row.
 
-    Places are counted from 0; with `span` the rows and columns are laid over so many, whatever their number is.
+    Rows and columns are counted from 0; with `span` they are scaled to so many rows and columns, whatever their number is.
     """
     freqs = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     waves = []
@@ -107,7 +114,7 @@ def grid_waves(rows: int, columns: int, width: int, span: tuple[float, float] | 
 
 
 def rotation(rows: int, columns: int, width: int, like: Tensor) -> Turn:
-    """Cosines and sines (rows * columns, width) of rotary positions in two dimensions, half the width each (2104.09864)."""
+    """-> cosines and sines, (rows * columns, width) each, of rotary positions on a grid, half the width for each dimension."""
     freqs = 10_000 ** -(torch.arange(width // 4, device=like.device) / (width // 4))
     place = torch.meshgrid(torch.arange(rows, device=like.device), torch.arange(columns, device=like.device), indexing="ij")
     angle = torch.cat([p.flatten()[:, None] * freqs for p in place], dim=1).repeat_interleave(2, dim=1)
@@ -115,7 +122,7 @@ def rotation(rows: int, columns: int, width: int, like: Tensor) -> Turn:
 
 
 def rotary(places: Tensor, widths: Sequence[int], like: Tensor) -> Turn:
-    """places: (N, A), integers -> cosines and sines (N, sum of widths), `widths` of them for each of A dimensions."""
+    """places: (N, A) integers -> cosines and sines, (N, sum of widths) each, of rotary positions in A dimensions."""
     axes = []
     for place, width in zip(places.T, widths, strict=True):
         axes.append(torch.outer(place.double(), 1 / 10_000 ** (torch.arange(0, width, 2, dtype=torch.float64) / width)))
@@ -123,7 +130,7 @@ def rotary(places: Tensor, widths: Sequence[int], like: Tensor) -> Turn:
     return angle.cos().float().to(like), angle.sin().float().to(like)
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (B, heads, N, D), its neighbouring pairs of features turned by their place's angles."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (B, heads, N, D), cos and sin: (N, D) -> x with its neighbouring pairs of features rotated by their place's angles."""
     left, right = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack((-right, left), dim=-1).flatten(-2) * sin

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
 from ldm.errors import Refusal
+from ldm.nn.route import Routed
+from ldm.objective._around import critic_in, frozen_in, meets
+from ldm.objective.dmd import DMD
+from ldm.objective.preference import Preference
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Draw, Freezes, InTraining, Objective, Schedule
+from ldm.types import Batch, Cond, Draw, InTraining, Objective, Schedule
 
 
 class Teacher(Protocol):
@@ -40,7 +44,7 @@ class Align(nn.Module):
         of: makes the other objective from `time`, `weight`, `noise` and `distance`.
 
     Raises:
-        Refusal: there is no such block, or its hidden states have another width, or the batch has no pictures.
+        Refusal: there is no such block, or its hidden states have another width; the batch has no pictures, or `of` sees others.
     """
 
     def __init__(
@@ -64,10 +68,14 @@ class Align(nn.Module):
         self.teacher = teacher() if weights is None else teacher(weights=weights)
         self.width, self.layer, self.align_weight, self.until = width, layer, align_weight, until
         outward = self.teacher.patches(torch.zeros(1, 3, 32, 32)).shape[1]
-        inner = self.of.frozen if isinstance(self.of, Freezes) else ()
-        self.frozen = tuple(f"of.{part}" for part in inner)
+        check_sees_the_batch(self.of)
+        self.frozen, self.critic = frozen_in(self.of), critic_in(self.of)
         self.projector = nn.Conv2d(width, outward, 3, padding=1) if projector == "convolution" else mlp(width, hidden, outward)
         self.ear = Ear()
+
+    def meet(self, model: Any) -> bool:
+        """As the other objective."""
+        return meets(self.of, model)
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents of batch's `image` -> what `of` says, with `align` in [-1, 1] in its loss."""
@@ -82,7 +90,7 @@ class Align(nn.Module):
             )
         self.ear.put(self._block(model))
         losses = self.of(model, batch, x, cond, draw)
-        align = self.alignment(as_map(self.ear.take(), x), self.teacher.patches(batch["image"]))
+        align = self.alignment(as_map(self.ear.take(), x, model.denoiser.backbone), self.teacher.patches(batch["image"]))
         return {**losses, "loss": losses["loss"] + self.align_weight * align, "align": align}
 
     def alignment(self, hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -102,6 +110,17 @@ class Align(nn.Module):
         if not 1 <= self.layer <= len(blocks):
             raise Refusal(f"objective.layer={self.layer}: the backbone has {len(blocks)} blocks, 1 to {len(blocks)}.")
         return blocks[self.layer - 1]
+
+
+def check_sees_the_batch(of: Objective) -> None:
+    """Raises Refusal around an objective whose network does not see the batch's pictures, one a sample."""
+    if isinstance(of, DMD):
+        raise Refusal(
+            "objective=align around dmd: its network sees what it draws from noise itself, and never the batch's pictures, of "
+            "which the teacher would tell. Align the model that it begins from, or use objective@objective.of=latent_consistency."
+        )
+    if isinstance(of, Preference):
+        raise Refusal("objective=align around preference: its network sees two pictures of each request, and the teacher one.")
 
 
 class Ear:
@@ -135,18 +154,19 @@ def mlp(inward: int, hidden: int, outward: int) -> nn.Module:
     return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
 
 
-def as_map(hidden: Tensor, x: Tensor) -> Tensor:
+def as_map(hidden: Tensor, x: Tensor, backbone: Any = None) -> Tensor:
     """Maps (B, C, h, w), or tokens (B, N, C) of x's (B, _, H, W) patches in rows -> (B, C, h, w).
 
     Raises:
-        Refusal: these are not one token a square patch.
+        Refusal: these are not one token a square patch, of all patches.
     """
     if hidden.ndim == 4:
         return hidden
     side = math.sqrt(x[0, 0].numel() / hidden.shape[1]) if hidden.ndim == 3 else 0.5
-    if side % 1 or x.shape[2] % side or x.shape[3] % side:
+    some = isinstance(backbone, Routed) and side != backbone.patch
+    if some or side % 1 or x.shape[2] % side or x.shape[3] % side:
         raise Refusal(
             f"The block says {tuple(hidden.shape)} of latents {tuple(x.shape)}, which is no feature a patch: choose another "
-            "objective.layer."
+            "objective.layer, before those that objective=route sends fewer patches through, or behind them."
         )
     return hidden.transpose(1, 2).unflatten(2, (int(x.shape[2] // side), int(x.shape[3] // side)))

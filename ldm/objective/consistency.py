@@ -47,7 +47,7 @@ class Consistency(nn.Module):
         """x: (B, C, H, W) clean latents -> {"loss": (), "tangent": ()}, the latter the length of g before it is divided."""
         denoiser = model.denoiser
         check_circle(denoiser)
-        t = self.regression.time(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
+        t = self.regression.time_for(x)(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
         noise = self.regression.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         r = min(1.0, draw.step / self.warmup) if self.warmup else 1.0

@@ -30,7 +30,7 @@ class Contrastive(nn.Module):
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> {"loss": (), "regression": (), "contrast": ()}: loss = regression - away contrast."""
         denoiser, part = model.denoiser, self.regression
-        t = part.time(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
+        t = part.time_for(x)(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
         noise = part.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
+from ldm.objective._teacher import FROZEN, Teacher
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
 from ldm.types import Batch, Cond, Denoise, Draw, InTraining, Schedule, like, mix
 
@@ -34,7 +35,7 @@ class DMD(nn.Module):
         Refusal: less than one step, or a teacher of another schedule.
     """
 
-    frozen, critic = ("teacher",), ("fake",)
+    frozen, critic = FROZEN, ("fake",)
 
     def __init__(
         self,
@@ -49,21 +50,29 @@ class DMD(nn.Module):
         super().__init__()
         if steps < 1:
             raise Refusal(f"objective.steps={steps}: at least one step makes a picture.")
-        self.teacher, self.steps, self.scale = teacher(), steps, scale
+        self.teacher, self.steps, self.scale = Teacher(teacher), steps, scale
         self.fake = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
         self.regression = Regression(time, weight, noise, distance)
 
+    def meet(self, model: Any) -> bool:
+        """Leaves to the model what it has too."""
+        self.teacher.meet(model)
+        return True
+
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W), of which only the shape counts -> {"loss": (), "critic": ()}, the former for its gradient alone."""
-        schedule, told = model.denoiser.schedule, self.teacher.condition(batch)
-        check_schedule(schedule, self.teacher.denoiser.schedule)
-        cond = model.condition(batch)  # nothing is dropped: guidance is learned
+        schedule = model.denoiser.schedule
+        self.teacher.check_schedule(schedule)
+        parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
+        cond, told = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
-        t = self.regression.time(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        noise = self.regression.noise(draw, drawn.detach())
         with torch.no_grad():
             alpha, sigma = (like(s, x) for s in schedule(t))
-            x_t = alpha * drawn + sigma * self.regression.noise(draw, x)
-            real = guided(self.teacher, batch, told, self.scale)(x_t, t)
+            x_t = alpha * drawn + sigma * noise
+            null = self.teacher.null(model, batch, parts, len(x)) if self.scale != 1 else None
+            real = self.teacher.guided(told, null, self.scale)(x_t, t)
             way = direction(drawn, real, self.fake(x_t, t, told))
         loss = (drawn - (drawn - way).detach()).square().mean() / 2
         fresh = Draw(mix(draw.seed, 1), draw.position, draw.batch, draw.step)
@@ -91,23 +100,3 @@ def draw_along(denoise: Denoise, schedule: Schedule, times: Sequence[float], x: 
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == len(times) - 1):
             x_hat = denoise(x_t, t)
     return x_hat
-
-
-def guided(teacher: Any, batch: Batch, told: Cond, scale: float) -> Denoise:
-    """The teacher's estimate by classifier-free guidance; at scale 1 of its condition alone."""
-    null = teacher.condition(batch, only=()) if scale != 1 else told
-
-    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        x_hat = teacher.denoiser(x_t, t, told)
-        if scale == 1:
-            return x_hat
-        x_null = teacher.denoiser(x_t, t, null)
-        return x_null + scale * (x_hat - x_null)
-
-    return denoise
-
-
-def check_schedule(own: Schedule, teachers: Schedule) -> None:
-    """Raises Refusal where the two differ."""
-    if own != teachers:
-        raise Refusal(f"The teacher's schedule is {teachers} and the model's {own}: distil on the teacher's (schedule=...).")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
-from ldm.objective.dmd import check_schedule, guided
+from ldm.objective._teacher import FROZEN, Teacher, again
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
 from ldm.types import Batch, Cond, Draw, InTraining, Schedule, like
 
@@ -32,7 +32,7 @@ class LatentConsistency(nn.Module):
         Refusal: a prediction whose estimate without noise is not what it sees, or a teacher of another schedule.
     """
 
-    frozen = ("teacher",)
+    frozen = FROZEN
 
     def __init__(
         self,
@@ -45,26 +45,33 @@ class LatentConsistency(nn.Module):
         distance: Callable[[Tensor], Tensor] = SQUARE,
     ) -> None:
         super().__init__()
-        self.teacher, self.steps, self.scale = teacher(), steps, scale
+        self.teacher, self.steps, self.scale = Teacher(teacher), steps, scale
         self.regression = Regression(time, weight, noise, distance)
+
+    def meet(self, model: Any) -> bool:
+        """Leaves to the model what it has too."""
+        self.teacher.meet(model)
+        return True
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> {"loss": ()}."""
         schedule = model.denoiser.schedule
-        check_schedule(schedule, self.teacher.denoiser.schedule)
+        self.teacher.check_schedule(schedule)
         check_end(model.denoiser.prediction)
-        u = self.regression.time(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        u = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         t = ((u * self.steps).ceil() / self.steps).clamp(min=1 / self.steps)
         s = t - 1 / self.steps
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (tuple(like(v, x) for v in schedule(time)) for time in (t, s))
         x_t = alpha_t * x + sigma_t * self.regression.noise(draw, x)
-        own = model.condition(batch)  # nothing is dropped: guidance is learned
-        x_hat = model.denoiser(x_t, t, own)
+        parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
         with torch.no_grad():
-            there = guided(self.teacher, batch, self.teacher.condition(batch), self.scale)(x_t, t)
+            told = self.teacher.condition(batch, parts)
+            null = self.teacher.null(model, batch, parts, len(x)) if self.scale != 1 else None
+            there = self.teacher.guided(told, null, self.scale)(x_t, t)
             x_s = alpha_s * there + sigma_s * (x_t - alpha_t * there) / sigma_t
-            target = model.average.denoiser(x_s, s, model.average.condition(batch))
+            target = model.average.denoiser(x_s, s, again(model, batch, parts))
             target = torch.where(like(s, x) > 0, target, x_s)
+        x_hat = model.denoiser(x_t, t, sum(parts.values(), Cond()))
         one = torch.ones_like(t)
         weight = self.regression.weight(*(v.flatten() for v in (alpha_t, sigma_t)), one)
         return {"loss": (weight * self.regression.distance(x_hat - target).flatten(1).mean(1)).mean()}

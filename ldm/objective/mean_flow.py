@@ -57,7 +57,7 @@ class MeanFlow(nn.Module):
         """x: (B, C, H, W) clean latents -> {"loss": (), "error": ()}, the latter the plain squared error."""
         denoiser = model.denoiser
         check_straight(denoiser)
-        t, to = (s.to(x, non_blocking=True) for s in self.times(draw, denoiser.schedule))
+        t, to = (s.to(x, non_blocking=True) for s in self.times(draw, denoiser.schedule, x))
         noise = self.regression.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         x_t, velocity = alpha * x + sigma * noise, noise - x
@@ -73,9 +73,10 @@ class MeanFlow(nn.Module):
         loss = error / (error.detach() + self.c) ** self.power
         return {"loss": loss.mean(), "error": error.mean()}
 
-    def times(self, draw: Draw, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """-> t and to: (B) each, to <= t, on the CPU."""
-        first, second = (self.regression.time(u, schedule) for u in (draw.stratified("time"), draw.uniform("to")))
+    def times(self, draw: Draw, schedule: Schedule, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, C, H, W) -> t and to: (B) each, to <= t, on the CPU."""
+        time = self.regression.time_for(x)
+        first, second = (time(u, schedule) for u in (draw.stratified("time"), draw.uniform("to")))
         two = draw.uniform("span") < self.share
         return torch.where(two, torch.maximum(first, second), first), torch.where(two, torch.minimum(first, second), first)
 

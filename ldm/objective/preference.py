@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ldm.errors import Refusal
+from ldm.objective._teacher import FROZEN, Teacher
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
 from ldm.types import Batch, Cond, Denoiser, Draw, InTraining, Schedule, like
 
@@ -30,10 +31,10 @@ class Preference(nn.Module):
         time, weight, noise, distance: as in regression.
 
     Raises:
-        Refusal: the batch has no such field.
+        Refusal: the batch has no such field, or the reference has another schedule.
     """
 
-    frozen = ("teacher",)
+    frozen = FROZEN
 
     def __init__(
         self,
@@ -46,8 +47,13 @@ class Preference(nn.Module):
         distance: Callable[[Tensor], Tensor] = SQUARE,
     ) -> None:
         super().__init__()
-        self.teacher, self.beta, self.worse = teacher(), beta, worse
+        self.teacher, self.beta, self.worse = Teacher(teacher), beta, worse
         self.regression = Regression(time, weight, noise, distance)
+
+    def meet(self, model: Any) -> bool:
+        """Leaves to the model what it has too."""
+        self.teacher.meet(model)
+        return True
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W), latents of the better pictures -> {"loss": (), "preferred": ()}, the latter the share of pairs won."""
@@ -56,22 +62,23 @@ class Preference(nn.Module):
                 f"objective=preference reads the worse picture of each pair from the field {self.worse!r}, and the batch has "
                 f"{sorted(batch)}: +data.fields.{self.worse}=MEMBER, such as worse.jpg."
             )
+        self.teacher.check_schedule(model.denoiser.schedule)
         moments = model.encode(batch[self.worse])
         other = moments.sample(draw.normal("posterior/worse", moments.mean.shape[1:]))
-        told = model.condition(batch)  # nothing is dropped: a preference is of a request
-        own = self.margin(model.denoiser, x, other, told, draw)
+        parts = model.conditioner.parts(batch)  # nothing is dropped: a preference is of a request
+        told, heard = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
+        t = self.regression.time_for(x)(draw.stratified("time"), model.denoiser.schedule).to(x, non_blocking=True)
+        noise = self.regression.noise(draw, x)
+        own = self.margin(model.denoiser, x, other, told, t, noise)
         with torch.no_grad():
-            reference = self.margin(self.teacher.denoiser, x, other, self.teacher.condition(batch), draw)
+            reference = self.margin(self.teacher.denoiser, x, other, heard, t, noise)
         logits = -self.beta / 2 * (own - reference)
         return {"loss": -logsigmoid(logits).mean(), "preferred": (logits > 0).float().mean()}
 
-    def margin(self, denoiser: Denoiser, better: Tensor, worse: Tensor, cond: Cond, draw: Draw) -> Tensor:
-        """better, worse: (B, C, H, W) -> how much larger the error of the better one is: (B)."""
-        both = cond.stack(cond)
-        t = self.regression.time(draw.stratified("time"), denoiser.schedule).to(better, non_blocking=True).repeat(2)
-        noise = self.regression.noise(draw, better).repeat(2, 1, 1, 1)
-        x = torch.cat((better, worse))
+    def margin(self, denoiser: Denoiser, better: Tensor, worse: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Tensor:
+        """better, worse, noise: (B, C, H, W), t: (B) -> how much larger the error of the better one is: (B)."""
+        x, t, noise = torch.cat((better, worse)), t.repeat(2), noise.repeat(2, 1, 1, 1)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
-        output = denoiser.output(alpha * x + sigma * noise, t, both)
+        output = denoiser.output(alpha * x + sigma * noise, t, cond.stack(cond))
         errors = self.regression.error(denoiser, output - denoiser.prediction.target(x, noise, alpha, sigma), t)
         return errors[: len(better)] - errors[len(better) :]

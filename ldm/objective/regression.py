@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ldm.objective.distance import Square
 from ldm.objective.noise import Normal
-from ldm.objective.time import LogitNormal
+from ldm.objective.time import LogitNormal, Sized
 from ldm.objective.weight import Plain
 from ldm.types import Batch, Cond, Denoiser, Draw, InTraining, Schedule, like
 
@@ -32,12 +32,16 @@ class Regression(nn.Module):
 
     def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Tensor]:
         """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), and its log(sigma / alpha): (B)."""
-        t = self.time(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
+        t = self.time_for(x)(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
         noise = self.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond)
         target = denoiser.prediction.target(x, noise, alpha, sigma)
         return self.error(denoiser, output - target, t), (sigma / alpha).log().flatten()
+
+    def time_for(self, x: Tensor) -> Callable[[Tensor, Schedule], Tensor]:
+        """x: (B, C, H, W) -> the times for latents of its size."""
+        return self.time.sized(*x.shape[2:]) if isinstance(self.time, Sized) else self.time
 
     def error(self, denoiser: Denoiser, error: Tensor, t: Tensor) -> Tensor:
         """error: (B, C, H, W), of the network's output at t: (B) -> each sample's weighted distance: (B)."""

@@ -61,7 +61,7 @@ GREY = "#808893"  # an axis of this grey is readable on white and on black
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole page; title, lead and headings are text, the sections' bodies HTML. Sections with an empty body are left out."""
+    """-> a whole page, HTML. Title, lead and headings are plain text, bodies HTML; sections with an empty body are left out."""
     shown = [(f"part-{i}", head, part) for i, (head, part) in enumerate(sections) if part]
     body = "".join(f'<section id="{i}"><h2>{html.escape(head)}</h2>\n{part}\n</section>\n' for i, head, part in shown)
     links = "".join(f'<a href="#{i}">{html.escape(head)}</a>' for i, head, _ in shown)
@@ -82,7 +82,8 @@ def picture(images: Tensor, columns: int = 1, zoom: int = 1, alt: str = "") -> s
 
 
 def wall(images: Tensor, captions: Sequence[str], marks: Sequence[bool] | None = None, zoom: int = 3) -> str:
-    """images: (N, 3, h, w), or (N, k, 3, h, w) for k above each other, each with its caption, and a mark where asked for.
+    """images: (N, 3, h, w), or (N, k, 3, h, w) for k above each other, in [-1, 1], with captions, and with `marks` a tick or
+    cross each -> HTML.
 
     Raises:
         Refusal: there are not as many captions (or marks) as pictures.
@@ -101,19 +102,19 @@ def wall(images: Tensor, captions: Sequence[str], marks: Sequence[bool] | None =
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Text and numbers in rows."""
+    """Text and numbers in rows -> an HTML table; nothing without rows."""
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>' if rows else ""
 
 
 def code(lines: Sequence[str]) -> str:
-    """Commands, one a line, and words about them behind a #; a click chooses a whole command, to be copied."""
+    """Commands, one a line, and comments behind a # -> HTML in which a click selects a whole command."""
     return f"<pre>{''.join(_line(line) for line in lines)}</pre>"
 
 
 def curves(series: Mapping[str, tuple[list[float], list[float]]], x_label: str, y_label: str = "", log_y: bool = False) -> str:
-    """Lines by name -> inline SVG, readable on light and dark; what has few points shows them."""
+    """Lines by name, (x, y) each -> inline SVG, readable on light and dark; short lines show their points."""
     if not series:
         return ""
     from matplotlib.figure import Figure
@@ -143,7 +144,9 @@ def curves(series: Mapping[str, tuple[list[float], list[float]]], x_label: str, 
 
 
 def read_curves(run: Path) -> Curves:
-    """All columns of the CSV logs of a run, csv/version_*/metrics.csv: name -> (steps, values); a later version wins a step."""
+    """A run's folder -> the columns of its CSV logs, csv/version_*/metrics.csv: name -> (steps, values). Where two versions have
+    the same step, the later one counts.
+    """
     values: dict[str, dict[float, float]] = {}
     logs = sorted(run.glob("csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1]))
     for log in logs:
@@ -156,7 +159,7 @@ def read_curves(run: Path) -> Curves:
 
 
 def previews(run: Path, most: int = 4) -> str:
-    """Pictures drawn as training went on, from RUN/previews/<step>.png: the first, some in between, the last."""
+    """-> HTML with at most `most` of the pictures in RUN/previews/<step>.png: the first, some in between, the last."""
     files = sorted(run.glob("previews/*.png"))
     chosen = [files[round(i * (len(files) - 1) / max(most - 1, 1))] for i in range(min(most, len(files)))]
     cells = "".join(
@@ -167,7 +170,7 @@ def previews(run: Path, most: int = 4) -> str:
 
 
 def stacked_bar(parts: Mapping[str, float]) -> str:
-    """Seconds by name, as one coloured bar and its legend."""
+    """Seconds by name -> HTML, one coloured bar and its legend."""
     hues = HUES * len(parts)
     cells = "".join(f'<span style="flex:{value:g};background:{hue}"></span>' for hue, value in zip(hues, parts.values()))
     names = "".join(
@@ -178,7 +181,7 @@ def stacked_bar(parts: Mapping[str, float]) -> str:
 
 
 def tiles(rows: Sequence[tuple[str, str, str, bool | None]]) -> str:
-    """Headline numbers: (name, number, what it is held against, whether it holds; None where nothing is to be held)."""
+    """Headline numbers -> HTML: (name, number, what it is compared with, whether it is good enough; None where nothing is)."""
     cells = (
         f'<div class="tile"><span class="soft">{html.escape(name)}</span>'
         f'<b class="{"" if good is None else "good" if good else "bad"}">{html.escape(number)}</b>'

@@ -34,16 +34,16 @@ tensorboard --logdir runs/quickstart"""
 
 
 def write_report(folder: Path, metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Writes FOLDER/report.html, see `quickstart_page`."""
+    """Writes FOLDER/report.html, the page of `quickstart_page`."""
     write_text(quickstart_page(folder, metrics, shown), folder / "report.html")
 
 
 def quickstart_page(folder: Path, metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
-    """The quickstart's page: what was drawn, how good it is, how long it took, how to go on. What is missing is left out.
+    """-> the quickstart's page, HTML: what was drawn, how good it is, how long it took, how to go on. Missing parts are left out.
 
-    folder: holds {clip,autoencoder,diffusion}/csv and {autoencoder,diffusion}/previews. metrics: what metrics.json holds.
-    shown: pictures in [-1, 1]: held_out, reconstructed (N, 3, h, w); real, drawn (M, 3, h, w) with captions and matched;
-    samples (K, 3, h, w) with prompts.
+    `folder` holds {clip,autoencoder,diffusion}/csv and {autoencoder,diffusion}/previews. `metrics` is metrics.json's content.
+    `shown` are pictures in [-1, 1] by name: held_out, reconstructed (N, 3, h, w); real, drawn (M, 3, h, w) with captions and
+    matched, lists of M; samples (K, 3, h, w) with prompts, a list of K.
     """
     seconds = metrics.get("seconds", {})
     parts = {name: value for name, value in seconds.items() if name != "total"}
@@ -87,9 +87,9 @@ def _from_captions(shown: Mapping[str, Any]) -> str:
     if "drawn" not in shown:
         return ""
     marks = [bool(m) for m in shown["matched"]]
-    said = "Above the real picture, below the drawn one; a tick where the training picture nearest to the drawing is the real one"
+    text = "Above the real picture, below the drawn one; a tick where the training picture nearest to the drawing is the real one"
     walls = wall(_above(shown["real"], shown["drawn"]), shown["captions"], marks)
-    return f"<p>{said}: {sum(marks)} of {len(marks)}.</p>{walls}"
+    return f"<p>{text}: {sum(marks)} of {len(marks)}.</p>{walls}"
 
 
 def _held_out(shown: Mapping[str, Any]) -> str:
@@ -106,20 +106,20 @@ def _above(top: Tensor, bottom: Tensor) -> Tensor:
 def _stages(folder: Path) -> str:
     drawings = []
     for stage in ("clip", "autoencoder", "diffusion"):
-        found = read_curves(folder / stage)
+        logged = read_curves(folder / stage)
         for name, log_y in (("loss", True), ("psnr", False)):
-            series = {full: found[full] for full in (f"train/{name}", f"val/{name}") if full in found}
+            series = {full: logged[full] for full in (f"train/{name}", f"val/{name}") if full in logged}
             label = "PSNR in dB" if name == "psnr" else name
-            said = "".join(f'<p class="soft">{line}</p>' for line in climbs(found) if name == "loss")
-            figure = f"<figure><h3>{stage}: {label}</h3>{curves(series, 'step', label, log_y)}{said}</figure>"
+            lines = "".join(f'<p class="soft">{line}</p>' for line in climbs(logged) if name == "loss")
+            figure = f"<figure><h3>{stage}: {label}</h3>{curves(series, 'step', label, log_y)}{lines}</figure>"
             drawings += [figure] if series else []
     return f'<div class="charts">{"".join(drawings)}</div>' if drawings else ""
 
 
-def climbs(found: Curves) -> list[str]:
-    """What a validation loss that climbs again while the training loss falls means, in a sentence; nothing where it does not."""
-    steps, losses = found.get("val/loss", ([], []))
-    train = found.get("train/loss", ([], []))[1]
+def climbs(logged: Curves) -> list[str]:
+    """-> a sentence about a validation loss that rises again while the training loss falls; nothing where it does not rise."""
+    steps, losses = logged.get("val/loss", ([], []))
+    train = logged.get("train/loss", ([], []))[1]
     if not losses or losses[-1] <= 1.02 * min(losses):
         return []
     lowest, falls = steps[losses.index(min(losses))], len(train) > 1 and train[-1] < train[0]
@@ -131,8 +131,8 @@ def climbs(found: Curves) -> list[str]:
 
 
 def _meanings(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    found = [(*measure, metrics[name]) for name, measure in MEASURES.items() if metrics.get(name) is not None]
-    return [(title, f"{value:.{digits + 1}f}{unit}", meaning) for title, unit, digits, meaning, value in found]
+    rows = [(*measure, metrics[name]) for name, measure in MEASURES.items() if metrics.get(name) is not None]
+    return [(title, f"{value:.{digits + 1}f}{unit}", meaning) for title, unit, digits, meaning, value in rows]
 
 
 def _surroundings(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

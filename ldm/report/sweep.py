@@ -1,4 +1,4 @@
-"""Many settings of an evaluation: which they are, and one page about all of them."""
+"""Sweeps: an evaluation under many settings, and the page about all of them."""
 
 import itertools
 import re
@@ -23,15 +23,17 @@ COLUMNS = 8  # pictures shown of each setting
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a sweep: `name=value` words, what metrics.json holds of it, its first pictures (N, 3, h, w) in [-1, 1]."""
+    """One setting of a sweep: its `name=value` words, the entries of its metrics.json, its first pictures, (N, 3, h, w) in
+    [-1, 1].
+    """
 
     words: Sequence[str]
-    told: Mapping[str, Any]
+    numbers: Mapping[str, Any]
     pictures: Tensor | None = None
 
     @property
     def values(self) -> dict[str, str]:
-        """The words by name."""
+        """-> the values by name."""
         return dict(word.split("=", 1) for word in self.words)
 
 
@@ -46,52 +48,58 @@ def settings(sweep: str) -> list[list[str]]:
     choices: dict[str, list[str]] = {}
     for word in sweep.split():
         name, _, values = word.partition("=")
-        found = [v for value in re.split(r",(?![^\[({]*[\])}])", values) for v in (sorted(glob(value)) or [value])]
-        if not name or not values or "" in found:
+        chosen = [v for value in re.split(r",(?![^\[({]*[\])}])", values) for v in (sorted(glob(value)) or [value])]
+        if not name or not values or "" in chosen:
             raise Refusal(f"sweep: {word!r} is no name=value,value, such as sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.")
-        choices[name] = [f"{name}={value}" for value in found]
+        choices[name] = [f"{name}={value}" for value in chosen]
     if not choices:
         raise Refusal("sweep names no settings; wanted something like sweep='guidance.scale=1,2,4 sampler=ddim,dpmpp'.")
     return [list(words) for words in itertools.product(*choices.values())]
 
 
 def name_of(setting: Sequence[str]) -> str:
-    """A folder's name for a setting."""
+    """-> the name of a setting's folder."""
     pairs = [word.split("=", 1) for word in setting]
     return "_".join(re.sub(r"[^\w.+-]+", "-", f"{name.split('.')[-1]}-{_short(value)}") for name, value in pairs)
 
 
-def sweep_page(found: Sequence[Setting], captions: Sequence[str]) -> str:
-    """The page of a sweep: a table, how quality and obedience trade, curves over numbers, pictures."""
-    numbers = list(dict.fromkeys(name for setting in found for name in setting.told))
-    names = [name for name in found[0].values if len({s.values[name] for s in found}) > 1] or list(found[0].values)
-    best = pareto(found, *_axes(numbers))
+def sweep_page(results: Sequence[Setting], captions: Sequence[str]) -> str:
+    """-> the page of a sweep, HTML: a table, quality against agreement with the request, curves over numbers, pictures.
+
+    `captions` are those of the first pictures, in order.
+    """
+    numbers = list(dict.fromkeys(name for setting in results for name in setting.numbers))
+    names = [name for name in results[0].values if len({s.values[name] for s in results}) > 1] or list(results[0].values)
+    best = pareto(results, *_axes(numbers))
     rows = [
-        [*(_short(s.values[n]) for n in names), *(shown(s.told[n]) for n in numbers), "best" if i in best else ""]
-        for i, s in enumerate(found)
+        [*(_short(s.values[n]) for n in names), *(shown(s.numbers[n]) for n in numbers), "best" if i in best else ""]
+        for i, s in enumerate(results)
     ]
-    count = next(iter(found[0].told.values()))["protocol"]["count"]
+    count = next(iter(results[0].numbers.values()))["protocol"]["count"]
     low, high = _axes(numbers)
     lines = [f"Best: no other setting is as good in both {high} and {low}, and better in one."] if best else []
-    lines += dict.fromkeys(e["note"] for s in found for e in s.told.values() if "note" in e)
+    lines += dict.fromkeys(e["note"] for s in results for e in s.numbers.values() if "note" in e)
     return page(
         "Latent diffusion: a sweep",
-        f"{len(found)} settings, {count:,} pictures of each, the same requests and seeds for all.",
+        f"{len(results)} settings, {count:,} pictures of each, the same requests and seeds for all.",
         [
             ("Numbers", table([*names, *numbers, ""], rows) + f'<p class="soft"><br>{"<br>".join(lines)}</p>'),
-            ("Quality against obedience", _trade(found, names, numbers)),
-            ("Over each setting", _over(found, names, numbers)),
-            ("Pictures", _walls(found, names, captions)),
-            ("Protocol", table(("field", "value"), _protocol(found))),
+            ("Quality against agreement with the request", _trade(results, names, numbers)),
+            ("Over each setting", _over(results, names, numbers)),
+            ("Pictures", _walls(results, names, captions)),
+            ("Protocol", table(("field", "value"), _protocol(results))),
         ],
     )
 
 
-def pareto(found: Sequence[Setting], low: str | None, high: str | None) -> set[int]:
-    """The settings that no other beats in one number without losing in the other."""
+def pareto(results: Sequence[Setting], low: str | None, high: str | None) -> set[int]:
+    """-> the places of the settings on the Pareto front: no other is better in one number and at least as good in the other.
+
+    `low` names the number of which less is better, `high` the other; with None for one of them there is no front.
+    """
     if low is None or high is None:
         return set()
-    points = [(s.told[low]["value"], -s.told[high]["value"]) for s in found]
+    points = [(s.numbers[low]["value"], -s.numbers[high]["value"]) for s in results]
     return {i for i, p in enumerate(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
 
 
@@ -99,52 +107,52 @@ def _axes(numbers: Sequence[str]) -> tuple[str | None, str | None]:
     return next(filter(LOWER.match, numbers), None), next(filter(HIGHER.match, numbers), None)
 
 
-def _trade(found: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]) -> str:
-    """The lower-is-better number over the higher-is-better one; a line goes through the values of the first setting swept."""
+def _trade(results: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]) -> str:
+    """The lower-is-better number over the higher-is-better one; a line joins the values of the sweep's first name."""
     low, high = _axes(numbers)
-    if low is None or high is None or len(found) < 2:
+    if low is None or high is None or len(results) < 2:
         return ""
     series: dict[str, tuple[list[float], list[float]]] = {}
-    for setting in found:
+    for setting in results:
         line = series.setdefault(_label(setting, names[1:]), ([], []))
-        line[0].append(setting.told[high]["value"])
-        line[1].append(setting.told[low]["value"])
-    said = f"Down and to the right is better. Each line goes through {names[0]} = {', '.join(_distinct(found, names[0]))}."
-    return f"<p>{escape(said)}</p>{curves(series, high, low)}"
+        line[0].append(setting.numbers[high]["value"])
+        line[1].append(setting.numbers[low]["value"])
+    words = f"Down and to the right is better. Each line goes through {names[0]} = {', '.join(_distinct(results, names[0]))}."
+    return f"<p>{escape(words)}</p>{curves(series, high, low)}"
 
 
-def _over(found: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]) -> str:
+def _over(results: Sequence[Setting], names: Sequence[str], numbers: Sequence[str]) -> str:
     drawings = []
     for name in names:
-        values = [_number(s.values[name]) for s in found]
+        values = [_number(s.values[name]) for s in results]
         if len(set(values)) < 2 or None in values:
             continue
         others = [n for n in names if n != name]
         for number in (n for n in numbers if not n.endswith("_std")):
             series: dict[str, tuple[list[float], list[float]]] = {}
-            for setting, value in sorted(zip(found, values), key=lambda pair: pair[1]):
+            for setting, value in sorted(zip(results, values), key=lambda pair: pair[1]):
                 line = series.setdefault(_label(setting, others), ([], []))
                 line[0].append(value)
-                line[1].append(setting.told[number]["value"])
+                line[1].append(setting.numbers[number]["value"])
             label = "step" if name == "model" else name
             drawings.append(f"<figure><h3>{number} over {escape(label)}</h3>{curves(series, label, number)}</figure>")
     return f'<div class="charts">{"".join(drawings)}</div>' if drawings else ""
 
 
-def _walls(found: Sequence[Setting], names: Sequence[str], captions: Sequence[str]) -> str:
+def _walls(results: Sequence[Setting], names: Sequence[str], captions: Sequence[str]) -> str:
     walls = []
-    for setting in found:
+    for setting in results:
         if setting.pictures is not None and len(setting.pictures):
             few = setting.pictures[:COLUMNS]
             zoom = max(1, 96 // few.shape[-1])
-            said = list(captions[: len(few)]) or [""] * len(few)
-            walls.append(f"<h3>{escape(_label(setting, names))}</h3>{wall(few, said, zoom=zoom)}")
+            words = list(captions[: len(few)]) or [""] * len(few)
+            walls.append(f"<h3>{escape(_label(setting, names))}</h3>{wall(few, words, zoom=zoom)}")
     return "".join(walls)
 
 
-def _protocol(found: Sequence[Setting]) -> list[tuple[str, str]]:
+def _protocol(results: Sequence[Setting]) -> list[tuple[str, str]]:
     """The fields that all numbers of all settings share."""
-    protocols = [_flat(entry["protocol"]) for s in found for entry in s.told.values()]
+    protocols = [_flat(entry["protocol"]) for s in results for entry in s.numbers.values()]
     return [(name, str(value)) for name, value in protocols[0].items() if all(p.get(name) == value for p in protocols)]
 
 
@@ -158,8 +166,8 @@ def _label(setting: Setting, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {_short(setting.values[name])}" for name in names) or "all"
 
 
-def _distinct(found: Sequence[Setting], name: str) -> list[str]:
-    return list(dict.fromkeys(_short(s.values[name]) for s in found))
+def _distinct(results: Sequence[Setting], name: str) -> list[str]:
+    return list(dict.fromkeys(_short(s.values[name]) for s in results))
 
 
 def _short(value: str) -> str:
@@ -167,7 +175,7 @@ def _short(value: str) -> str:
 
 
 def _number(value: str) -> float | None:
-    """A setting's value as a number: itself, or the step in a checkpoint's name."""
+    """-> a setting's value as a number: itself, or the step in a checkpoint's name; None where it is neither."""
     try:
         return float(value)
     except ValueError:

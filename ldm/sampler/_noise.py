@@ -1,4 +1,4 @@
-"""The noise that stochastic samplers add on the way."""
+"""The fresh noise of stochastic samplers."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from ldm.types import mix
 
 
 class Streams:
-    """One stream of unit normal numbers for each picture, from its seed: a picture never depends on its batch.
+    """A stream of unit normal numbers for each picture, from its seed, so that a picture never depends on its batch.
 
-    They are drawn on the CPU, so that devices agree, and are not the numbers that its starting noise is drawn from.
+    The numbers are drawn on the CPU, so that devices agree, and differ from those of the picture's starting noise.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(mix(seed, 1)) for seed in seeds]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W) -> the next numbers of each stream: (B, C, H, W), of x's device and dtype."""
+        """x: (B, C, H, W) -> the next numbers of each stream, (B, C, H, W), on x's device and of its dtype."""
         return torch.stack([torch.randn(*x.shape[1:], generator=g) for g in self.generators]).to(x)

@@ -1,6 +1,8 @@
-"""A consistency model's steps: to the data, and back up with fresh noise (https://arxiv.org/abs/2303.01469, algorithm 1).
+"""A consistency model's steps: to the data, and back to noise with fresh noise (https://arxiv.org/abs/2303.01469, algorithm 1).
 
-Also how latent consistency models (https://arxiv.org/abs/2310.04378, algorithm 3) and distribution matching draw.
+x_s = alpha_s x_hat(x_t, t) + sigma_s noise, and x_hat at the end
+
+Latent consistency models (https://arxiv.org/abs/2310.04378, algorithm 3) and distribution matching draw so too.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +20,9 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class Consistency(Walk):
-    """For models whose estimate from any noise is a picture; calls the network once a step. The last estimate stays as it is."""
+    """For models whose estimate at any time is a finished picture. It calls the network once a step."""
 
-    order: ClassVar[int] = 0  # of convergence there is none: an estimate of any time is the picture
+    order: ClassVar[int] = 0  # it does not converge with more steps
     steps: int = 1
     grid: Callable[[int, Schedule], Tensor] = UNIFORM
 

@@ -1,4 +1,8 @@
-"""DDIM (https://arxiv.org/abs/2010.02502, equation 12)."""
+"""DDIM (https://arxiv.org/abs/2010.02502, equations 12 and 16).
+
+x_s = alpha_s x_hat + sqrt(sigma_s^2 - added^2) noise_hat + added noise,  noise_hat = (x_t - alpha_t x_hat) / sigma_t
+added = eta sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +20,9 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class DDIM(Walk):
-    """First order; calls the network once a step.
+    """First order. It calls the network once a step.
 
-    eta = 0 is deterministic, and inverted by walking its times backwards; eta = 1 is DDPM's ancestral sampling.
+    `eta` = 0 is deterministic, and inverted by walking along the same times upwards; `eta` = 1 is DDPM's ancestral sampling.
 
     Raises:
         Refusal: an eta outside [0, 1].

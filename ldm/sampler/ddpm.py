@@ -1,4 +1,8 @@
-"""Ancestral sampling (DDPM, https://arxiv.org/abs/2006.11239, algorithm 2 and equation 7, for any schedule and any steps)."""
+"""Ancestral sampling (DDPM, https://arxiv.org/abs/2006.11239, algorithm 2 and equation 7), for any schedule and any steps.
+
+x_s = (alpha_t / alpha_s) (sigma_s / sigma_t)^2 x_t + alpha_s (forward / sigma_t^2) x_hat + std noise
+forward = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2,  std^2 = forward (sigma_s / sigma_t)^(2 (1 - v))
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +20,10 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class DDPM(Walk):
-    """First order, stochastic; calls the network once a step.
+    """First order, stochastic. It calls the network once a step.
 
-    The variance of a step is variance_posterior^(1 - v) * variance_forward^v, DDPM's lower bound at v = 0 and its upper bound
-    at v = 1 (improved DDPM, https://arxiv.org/abs/2102.09672, equation 15). The step into t = 0 adds nothing.
+    `v` chooses the variance of a step, on a logarithmic scale, between DDPM's lower bound, at 0, and its upper bound, at 1
+    (improved DDPM, https://arxiv.org/abs/2102.09672, equation 15). The step into t = 0 adds no noise.
 
     Raises:
         Refusal: a v outside [0, 1].
@@ -40,8 +44,8 @@ class DDPM(Walk):
         for t, s in pairwise(times.double().cpu()):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
             forward = sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2
-            kept = (sigma_s / sigma_t) ** 2
-            x = alpha_t / alpha_s * kept * x + alpha_s * forward / sigma_t**2 * denoise(x, t)
+            ratio = (sigma_s / sigma_t) ** 2
+            x = alpha_t / alpha_s * ratio * x + alpha_s * forward / sigma_t**2 * denoise(x, t)
             if s > 0:
-                x = x + (forward * kept ** (1 - self.v)).sqrt() * draw(x)
+                x = x + (forward * ratio ** (1 - self.v)).sqrt() * draw(x)
         return x

@@ -1,4 +1,8 @@
-"""DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095, algorithm 2)."""
+"""DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095, algorithm 2).
+
+x_s = (sigma_s / sigma_t) x_t - alpha_s (e^-h - 1) D,  h = lambda_s - lambda_t,  lambda = log(alpha / sigma)
+D = x_hat + (h / h') (x_hat - x_hat') / 2, with x_hat' and h' of the step before
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +19,9 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class DPMpp(Walk):
-    """Second order; calls the network once a step.
+    """Second order. It calls the network once a step.
 
-    The step into t = 0 is first order: log(alpha / sigma) goes far there, and extrapolating over it does harm.
+    The step into t = 0 is first order: h is so long there that extrapolating over it does harm.
     """
 
     order: ClassVar[int] = 2

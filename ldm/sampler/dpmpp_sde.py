@@ -1,4 +1,7 @@
-"""SDE-DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095, section 5 and appendix D.2)."""
+"""SDE-DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095, section 5 and appendix D.2).
+
+x_s = (sigma_s / sigma_t) e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) noise,  h and D as in dpmpp.py
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +19,9 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class DPMppSDE(Walk):
-    """Second order in the drift, stochastic; calls the network once a step.
+    """Second order in the drift, stochastic. It calls the network once a step.
 
-    The step into t = 0 is first order, as in `dpmpp`.
+    The step into t = 0 is first order, as in `DPMpp`.
     """
 
     order: ClassVar[int] = 2

@@ -1,6 +1,7 @@
 """Euler's method in sigma / alpha (EDM, https://arxiv.org/abs/2206.00364, algorithm 1 without its correction).
 
-The same steps as deterministic DDIM's, told as the probability-flow ODE: d(x / alpha) / d(sigma / alpha) = noise_hat.
+d(x / alpha) / d(sigma / alpha) = noise_hat = (x_t - alpha_t x_hat) / sigma_t, the probability-flow ODE
+x_s / alpha_s = x_t / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) noise_hat, the same steps as deterministic DDIM's
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class Euler(Walk):
-    """First order; calls the network once a step."""
+    """First order. It calls the network once a step."""
 
     order: ClassVar[int] = 1
     steps: int = 50

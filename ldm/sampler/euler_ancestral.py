@@ -1,4 +1,8 @@
-"""Euler's method down to less noise than wanted, then fresh noise up to it (k-diffusion's `euler_ancestral`)."""
+"""Euler's method to a lower noise level than the next, then fresh noise up to the next (k-diffusion's `euler_ancestral`).
+
+x_s / alpha_s = x_hat + down noise_hat + up noise,  r = sigma / alpha
+up = min(r_s, eta r_s sqrt(1 - (r_s / r_t)^2)),  down = sqrt(r_s^2 - up^2)
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +20,9 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class EulerAncestral(Walk):
-    """First order, stochastic; calls the network once a step.
+    """First order, stochastic. It calls the network once a step.
 
-    eta = 1 has DDPM's variance (https://arxiv.org/abs/2006.11239, equation 7), told in sigma / alpha; eta = 0 is Euler's method.
+    `eta` = 1 has DDPM's variance (https://arxiv.org/abs/2006.11239, equation 7); `eta` = 0 is Euler's method.
 
     Raises:
         Refusal: a negative eta.

@@ -1,7 +1,9 @@
-"""Steps of a flow map, which says where the flow from t is at `to`: one, two or four make a picture.
+"""Steps of a flow map, which predicts where the flow from x_t is at a second time s: one, two or four make a picture.
 
-Average velocities (MeanFlow, https://arxiv.org/abs/2505.13447, equation 12) and all else that tells it as a point x_hat on the
-line from x_t (consistency trajectories, https://arxiv.org/abs/2310.02279, equation 4; shortcut models).
+x_s = alpha_s x_hat + sigma_s (x_t - alpha_t x_hat) / sigma_t,  x_hat = D(x_t, t, s)
+
+So draw average velocities (MeanFlow, https://arxiv.org/abs/2505.13447, equation 12), consistency trajectories
+(https://arxiv.org/abs/2310.02279, equation 4) and shortcut models.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class FlowMap(Walk):
-    """Exact for an exact map, whatever the steps; calls the network once a step. Without a second time it is Euler's method."""
+    """Exact for an exact flow map, with any number of steps. It calls the network once a step."""
 
     order: ClassVar[int] = 1
     steps: int = 1

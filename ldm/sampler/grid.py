@@ -1,4 +1,13 @@
-"""The times a sampler visits, from first (noise) down to last (data); it calls the network at all but the last."""
+"""Grids: the times that a sampler visits, from the first (noise) down to the last (data), at all but which it calls the network.
+
+Each is (steps, schedule) -> times, (steps + 1), float64, in [0, 1]; with i = 0 ... steps:
+
+Uniform    t_i = 1 - i / steps, shifted: s t / (1 + (s - 1) t)
+Quadratic  sqrt(t_i) = 1 - i / steps
+Karras     (sigma / alpha)^(1 / rho) linear in i
+Leading, Trailing, Linspace: steps of a table of `total`, of which step n is at t = (n + 1) / total
+(https://arxiv.org/abs/2305.08891, table 2)
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +22,9 @@ from ldm.types import Schedule
 
 @dataclass(frozen=True)
 class Uniform:
-    """Equal steps in t. shift > 1 spends more of them on noise (SD3, https://arxiv.org/abs/2403.03206, equation 23)."""
+    """Equal steps in t from `first` to `last`; `shift` > 1 takes more of them at high noise (SD3, https://arxiv.org/abs/2403.03206,
+    equation 23).
+    """
 
     first: float = 1.0
     last: float = 0.0
@@ -28,9 +39,9 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Shifted:
-    """Equal steps in t from 1 to the shifted 1 / total, shifted, then `last`: Stable Diffusion 3's, as diffusers draws from it.
+    """Equal steps in t from 1 to the shifted 1 / total, all shifted (equation 23 above), then `last`: diffusers' for SD3.
 
-    Its FlowMatchEulerDiscreteScheduler shifts the least time twice (https://arxiv.org/abs/2403.03206, equation 23).
+    The lowest time is shifted twice, as in diffusers' FlowMatchEulerDiscreteScheduler.
     """
 
     shift: float = 3.0
@@ -46,9 +57,13 @@ class Shifted:
 
 @dataclass(frozen=True)
 class BySize:
-    """Equal steps in t, shifted by exp(mu), where mu grows with the number of patches: `low` at `few` of them, `high` at `many`.
+    """Equal steps in t from 1 to 0, shifted by exp(mu), where mu is linear in the number of patches: diffusers' for Flux dev
+    (huggingface/diffusers 58eb52c, pipeline_flux.py, calculate_shift).
 
-    As Flux dev is drawn from (huggingface/diffusers 58eb52c, pipeline_flux.py, calculate_shift); `patch` latents a side are one.
+    Args:
+        low, high: mu at `few` and at `many` patches.
+        few, many: numbers of patches.
+        patch: latents a side of a patch.
     """
 
     low: float = 0.5
@@ -58,18 +73,20 @@ class BySize:
     patch: int = 2
 
     def sized(self, height: int, width: int) -> Uniform:
-        """The grid for latents of height x width."""
+        """-> the grid for latents of height x width."""
         count = (height // self.patch) * (width // self.patch)
         return Uniform(shift=math.exp(self.low + (self.high - self.low) * (count - self.few) / (self.many - self.few)))
 
     def __call__(self, steps: int, schedule: Schedule) -> Tensor:
-        """-> (steps + 1) times, float64, for `many` patches: where nothing says how many there are."""
+        """-> (steps + 1) times, float64, for `many` patches, where the size is not known."""
         return Uniform(shift=math.exp(self.high))(steps, schedule)
 
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Equal steps in sqrt(t), more of them near the data (DDIM, https://arxiv.org/abs/2010.02502, appendix D.2)."""
+    """Equal steps in sqrt(t) from `first` to `last`: more of them near the data (DDIM, https://arxiv.org/abs/2010.02502,
+    appendix D.2).
+    """
 
     first: float = 1.0
     last: float = 0.0
@@ -82,10 +99,10 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class Karras:
-    """(sigma / alpha)^(1 / rho) in equal steps from `first` to `lowest`, then `last` (EDM, equation 5).
+    """Equal steps in (sigma / alpha)^(1 / rho) from the time `first` to `lowest`, then `last` (EDM, https://arxiv.org/abs/2206.00364,
+    equation 5).
 
-    https://arxiv.org/abs/2206.00364; `lowest` = 0.001 is Stable Diffusion's first step, and sigma / alpha = 0.002 on
-    straight paths.
+    `lowest` = 0.001 is the first step of Stable Diffusion's table, and sigma / alpha = 0.002 for schedule=linear.
     """
 
     rho: float = 7.0
@@ -104,10 +121,10 @@ class Karras:
 
 @dataclass(frozen=True)
 class Leading:
-    """Steps 0, 1, 2, ... times total // steps, plus `offset`: how Stable Diffusion 1, 2 and XL are drawn from.
+    """Steps i * (total // steps) + offset of the table: the usual grid of Stable Diffusion 1, 2 and XL.
 
-    Table 2 of https://arxiv.org/abs/2305.08891. diffusers' multistep schedulers leave out `spare` = 1 step at the data;
-    its DDIM stops at `last` = 1 / total where `set_alpha_to_one` is false.
+    diffusers' multistep schedulers leave out `spare` = 1 step at the data; its DDIM stops at `last` = 1 / total where
+    `set_alpha_to_one` is false.
     """
 
     total: int = 1000
@@ -124,7 +141,7 @@ class Leading:
 
 @dataclass(frozen=True)
 class Trailing:
-    """Equal steps down from the very last one, rounded (table 2 of https://arxiv.org/abs/2305.08891)."""
+    """Equal steps down from the last of the table, rounded; then `last`."""
 
     total: int = 1000
     last: float = 0.0
@@ -138,7 +155,7 @@ class Trailing:
 
 @dataclass(frozen=True)
 class Linspace:
-    """Equal steps from the last one to the first, both visited, rounded (table 2 of https://arxiv.org/abs/2305.08891).
+    """Equal steps from the last of the table to the first, rounded, both visited; then `last`.
 
     diffusers' multistep schedulers leave out `spare` = 1 step at the data.
     """
@@ -156,7 +173,7 @@ class Linspace:
 
 @dataclass(frozen=True)
 class Listed:
-    """Your own times, from first to last; their number decides, not the sampler's `steps`.
+    """Times of your own, from the first to the last. Their number decides the steps, not the sampler's `steps`.
 
     Raises:
         Refusal: fewer than two times, times outside [0, 1], or times that do not fall.
@@ -178,7 +195,7 @@ UNIFORM = Uniform()
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """t: (*) -> (*), where sigma / alpha is `shift` times as large on straight paths."""
+    """t: (*) -> shift t / (1 + (shift - 1) t): (*), which multiplies sigma / alpha by `shift` on the linear schedule."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -190,5 +207,5 @@ def _check(steps: int, most: float = math.inf) -> None:
 
 
 def _at(n: Tensor, total: int, last: float) -> Tensor:
-    """Step n of `total` is t = (n + 1) / total."""
+    """Steps n of `total` -> their times (n + 1) / total, then `last`."""
     return torch.cat(((n.double() + 1) / total, torch.tensor([last], dtype=torch.float64)))

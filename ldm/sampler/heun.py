@@ -1,6 +1,9 @@
-"""Heun's method along the schedule's own path, with churn (EDM, https://arxiv.org/abs/2206.00364, algorithms 1 and 2).
+"""Heun's method along the schedule's path, with churn (EDM, https://arxiv.org/abs/2206.00364, algorithms 1 and 2).
 
-dx = x_hat dalpha + noise_hat dsigma: on the Karras schedule EDM's steps in sigma, on the linear one those of flow matching in t.
+dx = x_hat dalpha + noise_hat dsigma,  noise_hat = (x_t - alpha_t x_hat) / sigma_t
+y = x_t + (alpha_s - alpha_t) x_hat + (sigma_s - sigma_t) noise_hat, and x_s the same with the means of both over t and, at y, s
+
+On the Karras schedule these are EDM's steps in sigma, on the linear one those of flow matching in t.
 """
 
 import math
@@ -20,10 +23,15 @@ from ldm.types import Denoise, Schedule
 
 @dataclass(frozen=True)
 class Heun(Walk):
-    """Second order; calls the network twice a step, once in the step into t = 0.
+    """Second order. It calls the network twice a step, and once in the step into t = 0.
 
-    Where low <= sigma / alpha <= high, a step first raises sigma / alpha by churn / steps (at most 41 %) with fresh noise of
-    `std`: EDM's S_churn, S_tmin, S_tmax and S_noise. churn = 0 is deterministic.
+    Args:
+        steps: of the grid.
+        churn: EDM's S_churn, at least 0: a step first raises sigma / alpha by the share churn / steps, at most sqrt(2) - 1, with
+            fresh noise; 0 is deterministic.
+        low, high: EDM's S_tmin and S_tmax: there is churn where low <= sigma / alpha <= high.
+        std: EDM's S_noise, the fresh noise's standard deviation.
+        grid: (steps, schedule) -> times.
 
     Raises:
         Refusal: a negative churn.

@@ -1,4 +1,4 @@
-"""A frozen CLIP, by open_clip's name or from a local folder, and how its towers are read."""
+"""A frozen CLIP, by open_clip's name or from a local folder: its towers, its tokenizer, and their embeddings."""
 
 import json
 import warnings
@@ -20,10 +20,15 @@ from ldm.nn.empty import is_weightless, weighted, weightless
 
 
 def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
-    """An open_clip model, frozen: `model` and `pretrained` are a name with a tag or a local file, or `local-dir:FOLDER`.
+    """An open_clip model, frozen, on torch's default device.
+
+    Args:
+        model: open_clip's name, or `local-dir:FOLDER`.
+        pretrained: open_clip's tag, or a local file; None for random weights, and for a local folder, which has its own.
+        option: the setting to name in errors, such as `condition.text`.
 
     Raises:
-        NotFound: a local folder without a CLIP; names the config line, `option`, and the command that trains one.
+        NotFound: a local folder without a CLIP; the message names the command that trains one.
     """
     folder = Path(model.removeprefix(LOCAL))
     if model.startswith(LOCAL) and not (folder / "open_clip_config.json").is_file():
@@ -40,7 +45,7 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
 
 
 def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Module:
-    """The text half of `load_clip`; a local folder need not hold the image half.
+    """The text tower alone of `load_clip`'s model, whose arguments it takes; a local folder need not hold the image tower.
 
     Raises:
         NotFound: as `load_clip`. Refusal: the folder's weights are not those of its text tower.
@@ -68,7 +73,7 @@ def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Modul
 
 
 def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
-    """The text half of open_clip's model_cfg, frozen, with random weights."""
+    """open_clip's model_cfg -> its text tower, frozen, with random weights."""
     gelu = config.get("quick_gelu", False)
     clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
     del clip.visual
@@ -76,14 +81,14 @@ def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
 
 
 def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One of open_clip's names -> its model_cfg, and its text tower's weights."""
+    """open_clip's name and tag -> the name's model_cfg, and its text tower's weights by name."""
     tower = load_text_tower(model, pretrained, "condition.text")
     return open_clip.get_model_config(model), {n: x for n, x in tower.state_dict().items() if n != "logit_scale"}
 
 
 @lru_cache
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's byte-pair encoding, which ships with open_clip, as OpenAI wrote it: ids by token, and the merges in their order."""
+    """CLIP's byte-pair encoding, which ships with open_clip, as OpenAI wrote it -> ids by token, and the merges in order."""
     words = open_clip.tokenizer.SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return {names.get(word, word): number for word, number in words.encoder.items()}, [
@@ -97,15 +102,15 @@ PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 
 
 class PublishedTokenizer:
-    """CLIP's byte pairs, cut as transformers' CLIPTokenizer cuts, with which the published Stable Diffusions were trained.
+    """CLIP's tokenizer, equal to transformers' CLIPTokenizer, with which the published Stable Diffusions were trained.
 
-    It differs from open_clip's in three ways: HTML entities stay as they are written, the begin, end and padding tokens are
-    tokens when a prompt spells them, and `learned` words (textual inversion) are one token each, from id 49408 on; of one
-    learned as several rows (`word`, `word_1`, ...) the first stands for all, as in diffusers.
+    It differs from open_clip's in three ways: HTML entities are not decoded, the begin, end and padding tokens are special
+    tokens when a prompt spells them, and `learned` words (textual inversion) are one token each, from id 49408 on, in any case;
+    of a word that was learned as several rows (`word`, `word_1`, ...) the first stands for all, as in diffusers.
 
     Args:
-        length: tokens of a caption, the begin and the end among them.
-        padding: the id behind the end, of a token that has no other meaning when it is spelt in a prompt.
+        length: tokens of a caption, the begin and the end included.
+        padding: the id of the padding behind the end.
         learned: the learned words, in the order of their rows.
     """
 
@@ -122,31 +127,42 @@ class PublishedTokenizer:
         pad = next(word for word, number in ids.items() if number == padding)
         self.pieces.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (BEGIN, END, pad)])
         self.pieces.add_tokens([AddedToken(word, normalized=True) for word in learned])
-        self.begin, self.end, self.padding, self.length, self.learned = ids[BEGIN], ids[END], padding, length, tuple(learned)
+        self.begin, self.end, self.padding, self.length = ids[BEGIN], ids[END], padding, length
+        self.rows = {FIRST_LEARNED + i: _rows_of(word, learned) for i, word in enumerate(learned)}
 
     def encode(self, caption: str) -> list[int]:
-        """The ids of a caption, without begin and end."""
-        for word in self.learned:
-            if f"{word}_1" in self.learned and word in caption:
-                rows = [word, *(w for i in range(1, len(self.learned)) if (w := f"{word}_{i}") in self.learned)]
-                caption = caption.replace(word, " ".join(rows))
-        return self.pieces.encode(caption).ids
+        """-> the ids of a caption, without begin and end, not truncated."""
+        return [row for number in self.pieces.encode(caption).ids for row in self.rows.get(number, (number,))]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words of some ids."""
+        """-> the text of some ids."""
         return self.pieces.decode(list(ids), skip_special_tokens=False).replace("</w>", " ").strip()
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """B captions -> (B, length) ids: begin, caption, end, padding."""
+        """B captions -> (B, length) ids: begin, caption (truncated to length - 2), end, padding."""
         rows = [[self.begin, *self.encode(caption)[: self.length - 2], self.end] for caption in captions]
         return torch.tensor([row + [self.padding] * (self.length - len(row)) for row in rows])
+
+
+def _rows_of(word: str, learned: Sequence[str]) -> list[int]:
+    """-> the ids of a learned word, and of word_1, word_2, ... as far as these were learned."""
+    places = {name: FIRST_LEARNED + i for i, name in enumerate(learned)}
+    rows = [places[word]]
+    while (row := places.get(f"{word}_{len(rows)}")) is not None:
+        rows.append(row)
+    return rows
+
+
+def names_of(word: str, count: int) -> list[str]:
+    """-> the names of the tokens of a word with `count` rows: word, word_1, ..."""
+    return [word, *(f"{word}_{i}" for i in range(1, count))]
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
 
 
-def see(visual: nn.Module, images: Tensor) -> Tensor:
-    """(B, 3, h, w) in [-1, 1] -> the size and normalisation that an image tower was trained with."""
+def preprocess(visual: nn.Module, images: Tensor) -> Tensor:
+    """(B, 3, h, w) in [-1, 1] -> (B, 3, H, W), resized and normalised for an image tower; differentiable."""
     if images.shape[2:] != visual.image_size:
         images = interpolate(images, visual.image_size, mode="bicubic", antialias=True)
     mean, std = (images.new_tensor(visual.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
@@ -154,35 +170,41 @@ def see(visual: nn.Module, images: Tensor) -> Tensor:
 
 
 def settings(visual: nn.Module) -> dict[str, Any]:
-    """What decides, beside its weights, what an image tower sees: size, mean, standard deviation, interpolation; plain values."""
+    """-> the preprocessing of an image tower, as plain values: size, mean, standard deviation, interpolation."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in dict(visual.preprocess_cfg).items()}
 
 
 def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
-    """What open_clip does to a PIL picture before this image tower: its numbers are the plain open_clip ones."""
+    """-> open_clip's own preprocessing for this image tower: a PIL picture -> (3, H, W)."""
     return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
 
 
-def read(tower: nn.Module, ids: Tensor, end: int | None = None, projected: bool = True) -> tuple[list[Tensor], Tensor]:
-    """ids: (B, L) token ids -> hidden states, (B, L, D) each, from before the transformer to its end; pooled: (B, E).
+def embed_text(tower: nn.Module, ids: Tensor, end: int | None = None, projected: bool = True) -> tuple[list[Tensor], Tensor]:
+    """The embeddings of a text tower: ids (B, L) -> hidden states, (B, L, D) each, and the pooled embedding, (B, E).
 
-    `end` is the id that ends a text, the largest one there is with None; `projected`: as pictures' features, where the tower can.
+    The hidden states are those before the first block, after the first, ..., after the last, none of them normalised. The pooled
+    embedding is the last one, normalised, at the end token, and with `projected`, where the tower has a projection, in the space
+    of the pictures' embeddings. `end` is the end token's id; None for the largest id of each text.
     """
     hidden = [tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]]
     for block in tower.transformer.resblocks:
         hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
-    place = ids.argmax(dim=1) if end is None else (ids == end).int().argmax(dim=1)
-    pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), place]
+    pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), _ends(ids, end)]
     return hidden, pooled @ tower.text_projection if projected and tower.text_projection is not None else pooled
 
 
-def spoken(ids: Tensor) -> Tensor:
-    """ids: (B, L), the end token being the largest id -> (B, L) bool, True up to and with the end of the text."""
-    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
+def text_mask(ids: Tensor, end: int | None = None) -> Tensor:
+    """ids: (B, L); `end` as in `embed_text` -> mask (B, L) bool, True up to the end token, itself included."""
+    return torch.arange(ids.shape[1], device=ids.device) <= _ends(ids, end)[:, None]
+
+
+def _ends(ids: Tensor, end: int | None) -> Tensor:
+    """(B, L) -> (B), the position of the first `end`, or of the largest id."""
+    return ids.argmax(dim=1) if end is None else (ids == end).int().argmax(dim=1)
 
 
 def warn_of_cut(caption: str, tokenizer: Any, length: int) -> str:
-    """The same caption; a warning quotes what of it lies behind the first `length` - 2 byte pairs, which nobody reads."""
+    """-> the same caption; where it has more than `length` - 2 tokens, a warning quotes the rest, which is cut off."""
     ids = tokenizer.encode(caption) if hasattr(tokenizer, "encode") else []
     if len(ids) > length - 2:
         warnings.warn(

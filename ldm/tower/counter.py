@@ -1,4 +1,4 @@
-"""How many tokens captions have, for `data.filters={tokens: [null, 256]}`: without a tower's weights."""
+"""The number of tokens in captions, for `data.filters={tokens: [null, 256]}`; a tower's weights are not needed."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,13 @@ CLIP = "clip"
 
 
 class Counter:
-    """Counts the tokens of captions, the begin and the end among them, as a text tower reads them.
+    """Counts the tokens of captions, the begin and the end included, as a text tower would read them.
 
-    `model` is `clip`, whose byte pairs all CLIPs share (77 fit, or as many as its context), or the folder, or the repository
-    of the Hugging Face hub, of a T5 or another language model's tokenizer.
+    `model` is `clip`, whose tokenizer all CLIPs share (most read 77 tokens), or the tokenizer of a T5 or another language model:
+    a folder, or a repository of the Hugging Face hub.
+
+    Raises:
+        Refusal: as `load_words`.
     """
 
     def __init__(self, model: str = CLIP) -> None:
@@ -24,10 +27,10 @@ class Counter:
             self.rows = lambda captions: [[pieces.begin, *pieces.encode(caption), pieces.end] for caption in captions]
         else:
             folder = folder_of(model, "data.tokens.model")
-            told = folder / "config.json"
-            published = model in SIZES or not told.is_file() or is_t5(read_json(told))
+            config = folder / "config.json"
+            published = model in SIZES or not config.is_file() or is_t5(read_json(config))
             self.rows = load_words(model, "data.tokens", published).rows
 
     def __call__(self, captions: Sequence[str]) -> list[int]:
-        """B captions -> how many tokens each has."""
+        """B captions -> the number of tokens of each."""
         return [len(row) for row in self.rows(captions)] if captions else []

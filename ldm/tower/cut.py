@@ -1,13 +1,14 @@
-"""How many captions are longer than what a text tower reads."""
+"""A count of the captions that are longer than a text tower's context."""
 
 from collections.abc import Callable, Sequence
 
 
 class Cut:
-    """Counts the captions of training, and those that are longer than a tower's context, of which the rest is not read.
+    """Counts the captions that a text tower reads, and those that are truncated; `str` of it is a sentence about them.
 
-    `most` is how many tokens it reads, and `lengths` tells how many captions have. `always` counts where nothing is trained too,
-    as precompute.py does.
+    `most` is the tower's context in tokens, `lengths` maps B captions to their numbers of tokens. `seen` and `cut` are the
+    counts, `longest` is the most tokens of a truncated caption. Conditions count in training; with `always`, which precompute.py
+    sets, outside of it too.
     """
 
     def __init__(self, most: int, lengths: Callable[[Sequence[str]], list[int]]) -> None:
@@ -15,7 +16,7 @@ class Cut:
         self.seen = self.cut = self.longest = 0
 
     def count(self, captions: Sequence[str], full: Sequence[bool]) -> None:
-        """B captions, and which of them fill the context: those are looked at."""
+        """Counts B captions; `full` says which of them fill the context, since only those can be longer."""
         lengths = [n for n in self.lengths([c for c, f in zip(captions, full) if f]) if n > self.most]
         self.seen, self.cut = self.seen + sum(caption != "" for caption in captions), self.cut + len(lengths)
         self.longest = max([self.longest, *lengths])

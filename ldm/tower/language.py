@@ -1,4 +1,4 @@
-"""Frozen language models that read captions: T5, which is our own, and any encoder of transformers, by name or from a folder."""
+"""Frozen language models as text towers, by name or from a folder: T5 (tower/t5.py), and any encoder of transformers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import NotFound, Refusal, Unreachable
-from ldm.files.folder import LOCAL, read_json
+from ldm.files.folder import LOCAL, is_part, read_json
 from ldm.files.pieces import patterns_of, read_folder
+from ldm.files.weights import came_from
 from ldm.nn.empty import weighted, weightless
 from ldm.tower.t5 import COMMON, SIZES, build_t5, encoder_of
 from ldm.tower.words import Words
@@ -19,15 +20,17 @@ SETTINGS = ("*.json", "*.model", "*.txt")  # of a repository, what is no weights
 
 
 def load_language(model: str, pretrained: bool, dtype: torch.dtype, option: str) -> nn.Module:
-    """A frozen tower: T5 or `Peer`, which says its `width` and how many blocks it has, `depth`.
+    """A frozen tower, `T5` or `Peer`, with its `width`, D, and `depth`, the number of its blocks.
 
     Args:
         model: a folder, or a repository of the Hugging Face hub: org/name, or org/name/FOLDER.
-        pretrained: whether it has its weights; without them its sizes alone count, and a published T5 reads no file.
+        pretrained: whether its weights are loaded; without them only its sizes are right, and a published T5 needs no file.
+        dtype: of its weights.
         option: the setting to name in errors, such as `condition.t5`.
 
     Raises:
-        NotFound: nothing is there. Unreachable: the hub is not. Refusal: the files are of another model, or want a package.
+        NotFound: there is no such folder. Unreachable: the hub cannot be reached. Refusal: the files are of another model, or a
+            package is missing.
     """
     if not pretrained and model in SIZES:
         return _frozen(build_t5(COMMON | SIZES[model], model), dtype)
@@ -35,39 +38,40 @@ def load_language(model: str, pretrained: bool, dtype: torch.dtype, option: str)
     config = read_json(folder / "config.json")
     if not is_t5(config):
         with weighted():
-            return _frozen(Peer(_transformers_model(folder, pretrained, dtype, option)), dtype)
+            return _frozen(Peer(_transformers_model(folder, pretrained, dtype, option)), dtype, folder if pretrained else None)
     with weightless():
         tower = build_t5(config, str(folder / "config.json"))
     if not pretrained:
         return _frozen(tower.to_empty(device=torch.get_default_device()), dtype)
-    own, weights = tower.state_dict(), encoder_of(read_folder(folder))
-    if wrong := [n for n in sorted({*own, *weights}) if n not in own or n not in weights or own[n].shape != weights[n].shape]:
+    weights = encoder_of(read_folder(folder))
+    shapes, given = ({name: x.shape for name, x in held.items()} for held in (tower.state_dict(), weights))
+    if wrong := sorted({name for name, _ in shapes.items() ^ given.items()}):
         raise Refusal(f"{option}.model={model}: its weights do not fit its config.json: {', '.join(wrong[:3])}.")
     with weighted():
         tower.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, assign=True)
-    return _frozen(tower, dtype)
+    return _frozen(tower, dtype, folder)
 
 
 def load_words(model: str, option: str, published: bool) -> Any:
-    """The tokenizer in a folder or a repository, `Words` or `PeerWords`; `published` says that it is a T5's.
+    """The tokenizer of a folder or a repository: `Words` with `published`, which says that it is a T5's, or else `PeerWords`.
 
     Raises:
-        as `load_language`.
+        Refusal: as `load_language`.
     """
     folder = folder_of(model, f"{option}.tokenizer")
     return Words(folder, option) if published else PeerWords(folder, option)
 
 
 def is_t5(config: Mapping[str, Any]) -> bool:
-    """Whether a config of transformers is of a T5 v1.1, whose encoder is our own."""
+    """Whether a config of transformers is that of a T5 v1.1, which tower/t5.py implements."""
     return config.get("model_type") == "t5" and config.get("feed_forward_proj") == "gated-gelu"
 
 
 def folder_of(model: str, option: str) -> Path:
-    """A folder as it is; of a repository of the hub what is read of it, fetched once.
+    """A folder -> itself; a repository of the hub -> the folder with the files of it that are read, which are fetched once.
 
     Raises:
-        NotFound: there is no such folder. Unreachable: the hub is not reached, and it was not fetched before.
+        NotFound: there is no such folder. Unreachable: the hub cannot be reached, and they were not fetched before.
     """
     folder = Path(model.removeprefix(LOCAL))
     if folder.is_dir():
@@ -94,7 +98,7 @@ def folder_of(model: str, option: str) -> Path:
 
 
 class Peer(nn.Module):
-    """A model of transformers, as a tower: an encoder, the encoder of a pair, or a language model's hidden states."""
+    """A model of transformers as a tower: an encoder, the encoder of an encoder-decoder, or a decoder's hidden states."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -104,16 +108,16 @@ class Peer(nn.Module):
         self.width, self.depth = states[-1].shape[2], len(states) - 1
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Sequence[Tensor]:
-        """As T5's."""
+        """As `T5.forward`: ids (B, L), mask (B, L) bool -> depth + 1 hidden states, (B, L, D) each."""
         mask = torch.ones_like(ids) if mask is None else mask.long()
         return self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
 
 
 class PeerWords:
-    """The tokenizer of a model of transformers; members as those of `Words`.
+    """The tokenizer of a model of transformers, with the members of `Words`.
 
     Raises:
-        Refusal: it is none, or wants a package.
+        Refusal: transformers reads no tokenizer from the folder, or a package is missing.
     """
 
     def __init__(self, folder: Path, option: str) -> None:
@@ -127,29 +131,29 @@ class PeerWords:
         self.padding = self.tokenizer.pad_token_id or 0  # which is never read: it is masked
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
-        """The ids of each caption, whole, with its beginning and end where there are such."""
+        """-> the ids of each caption, not truncated, with the begin and end tokens that the model has."""
         return self.tokenizer(list(captions)).input_ids
 
     def cut(self, caption: str, length: int) -> list[int]:
-        """The first ids of a caption, `length` with its beginning and end."""
+        """-> the ids of a caption, truncated to `length`, begin and end tokens included."""
         return self.tokenizer(caption, truncation=True, max_length=length).input_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words of some ids."""
+        """-> the text of some ids."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def left(words: Any, caption: str, length: int) -> tuple[int, str]:
-    """-> how many tokens a caption has, and the words of those that are cut off, "" where it fits."""
+def truncated(words: Any, caption: str, length: int) -> tuple[int, str]:
+    """-> the number of a caption's tokens, and the text of those behind `length`; "" where there are none."""
     (row,) = words.rows([caption])
     if len(row) <= length:
         return len(row), ""
-    kept = sum(a == b for a, b in zip(row, words.cut(caption, length)))
-    return len(row), words.decode(row[kept:])
+    shared = sum(a == b for a, b in zip(row, words.cut(caption, length)))
+    return len(row), words.decode(row[shared:])
 
 
 def _transformers_model(folder: Path, pretrained: bool, dtype: torch.dtype, option: str) -> nn.Module:
-    """The model in a folder, of a pair its encoder.
+    """The model in a folder; of an encoder-decoder its encoder.
 
     Raises:
         Refusal: transformers does not read it.
@@ -169,7 +173,7 @@ def _transformers_model(folder: Path, pretrained: bool, dtype: torch.dtype, opti
 
 
 def _first(made: Sequence[type], make: Callable[[type], nn.Module]) -> nn.Module:
-    """Of the first class that does not refuse its config: an encoder's may want another than that of a pair."""
+    """`make` of the first class that accepts the config: an encoder's class may refuse that of an encoder-decoder."""
     for kind in made[:-1]:
         try:
             return make(kind)
@@ -187,5 +191,7 @@ def _transformers(option: str) -> Any:
         ) from error
 
 
-def _frozen(tower: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return tower.to(dtype).eval().requires_grad_(False)
+def _frozen(tower: nn.Module, dtype: torch.dtype, folder: Path | None = None) -> nn.Module:
+    tower = tower.to(dtype).eval().requires_grad_(False)
+    came_from(tower, [] if folder is None else sorted(filter(is_part, folder.iterdir())))
+    return tower

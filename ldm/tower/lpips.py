@@ -1,4 +1,8 @@
-"""LPIPS: perceptual distance in the features of a network trained on ImageNet, weighed by people's judgements."""
+"""LPIPS: perceptual distance in the features of a network trained on ImageNet, with weights fitted to people's judgements.
+
+d(x, y) = sum over layers l of mean over pixels of w_l . (f_l(x) - f_l(y))^2, f_l of unit length over the channels
+(https://arxiv.org/abs/1801.03924, equation 1)
+"""
 
 from pathlib import Path
 
@@ -20,12 +24,13 @@ NETWORKS = {
 
 
 class Distance(nn.Module):
-    """https://arxiv.org/abs/1801.03924, equation 1, version 0.1: the trained heads are those that torchmetrics carries.
+    """LPIPS, version 0.1; the fitted weights w_l are those that torchmetrics ships.
 
     Args:
         net: vgg (as in Latent Diffusion's loss), alex (as in most tables) or squeeze.
         weights: a local file of torchvision's network, .pth or .safetensors; None downloads it.
-        setting: where `net` and `weights` are set, for errors, such as `loss`. instead: what else can be done, a sentence.
+        setting: where `net` and `weights` are set, such as `loss`, for errors.
+        instead: what else can be done, a sentence for errors.
 
     Raises:
         NotFound: no such file. Unreachable: nothing could be downloaded. Refusal: no such net, or a file of another network.
@@ -50,8 +55,8 @@ class Distance(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, targets: Tensor) -> list[Tensor]:
-        """Both (B, 3, h, w) in [-1, 1] -> maps (B, 1, h', w') of each compared layer, at least 0: the distance is the sum of
-        their means. Gradients reach `images`; the networks stay as they are.
+        """(B, 3, h, w) in [-1, 1] each -> a map (B, 1, h', w') for each compared layer, at least 0, the sum of whose means is the
+        distance. Gradients flow to `images` alone.
 
         Raises:
             Refusal: the pictures are too small for the network.
@@ -63,12 +68,12 @@ class Distance(nn.Module):
                 f"{LEAST[self.net]}; take larger ones (data.size=...). {self.instead}"
             )
         with torch.no_grad():
-            wanted = self.seen(targets)
-        apart = [(a - b).square() for a, b in zip(self.seen(images), wanted)]
+            features = self.normalized(targets)
+        errors = [(a - b).square() for a, b in zip(self.normalized(images), features)]
         with torch.autocast(images.device.type, enabled=False):
-            return [nn.functional.conv2d(d, head.to(d)) for d, head in zip(apart, self.heads)]
+            return [nn.functional.conv2d(error, head.to(error)) for error, head in zip(errors, self.heads)]
 
-    def seen(self, images: Tensor) -> list[Tensor]:
+    def normalized(self, images: Tensor) -> list[Tensor]:
         """(B, 3, h, w) in [-1, 1] -> features (B, D, h', w') of unit length over D, of each compared layer, in float32."""
         h, out = (images - self.shift) / self.scale, []
         for i, layer in enumerate(self.features):
@@ -84,7 +89,7 @@ class Distance(nn.Module):
 
 
 def load_features(net: str, weights: str | None, setting: str, instead: str) -> nn.Sequential:
-    """The convolutional part of torchvision's network.
+    """-> the convolutional part of torchvision's network; the arguments are those of `Distance`.
 
     Raises:
         NotFound: no such file. Unreachable: nothing could be downloaded. Refusal: the file is of another network.
@@ -92,17 +97,18 @@ def load_features(net: str, weights: str | None, setting: str, instead: str) -> 
     make, published = NETWORKS[net]
     url = published.IMAGENET1K_V1.url
     if weights is None:
-        found = download(url, instead=f"Or give {setting}.weights=FILE. {instead}")
+        whole = download(url, instead=f"Or give {setting}.weights=FILE. {instead}")
     else:
-        found = read_weights(Path(weights), None, f"{setting}.weights", f"The file wanted is {url}.")
+        whole = read_weights(Path(weights), None, f"{setting}.weights", f"The file wanted is {url}.")
     with torch.device("meta"):
         features = make().features
-    own, found = features.state_dict(), {k.removeprefix("features."): v for k, v in found.items() if k.startswith("features.")}
-    wrong = [k for k in own.keys() | found.keys() if k not in own or k not in found or own[k].shape != found[k].shape]
+    tensors = {name.removeprefix("features."): x for name, x in whole.items() if name.startswith("features.")}
+    shapes, given = ({name: x.shape for name, x in held.items()} for held in (features.state_dict(), tensors))
+    wrong = {name for name, _ in shapes.items() ^ given.items()}
     if wrong:
         raise Refusal(
             f"{setting}.weights={weights} does not hold torchvision's {make.__name__}: of its features, {sorted(wrong)[:3]} "
             f"are missing, unknown or of another shape ({len(wrong)} in all). The file wanted is {url}."
         )
-    features.load_state_dict({k: v.float().clone() for k, v in found.items()}, assign=True)
+    features.load_state_dict({name: x.float().clone() for name, x in tensors.items()}, assign=True)
     return features

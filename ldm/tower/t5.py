@@ -1,6 +1,9 @@
 """The encoder of T5 v1.1 (https://arxiv.org/abs/1910.10683, with the gated GELU of https://arxiv.org/abs/2002.05202).
 
-Its tensors are called as in the published files, which are transformers' T5EncoderModel's.
+h <- h + attention(norm(h));  h <- h + W_o (gelu(W_0 x) * W_1 x), x = norm(h)
+attention: softmax(q k^T + bias of the distance's bucket) v, without the usual 1 / sqrt(D)
+
+Its tensors have the names of the published files, which are those of transformers' T5EncoderModel.
 """
 
 import math
@@ -26,9 +29,20 @@ SIZES = {
 
 
 class T5(nn.Module):
-    """Token ids -> hidden states, every token told of every other.
+    """Token ids -> hidden states, each token attending to all others.
 
-    Positions are told by a bias on the attention, of the distance's bucket (1910.10683, 2.1); attention is not scaled.
+    Positions enter by a learnt bias of the attention's logits, one for each head and bucket of distances (section 2.1).
+
+    Args:
+        words: of the vocabulary.
+        width: features of a token, D.
+        depth: blocks.
+        heads: of attention.
+        head_width: features of a head.
+        inner: features inside the feed-forward.
+        buckets: of distances.
+        reach: the distance from which on all are in the last bucket.
+        eps: of the norms.
     """
 
     def __init__(
@@ -42,8 +56,8 @@ class T5(nn.Module):
         self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": nn.RMSNorm(width, eps=eps)})
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """ids: (B, L), mask: (B, L) bool, True where a token is read -> (B, L, D) each: before the first block, after the first,
-        and so on; the last is normed."""
+        """ids: (B, L), mask: (B, L) bool, True where a token is read -> depth + 1 hidden states, (B, L, D) each: before the first
+        block, after the first, ..., after the last; the last one is normalised."""
         blocks, h = self.encoder["block"], self.shared(ids)
         table = blocks[0].layer[0]["SelfAttention"].relative_attention_bias
         bias = table(self.distances(ids.shape[1], ids.device)).permute(2, 0, 1)[None]
@@ -56,18 +70,29 @@ class T5(nn.Module):
         return states
 
     def distances(self, length: int, device: torch.device) -> Tensor:
-        """-> (L, L) the bucket of each token's distance from each: half of them before and half behind; of these half are for
-        the nearest, one each, and the others grow by a factor up to `reach`."""
+        """-> (L, L), the bucket of the distance from each token (row) to each (column).
+
+        Half of the buckets are for earlier tokens, half for later ones. Half of each are for one distance each, from 0 on; the
+        others' widths grow geometrically up to `reach`.
+        """
         place = torch.arange(length, device=device)
         step = place[None, :] - place[:, None]
         half = self.buckets // 2
-        near, far = half // 2, step.abs()
-        wide = torch.log(far.clamp(min=1).float() / near) / math.log(self.reach / near) * (half - near)
-        return (step > 0) * half + torch.where(far < near, far, (near + wide.long()).clamp(max=half - 1))
+        near, distance = half // 2, step.abs()
+        growth = torch.log(distance.clamp(min=1).float() / near) / math.log(self.reach / near) * (half - near)
+        return (step > 0) * half + torch.where(distance < near, distance, (near + growth.long()).clamp(max=half - 1))
 
 
 class Block(nn.Module):
-    """Attention, then a gated feed-forward, each normed before and added."""
+    """Attention, then a gated feed-forward, each on the normalised features and added to them.
+
+    Args:
+        width: features of a token, D.
+        heads: of attention.
+        head_width: features of a head.
+        inner: features inside the feed-forward.
+        eps: of the norms.
+    """
 
     def __init__(self, width: int, heads: int, head_width: int, inner: int, eps: float) -> None:
         super().__init__()
@@ -85,7 +110,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of all tokens to all."""
+    """Self-attention of all tokens to all, with a bias, unscaled."""
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -100,7 +125,7 @@ class Attention(nn.Module):
 
 
 class Gated(nn.Module):
-    """GELU(x W0) * (x W1), and back (2002.05202, equation 6)."""
+    """W_o (gelu(W_0 x) * W_1 x) (GEGLU, https://arxiv.org/abs/2002.05202, equation 6)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -113,10 +138,10 @@ class Gated(nn.Module):
 
 
 def build_t5(config: Mapping[str, Any], place: str) -> T5:
-    """transformers' config of a T5 -> its encoder, with random weights.
+    """transformers' config of a T5 -> its encoder, with random weights; errors name `place`, the config's file.
 
     Raises:
-        Refusal: it is no T5 v1.1.
+        Refusal: it is no T5 v1.1, or lacks a size.
     """
     only = {"model_type": ("t5",), "feed_forward_proj": ("gated-gelu",)}
     if wrong := [f"{name}={config.get(name)}" for name, known in only.items() if config.get(name) not in known]:
@@ -133,6 +158,6 @@ def build_t5(config: Mapping[str, Any], place: str) -> T5:
 
 
 def encoder_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors of those of a T5, whose decoder and head are left, and whose table may stand under another name."""
-    own = {n: x for n, x in weights.items() if n.startswith(("shared.", "encoder.")) and n != TIED}
-    return own if "shared.weight" in own or TIED not in weights else {"shared.weight": weights[TIED], **own}
+    """The tensors of a T5 -> its encoder's, without decoder and head; the embeddings may be called `TIED` instead."""
+    encoder = {n: x for n, x in weights.items() if n.startswith(("shared.", "encoder.")) and n != TIED}
+    return encoder if "shared.weight" in encoder or TIED not in weights else {"shared.weight": weights[TIED], **encoder}

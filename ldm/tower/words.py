@@ -1,4 +1,4 @@
-"""How captions are cut into tokens by a published tokenizer's folder: `tokenizer.json`, or SentencePiece's `spiece.model`."""
+"""T5's tokenizer from a published folder, which holds `tokenizer.json` or SentencePiece's `spiece.model`."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,10 @@ VARINT, EIGHT, BYTES, FOUR = 0, 1, 2, 5  # how a field's value is written in a p
 
 
 class Words:
-    """T5's tokenizer, as transformers' T5Tokenizer cuts: a caption's tokens, then the end.
+    """T5's tokenizer, equal to transformers' T5Tokenizer: a caption's tokens, then the end token. `option` is named in errors.
 
     Raises:
-        NotFound: the folder holds no tokenizer; `option` is the setting to name. Refusal: it is damaged, or not T5's.
+        NotFound: the folder holds no tokenizer. Refusal: it is damaged, or not T5's.
     """
 
     def __init__(self, folder: Path, option: str) -> None:
@@ -39,21 +39,28 @@ class Words:
             raise Refusal(f"{folder} holds a tokenizer that does not end captions with {END}, as T5's does; T5's is known.")
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
-        """The ids of each caption, whole, and the end's."""
+        """-> the ids of each caption and of the end token, not truncated."""
         return [row.ids for row in self.pieces.encode_batch(list(captions))]
 
     def cut(self, caption: str, length: int) -> list[int]:
-        """The first ids of a caption, `length` with the end."""
+        """-> the ids of a caption, truncated to `length`, the end token included."""
         (row,) = self.rows([caption])
         return row if len(row) <= length else [*row[: length - 1], self.end]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The words of some ids."""
+        """-> the text of some ids."""
         return self.pieces.decode(list(ids))
 
 
 def from_sentencepiece(data: bytes) -> Tokenizer:
-    """The bytes of T5's spiece.model, a protocol buffer of pieces with scores and of a table of characters -> its tokenizer."""
+    """The bytes of T5's spiece.model -> its tokenizer.
+
+    The file is a protocol buffer (SentencePiece's sentencepiece_model.proto) that holds pieces of words with their scores, and a
+    table that normalises characters.
+
+    Raises:
+        ValueError: it is cut off, or no protocol buffer.
+    """
     vocabulary, table = [], b""
     for number, value in fields(data):
         if number == 1:
@@ -61,6 +68,11 @@ def from_sentencepiece(data: bytes) -> Tokenizer:
             vocabulary.append((piece[1].decode(), piece.get(2, 0.0)))
         elif number == 3:  # of the normalizer
             table = dict(fields(value)).get(2, b"")
+    return tokenizer_of(vocabulary, table)
+
+
+def tokenizer_of(vocabulary: Sequence[tuple[str, float]], table: bytes = b"") -> Tokenizer:
+    """T5's way of cutting, into pieces with their scores, <pad>, </s> and <unk> among them; `table` maps characters before."""
     extra = [f"<extra_id_{i}>" for i in reversed(range(EXTRA))]
     unknown = [word for word, _ in vocabulary].index(UNKNOWN)
     tokenizer = Tokenizer(Unigram([*vocabulary, *((word, 0.0) for word in extra)], unknown, byte_fallback=False))
@@ -77,7 +89,11 @@ def from_sentencepiece(data: bytes) -> Tokenizer:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, bytes | float | int]]:
-    """The fields of a protocol buffer by number: bytes, and what is written in 4 bytes as a float."""
+    """The fields of a protocol buffer -> (number, value): bytes, integers, and floats for values of 4 or 8 bytes.
+
+    Raises:
+        ValueError: it is cut off, or no protocol buffer.
+    """
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -99,7 +115,7 @@ def fields(data: bytes) -> Iterator[tuple[int, bytes | float | int]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The integer at a place, 7 bits a byte, and the place behind it."""
+    """-> the integer at a place, 7 bits a byte with the lowest first, and the place behind it."""
     number = shift = 0
     while data[at] & 128:
         number |= (data[at] & 127) << shift

@@ -37,6 +37,7 @@ class Stage(pl.LightningModule):
 
     trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)
     compiled: tuple[str, ...] = ()  # the networks that take the time: what callbacks compile, or recompute
+    began: str | None = None  # sha256 of the finished model that fine-tuning began from
     content: dict[str, str] | None = None  # sha256 of each frozen part, once it is known
     apart: tuple[str, ...] = ()  # what is trained but serves training alone: no averages of it are kept
 

@@ -46,11 +46,29 @@ class Quantised(Protocol):
         """What was encoded since the last update is not learned from."""
 
 
+class AdversarialLoss(Protocol):
+    """What a discriminator and the autoencoder minimise; logits are (B, 1, h, w), one for each patch of a picture."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Logits of real and of fake pictures -> (), what the discriminator minimises."""
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """Logits of fake pictures -> (), what the autoencoder minimises."""
+
+
 @runtime_checkable
 class Critical(Protocol):
     """An objective, a torch module, some of whose modules learn from the loss `critic` that it gives, and not from `loss`."""
 
     critic: tuple[str, ...]  # their names
+
+
+@runtime_checkable
+class Meets(Protocol):
+    """An objective that meets the model before training, such as one with a second model, which leaves to it what both have."""
+
+    def meet(self, model: Any) -> bool:
+        """-> whether it asks for conditions itself (`model.conditioner`), and need be given none."""
 
 
 @runtime_checkable

@@ -5,13 +5,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ldm.adapt import Asked, Given, attach, put_on
+from ldm.adapt import Asked, Given, as_asked, asked, attach, put_on
 from ldm.build import build, load_model
 from ldm.command.train import train
 from ldm.compose import compose_config
 from ldm.drawing.request import read_request
 from ldm.errors import Refusal
+from ldm.evaluation.pictures import Drawings
+from ldm.evaluation.pictures import Given as Requests
 from ldm.files.folder import load_tensors, save_model
+from ldm.guidance.none import Unguided
 from ldm.types import Cond
 
 UNET = {
@@ -116,6 +119,19 @@ def test_what_learns_when():
     assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters() if n not in trained)
 
 
+def test_nothing_before_the_hint_is_held_for_gradients():
+    """In training only the second half of the frozen network passes gradients on: its first half keeps none."""
+    model, seen = made(), []
+    attach(model, {"controlnet": adapter()}, {})
+    base = model.train().denoiser.backbone.base
+    for stage in (base.encoder[0], base.middle):
+        stage.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    loss = (said(model) - X).square().mean()
+    assert seen == [False, False] and loss.requires_grad
+    loss.backward()
+    assert all(model.get_parameter(name).grad is not None for name in model.trained)
+
+
 @torch.no_grad()
 def test_strengths_regions_and_what_is_dropped():
     """Strength 0, and the null of one that guesses, are the base to the bit; a region is the whole's inside and 0 outside."""
@@ -168,6 +184,55 @@ def test_a_request_says_pictures_and_strengths(tmp_path):
         read_request({"ask": {"label": [1]}, "resolution": 8}, model)
 
 
+@torch.no_grad()
+def test_what_the_control_is_worth_is_measured_alone():
+    """conditions=[edges]: none is strength 0, shuffled another's; the label stays right."""
+    tensors = trained()
+
+    def one_step(denoise, schedule, noise, seeds):
+        return denoise(noise, torch.full((len(noise),), 0.5))
+
+    def drawn(model, conditioning="right", conditions=None, **more):
+        requests = Requests({"label": torch.tensor([1, 4]), "edges": PICTURE, **more}, 2)
+        drawings = Drawings(model, requests, one_step, Unguided(), 0, (8, 8), conditioning, conditions=conditions)
+        return drawings.images(range(2), drawings.fields(range(2)))
+
+    control, base = put(made(), tensors=tensors), put(made(), 0.0, tensors=tensors)
+    right = drawn(control)
+    assert torch.equal(drawn(control, "none", ["edges"]), drawn(base)) and not torch.equal(right, drawn(base))
+    assert torch.equal(drawn(control, "shuffled", ["edges"]), drawn(control, edges=PICTURE.flip(0)))
+    assert torch.equal(drawn(control, "none"), drawn(base, "none", ["label"]))
+    for conditioning, conditions, message in (
+        ("none", ["edge"], r"conditions=\['edge'\]: wanted some of this model's, label, edges"),
+        ("right", ["edges"], "conditioning=shuffled, or none, is about; it is right"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            drawn(control, conditioning, conditions)
+    control.conditioner.embedders["label"].rate = 0.0
+    with pytest.raises(Refusal, match="never dropped in training; conditioning=shuffled does"):
+        drawn(control, "none", ["label"])
+
+
+def test_guess_is_a_word_behind_the_source():
+    for word, strength in (("edges=a.pth:0.7:guess", 0.7), ("edges=canny/:guess", 1.0)):
+        (one,) = asked(word)
+        assert (one.name, one.strength, one.guess) == ("edges", strength, True)
+    assert asked("guess:0.5")[0] == Asked("guess", None, 0.5)
+    with pytest.raises(Refusal, match=r"adapters=style:guess: lora has no guess mode"):
+        as_asked({"lora": {"_target_": "ldm.adapter.lora.LoRA"}}, asked("style:guess")[0])
+
+
+def test_control_pictures_lie_on_the_first_picture_and_are_not_thinned(tmp_path):
+    for name, size in (("wide", (40, 8)), ("square", (40, 40))):
+        Image.linear_gradient("L").resize(size).save(tmp_path / f"{name}.png")
+    config = {"ask": {"label": [1], "edges": str(tmp_path / "wide.png")}, "resolution": 8}
+    with pytest.raises(Refusal, match=r"ask\.edges=.*wide\.png is 40x8 and init=.*square\.png is 40x40"):
+        read_request({**config, "init": str(tmp_path / "square.png")}, put(made()))
+    config["ask"]["edges"] = str(tmp_path / "square.png")
+    with pytest.warns(match=r"scaled down 5 times, and thin lines grow faint: make it 8x8"):
+        read_request(config, put(made()))
+
+
 def test_what_does_not_go_is_named():
     dit = {"_target_": "ldm.backbone.dit.DiT", "size": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2}
     with pytest.raises(Refusal, match="needs an encoder with skips; this backbone is a DiT"):
@@ -185,14 +250,17 @@ def test_what_does_not_go_is_named():
 
 
 def test_a_run_is_trained_and_drawn_alone_and_beside_others(emoji_root, tmp_path):
-    """What it exports is what it trains; another name is given by NAME=."""
+    """What it exports is what it trains, stopped twice or not; another name is given by NAME=."""
     save_model(made().state_dict(), recipe_of(), tmp_path / "base")
     words = ["training=finetune", f"model.init={tmp_path / 'base'}", "adapter=[controlnet]", "adapter.controlnet.name=edges"]
     words += ["+data.fields.edges=jpg", "+data.fields.label=cls", f"data.root={emoji_root}", "data.groups=[Activities]"]
     words += ["data.val_fraction=0.2", "data.size=8", "data.batch=8", "logger=[]", "callback=[checkpoint]", "rate=constant"]
     words += [f"folder={tmp_path / 'run'}", "trainer.max_steps=3", "trainer.accelerator=cpu", "optimizer.lr=0.01"]
     run = train(compose_config("train", words))
-    tensors = load_tensors(run / "model.safetensors")
+    for steps in (1, 2, 3):
+        again = train(compose_config("train", [*words, f"folder={tmp_path / 'again'}", f"trainer.max_steps={steps}"]))
+    tensors, resumed = (load_tensors(folder / "model.safetensors") for folder in (run, again))
+    assert tensors.keys() == resumed.keys() and all(torch.equal(x, resumed[name]) for name, x in tensors.items())
     assert all(
         n.startswith(("denoiser.backbone.nets.edges.", "conditioner.embedders.edges.")) and x.any() for n, x in tensors.items()
     )
@@ -201,5 +269,7 @@ def test_a_run_is_trained_and_drawn_alone_and_beside_others(emoji_root, tmp_path
     with torch.no_grad():
         found, renamed, base = said(alone), said(beside, sketch=PICTURE), said(load_model(tmp_path / "base"))
     assert torch.equal(found, renamed) and not torch.equal(found, base)
+    guessing = load_model(tmp_path / "base", adapters=f"{run}:0.5:guess")
+    assert guessing.denoiser.backbone.nets["edges"].guess and guessing.adapters[0]["guess"] is True
     with pytest.raises(Refusal, match=r"adapters: .* are both called edges"):
         load_model(tmp_path / "base", adapters=[f"edges={run}", f"edges={run}:0.5"])

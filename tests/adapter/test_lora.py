@@ -1,5 +1,6 @@
 """LoRA beside a frozen model: without effect at first, learning alone, resumed, drawn merged; what does not go is named."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from helpers.language import save_t5
 from ldm.adapt import asked, attach
 from ldm.adapter.lora import LoRA
 from ldm.build import adapted, build, build_stage, load_model
-from ldm.command.train import train
+from ldm.command.train import of_base, train
 from ldm.compose import compose_config
 from ldm.errors import Refusal
-from ldm.files.folder import load_tensors, read_recipe, save_model, with_parts
+from ldm.files.base import identity_of
+from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors, with_parts, write_json
 from ldm.nn.attention import split_attention
 from ldm.training.callback.checkpoint import read_checkpoint
 
@@ -97,6 +100,21 @@ def test_a_split_attention_says_the_same(clip_folder, base):
     model = adapted(base, {"lora": LoRA(rank=2, text=True)}).eval()
     assert (said(model) - said(load_model(base))).abs().max() < 1e-5
     assert sum(".tower." in name for name in model.trained) == 2 * 4 * 2
+
+
+def test_what_no_gradient_reaches_has_no_factors(clip_folder, tmp_path, capsys):
+    """A tower that is read before its last block, under DDP too; a language model is read without a gradient."""
+    node = {"_target_": "ldm.condition.text.Text", "model": f"local-dir:{clip_folder}", "layers": [-2]}
+    model = adapted(at_rest(tmp_path / "text", UNET, {"text": node}), {"lora": LoRA(rank=2, targets="all", text=True)})
+    assert sum(".resblocks.0." in name for name in model.trained) == 2 * 6
+    assert not any(".resblocks.1." in name for name in model.trained)
+    assert "without conditioner.embedders.text.tower.transformer.resblocks.1: no gradient" in capsys.readouterr().out
+    said(model).square().mean().backward()
+    assert all(model.get_parameter(name).grad is not None for name in model.trained)
+    t5 = {"_target_": "ldm.condition.language.Language", "model": str(save_t5(tmp_path / "t5")), "length": 8}
+    for targets in ("attention", "SelfAttention"):
+        with pytest.raises(Refusal, match=r"no text tower is run here with a gradient \(the model is told by Language\)"):
+            adapted(at_rest(tmp_path / "language", UNET, {"text": t5}), {"lora": LoRA(text=True, targets=targets)})
 
 
 def loud(model):
@@ -212,8 +230,25 @@ def test_a_checkpoint_holds_what_is_trained(base, run):
     assert {name.removeprefix("model.") for name in checkpoint["state_dict"]} == exported.keys()
     assert all(".lora_" in name for name in exported) and len(checkpoint["optimizer_states"][0]["state"]) == len(exported)
     recipe = read_recipe(run)
-    assert recipe["base"] == {"path": base, "sha256": sha(base)} == checkpoint["recipe"]["base"]
+    assert recipe["base"] == identity_of(Path(base)) == checkpoint["recipe"]["base"]
     assert not (run / "condition.text").exists()
+
+
+def test_a_base_with_another_text_tower_is_another(base, run, tmp_path, capfd):
+    """Of a record from before its parts were in it, it is said that they were not compared."""
+    shutil.copytree(base, tmp_path / "base")
+    tower = tmp_path / "base" / "condition.text" / "open_clip_model.safetensors"
+    assert torch.equal(said(load_model(run, base=tmp_path / "base")), said(load_model(run)))
+    save_tensors({name: x + 1 for name, x in load_tensors(tower).items()}, tower)
+    with pytest.raises(Refusal, match=r"there is another: its autoencoder or a text tower \(sha256 \w{12}, now \w{12}\)"):
+        load_model(run, base=tmp_path / "base")
+    shutil.copytree(run, tmp_path / "run")
+    recipe = read_recipe(run)
+    del recipe["base"]["parts"]
+    write_json(recipe, tmp_path / "run" / "config.json")
+    capfd.readouterr()
+    load_model(tmp_path / "run", base=tmp_path / "base")
+    assert "does not say which autoencoder and text towers its base had" in capfd.readouterr().out
 
 
 def test_a_run_draws_alone_beside_others_and_without_peft(base, run, monkeypatch):
@@ -224,8 +259,22 @@ def test_a_run_draws_alone_beside_others_and_without_peft(base, run, monkeypatch
     assert not torch.equal(said(alone), said(load_model(base)))
     assert torch.equal(said(load_model(base, adapters=f"{run}:0")), said(load_model(base)))
     assert alone.adapters[0].items() >= {"source": str(run), "strength": 1.0}.items() and alone.adapters[0]["sha256"]
+    with pytest.raises(Refusal, match=rf"adapters={run} is at work already, since model={run} is its run"):
+        load_model(run, adapters=f"{run}:0.5")
+    with pytest.raises(Refusal, match=r"are the same\. Ask for it once, with the strengths' sum"):
+        load_model(base, adapters=[str(run), f"{run}:0.5"])
     with pytest.raises(Refusal, match=r"trains by PEFT .*pip install 'ldm\[lora\]'\. Drawing with a LoRA needs none"):
         adapted(base, {"lora": LoRA()})
+
+
+def test_a_run_is_drawn_as_its_base(base, tmp_path):
+    """With its sampler, guidance and precision; the size is that of the pictures that it learns from."""
+    usual = {"sampler": {"steps": 7}, "guidance": {"scale": 3.0}, "precision": "bf16", "resolution": [8, 8]}
+    recipe = {**read_recipe(Path(base)), "usual": usual}
+    save_model(load_tensors(Path(base) / "model.safetensors"), recipe, tmp_path)
+    words = [f"model.init={tmp_path}", "adapter=[lora]"]
+    assert of_base(compose_config("train", ["training=finetune", *words])) == {n: usual[n] for n in usual if n != "resolution"}
+    assert of_base(compose_config("train", [f"model.init={tmp_path}"])) == {}
 
 
 def test_all_of_a_base_is_trained_without_adapters(base, emoji_root, tmp_path):
@@ -248,7 +297,9 @@ def test_what_does_not_go_on_is_named(base, dit, emoji_root, run, tmp_path):
     save_model({n: x + 1 for n, x in weights.items()}, read_recipe(tmp_path / "other"), tmp_path / "other")
     with pytest.raises(Refusal, match=r"adapters were trained on .*; model\.init has"):
         train(command(other, emoji_root, run, "trainer.max_steps=7", "rate=constant"))
-    with pytest.raises(Refusal, match=r"was trained on .* with sha256 .*; .* holds .* now\. Say base=PATH, or put it on another"):
+    with pytest.raises(
+        Refusal, match=r"trained on .*, and in .* there is another: its model\.safetensors .* Say base=PATH, or put it"
+    ):
         load_model(run, base=other)
     with pytest.raises(Refusal, match="is updated, and there is no such module here"):
         load_model(dit, adapters=str(run))
@@ -278,7 +329,7 @@ def test_targets_that_cannot_be_are_named(base, case):
 
 
 def test_other_mistakes_are_named(dit, base):
-    with pytest.raises(Refusal, match=r"no text tower is run here \(the model is told by Label\)"):
+    with pytest.raises(Refusal, match=r"no text tower is run here with a gradient \(the model is told by Label\)"):
         adapted(dit, {"lora": LoRA(text=True)})
     with pytest.raises(Refusal, match=r"rates\.txt: the base has no such condition\. Did you mean `text`"):
         adapted(base, {}, {"txt": 0.5})
@@ -296,6 +347,8 @@ def test_how_adapters_are_asked_for(tmp_path):
     assert asked(str(tmp_path / "x=y:1"))[0].source == str(tmp_path / "x=y:1")
     with pytest.raises(Refusal, match=r"the strength 'strong' is no number"):
         asked("a.safetensors:strong")
+    with pytest.raises(Refusal, match="adapters= names nothing"):
+        asked("")
     with pytest.raises(Refusal, match=r"x\.pt and y\.pt are both called a"):
         asked(["a=x.pt", "a=y.pt"])
 

@@ -15,7 +15,7 @@ from ldm.condition.bert import Bert
 from ldm.interop.network.dit import published
 from ldm.interop.tie import bring, give, taken
 from ldm.nn.sinusoid import sinusoid
-from ldm.nn.transformer import rotation, turned
+from ldm.nn.transformer import apply_rotary, rotation
 from ldm.types import Cond, Widths
 
 
@@ -126,7 +126,7 @@ def test_rotary_attention_depends_on_distances_alone():
     q, k = torch.randn(2, 16, dtype=torch.float64)
 
     def product(a, b):
-        return turned(q[None], cos[[a]], sin[[a]]) @ turned(k[None], cos[[b]], sin[[b]]).T
+        return apply_rotary(q[None], cos[[a]], sin[[a]]) @ apply_rotary(k[None], cos[[b]], sin[[b]]).T
 
     torch.testing.assert_close(product(0, 8), product(13, 21))
     assert not torch.allclose(product(0, 8), product(0, 9))
@@ -135,7 +135,7 @@ def test_rotary_attention_depends_on_distances_alone():
 def test_rotary_without_rotation_is_plain():
     x = torch.randn(1, 2, 5, 16)
     cos, sin = rotation(1, 1, 16, x)
-    torch.testing.assert_close(turned(x, cos, sin), x)
+    torch.testing.assert_close(apply_rotary(x, cos, sin), x)
 
 
 def test_the_published_names_of_dit():

@@ -96,6 +96,11 @@ def test_free_text_survives_composing():
     assert [ask[f"n{i}"] for i, text in enumerate(TEXTS) if text] == [text for text in TEXTS if text]
 
 
+def test_pretrained_weights_are_a_place_or_a_truth_value():
+    words = quote(["condition.t5.pretrained=false", "clip.pretrained=openai", "model.init=false"])
+    assert words == ["condition.t5.pretrained=false", "clip.pretrained='openai'", "model.init='false'"]
+
+
 def test_no_file_is_null_and_a_word_is_a_word():
     said = {"data.val": None, "model.init": None, "mask": None, "prompt": "null", "ask.label": "null", "data.train": "nullable"}
     for key, value in said.items():

@@ -345,11 +345,11 @@ def test_boxes_are_asked_for_in_lists_or_files(tmp_path):
 
 
 def test_the_image_embedding_is_open_clips(clip_folder):
-    from ldm.tower.clip import load_clip, see
+    from ldm.tower.clip import load_clip, preprocess
 
     x, clip = pictures(2, 32), load_clip(f"local-dir:{clip_folder}", None, "x")
     embedding = Embedding(f"local-dir:{clip_folder}")
-    wanted = clip.encode_image(see(clip.visual, x), normalize=True)
+    wanted = clip.encode_image(preprocess(clip.visual, x), normalize=True)
     told = embedding(x, torch.tensor([False, True])).tokens
     torch.testing.assert_close(told[0, 0], wanted[0] * 4)
     assert not told[1].any() and embedding.frozen == ("tower",) and embedding.widths == Widths(tokens=16)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from helpers.family import their_pipeline
-from ldm.build import at_rest, load_model
+from ldm.build import load_model
 from ldm.condition.label import Label
 from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser, LogRatio
@@ -14,6 +14,7 @@ from ldm.drawing.weights import in_turns, parts_of, taking_turns, weighted
 from ldm.errors import Refusal
 from ldm.model import LatentModel
 from ldm.prediction import Flow
+from ldm.rest import at_rest
 from ldm.schedule import Linear
 
 # The examples in AUTOMATIC1111/stable-diffusion-webui, modules/prompt_parser.py, parse_prompt_attention.

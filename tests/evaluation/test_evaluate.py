@@ -19,10 +19,11 @@ from ldm.command.evaluate import evaluate, sweep
 from ldm.command.subject import Subject, spread
 from ldm.command.train import train
 from ldm.compose import compose_config
+from ldm.conditioner import Conditioner
 from ldm.data.emoji import Emoji
 from ldm.data.usual import size_of
 from ldm.evaluation import rows as rows_module
-from ldm.evaluation.pictures import Given, Split, another, chosen, untold
+from ldm.evaluation.pictures import Given, Split, another, chosen, unconditional
 from ldm.evaluation.real import Archive, Folder
 from ldm.evaluation.rows import see
 from ldm.evaluation.run import measure
@@ -32,7 +33,6 @@ from ldm.metric._pairs import Pairs
 from ldm.metric.frechet import Frechet, moments
 from ldm.metric.kernel import Kernel
 from ldm.report.page import read_curves
-from ldm.types import Cond
 
 ROOT = Path(__file__).parents[2]
 UNET = ["backbone.width=16", "backbone.groups=4", "backbone.heads=2", "condition=[label]", "condition.label.width=8"]
@@ -198,16 +198,31 @@ def test_right_shuffled_and_no_conditions_are_drawn_and_judged_by_the_own_reques
 
 
 def test_untold_guidance_hears_the_null_condition_alone():
+    """Of all conditions, or of some, whose negative they do not hear either."""
+    text, label = (SimpleNamespace(key=key) for key in ("caption", "label"))
+    conditioner = SimpleNamespace(embedders={"text": text, "label": label}, fields_of=Conditioner.fields_of)
+
     class Model:
-        denoiser, conditioner = "denoiser", None
+        denoiser = "denoiser"
+
+        def __init__(self):
+            self.conditioner = conditioner
 
         def condition(self, ask, only=None):
-            return Cond(vector=torch.zeros(1, 1) if only == () else torch.ones(1, 1))
+            return sorted(ask), only
 
-    heard = []
-    guidance = untold(lambda model, ask: heard.extend([model.denoiser, model.condition(ask), model.condition(ask, only=("a",))]))
-    guidance(Model(), {})
-    assert heard[0] == "denoiser" and all(cond.vector.item() == 0 for cond in heard[1:])
+    def heard(conditions):
+        said = []
+
+        def guidance(model, ask):
+            said.extend([model.condition(ask), model.condition(ask, only=("text",))])
+
+        unconditional(guidance, conditions)(Model(), {"caption": 1, "negative.caption": 2, "label": 3})
+        return said
+
+    assert heard(["text", "label"]) == [(["caption", "label"], ())] * 2
+    assert heard(["text"]) == [(["caption", "label"], ("label",)), (["caption", "label"], ())]
+    assert heard(["label"]) == [(["caption", "label", "negative.caption"], ("text",))] * 2
 
 
 def test_maps_that_are_asked_for_stand_in_the_protocol_by_their_hash():
@@ -431,7 +446,11 @@ def test_a_sweep_draws_each_setting_once_and_reports_all(command, tmp_path, caps
     page = sweep([*command, "metric=[frechet_clip,class_accuracy]", "logger=[tensorboard]"], words)
     text = page.read_text(encoding="utf-8")
     assert page == tmp_path / "out" / "report.html" and "http" not in text.replace("http://www.w3.org", "")
-    assert "Quality against obedience" in text and "fd_clip over guidance.scale" in text and text.count("<h3>guidance.scale") == 2
+    assert (
+        "Quality against agreement with the request" in text
+        and "fd_clip over guidance.scale" in text
+        and text.count("<h3>guidance.scale") == 2
+    )
     told = json.loads((tmp_path / "out" / "sampler-ddim_scale-2" / "metrics.json").read_text())["fd_clip"]["protocol"]
     assert told["sampler"]["_target_"].endswith("DDIM") and told["sampler"]["steps"] == 2 and told["guidance"]["scale"] == 2
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))

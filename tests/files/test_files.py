@@ -19,10 +19,11 @@ from torch import nn
 
 from ldm.data.batch.latents import about
 from ldm.errors import NotFound, NotWritten, Refusal, Unreachable
+from ldm.files import content
 from ldm.files import process as processes
 from ldm.files.content import file_content, files_content
 from ldm.files.process import Process, first, process
-from ldm.files.weights import download, read_weights, weights_hash
+from ldm.files.weights import came_from, download, read_weights, weights_hash
 from ldm.files.whole import remove_halves, replace_folder, whole, whole_folder, write_whole
 from ldm.metric._colours import labels_of
 
@@ -194,6 +195,64 @@ def test_the_hash_of_weights_is_that_of_saved_provenance_whatever_their_precisio
     assert weights_hash(net.half()) == weights_hash(net.double()) == saved
     net.bias.data[1] = 0.25
     assert weights_hash(net) != saved
+
+
+@pytest.fixture
+def large(monkeypatch, tmp_path):
+    """A file that is counted among the large ones, and no longer new; how many bytes were hashed since."""
+    path, read = tmp_path / "large", []
+    path.write_bytes(b"a" * 100)
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(content, "LARGE", 100)
+    monkeypatch.setattr(content, "RECENT", -1.0)
+    monkeypatch.setattr(content.hashlib, "file_digest", lambda *a, whole=content.hashlib.file_digest: read.append(1) or whole(*a))
+    return path, read
+
+
+def test_a_large_file_is_read_again_only_when_it_may_have_changed(large):
+    """Whoever writes it and puts its time and size back does not hide it: an inode's change time cannot be set."""
+    path, read = large
+    before = file_content(path)
+    assert file_content(path) == before and len(read) == 1
+    stat = path.stat()
+    with path.open("rb+") as file:
+        file.write(b"b")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns and file_content(path) != before and len(read) == 2
+    small = path.with_name("small")
+    small.write_bytes(b"a")
+    assert file_content(small) == file_content(small) and len(read) == 4
+
+
+def test_what_was_written_just_now_is_not_remembered(large, monkeypatch):
+    path, read = large
+    monkeypatch.setattr(content, "RECENT", 1e9)
+    assert file_content(path) == file_content(path) and len(read) == 2
+
+
+def test_large_weights_are_hashed_once_while_they_are_as_they_were_loaded(large):
+    """By the file that they came from; a number that is changed in memory counts."""
+    path, _ = large
+    net = nn.Linear(2, 2).requires_grad_(False)
+    plain = weights_hash(net)
+    came_from(net, [path])
+    kept = path.with_name("cache") / "hashes"
+    assert weights_hash(net) == plain and [file.read_text() for file in kept.iterdir()] == [plain]
+    next(kept.iterdir()).write_text("remembered")
+    assert weights_hash(net) == "remembered" != weights_hash(net.half())
+    net.weight[0, 0] += 1
+    assert weights_hash(net) not in (plain, "remembered")
+
+
+def test_the_parts_of_a_network_that_stand_still_are_read_once():
+    """The same hash; those that come before all that is trained, by name."""
+    net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)}).requires_grad_(False)
+    for change in (net["b"], net["b"], net["c"]):
+        assert weights_hash(net, ["a", "c"]) == weights_hash(net, ["a"]) == weights_hash(net)
+        change.weight += 1
+    before = weights_hash(net, ["a"])
+    net["a"].weight += 1
+    assert weights_hash(net, ["a"]) == before != weights_hash(net), "what is said to stand still is not looked at again"
 
 
 def test_files_are_known_by_their_names_and_bytes_below_their_folder(tmp_path):

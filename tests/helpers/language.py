@@ -1,10 +1,13 @@
 """Small language models as transformers builds and saves them, with random weights."""
 
+import json
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model, T5Config, T5EncoderModel, T5Tokenizer
 
 from helpers.family import loud
+from ldm.files.folder import write_json
 
 WORDS = "▁a ▁red ▁fox ▁apple ▁cat ▁face ▁with ▁tear ▁of ▁joy s fox cat ▁fi ne ﬁ é".split()
 PIECES = [*((word, -1.0 - i / 10) for i, word in enumerate(WORDS)), *((f"{c}", -8.0) for c in "▁abcdefghijklmnopqrstuvwxyz0")]
@@ -29,6 +32,15 @@ def save_t5(folder, model=None, **settings):
     """A T5 and its tokenizer in one folder, as transformers writes them."""
     (model or their_t5()).save_pretrained(folder, **settings)
     t5_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def in_full(folder):
+    """A model at rest whose language models are read in float32, as they lie, and not in the bfloat16 that its recipe says."""
+    config = json.loads((folder / "config.json").read_text())
+    for node in config["condition"].values():
+        node |= {"precision": "float32"} if "precision" in node else {}
+    write_json(config, folder / "config.json")
     return folder
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from helpers.autoencoding import train_both
 from helpers.clip import CLIP
 from helpers.survive import Send, adamw
-from helpers.training import autoencoder_stage, diffusion, exact, small, train_all, trainer
+from helpers.training import autoencoder_stage, diffusion, exact, small, train_adapters, train_all, trainer
 from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest
 from ldm.training.callback.ema import EMA
 from ldm.training.callback.guard import Guard
@@ -109,10 +109,11 @@ def on_each_rank(emoji_root, folder):
 
 
 def three_stages(emoji_root, folder, **settings):
-    """Some steps of each stage, and of autoencoders against an adversary; -> tensors by name, on rank 0."""
+    """Some steps of each stage, of autoencoders against an adversary, and of adapters; -> tensors by name, on rank 0."""
     return {
         "all": train_all(emoji_root, folder, CLIP, **settings),
         "both": train_both(emoji_root, folder, **settings),
+        "adapters": train_adapters(emoji_root, folder, **settings),
     }
 
 

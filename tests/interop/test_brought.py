@@ -15,7 +15,7 @@ from PIL import Image
 
 import ldm
 from helpers.family import their_pipeline, unconditional
-from ldm.build import at_rest, autoencoder_of, build, load_model, recipe_of
+from ldm.build import build, load_model
 from ldm.command.cache import main as cache_command
 from ldm.command.list import models
 from ldm.command.usual import as_usual, drawn_as
@@ -31,6 +31,7 @@ from ldm.interop import hub, published
 from ldm.interop.bundle import Bundle
 from ldm.interop.convert import read, write
 from ldm.interop.usual import usual_of
+from ldm.rest import at_rest, autoencoder_of, recipe_of
 from ldm.sampler.euler import Euler
 
 

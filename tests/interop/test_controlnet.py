@@ -178,10 +178,8 @@ def test_it_draws_what_their_pipeline_draws(made, kind, way):
         controlnet_conditioning_scale=scales if len(scales) > 1 else scales[0],
         **extra,
     ).images
-    model = loaded(of, *zip(names, scales))
+    model = loaded(of, *zip(names, [f"{scale}:guess" if way == "guess" else scale for scale in scales]))
     guidance = CFG(7.5)
-    if way == "guess":
-        model.denoiser.backbone.nets["edges"].guess, model.conditioner.embedders["edges"].rate = True, 1.0
     if way == "half":
         t = DDIM(10, grid=Leading(last=1 / 1000)).times(model.denoiser.schedule)
         alpha, sigma = model.denoiser.schedule(t[4:6])

@@ -292,6 +292,18 @@ def test_files_that_do_not_fit_are_named(one, case, tmp_path):
         load_model(one.home / "ours", adapters=f"{tmp_path}/a.safetensors")
 
 
+def test_what_is_no_model_names_the_word_that_takes_it(one, tmp_path, monkeypatch):
+    """Both ways; and of a folder's files no two may say the same."""
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        save_tensors(GOOD, tmp_path / "both" / f"{name}.safetensors")
+    lora = tmp_path / "both" / "a.safetensors"
+    with pytest.raises(Refusal, match=rf"{lora} is a LoRA, and no model: model=BASE adapters={lora} puts it on one"):
+        load_model(lora)
+    with pytest.raises(Refusal, match=rf"{K}.* is in several of \['a.safetensors', 'b.safetensors'\]; name one file"):
+        load_model(one.home / "ours", adapters=str(tmp_path / "both"))
+
+
 def test_what_is_told_of_old_files(one, tmp_path, capsys):
     save_tensors(GOOD, tmp_path / "old.safetensors")
     load_model(one.home / "ours", adapters=f"{tmp_path}/old.safetensors")

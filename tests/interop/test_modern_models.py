@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from helpers.family import loud, their_text, their_tokenizer, their_vae
-from helpers.language import t5_tokenizer, their_t5
+from helpers.language import in_full, t5_tokenizer, their_t5
 from helpers.modern import their_flux, their_mmdit, their_pixart
 from ldm.build import load_model
 from ldm.drawing.generate import unit_noise
@@ -151,7 +151,7 @@ def wanted(name, pipeline, noise, prompts):
 def test_it_draws_what_its_pipeline_draws(model):
     """From prompt to picture, from the same noise, 10 steps, in float64."""
     name, pipeline, home = model
-    net, pipeline = load_model(home / "ours").double(), pipeline.to(torch.float64)
+    net, pipeline = load_model(in_full(home / "ours")).double(), pipeline.to(torch.float64)
     noise, prompts = unit_noise([3, 4], (4, 8, 12)).double(), ["a red apple", "fox"]
     theirs = wanted(name, pipeline, noise, prompts)
     alone = name in ("schnell", "dev")

@@ -70,7 +70,10 @@ def same(a, b):
 def conditioner_of(bundle, folder):
     for part in TEXTS:
         part.give_ours(bundle, folder)
-    return Conditioner({name: build(from_parts(node, folder)) for name, node in bundle.recipe["condition"].items()})
+    nodes = {n: from_parts(node, folder) for n, node in bundle.recipe["condition"].items()}
+    full = {n: {**node, "precision": "float32"} if "precision" in node else node for n, node in nodes.items()}
+    assert (nodes != full) == ("t5" in [part.kind for part in bundle.parts.values()]), "a T5 runs in bfloat16"
+    return Conditioner({name: build(node) for name, node in full.items()})
 
 
 @torch.no_grad()

@@ -192,7 +192,7 @@ def test_kernel_distance_is_unbiased_and_the_peers():
 
 
 def test_precision_and_recall_by_chunks_are_the_peers(monkeypatch):
-    monkeypatch.setattr("ldm.metric.precision_recall.CHUNK", 7)
+    monkeypatch.setattr("ldm.metric._neighbours.CHUNK", 7)
     own, real = torch.randn(60, 3) * 0.5, torch.randn(50, 3)
     found = PrecisionRecall(Stub).compute(features(own), Reals(features(real)))
     peer = prc_features_to_metric(own, real, verbose=False)

@@ -1,6 +1,7 @@
 """Alignment of hidden states with a frozen network (REPA): the published formula, where it reaches, and what it leaves alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from ldm.extractor.clip import Clip
 from ldm.extractor.timm import Timm
 from ldm.model import LatentModel
 from ldm.objective.align import Align, as_map
+from ldm.objective.dmd import DMD
+from ldm.objective.latent_consistency import LatentConsistency
+from ldm.objective.preference import Preference
 from ldm.objective.regression import Regression
 from ldm.objective.uncertainty import Uncertainty
 from ldm.prediction import Flow
@@ -22,7 +26,7 @@ from ldm.schedule import Linear
 from ldm.training.callback.checkpoint import read_checkpoint
 from ldm.training.callback.ema import EMA
 from ldm.training.optimizer.rate import Constant
-from ldm.training.stage.diffusion import Diffusion
+from ldm.training.stage.diffusion import Diffusion, Trained
 from ldm.types import Cond, Draw, Widths
 
 POSITION = torch.arange(4)
@@ -110,6 +114,21 @@ def test_what_does_not_fit_is_named():
         align()(model, {"moments": x, "position": POSITION}, x, Cond(), DRAW)
     with pytest.raises(ValueError, match="no feature a patch"):
         as_map(torch.zeros(4, 15, 16), x)
+
+
+@pytest.mark.parametrize("of, why", [(DMD, "never the batch's pictures"), (Preference, "two pictures of each request")])
+def test_around_what_sees_other_pictures_it_is_refused(of, why):
+    with pytest.raises(ValueError, match=why):
+        align(of=partial(of, transformer))
+
+
+def test_around_a_distillation_it_hears_the_models_own_call():
+    """The average's call comes before; the teacher stays frozen, and the model need not be told conditions."""
+    model, objective = transformer(), align(of=partial(LatentConsistency, transformer, scale=1.0))
+    assert objective.frozen == ("of.teacher.denoiser", "of.teacher.conditioner") and objective.meet(model)
+    said = objective(Trained(model, lambda: model), BATCH, BATCH["image"], Cond(), DRAW)
+    said["align"].backward()
+    assert model.denoiser.backbone.embed.weight.grad.any()
 
 
 @pytest.mark.parametrize("whole", [True, False])

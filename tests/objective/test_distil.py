@@ -1,15 +1,23 @@
 """Distillation: the way that DMD moves pictures and the path that LCM follows, in closed form; and the critic's own optimizer."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from helpers.training import adam, diffusion, small, trainer
+from ldm.autoencoder.identity import Identity
 from ldm.backbone.mlp import MLP
 from ldm.build import build
+from ldm.condition.label import Label
+from ldm.condition.text import Text
+from ldm.conditioner import Conditioner
 from ldm.denoiser import DataTime, Denoiser
+from ldm.model import LatentModel
 from ldm.objective.dmd import DMD, direction, draw_along
 from ldm.objective.latent_consistency import LatentConsistency
+from ldm.objective.preference import Preference
 from ldm.objective.regression import Regression
 from ldm.prediction import Data, Flow
 from ldm.sampler.consistency import Consistency
@@ -17,7 +25,7 @@ from ldm.schedule import Cosine, Linear
 from ldm.training.callback.checkpoint import read_checkpoint
 from ldm.training.callback.ema import EMA
 from ldm.training.optimizer.rate import Constant
-from ldm.training.stage.diffusion import Diffusion
+from ldm.training.stage.diffusion import Diffusion, Trained
 from ldm.types import Cond, Draw, Widths, like
 
 MEAN, STD = 0.3, 0.7
@@ -40,11 +48,8 @@ class Model:
     """As much of one as these objectives ask for."""
 
     def __init__(self, denoiser):
-        self.denoiser = denoiser
+        self.denoiser, self.conditioner = denoiser, Conditioner({})
         self.average = self
-
-    def condition(self, request, only=None):
-        return Cond()
 
 
 def score(x_t, alpha, sigma, mean, std):
@@ -144,6 +149,52 @@ def test_as_many_steps_are_taken_by_every_process_and_all_numbers_of_them_come()
     assert {len(t) for t in times} == {1, 2, 3, 4} and max(times, key=len) == [1.0, 0.75, 0.5, 0.25]
 
 
+def reader(clip_folder, labels=False):
+    """A model that is told captions by a frozen text tower, and perhaps labels by a table that is trained."""
+    torch.manual_seed(0)
+    told = {"label": Label(9, 4, slot="vector")} if labels else {}
+    conditioner = Conditioner({**told, "text": Text(f"local-dir:{clip_folder}", pooled=True)})
+    net = MLP(3, conditioner.widths, size=4, width=8, depth=1)
+    return LatentModel(Identity(), conditioner, Denoiser(net, Linear(), Flow(), DataTime()))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("kind", [DMD, LatentConsistency, Preference])
+def test_a_text_that_both_models_have_is_kept_and_read_once(kind, labels, clip_folder):
+    """Also by the average: one caption, one reading, one tower, no second autoencoder; and the loss is the same to rounding."""
+    batch = {"image": torch.rand(4, 3, 4, 4), "worse": torch.rand(4, 3, 4, 4), "caption": ["a", "b c", "fox", ""]}
+    batch |= {"label": torch.arange(4), "position": torch.arange(4)}
+    draw, losses = Draw(0, torch.arange(4), 4), []
+    apart, objective = reader(clip_folder, labels), kind(lambda: reader(clip_folder, labels))
+    losses.append(objective(Trained(apart, lambda: apart), batch, batch["image"], Cond(), draw)["loss"])
+    model, objective = reader(clip_folder, labels), kind(lambda: reader(clip_folder, labels))
+    stage = stage_of(objective, model=model)
+    average, calls = copy.deepcopy(model).requires_grad_(False), []
+    for text in (model.conditioner.embedders["text"], average.conditioner.embedders["text"]):
+        text.register_forward_hook(lambda module, inputs, output: calls.append(list(inputs[0])))
+    stage.average = lambda: average
+    with torch.no_grad():  # a critic is stepped by a trainer alone
+        for _ in range(2):
+            losses.append(stage.losses(batch, draw)["loss"])
+    assert [call for call in calls if call != [""]] == [batch["caption"]] * 2
+    assert calls.count([""]) == (kind is not Preference)
+    torch.testing.assert_close(losses[1], losses[0])
+    assert not [n for n in objective.teacher.state_dict() if "tower" in n] and "text" in model.conditioner.embedders
+    assert stage.model.conditioner.embedders["text"].training
+
+
+def test_a_text_that_differs_is_the_teachers_own(clip_folder):
+    model, teacher = reader(clip_folder), reader(clip_folder)
+    with torch.no_grad():
+        teacher.conditioner.embedders["text"].tower.token_embedding.weight.add_(1)
+    objective = LatentConsistency(lambda: teacher)
+    assert objective.meet(model) and "text" in objective.teacher.conditioner.embedders
+    for p in (trained := reader(clip_folder)).parameters():
+        p.requires_grad_(True)
+    objective = LatentConsistency(lambda: reader(clip_folder))
+    assert objective.meet(trained) and "text" in objective.teacher.conditioner.embedders
+
+
 class Judged(nn.Module):
     """Beside the loss a second network learns, through whose first opinion the loss's gradient passes."""
 
@@ -160,8 +211,9 @@ class Judged(nn.Module):
         return {"loss": loss, "critic": (self.second(x) - 1).square().mean() * (1 if self.learns else 0)}
 
 
-def stage_of(objective, seed=0, optimizer=adam):
-    stage = Diffusion(model=diffusion(seed).model, objective=objective, optimizer=optimizer, rate=Constant(), seed=0, batch=8)
+def stage_of(objective, seed=0, optimizer=adam, model=None):
+    model = model or diffusion(seed).model
+    stage = Diffusion(model=model, objective=objective, optimizer=optimizer, rate=Constant(), seed=0, batch=8)
     stage.frozen, stage.recipe = ("model.autoencoder", *stage.frozen), {"a": 1}
     return stage
 

@@ -123,7 +123,7 @@ def test_with_one_time_it_is_plain_flow_matching_to_the_bit():
 
 def test_two_times_are_drawn_in_order_for_the_share_that_has_them():
     draw = Draw(0, POSITION, COUNT)
-    t, to = MeanFlow(Uniform(), share=0.25).times(draw, Linear())
+    t, to = MeanFlow(Uniform(), share=0.25).times(draw, Linear(), torch.zeros(COUNT, 3, 4, 4))
     assert (to <= t).all() and (to < t).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 

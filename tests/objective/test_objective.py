@@ -1,5 +1,6 @@
 """What is trained: weights, noises, distances and times against closed forms, for every prediction."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ from ldm.denoiser import DataTime, Denoiser, LogRatio
 from ldm.objective.distance import Huber, Square
 from ldm.objective.noise import Normal, Offset
 from ldm.objective.regression import Regression
-from ldm.objective.time import LogitNormal, LogNormal, Uniform
+from ldm.objective.time import BySize, LogitNormal, LogNormal, Uniform
 from ldm.objective.uncertainty import Uncertainty
 from ldm.objective.weight import EDM, MinSNR, Plain, SoftMinSNR
 from ldm.prediction import Data, Flow, Noise, Velocity
+from ldm.sampler.grid import BySize as Grid
 from ldm.schedule import Cosine, Karras, Linear, ScaledLinear
 from ldm.types import Cond, Draw, Widths, like
 
@@ -134,6 +136,7 @@ def test_uncertainty_learns_the_level_of_the_loss():
 
 ACROSS = ("contrastive",)  # whose samples see the whole batch
 SMALL = {  # what an objective must be told, to be tried on the network of `listener`
+    "route": ["objective.first=1", "objective.last=1"],
     "align": ["objective.width=8", "objective.layer=1", "objective.hidden=8"],
 }
 
@@ -200,3 +203,17 @@ def test_parts_are_chosen_by_name_and_unknown_ones_refused():
 def test_the_config_of_a_part_says_its_defaults(path):
     part = build(OmegaConf.load(path))
     assert part == type(part)() and type(part).__module__ == f"ldm.objective.{path.parent.stem}"
+
+
+@pytest.mark.parametrize(("side", "shift"), [(32, 1.0), (128, 3.0), (80, 3.0**0.35)])
+def test_larger_pictures_are_trained_at_more_noise(side, shift):
+    """As a straight path whose sigma / alpha is `shift` times as large, and as the sampler's grid of the same numbers walks."""
+    u, path = torch.linspace(0.01, 0.99, 9, dtype=torch.float64), Linear(floor=0.0)
+    by_size = BySize(low=0.0, high=math.log(3))
+    objective = Regression(time=by_size)
+    t = objective.time_for(torch.zeros(1, 16, side, side))(u, path)
+    plain = LogitNormal()(u, path)
+    torch.testing.assert_close(t / (1 - t), shift * plain / (1 - plain))
+    grid = Grid(low=0.0, high=math.log(3)).sized(side, side)
+    torch.testing.assert_close(torch.tensor(grid.shift), torch.tensor(shift))
+    assert torch.equal(by_size(u, path), by_size.sized(128, 128)(u, path)), "where no size is said"

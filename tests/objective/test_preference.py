@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from helpers.training import diffusion
+from ldm.objective import _together
+from ldm.objective.noise import Coupled
 from ldm.objective.preference import Preference
 from ldm.prediction import Flow, Noise, Velocity
 from ldm.schedule import Linear, ScaledLinear
@@ -49,7 +51,7 @@ def test_it_is_diffusers_formula(schedule, prediction):
     alpha, sigma = (like(s, x) for s in schedule(t))
     target, losses = prediction.target(x, noise, alpha, sigma), []
     for net in (model, objective.teacher):
-        cond = net.condition({k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in BATCH.items()})
+        cond = net.conditioner({k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in BATCH.items()})
         model_pred = net.denoiser.output(alpha * x + sigma * noise, t, cond)
         losses.append(F.mse_loss(model_pred, target, reduction="none").mean(dim=[1, 2, 3]).chunk(2))
     (model_losses_w, model_losses_l), (ref_losses_w, ref_losses_l) = losses
@@ -57,6 +59,22 @@ def test_it_is_diffusers_formula(schedule, prediction):
     said = objective(model, BATCH, IMAGES[0], None, DRAW)
     torch.testing.assert_close(said["loss"], -F.logsigmoid(inside_term).mean())
     torch.testing.assert_close(said["preferred"], (inside_term > 0).float().mean())
+
+
+def test_with_coupled_noise_the_reference_sees_what_the_model_sees(monkeypatch):
+    """Also among several processes, whose noise is laid over all that learn at once: at the reference the loss is log 2."""
+    monkeypatch.setattr(_together, "world", lambda: 2)
+    monkeypatch.setattr(_together, "_gathered", lambda value: torch.cat((value, value + 1)))
+    model, objective = pair(moved=0.0)
+    objective.regression.noise = Coupled()
+    assert objective(model, BATCH, IMAGES[0], None, DRAW)["loss"].item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_a_reference_of_another_schedule_is_named():
+    model, objective = pair()
+    objective.teacher.denoiser.schedule = ScaledLinear()
+    with pytest.raises(ValueError, match=r"teacher's schedule is ScaledLinear"):
+        objective(model, BATCH, IMAGES[0], None, DRAW)
 
 
 def test_it_moves_the_model_towards_the_better_picture():

@@ -8,7 +8,7 @@ import torch
 from helpers.language import VOCABULARY, save_qwen, save_t5, t5_tokenizer, their_t5
 from ldm.files.folder import load_tensors, save_tensors, write_json
 from ldm.tower.counter import Counter
-from ldm.tower.language import folder_of, left, load_language, load_words
+from ldm.tower.language import folder_of, load_language, load_words, truncated
 from ldm.tower.t5 import COMMON, SIZES, build_t5
 from ldm.tower.words import from_sentencepiece
 
@@ -50,7 +50,7 @@ def test_t5s_tokens_are_transformers(folder):
         cut = theirs(CAPTIONS, truncation=True, max_length=length).input_ids
         assert [words.cut(caption, length) for caption in CAPTIONS] == cut
     assert words.padding == theirs.pad_token_id
-    assert left(words, "a red fox", 4) == (4, "") and left(words, "a red fox with a cat", 4) == (7, "with a cat")
+    assert truncated(words, "a red fox", 4) == (4, "") and truncated(words, "a red fox with a cat", 4) == (7, "with a cat")
 
 
 def test_a_sentencepiece_file_is_read_without_its_package(folder, tmp_path):

@@ -65,9 +65,9 @@ def test_two_ranks_are_one(name, one, two):
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["all", "both"])
+@pytest.mark.parametrize("name", ["all", "both", "adapters"])
 def test_two_ranks_train_every_stage_as_one(name, one, two):
-    """Contrast, autoencoding, diffusion, statistics; adaptive weight, discriminator, codebook counts and dead codes."""
+    """Contrast, autoencoding, diffusion, statistics; adaptive weight, discriminator, codebook counts and dead codes; adapters."""
     assert_same(torch.load(two / f"{name}.pt", weights_only=True), one[name])
 
 

@@ -18,7 +18,7 @@ from ldm.interop.protocols import AdapterKind, Network, Read
 from ldm.interop.tie import Tie, bring, give, same, taken
 from ldm.interop.weights import check_numbers
 
-NODE = {"_target_": "ldm.adapter.controlnet.ControlNet"}
+NODE = {"_target_": "ldm.adapter.controlnet.ControlNet", "guess": False}
 HINTS = {"_target_": "ldm.condition.hint.Hint", "_partial_": True}
 SINGLE, FOLDER = "input_hint_block.", "controlnet_cond_embedding."  # where the hint's convolutions begin
 CONTROL = "control_model."
@@ -46,10 +46,15 @@ class ControlNetFile(AdapterKind):
     word = "a ControlNet"
     named = True
     layouts = ("compvis", "diffusers")
+    file = "controlnet"
+
+    def owns(self, name: str) -> bool:
+        """By its beginning."""
+        return NET.fullmatch(name) is not None or HINT.fullmatch(name) is not None
 
     def recognise(self, source: Foreign) -> bool:
         """By the names of the hint's convolutions, or those of its relatives, which are refused by name."""
-        return any(SINGLE in name or name.startswith(FOLDER) for name in source.weights) or _relative(source) is not None
+        return any(SINGLE in name or name.startswith(FOLDER) for name in source.names) or _relative(source) is not None
 
     def read(self, source: Foreign, bundle: Bundle, name: str | None) -> Read:
         """Every tensor of it is used, or named."""
@@ -76,7 +81,7 @@ class ControlNetFile(AdapterKind):
         return Read(node, named, (_said(source, named, len(kept)),))
 
     def write(self, adapter: Read, bundle: Bundle, target: Path, layout: str) -> None:
-        """One file in lllyasviel's layout, or a folder in diffusers'.
+        """One file in lllyasviel's layout, or a folder in diffusers'; neither says that it guesses.
 
         Raises:
             Refusal: the file's name ends otherwise, or a setting has no place there.
@@ -85,6 +90,8 @@ class ControlNetFile(AdapterKind):
         found = {(NET.fullmatch(n) or HINT.fullmatch(n))[1]: x for n, x in adapter.tensors.items()}
         theirs = give(_ties(network, bundle, single, _last(found)), found, CONTROL if single else "")
         hint, pool = adapter.node["hint"], adapter.node.get("pool", False)
+        if adapter.node.get("guess"):
+            print(f"{target}: the layout of {layout} does not say guess: adapters=...:guess here, guess_mode=True in diffusers.")
         if single:
             if target.suffix != ".safetensors":
                 raise Refusal(f"{target}: a ControlNet in the layout of {layout} is one file; name it FILE.safetensors.")
@@ -103,7 +110,7 @@ class ControlNetFile(AdapterKind):
 
 
 def _relative(source: Foreign) -> str | None:
-    return next((word for key, word in RELATIVES.items() if any(name.startswith(key) for name in source.weights)), None)
+    return next((word for key, word in RELATIVES.items() if any(name.startswith(key) for name in source.names)), None)
 
 
 def _network(bundle: Bundle) -> Network:

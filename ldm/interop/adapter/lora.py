@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.adapter.lora import NAME
 from ldm.errors import Refusal
 from ldm.interop.adapter._lora_names import Module, modules_of
 from ldm.interop.adapter._lora_write import write
@@ -40,12 +41,17 @@ class LoRAFile(AdapterKind):
     adapter = "lora"
     word = "a LoRA"
     layouts = ("kohya", "diffusers")
+    file = "pytorch_lora_weights.safetensors"
+
+    def owns(self, name: str) -> bool:
+        """By the end of its name."""
+        return NAME.fullmatch(name) is not None
 
     def recognise(self, source: Foreign) -> bool:
         """By the factors' names, or those of its relatives, which are refused by name."""
         words = ("lora_", ".lora.", "_lora.", *OTHERS)
-        return any(word in name for name in source.weights for word in words[:3]) or any(
-            f".{other}" in name or other in name for name in source.weights for other in ("hada_", "lokr_", "oft_")
+        return any(word in name for name in source.names for word in words[:3]) or any(
+            f".{other}" in name or other in name for name in source.names for other in ("hada_", "lokr_", "oft_")
         )
 
     def read(self, source: Foreign, bundle: Bundle, name: str | None) -> Read:

@@ -67,7 +67,7 @@ def read_folder(folder: Path) -> Bundle:
     network.conditions(bundle, built, config, index)
     level = SHARE if kind == "Flow" else DISCRETE
     bundle.recipe = recipe_of(network.node(settings), bundle.recipe["condition"], kind, schedule, dict(level))
-    return bundle
+    return network.brought(bundle)
 
 
 def write_folder(bundle: Bundle, folder: Path) -> None:
@@ -82,6 +82,7 @@ def write_folder(bundle: Bundle, folder: Path) -> None:
         return
     network = network_of(bundle)
     network.check_diffusers(bundle)
+    bundle = network.given(bundle)
     scheduler = network.scheduler(bundle)
     for part in parts():
         part.check_folder(bundle)

@@ -106,7 +106,7 @@ def _read_model(file: File, network: Network, prediction: str | None) -> Bundle:
     bundle.assumed += network.assumed(file, bundle, prediction)
     if "autoencoder" not in bundle.parts and not network.alone:
         bundle.assumed.append(f"scale: {bundle.scale}, where its autoencoder does not say it")
-    return bundle
+    return network.brought(bundle)
 
 
 def write_file(bundle: Bundle, path: Path) -> None:
@@ -120,6 +120,7 @@ def write_file(bundle: Bundle, path: Path) -> None:
         return
     network = network_of(bundle)
     network.check_single(bundle)
+    bundle = network.given(bundle)
     settings, backbone, tables = network.settings(bundle), bundle.backbone(), network.tables()
     there = () if network.alone else parts()
     theirs = {name: x for part in there for name, x in part.give_file(bundle).items()}

@@ -21,13 +21,14 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
         frozenset({"Bert"}): "LDMTextToImagePipeline",
         frozenset({"Text"}): "StableDiffusionPipeline",
         frozenset({"Text", "Inpaint"}): "StableDiffusionInpaintPipeline",
+        frozenset({"Text", "Edit"}): "StableDiffusionInstructPix2PixPipeline",
         frozenset({"Text", "DepthMap"}): "StableDiffusionDepth2ImgPipeline",
         frozenset({"Text", "Upscale"}): "StableDiffusionUpscalePipeline",
         frozenset({"Texts", "Number", "Inpaint"}): "StableDiffusionXLInpaintPipeline",
         frozenset({"Texts", "Number"}): "StableDiffusionXLPipeline" if texts == 2 else "StableDiffusionXLImg2ImgPipeline",
     }
     if conditions not in pipelines:
-        known = "none, text, BERT, inpainting, depth, upscaling and XL are known"
+        known = "none, text, BERT, inpainting, edits, depth, upscaling and XL are known"
         raise Refusal(f"diffusers has no pipeline for the conditions {sorted(conditions)}; {known}.")
     name = pipelines[conditions]
     network = "UNet2DConditionModel" if any(".blocks." in name for name in backbone) else "UNet2DModel"

@@ -25,11 +25,11 @@ from ldm.interop.network._dit_names import (
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, Tie, check_whole, give
-from ldm.nn.transformer import grid_waves
+from ldm.nn.transformer import sinusoidal_positions
 
 ROWS = 1001  # of the class table that diffusers' pipeline wants; it knows no label by its last
 CLASS = "ldm.condition.label.Label"
-OURS = ("rms_norm", "swiglu", "rotary", "norm_heads", "shared", "registers")  # which diffusers has not
+OURS = ("rms_norm", "swiglu", "rotary", "norm_heads", "shared", "registers", "fuse")  # which diffusers has not
 
 
 class DiTNetwork(Network):
@@ -155,7 +155,7 @@ class DiTNetwork(Network):
     def computed(self, settings: Mapping[str, Any]) -> dict[str, Tensor]:
         """Its positions."""
         side = settings["size"] // settings["patch"]
-        return {"position": grid_waves(side, side, settings["width"])}
+        return {"position": sinusoidal_positions(side, side, settings["width"])}
 
     def conditions(self, bundle: Bundle, built: Built, config: Mapping[str, Any] | None, index: Mapping[str, Any]) -> None:
         """The class."""

@@ -10,8 +10,8 @@ from ldm.errors import Refusal
 from ldm.interop.bundle import SHARE, STRAIGHT, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network._stream_names import depth_of, paired
+from ldm.interop.part.t5 import NODE
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
-from ldm.interop.part.t5 import TARGET
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.schedulers import flow_config
 from ldm.interop.source import File
@@ -181,7 +181,7 @@ class FluxNetwork(Network):
             text = {"model": "ViT-L-14-quickgelu", "pretrained": "openai", "layers": [], "pooled": True, "projected": False}
             condition["text"] = {"_target_": "ldm.condition.text.Text", **text, "padding": 49407}
             length = 512 if built[0]["guided"] else 256  # schnell's pipeline reads as many; its users say 256
-            condition["language"] = {"_target_": TARGET, "model": PUBLISHED_T5, "length": length, "padding": "attended"}
+            condition["language"] = {**NODE, "model": PUBLISHED_T5, "length": length, "padding": "attended"}
             bundle.assumed.append(f"text: OpenAI's CLIP L, and {PUBLISHED_T5}, {length} tokens, which the file does not hold")
         if built[0]["guided"]:
             condition["guidance"] = dict(GUIDANCE)

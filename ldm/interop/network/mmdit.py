@@ -8,8 +8,8 @@ from ldm.errors import Refusal
 from ldm.interop.bundle import SHARE, STRAIGHT, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network._stream_names import depth_of, paired
+from ldm.interop.part.t5 import NODE, SILENCE
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
-from ldm.interop.part.t5 import SILENCE, TARGET
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.schedulers import flow_config
 from ldm.interop.source import File
@@ -158,7 +158,7 @@ class MMDiTNetwork(Network):
             condition |= {"text": published_texts(built[2]["tokens"]), **condition}
             bundle.assumed.append("text: CLIP L and G by open_clip's names, which the file does not hold")
         if config is None and "language" not in condition:
-            condition["language"] = {"_target_": TARGET, "model": PUBLISHED_T5, "length": 256, "padding": "attended"}
+            condition["language"] = {**NODE, "model": PUBLISHED_T5, "length": 256, "padding": "attended"}
             bundle.assumed.append(f"text: {PUBLISHED_T5}, which the file does not hold")
 
     def check_single(self, bundle: Bundle) -> None:

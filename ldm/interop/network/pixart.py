@@ -10,14 +10,14 @@ from ldm.errors import Refusal
 from ldm.interop.bundle import BETAS, DISCRETE, VERSION, Bundle
 from ldm.interop.keys import check_keys
 from ldm.interop.network.dit import HEADS, DiTNetwork
+from ldm.interop.part.t5 import NODE, TARGET
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
-from ldm.interop.part.t5 import TARGET
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.source import File
 from ldm.interop.tie import Shapes, renamer, same, stacked, tied
-from ldm.nn.transformer import grid_waves
+from ldm.nn.transformer import sinusoidal_positions
 
-T5 = {"_target_": TARGET, "model": PUBLISHED_T5, "length": 300, "padding": "masked"}
+T5 = {**NODE, "model": PUBLISHED_T5, "length": 300, "padding": "masked"}
 BASE = 64  # latents' side that positions are laid over from 512 pixels on
 DIFFUSERS = renamer(
     {
@@ -161,7 +161,7 @@ class PixArt(Network):
     def computed(self, settings: Mapping[str, Any]) -> dict[str, Tensor]:
         """Its positions."""
         side = settings["size"] // settings["patch"]
-        return {"position": grid_waves(side, side, settings["width"])}
+        return {"position": sinusoidal_positions(side, side, settings["width"])}
 
     def channels(self, bundle: Bundle) -> int:
         """As many as a patch of its last layer has."""
@@ -188,7 +188,7 @@ class PixArt(Network):
 
     def _check(self, bundle: Bundle) -> None:
         usual = {"shared": True, "fixed": True, "tokens": "cross", "rms_norm": False, "swiglu": False, "rotary": False}
-        usual |= {"norm_heads": False, "registers": 0}
+        usual |= {"norm_heads": False, "registers": 0, "fuse": None}
         settings = self.settings(bundle)
         strange = [f"backbone.{name}={settings[name]}" for name, value in usual.items() if settings[name] != value]
         condition = bundle.recipe["condition"]

@@ -1,6 +1,7 @@
 """The U-Net of Latent Diffusion and Stable Diffusion 1, 2 and XL, and what whole models on it are told."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from ldm.backbone.unet import UNet
 from ldm.errors import Refusal
 from ldm.interop.bundle import BACKBONE, VERSION, Bundle, Part, shapes_of
-from ldm.interop.conditions import IDENTITY, LABEL, map_node, number_node
+from ldm.interop.conditions import EDIT, IDENTITY, LABEL, map_node, number_node
 from ldm.interop.files import today
 from ldm.interop.keys import whole
 from ldm.interop.network._unet_config import unet_config, unet_settings
@@ -18,6 +19,7 @@ from ldm.interop.network._unet_index import pipeline_of
 from ldm.interop.network._unet_names import compvis, diffusers, has_transformers, linear, settings_of
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.source import File, inner
+from ldm.interop.statistics import scale_of
 from ldm.interop.tie import Shapes, Tie, check_whole, same
 from ldm.interop.weights import read_config
 from ldm.nn.layers import identity, mlp
@@ -28,7 +30,7 @@ CLIP = "ldm.condition.text.Text"
 TABLES = {LABEL: "cond_stage_model.embedding.weight", STEPS: "model.diffusion_model.label_emb.weight"}
 LOW_RESOLUTION = {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION, "num_train_timesteps": 1000}
 LOW_RESOLUTION |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
-PLACES = {"Text", "Texts", "Number", "Inpaint", "DepthMap", "Upscale", "Label", "Bert"}
+PLACES = {"Text", "Texts", "Number", "Edit", "Inpaint", "DepthMap", "Upscale", "Label", "Bert"}
 
 
 class UNetNetwork(Network):
@@ -99,6 +101,17 @@ class UNetNetwork(Network):
         vector = {"vector": IDENTITY} if "vector.0.weight" not in backbone else {}
         check_whole(backbone, self.shapes(found["channels"], found["widths"], {**settings, **vector}), place)
 
+    def brought(self, bundle: Bundle) -> Bundle:
+        """InstructPix2Pix is told latents that no scale factor whitens; the first convolution takes it up, exactly but for
+        rounding.
+        """
+        return _edited(bundle, bundle.parts.get("autoencoder"), torch.mul)
+
+    def given(self, bundle: Bundle) -> Bundle:
+        """Where a layout has the scale factor; measured statistics, by channel, become part of the autoencoder itself."""
+        part = bundle.parts["autoencoder"]
+        return bundle if scale_of(part) is None else _edited(bundle, part, torch.div)
+
     def check_single(self, bundle: Bundle) -> None:
         """Groups of 32, and conditions that are told as CompVis' are."""
         groups = {self.settings(bundle)["groups"], bundle.parts["autoencoder"].settings()["groups"]}
@@ -151,7 +164,7 @@ class UNetNetwork(Network):
             condition["number"] = number_node(len(towers) == 1)
         if config is not None and config.get("addition_embed_type"):
             condition["number"] = _numbers(config, towers, bool(index.get("requires_aesthetics_score")))
-        condition |= map_node(widths["spatial"], channels, bool(condition.keys() - {"label"}), table)
+        condition |= map_node(widths["spatial"], channels, condition.keys() - {"label"}, table)
 
     def scale(self, file: File) -> float:
         """XL's, the upscaler's, or Stable Diffusion 1's and 2's."""
@@ -215,6 +228,23 @@ def heads_told(told: Mapping[str, Any]) -> dict[str, Any]:
     if heads == width == -1:
         return {}
     return {"heads": heads if heads != -1 else 8, "head_width": width if width != -1 else None}
+
+
+def _edited(bundle: Bundle, part: Part | None, change: Callable[[Tensor, Tensor], Tensor]) -> Bundle:
+    """What the first convolution weighs the latents of an edit's picture by, times or over their deviation.
+
+    Raises:
+        Refusal: they have a mean, which no convolution with zeros around it takes up.
+    """
+    if bundle.made_by(EDIT) is None:
+        return bundle
+    channels = bundle.weights[f"{BACKBONE}out.2.weight"].shape[0]
+    std = torch.full((channels,), 1 / (bundle.scale or 1.0)) if part is None else part.weights["std"]
+    if part is not None and bool(part.weights["mean"].any()):
+        raise Refusal("condition.edit: its autoencoder's latents have a mean (latents_mean, shift_factor); one of 0 is known.")
+    weight = bundle.weights[f"{BACKBONE}encoder.0.0.weight"].clone()
+    weight[:, -channels:] = change(weight[:, -channels:], std.to(weight)[:, None, None])
+    return replace(bundle, weights={**bundle.weights, f"{BACKBONE}encoder.0.0.weight": weight})
 
 
 def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,8 +41,12 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {"_target_": "ldm.autoencoder.vq.VQ", **ours, "codes": config["num_vq_embeddings"]}
 
 
-def vae_config(ours: Mapping[str, Any], scale: float, shift: float, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """How `KL` or `VQ` is built, the defaults filled in, and its tensors -> AutoencoderKL's or VQModel's config."""
+def vae_config(
+    ours: Mapping[str, Any], scale: float, shift: float, weights: Mapping[str, Any], shifted: bool = False
+) -> dict[str, Any]:
+    """How `KL` or `VQ` is built, the defaults filled in, and its tensors -> AutoencoderKL's or VQModel's config, which says a
+    shift also where it is 0 if it is `shifted`, as pipelines read it that always do.
+    """
     quantised, around = "codebook" in weights, "quant_conv.weight" in weights
     attends = [i in ours["attention"] for i in range(len(ours["mult"]))]
     return {
@@ -59,7 +63,7 @@ def vae_config(ours: Mapping[str, Any], scale: float, shift: float, weights: Map
         "scaling_factor": scale,
         "act_fn": "silu",
         "sample_size": 256,
-        **({"shift_factor": shift} if shift or not around else {}),
+        **({"shift_factor": shift} if shift or shifted or not around else {}),
         **({} if around else {"use_quant_conv": False, "use_post_quant_conv": False}),
         **({"num_vq_embeddings": ours["codes"], "vq_embed_dim": ours["channels"]} if quantised else {}),
     }

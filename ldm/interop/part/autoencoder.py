@@ -185,7 +185,8 @@ class Autoencoder(protocols.Part):
         part, said = bundle.parts[self.kind], self._scale(bundle)
         place = folder if bundle.recipe is None else folder / ("vqvae" if "vqvae" in index else "vae")
         weights = part.weights if said is not None else folded(part)
-        write_json(vae_config(part.settings(), *(said or (1.0, 0.0)), weights), place / "config.json")
+        shifted = index.get("_class_name", "").startswith(SHIFTED)
+        write_json(vae_config(part.settings(), *(said or (1.0, 0.0)), weights, shifted), place / "config.json")
         save_tensors(give(diffusers(weights, part.settings()), weights), place / "diffusion_pytorch_model.safetensors")
 
     def take_ours(self, bundle: Bundle, folder: Path) -> None:

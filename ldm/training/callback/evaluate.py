@@ -9,7 +9,7 @@ import torch
 
 from ldm.errors import Refusal
 from ldm.evaluation.pictures import Drawings, Reconstructions, Split, chosen
-from ldm.evaluation.protocol import code_version, entries, tell
+from ldm.evaluation.protocol import code_version, entries, write_numbers
 from ldm.evaluation.run import measure
 from ldm.files.weights import weights_hash
 from ldm.measure import Metric
@@ -80,7 +80,7 @@ class Evaluate(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"evaluate/{name}": entry["value"] for name, entry in told.items()}, step=step)
         if trainer.is_global_zero:
-            tell(told, self.folder / f"{step:08d}")
+            write_numbers(told, self.folder / f"{step:08d}")
         self._keep_best(trainer, told)
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,7 +95,8 @@ class Evaluate(pl.Callback):
     def _measure(self, module: Stage, step: int) -> dict[str, dict[str, Any]]:
         model = module.latent_model()
         autoencoder, device = model.autoencoder if model else module.autoencoder, module.device
-        weights, used = weights_hash(model or autoencoder), {}
+        still = [part.removeprefix("model.") for part in module.frozen if part.startswith("model.")]
+        weights, used = weights_hash(model or autoencoder, still), {}
 
         def use(kind: str, source: Any) -> Any:
             used[kind] = source

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from ldm.files.lightning import scaler_of
 from ldm.files.process import world
 from ldm.training.base import reduce_sum
+from ldm.training.protocols import AdversarialLoss
 from ldm.training.resume import keep_settings
 from ldm.training.stage.beside import step_beside
-from ldm.types import AdversarialLoss
 
 
 class Adversary(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ldm.files.folder import save_tensors, write_text
-from ldm.tower.clip import read, spoken
+from ldm.tower.clip import embed_text, text_mask
 from ldm.tower.cut import Cut
 from ldm.training.base import CAPTIONS, Stage
 from ldm.types import Batch, DataModule, Draw
@@ -67,8 +67,8 @@ class Contrast(Stage):
         captions = data.train_set.captions()
         for start in range(0, len(captions), 256):
             ids = self.tokenizer(captions[start : start + 256]).to(self.device)
-            hidden, pooled = read(self.clip, ids)
-            rows = {f"layer.{i}": (h if i == 0 else self.clip.ln_final(h))[spoken(ids)] for i, h in enumerate(hidden)}
+            hidden, pooled = embed_text(self.clip, ids)
+            rows = {f"layer.{i}": (h if i == 0 else self.clip.ln_final(h))[text_mask(ids)] for i, h in enumerate(hidden)}
             for name, x in {**rows, "pooled": pooled}.items():
                 x = x.double()
                 count, total, square = sums.get(name, (0, 0, 0))
@@ -94,7 +94,7 @@ def encode_text(clip: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
     """
     if clip.attn_mask is None or clip.text_pool_type != "argmax" or not isinstance(clip.text_projection, Tensor):
         return clip.encode_text(ids.to(device), True)
-    length = min(-(-int(spoken(ids).sum(1).max()) // 4) * 4, ids.shape[1])
+    length = min(-(-int(text_mask(ids).sum(1).max()) // 4) * 4, ids.shape[1])
     ids = ids[:, :length].to(device)
     x = clip.token_embedding(ids) + clip.positional_embedding[:length]
     x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.errors import TOO_LARGE, Refusal
+from ldm.files.base import difference
 from ldm.files.folder import save_model, with_parts
 from ldm.model import LatentModel
 from ldm.training.base import CAPTIONS, Stage
@@ -19,7 +20,7 @@ from ldm.training.callback.ema import average_of
 from ldm.training.callback.levels import LEVELS, curve, level_errors
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.parallel.sharded import whole
-from ldm.training.protocols import Critical
+from ldm.training.protocols import Critical, Meets
 from ldm.training.resume import differences, keep_settings, line
 from ldm.training.stage.beside import add_gradients, step_beside
 from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
@@ -39,6 +40,7 @@ class Diffusion(Stage):
         self.model, self.objective = model, objective
         self.weights: dict[str, Tensor] = {}
         self.average: Callable[[], LatentModel] = lambda: self.model
+        self.asks = isinstance(objective, Meets) and objective.meet(model)
         for part in objective.frozen if isinstance(objective, Freezes) else ():
             objective.get_submodule(part).eval().requires_grad_(False)
             self.frozen += (f"objective.{part}",)
@@ -102,7 +104,12 @@ class Diffusion(Stage):
             checkpoint["critic"] = self.beside.state_dict()
 
     def on_train_start(self) -> None:
-        """From here on there is an average, made at most once; the critic's optimizer goes on where it stopped."""
+        """From here on there is an average, made at most once; the critic's optimizer goes on where it stopped.
+
+        Raises:
+            Refusal: a word is to be learned that no caption holds.
+        """
+        check_words(self.model, self.trainer.datamodule)
         self.average = cache(partial(average_of, self.trainer, self, "model"))
         if self.critic and self.device_mesh is not None:
             raise Refusal("trainer=fsdp shares out the model's weights and not those of a critic: use trainer=ddp.")
@@ -119,9 +126,14 @@ class Diffusion(Stage):
         return self
 
     def given(self, batch: Batch, draw: Draw) -> tuple[Tensor, Cond]:
-        """batch -> sampled latents: (B, C, H, W), and the condition, dropped now and then in training."""
+        """batch -> sampled latents: (B, C, H, W), and the condition, dropped now and then in training.
+
+        In training an objective that asks for conditions itself is given an empty one.
+        """
         moments = self.moments(batch)
         x = moments.sample(draw.normal("posterior", moments.mean.shape[1:]))
+        if self.training and self.asks:
+            return x, Cond()
         return x, self.model.conditioner(batch, draw=draw if self.training else None)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -178,7 +190,7 @@ class Diffusion(Stage):
             Refusal: names both.
         """
         before, now = (recipe.get("base") or {} for recipe in (checkpoint["recipe"], self.recipe))
-        if before.get("sha256") != now.get("sha256"):
+        if bool(before) != bool(now) or difference(before, now):
             raise Refusal(
                 f"The checkpoint's adapters were trained on {before or 'no base'}; model.init has {now or 'no base'} now. Name "
                 "the base they were trained on, or begin another run: run_id=NAME (or resume=never)."
@@ -261,6 +273,17 @@ def check_objective(objective: Objective) -> None:
             f"objective={type(objective).__name__} takes {signature(call)}; an objective is called with (model, batch, x, cond, "
             "draw), where model.denoiser is what was once the first argument."
         ) from error
+
+
+def check_words(model: LatentModel, data: DataModule) -> None:
+    """Raises ValueError where a text tower is to learn a word that no caption holds."""
+    words = {word for embedder in model.conditioner.embedders.values() for word in embedder.taught}
+    captions = [caption.lower() for caption in data.train_set.captions()] if words else []
+    for word in sorted(words):
+        if not any(word.lower() in caption for caption in captions):
+            raise Refusal(
+                f"none of the {len(captions)} captions holds {word} (data=dreambooth: data.prompt), which is to be learned."
+            )
 
 
 def check_finite(moments: Moments, images: Tensor) -> None:

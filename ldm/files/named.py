@@ -1,4 +1,4 @@
-"""What lies in the files that a config names: a model's path, its parts, a weaker model that guides it."""
+"""Hashes of the files that a config names: a model's path, its parts, a weaker model that guides it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ CHECKPOINTS = "*.ckpt"
 def named_content(config: Any, home: Path = Path()) -> list[str]:
     """A plain config -> sha256, in hex, of every file and model's folder that it names, in its order.
 
-    home: the folder that `./name` begins at. Of a folder the files of a model at rest count, or else its checkpoints.
+    `./name` is below the folder `home`. Of a folder the files of a model at rest count, or else its checkpoints.
     """
     if isinstance(config, Mapping):
-        return [found for value in config.values() for found in named_content(value, home)]
+        return [content for value in config.values() for content in named_content(value, home)]
     if isinstance(config, list):
-        return [found for value in config for found in named_content(value, home)]
+        return [content for value in config for content in named_content(value, home)]
     if not isinstance(config, str) or not config or len(config) > 1000:
         return []
     name = config.removeprefix(LOCAL)
