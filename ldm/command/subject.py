@@ -25,11 +25,14 @@ from ldm.files.folder import without_usual
 from ldm.files.named import named_content
 from ldm.files.process import rank
 from ldm.files.weights import weights_hash
-<<<<<<< HEAD
 from ldm.measure import Metric
+from ldm.rest import at_rest, recipe_of
 
-SAID = "model images reference requests conditioning prompts ask negative count resolution seed precision paste corrupt keep"
-SAID = (*SAID.split(), "adapters", "base", "sampler", "guidance", "data")  # what says what is measured, and against what
+# What says what is measured, and against what.
+SAID = (
+    "model images reference requests conditioning conditions prompts ask negative count resolution seed precision paste".split()
+)
+SAID += "corrupt keep adapters base sampler guidance data".split()
 
 
 class Noted(dict):
@@ -42,11 +45,6 @@ class Noted(dict):
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
         return super().__getitem__(name)
-=======
-from ldm.rest import at_rest, recipe_of
-
-DRAWING = "requests conditioning conditions ask negative count seed precision paste keep".split()  # what it depends on
->>>>>>> main
 
 
 class Subject:
