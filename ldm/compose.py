@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.check import nearest
 from ldm.errors import Refusal
+from ldm.files.called import command_line
 from ldm.run_id import FILES, check_sweep, name_run, searched
 from ldm.swap import swapped
 from ldm.unused import LISTS, check_used
@@ -41,9 +42,10 @@ NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
 UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance|adversary|set)=null$")  # which Hydra writes as ~sampler
 OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
+GRID = re.compile(r"^(sampler\.grid\.\w+=)")  # of the grid that a model is usually drawn on, which no config knows yet
 
 
-def quote(arguments: Sequence[str]) -> list[str]:
+def quote(arguments: Sequence[str], config_name: str = "train") -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar; `ask.*`, `groups` and `rates` may add what they name.
 
     `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
@@ -52,8 +54,10 @@ def quote(arguments: Sequence[str]) -> list[str]:
     leave as it is behind a `=`; `${...}` is text, but for a run's own name.
     """
     quoted = []
+    usual = config_name in ("sample", "evaluate") and not any(a.startswith("sampler/grid=") for a in arguments)
     for argument in arguments:
         argument = OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument))
+        argument = GRID.sub(r"++\1", argument) if usual else argument
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)
@@ -195,7 +199,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = (), used: bool =
 
     used: whether settings are refused that the command does not read.
     """
-    overrides = with_local(quote(overrides))
+    overrides = with_local(quote(overrides, config_name))
     check_overrides(config_name, overrides)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return settled(compose(config_name, overrides=list(overrides)), config_name, overrides, used=used)
@@ -235,7 +239,7 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
     group = override.key_or_group
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     if override.is_sweep_override() and not multirun:
-        raise Refusal(f"{override.input_line}: several choices need a multirun: python train.py -m {override.input_line}")
+        raise Refusal(f"{override.input_line}: several choices need a multirun: {command_line('train')} -m {override.input_line}")
     if values == [None] and not override.is_delete():
         one = "leave it out for none" if group in FILES else f"wanted one of {', '.join(sorted(options))}"
         raise Refusal(f"{group}=null: {f'{group}=[] chooses none' if group.split('@')[0] in LISTS else one}.")
@@ -253,7 +257,11 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
 def _check_value(override: Override, config: DictConfig, replaces: bool = False) -> None:
     node, path = config, override.key_or_group.split(".")
     for i, key in enumerate(path):
-        if node is None and override.key_or_group.startswith(("sampler.", "guidance.")) and not override.is_add():
+        if (
+            node is None
+            and override.key_or_group.startswith(("sampler.", "guidance."))
+            and not (override.is_add() or override.is_force_add())
+        ):
             group = "/".join(path[:i])
             raise Refusal(f"{override.input_line}: choose a {group} to set it, such as {group}=NAME (ldm list {group}).")
         if not isinstance(node, DictConfig):

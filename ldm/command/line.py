@@ -27,7 +27,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             once_a_minute()
             if os.getcwd() not in sys.path:  # the user's own packages lie where the command is called, as with `python -m ldm`
                 sys.path.append(os.getcwd())
-            sys.argv[1:] = arguments = with_local(quote(sys.argv[1:]))
+            sys.argv[1:] = arguments = with_local(quote(sys.argv[1:], config_name))
             flags = [a for a in arguments if a.startswith("-")]
             multirun, swept = bool({"-m", "--multirun"} & set(flags)), []
             if not flags or multirun:

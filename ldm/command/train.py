@@ -113,7 +113,16 @@ def _trainer(config: DictConfig, **settings: Any) -> Any:
 
     try:
         return build(config.trainer, allowed(config), **settings)
-    except MisconfigurationException as error:  # no such device here, settings that do not go together
+    except Refusal:
+        raise
+    except (MisconfigurationException, ValueError) as error:  # no such device or strategy, settings that do not go together
+        if "invalid strategy name" in str(error):
+            from pytorch_lightning.strategies import StrategyRegistry
+
+            known = ", ".join(["auto", *StrategyRegistry.available_strategies()])
+            raise Refusal(
+                f"trainer.strategy={config.trainer.strategy}: wanted trainer=ddp, trainer=fsdp, or one of {known}."
+            ) from error
         raise Refusal(f"trainer=... (trainer.accelerator={config.trainer.accelerator}): {error}") from error
 
 

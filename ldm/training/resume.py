@@ -22,7 +22,7 @@ MODEL = "the weights in the checkpoint learned with it"
 FATES = (
     ("run_id identity name runs folder resume plan profile debug optimize allow model sampler* guidance* logger*", FREE),
     ("callback.bar* callback.drawings* trainer.enable_progress_bar trainer.enable_model_summary", FREE),
-    ("callback.reconstructions* callback.latents* callback.levels* callback.throughput* *.folder", FREE),
+    ("callback.reconstructions* callback.latents* callback.levels* callback.throughput* *.folder data.cache data.cache_gb", FREE),
     ("model.init", UNUSED),
     ("optimizer._target_ optimizer.amsgrad optimizer.centered optimizer.least optimizer.initial_accumulator_value", STATE),
     ("groups", STATE),
