@@ -1,5 +1,6 @@
 """What `model=` takes beside our own: brought into our layout once, kept by hash, and drawn as its own pipeline draws it."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -253,6 +254,14 @@ def rows(monkeypatch, **given):
     table = {name: published.Published(licence="mit", gated=False, **row) for name, row in given.items()}
     for place in (published, brought_module):
         monkeypatch.setattr(place, "published", lambda: table)
+
+
+def test_a_published_models_usual_is_part_of_what_its_cache_is_called(theirs):
+    """Another way in which a short name is usually drawn is another entry, since the entry's recipe holds it."""
+    path, row = theirs[0] / "one.safetensors", published.Published(source="hf://org/name", licence="mit", gated=False)
+    other = dataclasses.replace(row, usual={"guidance": {"_target_": "ldm.guidance.none.Unguided"}})
+    keys = [brought_module._key(path, "x", each, lambda line: None) for each in (row, row, other)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_the_hub_and_short_names_are_fetched_once(offered, theirs, monkeypatch, capsys):
