@@ -1,6 +1,6 @@
 """A style taught to the emoji model by a LoRA, and what it cost:  python benchmarks/blueprint.py make|measure [RUN ...]
 
-`make` writes 32 training pictures in blue duotone, captioned "..., blueprint", into runs/blueprint/pictures and the base's own
+`make` writes 512 training pictures in blue duotone, captioned "... blueprint", into runs/blueprint/pictures and the base's own
 drawings of these and 128 other captions into runs/blueprint/prior; then python train.py experiment=emoji/lora; `measure RUN` says
 whether 128 captions of neither come out blue and in their own shape, and what the LoRA did to captions without the word.
 """
@@ -25,7 +25,7 @@ HOME, BASE = Path("runs/blueprint"), "runs/quickstart/diffusion"
 DARK, LIGHT = torch.tensor([10.0, 36.0, 99.0]) / 127.5 - 1, torch.tensor([235.0, 245.0, 255.0]) / 127.5 - 1
 GREY = torch.tensor([0.299, 0.587, 0.114])
 WORD = "blueprint"
-INSTANCES, PRIOR, ASKED = 32, 128, 128
+INSTANCES, PRIOR, ASKED, FIRST = 512, 128, 128, 160
 CLOSE = 0.1  # of [-1, 1]: the mean distance to the ramp below which a picture counts as blue; photographs have 0.3 and more
 
 
@@ -54,8 +54,8 @@ def emoji():
 def parts(captions):
     """-> which captions are taught in blue, drawn as the prior, and asked for."""
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
-    ends = (INSTANCES, INSTANCES + PRIOR, INSTANCES + PRIOR + ASKED)
-    return order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] : ends[2]]
+    ends = (FIRST + ASKED, FIRST + ASKED + INSTANCES, FIRST + ASKED + INSTANCES + PRIOR)
+    return order[ends[0] : ends[1]], order[ends[1] : ends[2]], order[FIRST : ends[0]]
 
 
 def drawn(model, captions, seed=0):
@@ -81,7 +81,7 @@ def make():
     """Writes both sets."""
     images, captions = emoji()
     taught, prior, _ = parts(captions)
-    shards(duotone(images[taught]), [f"{captions[i]}, {WORD}" for i in taught], HOME / "pictures")
+    shards(duotone(images[taught]), [f"{captions[i]} {WORD}" for i in taught], HOME / "pictures")
     words = [captions[i] for i in (*taught, *prior)]  # the taught ones too, so that the word alone makes them blue
     shards(drawn(load_model(BASE), words, seed=1000), words, HOME / "prior")
 
@@ -96,7 +96,7 @@ def measure(run):
     """-> numbers by name, and a picture of strengths in a row."""
     images, captions = emoji()
     asked = parts(captions)[2]
-    words, blue = [captions[i] for i in asked], [f"{captions[i]}, {WORD}" for i in asked]
+    words, blue = [captions[i] for i in asked], [f"{captions[i]} {WORD}" for i in asked]
     wanted, found, rows = torch.tensor(asked), {}, []
     for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
         pictures = drawn(load_model(BASE, adapters=f"{run}:{strength}"), blue)

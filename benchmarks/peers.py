@@ -64,12 +64,18 @@ def pair(name, part=1, device="cpu", dtype=torch.float32):
     return (_unets if name in UNETS else _dits)(CASES[name], part, device, dtype)
 
 
-def _unets(case, part, device, dtype):
+def unet_settings(case, part):
+    """-> those of a U-Net whose widths are divided by `part`."""
     settings = UNET | case.settings
     settings["width"] //= part
     settings["groups"] = math.gcd(32, settings["width"])
     if settings["head_width"]:
         settings["head_width"] //= part
+    return settings
+
+
+def _unets(case, part, device, dtype):
+    settings = unet_settings(case, part)
     with weightless():
         net = UNet(4, case.widths, **settings)
     weights = randomised(net, device, dtype)

@@ -30,7 +30,8 @@ from ldm.types import Autoencoder, Batch, Guidance, Sampler
 
 Picture = Image.Image
 Output = Literal["pil", "pt"]
-UNREAD = ("model", "seed", "tile", "compile", "device", "adapters", "base", "out")  # settings of sample.yaml that draw has not
+# Settings of sample.yaml that draw has not.
+UNREAD = ("model", "seed", "tile", "offload", "compile", "device", "adapters", "base", "out")
 
 
 class Pipeline:

@@ -88,8 +88,8 @@ class Denoiser(nn.Module):
         schedule: t -> (alpha, sigma).
         prediction: what the network's output means.
         level: (t, alpha, sigma), (*) each -> the noise level that the network reads, (*).
-        unit_input: whether the network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance; of variance-preserving schedules
-            it is the same with either.
+        unit_input: whether the network sees x_t / sqrt(alpha^2 + sigma^2), of unit variance; for variance-preserving schedules
+            it makes no difference.
         span: sinusoidal features of a flow map's second time, which join the conditions' vector in front; 0 for a plain denoiser.
 
     Raises:

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks import sampling, steps
+from benchmarks import finetuning, sampling, steps
 
 PLAIN = {"device": "cpu", "dtype": "float32", "batch": 1, "rounds": 1, "minutes": 0.0, "compile": False, "bf16": False}
 
@@ -23,6 +23,11 @@ def test_a_training_step_is_diffusers(name, part):
 
 def test_a_training_step_in_bfloat16_is_diffusers():
     assert steps.measure("SD1.5", 8, asked(20, bf16=True)).apart < 5e-2
+
+
+@pytest.mark.parametrize("name", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("controlnet", "drawing"))])
+def test_fine_tuning_is_diffusers(name):
+    assert finetuning.measure(name, 8, asked(20)).apart < 1e-4
 
 
 @pytest.mark.parametrize("name", sampling.SAMPLERS)

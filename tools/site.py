@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+COMMAND = re.compile(r"(.*?)(?:((?:python|torchrun) .*?)(?:\s{3,}(.*))?)?")  # words, a command, its figures
 API = {
     "Python": ["ldm.api"],
     "The theory": ["ldm.types", "ldm.schedule", "ldm.prediction", "ldm.denoiser", "ldm.conditioner", "ldm.model", "ldm.measure"],
@@ -15,6 +17,7 @@ API = {
 }
 
 
+@event_priority(50)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie elsewhere."""
     pages = {target: (ROOT / source).read_text().replace("](docs/", "](") for target, source in PAGES.items()}
@@ -22,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{path.name}", abs_src_path=str(path)))
+        files.append(File(f"notebooks/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
@@ -33,12 +36,13 @@ def recipes() -> str:
         name = path.relative_to(ROOT / "configs" / "experiment").with_suffix("")
         lines = path.read_text().splitlines()[1:]
         opening = [line[1:].strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
-        commands = [line for line in opening if line.startswith("python ")]
-        text = [line for line in opening if line not in commands]
-        parts.append(f"## {name}\n\n" + "\n".join(text) + "\n")
-        for line in commands:
-            command, *figures = re.split(r"\s{3,}", line, maxsplit=1)
-            parts.append(f"```bash\n{command}\n```\n" + (f"\n{figures[0]}\n" if figures else ""))
+        parts.append(f"## {name}\n")
+        for line in opening:
+            text, command, figures = COMMAND.fullmatch(line).groups()
+            parts += [text.strip()] if text else []
+            parts += [f"\n```bash\n{command}\n```\n"] if command else []
+            parts += [f"{figures}\n"] if figures else []
+        parts.append("")
     return "\n".join(parts)
 
 

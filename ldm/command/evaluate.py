@@ -97,7 +97,7 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
             log_picture(loggers, f"sweep/{name_of(setting)}", grid(kept["drawing"]), step)
     close(loggers)
     if rank() == 0:
-        write_text(sweep_page(found, captions), out / "report.html")
+        write_text(sweep_page(found, captions, base.model), out / "report.html")
         print(f"Look at it: {out}/report.html")
     return out / "report.html"
 

@@ -54,15 +54,17 @@ def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
     from ldm.autoencoder.tiled import Tiled
     from ldm.build import allowed, load_model
     from ldm.drawing.generate import compile_backbone
+    from ldm.drawing.offload import offload
     from ldm.files.device import device_of
     from ldm.rest import at_rest, recipe_of
 
     place = at_rest(config.model)
-    model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
-    if config.compile:
-        compile_backbone(model.denoiser.backbone)
+    model, device = load_model(place, allowed(config), config.adapters, config.base), device_of(config.device)
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
+    model = offload(model, device) if config.offload else model.to(device)
+    if config.compile:
+        compile_backbone(model.denoiser.backbone)
     return model, recipe_of(place).get("usual", {})
 
 

@@ -216,8 +216,8 @@ def unconditional(guidance: Guidance, conditions: Sequence[str]) -> Guidance:
         def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
             embedders = self.conditioner.embedders
             silent = {f"negative.{field}" for name in conditions for field in self.conditioner.fields_of(embedders[name])}
-            heard = tuple(name for name in (embedders if only is None else only) if name not in conditions)
-            return self.model.condition({field: v for field, v in request.items() if field not in silent}, only=heard)
+            active = tuple(name for name in (embedders if only is None else only) if name not in conditions)
+            return self.model.condition({field: v for field, v in request.items() if field not in silent}, only=active)
 
     def guide(model: Conditioned, ask: Batch) -> Denoise:
         return guidance(Unconditional(model), ask)

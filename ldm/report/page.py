@@ -31,6 +31,7 @@ h3 { text-align: left; font-size: .95rem; font-weight: 600; margin: .8rem 0 .2re
 p { margin: 0 0 .9rem; max-width: 46rem }
 p.lead, figcaption, .soft { color: var(--soft) }
 figure { margin: 0; text-align: center }
+figure p { text-align: left }
 figcaption { font-size: .75rem; line-height: 1.3; margin-top: .3rem; overflow-wrap: anywhere }
 img { image-rendering: pixelated; max-width: 100%; height: auto; background: #fff; border-radius: 4px; vertical-align: top }
 .tiles, .row { display: flex; flex-wrap: wrap; gap: .8rem }
@@ -44,6 +45,8 @@ img { image-rendering: pixelated; max-width: 100%; height: auto; background: #ff
 td, th { text-align: left; padding: .4rem 1.6rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } td { font-variant-numeric: tabular-nums; min-width: 5rem }
 @media (min-width: 40rem) { td:first-child { white-space: nowrap } }
+@media (max-width: 40rem) { td, th { padding-right: .8rem } td { min-width: 0 } .tile { max-width: none }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere } pre code { padding-left: 1.2rem; text-indent: -1.2rem } }
 img[tabindex] { cursor: zoom-in }
 img[tabindex]:focus { position: fixed; inset: 0; margin: auto; z-index: 9; width: 96vw; height: 96vh; max-width: none;
   object-fit: contain; background: none; box-shadow: 0 0 0 100vmax rgb(0 0 0 / .85); outline: 0; pointer-events: none }
@@ -97,7 +100,7 @@ def wall(images: Tensor, captions: Sequence[str], marks: Sequence[bool] | None =
         for x, c, m in zip(images, captions, marked)
     )
     wide = images.shape[-1] * zoom
-    columns = f"repeat(auto-fill, minmax(min({wide}px, 100%), 1fr))"
+    columns = f"repeat(auto-fill, minmax(min({wide}px, max(22%, 4rem)), 1fr))"  # on a phone four beside each other
     return f'<div class="wall" style="grid-template-columns: {columns}">{"".join(cells)}</div>' if len(images) else ""
 
 
@@ -161,7 +164,8 @@ def read_curves(run: Path) -> Curves:
 def previews(run: Path, most: int = 4) -> str:
     """-> HTML with at most `most` of the pictures in RUN/previews/<step>.png: the first, some in between, the last."""
     files = sorted(run.glob("previews/*.png"))
-    chosen = [files[round(i * (len(files) - 1) / max(most - 1, 1))] for i in range(min(most, len(files)))]
+    count = min(most, len(files))
+    chosen = [files[round(i * (len(files) - 1) / max(count - 1, 1))] for i in range(count)]
     cells = "".join(
         f"<figure>{_img(file.read_bytes(), 2, f'step {int(file.stem)}')}<figcaption>step {int(file.stem):,}</figcaption></figure>"
         for file in chosen

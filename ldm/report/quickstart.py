@@ -24,6 +24,7 @@ MEASURES = {  # name: (title, unit, digits, what it means)
 }
 GO_ON = """\
 make quickstart MINUTES=30
+python -m ldm draw model=runs/quickstart/diffusion
 python sample.py model=runs/quickstart/diffusion prompt='[red apple,fox]' seed=0 out=samples
 python evaluate.py model=runs/quickstart/diffusion
 python train.py experiment=emoji/text trainer.max_steps=20000

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from glob import glob
 from html import escape
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.files.metrics import shown
-from ldm.report.page import curves, page, table, wall
+from ldm.report.page import code, curves, page, table, wall
 
 LOWER = re.compile(r"(r?fid|fd_\w+|kid|lpips)$")  # the less, the better
 HIGHER = re.compile(r"(clip_score|\w+_top1|class(?:ifier)?_accuracy|\w*miou)$")
@@ -63,10 +64,10 @@ def name_of(setting: Sequence[str]) -> str:
     return "_".join(re.sub(r"[^\w.+-]+", "-", f"{name.split('.')[-1]}-{_short(value)}") for name, value in pairs)
 
 
-def sweep_page(results: Sequence[Setting], captions: Sequence[str]) -> str:
+def sweep_page(results: Sequence[Setting], captions: Sequence[str], model: str | None = None) -> str:
     """-> the page of a sweep, HTML: a table, quality against agreement with the request, curves over numbers, pictures.
 
-    `captions` are those of the first pictures, in order.
+    `captions` are those of the first pictures, in order; `model`, what was measured where no setting says it.
     """
     numbers = list(dict.fromkeys(name for setting in results for name in setting.numbers))
     names = [name for name in results[0].values if len({s.values[name] for s in results}) > 1] or list(results[0].values)
@@ -88,6 +89,7 @@ def sweep_page(results: Sequence[Setting], captions: Sequence[str]) -> str:
             ("Over each setting", _over(results, names, numbers)),
             ("Pictures", _walls(results, names, captions)),
             ("Protocol", table(("field", "value"), _protocol(results))),
+            ("Go on from here", code(_commands(results, numbers, model))),
         ],
     )
 
@@ -101,6 +103,25 @@ def pareto(results: Sequence[Setting], low: str | None, high: str | None) -> set
         return set()
     points = [(s.numbers[low]["value"], -s.numbers[high]["value"]) for s in results]
     return {i for i, p in enumerate(points) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+
+
+def _commands(results: Sequence[Setting], numbers: Sequence[str], model: str | None) -> list[str]:
+    """How pictures are drawn as with the best setting, by the first number that has a better end; none without a model."""
+    number = next((n for n in numbers if LOWER.match(n) or HIGHER.match(n)), None)
+    if number is None:
+        return []
+    best = (min if LOWER.match(number) else max)(results, key=lambda setting: setting.numbers[number]["value"])
+    place = best.values.get("model", model)
+    words = [word for word in best.words if word.startswith(("sampler", "guidance"))]
+    if place is None:
+        return []
+    said = [f"model={quote(place)}", *(f"{name}={quote(value)}" for name, value in (word.split("=", 1) for word in words))]
+    return [
+        f"# as the setting with the best {number}, {shown(best.numbers[number])}",
+        f"python sample.py {' '.join(said)} prompt='...' out=samples",
+        "# in the browser",
+        f"python -m ldm draw {said[0]}",
+    ]
 
 
 def _axes(numbers: Sequence[str]) -> tuple[str | None, str | None]:

@@ -72,7 +72,7 @@ def from_sentencepiece(data: bytes) -> Tokenizer:
 
 
 def tokenizer_of(vocabulary: Sequence[tuple[str, float]], table: bytes = b"") -> Tokenizer:
-    """T5's way of cutting, into pieces with their scores, <pad>, </s> and <unk> among them; `table` maps characters before."""
+    """-> T5's tokenizer of word pieces and scores, <pad>, </s> and <unk> included; `table` normalises characters first."""
     extra = [f"<extra_id_{i}>" for i in reversed(range(EXTRA))]
     unknown = [word for word, _ in vocabulary].index(UNKNOWN)
     tokenizer = Tokenizer(Unigram([*vocabulary, *((word, 0.0) for word in extra)], unknown, byte_fallback=False))

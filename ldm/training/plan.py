@@ -1,5 +1,6 @@
 """What a run will take, said before it is begun: parameters, FLOPs, memory, time."""
 
+import re
 import time
 
 import pytorch_lightning as pl
@@ -13,11 +14,14 @@ from ldm.training.parallel.sharded import Sharded
 from ldm.types import Batch, DataModule, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
+SPARE = 2**30  # bytes of a card that CUDA itself takes, and that lie between tensors
 TRAINED = {"weight": 4, "gradient": 4, "AdamW": 8, "average": 4}  # bytes a number, in float32
 
 
 def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> str:
-    """A page about a run of `trainer`, of which no step is made; device: such as H200, or `true` for the one that is here.
+    """A page about a run of `trainer`, of which no step is made.
+
+    device: such as H200, or `true` for the one that is here; or the memory of a card, such as 12GB: whether the run fits.
 
     FLOPs and activations are counted over one sample of the data, on no device where the stage's conditions allow it.
     """
@@ -37,18 +41,42 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     micro = stage.batch // (world * accumulate)
     shares = world if isinstance(trainer.strategy, Sharded) else 1
     states, others = trained * sum(TRAINED.values()) // shares, still
-    name, speed = _speed(device, trainer)
-    seconds = work * stage.batch / (world * speed)
     lines = [
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
         f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
         f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, gradients, AdamW "
         f"and average; {_gib(others)} frozen; {_gib(micro * kept)} activations",
+    ]
+    if card := re.fullmatch(r"([\d.]+) ?GB", device, re.IGNORECASE):
+        return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, kept, stage.batch // world, micro)])
+    name, speed = _speed(device, trainer)
+    seconds = work * stage.batch / (world * speed)
+    lines += [
         f"expected speed    {stage.batch / seconds:,.1f} samples/s on {world} x {name}, {seconds:.2g} s a step",
         f"expected time     {_words(seconds * trainer.max_steps)} for {trainer.max_steps:,} steps, without validation",
     ]
     return "\n".join(lines)
+
+
+def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:
+    """Whether a run fits into a card, and else how it would.
+
+    Args:
+        memory: of the card, in bytes. fixed: bytes of weights and states. each: of a sample's activations. batch: samples of a
+            device and step. micro: samples at a time.
+    """
+    room = memory - SPARE - fixed
+    most, size = int(room // max(each, 1)), f"{memory / 2**30:g} GB, of which {_gib(SPARE)} are left to CUDA"
+    if most >= micro:
+        return f"fits              into {size}; {most} samples at a time would"
+    if most < 1:
+        return (
+            f"does not fit      into {size}, nor does one sample at a time: callback=[...,recompute], 16 bits (trainer=gpu or "
+            "small_gpu), latents and text made ahead (precompute.py), a smaller data.size, or adapters alone (training=finetune)"
+        )
+    parts = next(n for n in range(-(-batch // most), batch + 1) if batch % n == 0)
+    return f"does not fit      into {size}; {batch // parts} samples at a time do: trainer.accumulate_grad_batches={parts}"
 
 
 def cost(stage: Stage, batch: Batch) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
 from ldm.files.folder import write_text
-from ldm.report.page import code, curves, page, picture, read_curves, stacked_bar, table, tiles, wall
+from ldm.report.page import code, curves, page, picture, previews, read_curves, stacked_bar, table, tiles, wall
 from ldm.report.quickstart import climbs, quickstart_page
+from ldm.report.sweep import Setting, sweep_page
 
 NASTY = "<b>&\"'<script>alert(1)</script>"
 SECTIONS = ["In short", "Drawn from", "New prompts", "Held-out", "As the diffusion", "As the autoencoder", "Curves"]
@@ -155,3 +156,22 @@ def test_a_validation_loss_that_climbs_is_explained(val, train, said):
     found = {"val/loss": ([10.0, 20.0, 30.0][: len(val)], val), "train/loss": ([1.0, 2.0], train)}
     lines = climbs(found)
     assert len(lines) == (said is not None) and (said is None or re.search(said, lines[0]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_previews_show_the_first_and_the_last_and_none_twice(tmp_path, count):
+    (tmp_path / "previews").mkdir()
+    for step in range(count):
+        Image.new("RGB", (2, 2)).save(tmp_path / "previews" / f"{step:08d}.png")
+    steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)", previews(tmp_path))]
+    assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == count - 1 and len(steps) == min(count, 4)
+
+
+def test_a_sweep_says_how_to_draw_as_its_best_setting():
+    def setting(scale, value):
+        entry = {"value": value, "error": 0.1, "protocol": {"count": 8}}
+        return Setting([f"guidance.scale={scale}", "sampler={_target_: x}"], {"text_match_top1": entry})
+
+    said = sweep_page([setting(1, 0.2), setting(3, 0.9), setting(9, 0.4)], [], "runs/a b")
+    assert "python sample.py model=&#x27;runs/a b&#x27; guidance.scale=3 sampler=&#x27;{_target_: x}&#x27;" in said
+    assert "ldm draw model=&#x27;runs/a b&#x27;" in said and "ldm draw" not in sweep_page([setting(1, 0.2)], [])

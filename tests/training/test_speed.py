@@ -40,7 +40,7 @@ from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import Throughput, flops, peak_of
 from ldm.training.optimizer.rate import Constant
 from ldm.training.parallel import layout
-from ldm.training.plan import plan
+from ldm.training.plan import fits, plan
 from ldm.training.run import fit
 from ldm.training.stage.contrast import Contrast
 from ldm.types import Cond, Draw, Widths
@@ -429,6 +429,12 @@ def test_a_plan_is_reckoned_without_a_step(emoji_root, tmp_path):
     page = plan(stage, small(emoji_root), made, "H200")
     assert f"{count / 1e6:,.1f} million trained" in page and "8 = 1 devices x 2 micro-batches x 4 samples" in page
     assert f"{8 / (8 * wanted / (0.35 * 989e12)):,.1f} samples/s on 1 x H200 at 35% of its peak" in page
+    small_card, large_card = (plan(diffusion(), small(emoji_root), made, card) for card in ("0.9GB", "12GB"))
+    assert "fits              into 12 GB, of which 1.00 GiB are left to CUDA" in large_card and "samples/s" not in large_card
+    assert "does not fit      into 0.9 GB" in small_card and "nor does one sample" in small_card
+    assert fits(12 * 2**30, 2 * 2**30, 3 * 2**30, batch=8, micro=8).endswith(
+        "2 samples at a time do: trainer.accumulate_grad_batches=4"
+    )
     with pytest.raises(ValueError, match="plan=abacus: its peak is not known"):
         plan(diffusion(), small(emoji_root), made, "abacus")
 

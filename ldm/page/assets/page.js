@@ -6,7 +6,8 @@ const $ = (id) => document.getElementById(id);
 const about = await (await fetch("/description")).json();
 const inputs = {}; // of the conditions, by field: what has `element`, `said()` or `parts()`
 const sliders = [];
-const init = new Masked("init", "mask", () => {});
+const init = new Masked("init", "mask", suggest);
+let strengthMoved = false;
 let stopping = null;
 
 const numberOf = (id) => ($(id).value === "" ? null : Number($(id).value));
@@ -65,8 +66,8 @@ function buildForm() {
   });
   $("sampler").append(make("option", { value: "", textContent: "" }), ...about.samplers.map((name) => make("option", { value: name, textContent: name })));
   $("init").append(init.element);
-  const strength = () => { $("strength-said").textContent = $("strength").value; };
-  $("strength").addEventListener("input", strength); strength();
+  $("strength").addEventListener("input", () => { strengthMoved = true; suggest(); });
+  suggest();
   for (const id of ["width", "height"]) $(id).addEventListener("change", resize);
   $("dice").addEventListener("click", () => { $("seed").value = Math.floor(Math.random() * 1e6); });
   $("prompt").addEventListener("keydown", (event) => {
@@ -75,6 +76,11 @@ function buildForm() {
   $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
   $("stop").addEventListener("click", () => stopping?.abort());
   refresh();
+}
+
+function suggest() { // what is painted is drawn anew as a whole, unless another strength was chosen
+  if (!strengthMoved) $("strength").value = init.painted ? 1 : 0.6;
+  $("strength-said").textContent = $("strength").value;
 }
 
 function resize() {
@@ -101,14 +107,11 @@ async function request() {
   for (const [name, input] of shown) if (input.said) said.ask[name] = input.said();
   const parts = await Promise.all([...shown.map(([, input]) => input), ...($("begin").open ? [init] : [])].map((input) => input.parts?.() ?? {}));
   const pictures = Object.assign({}, ...parts);
-  if (pictures.init) said.strength = pictures.mask && !strengthMoved ? 1 : numberOf("strength");
+  if (pictures.init) said.strength = numberOf("strength");
   form.append("request", JSON.stringify(said));
   for (const [name, blob] of Object.entries(pictures)) form.append(name, blob, name);
   return form;
 }
-
-let strengthMoved = false;
-$("strength").addEventListener("input", () => { strengthMoved = true; });
 
 async function draw() {
   if (stopping) return;
