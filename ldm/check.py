@@ -68,7 +68,7 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
     for key, value in list(node.items()):
         if key in SPECIAL:
             continue
-        if key not in names and not open_ended and _is_offered(key, value):
+        if key not in names and not open_ended and is_offered(key, value):
             del node[key]
             continue
         if key not in names and not open_ended:
@@ -78,7 +78,7 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
             raise Refusal(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
 
 
-def _is_offered(key: str, value: Any) -> bool:
+def is_offered(key: str, value: Any) -> bool:
     """Whether a setting is a part of ours that the config offers to whatever is chosen, such as objective.time, sampler.grid."""
     target = value.get("_target_") if isinstance(value, Mapping) else None
     return isinstance(target, str) and target.startswith("ldm.") and target.split(".")[2:3] == [key]

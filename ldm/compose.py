@@ -18,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.check import nearest
 from ldm.errors import Refusal
+from ldm.files.called import command_line
 from ldm.run_id import FILES, check_sweep, name_run, searched
 from ldm.swap import swapped
+from ldm.unused import LISTS, check_used
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, or in a clone
@@ -40,13 +42,13 @@ FREE_TEXT = re.compile(
 DOLLAR = re.compile(r"(\\*)\$\{")  # where an interpolation begins
 NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
-UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
+UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance|adversary|set)=null$")  # which Hydra writes as ~sampler
 OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
 SIZED = "+size@_global_="
-LISTS = ("condition", "adapter", "metric", "callback", "logger")
+GRID = re.compile(r"^(sampler\.grid\.\w+=)")  # of the grid that a model is usually drawn on, which no config knows yet
 
 
-def quote(arguments: Sequence[str]) -> list[str]:
+def quote(arguments: Sequence[str], config_name: str = "train") -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar; `ask.*`, `groups` and `rates` may add what they name.
 
     `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
@@ -55,8 +57,10 @@ def quote(arguments: Sequence[str]) -> list[str]:
     leave as it is behind a `=`; `${...}` is text, but for a run's own name.
     """
     quoted = []
+    usual = config_name in ("sample", "evaluate") and not any(a.startswith("sampler/grid=") for a in arguments)
     for argument in arguments:
         argument = OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument))
+        argument = GRID.sub(r"++\1", argument) if usual else argument
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)
@@ -163,13 +167,13 @@ def with_local(arguments: Sequence[str]) -> list[str]:
     return _beside(others, f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]")
 
 
-def prepared(arguments: Sequence[str]) -> list[str]:
+def prepared(arguments: Sequence[str], config_name: str) -> list[str]:
     """Words of a command line as Hydra reads them: free text is quoted, and what they mean besides is said.
 
     Raises:
         Refusal: `size` with several experiments, or several sizes.
     """
-    return sized(with_local(quote(arguments)))
+    return sized(with_local(quote(arguments, config_name)))
 
 
 def sized(words: Sequence[str]) -> list[str]:
@@ -220,18 +224,21 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     return [o.key_or_group for o in parsed if o.is_sweep_override()]
 
 
-def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
-    overrides = prepared(overrides)
+def compose_config(config_name: str, overrides: Sequence[str] = (), used: bool = False) -> DictConfig:
+    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with.
+
+    used: whether settings are refused that the command does not read.
+    """
+    overrides = prepared(overrides, config_name)
     check_overrides(config_name, overrides)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         if any(o.is_sweep_override() or o.is_hydra_override() for o in parsed):
-            return settled(compose(config_name, overrides=list(overrides)), config_name, overrides)
+            return settled(compose(config_name, overrides=list(overrides)), config_name, overrides, used=used)
         chosen, _ = _choices(parsed)
         config = _composed(config_name, [o.input_line for o in chosen])
         ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in chosen], config)
-        return settled(config, config_name, overrides)
+        return settled(config, config_name, overrides, used=used)
 
 
 def _choices(overrides: Sequence[Override]) -> tuple[list[Override], dict[str, list[str]]]:
@@ -258,14 +265,22 @@ def _pickled(config_name: str, words: tuple[str, ...]) -> bytes:
     return pickle.dumps(compose(config_name, overrides=list(words)))
 
 
-def settled(config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = ()) -> DictConfig:
+def settled(
+    config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = (), used: bool = True
+) -> DictConfig:
     """A composed config as a command works with it: choices in place of a recipe's own stand alone, and a run has its name.
 
     Args:
-        swept: the settings that a multirun gives several values.
+        swept: the settings that a multirun gives several values. used: as in `compose_config`.
+
+    Raises:
+        Refusal: a setting that the command does not read.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return name_run(swapped(config, config_name, parsed, CONFIGS, say=True), CONFIGS, overrides, swept)
+    config = swapped(config, config_name, parsed, CONFIGS, say=True)
+    if used:
+        check_used(config, config_name, parsed, CONFIGS)
+    return name_run(config, CONFIGS, overrides, swept)
 
 
 @lru_cache(maxsize=1024)
@@ -290,7 +305,10 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
     group = override.key_or_group
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     if override.is_sweep_override() and not multirun:
-        raise Refusal(f"{override.input_line}: several choices need a multirun: python train.py -m {override.input_line}")
+        raise Refusal(f"{override.input_line}: several choices need a multirun: {command_line('train')} -m {override.input_line}")
+    if values == [None] and not override.is_delete():
+        one = "leave it out for none" if group in FILES else f"wanted one of {', '.join(sorted(options))}"
+        raise Refusal(f"{group}=null: {f'{group}=[] chooses none' if group.split('@')[0] in LISTS else one}.")
     for value in values:
         names = value if isinstance(value, list) else [value]
         if isinstance(value, list) and group.split("@")[0] not in LISTS:
@@ -305,7 +323,11 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
 def _check_value(override: Override, config: DictConfig, replaces: bool = False) -> None:
     node, path = config, override.key_or_group.split(".")
     for i, key in enumerate(path):
-        if node is None and override.key_or_group.startswith(("sampler.", "guidance.")) and not override.is_add():
+        if (
+            node is None
+            and override.key_or_group.startswith(("sampler.", "guidance."))
+            and not (override.is_add() or override.is_force_add())
+        ):
             group = "/".join(path[:i])
             raise Refusal(f"{override.input_line}: choose a {group} to set it, such as {group}=NAME (ldm list {group}).")
         if not isinstance(node, DictConfig):

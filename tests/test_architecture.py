@@ -29,7 +29,8 @@ ALLOWED = {
     "check": set(),
     "run_id": set(),
     "swap": {"run_id"},
-    "compose": {"check", "run_id", "swap"},
+    "unused": {"check", "run_id"},
+    "compose": {"check", "run_id", "swap", "unused"},
     "adapt": {"types", "check", "model"},
     "rest": {"check", "interop", "training"},
     "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "rest", "training", "types"},
@@ -57,8 +58,8 @@ INSIDE = {  # rooms within a room, each with those beside it that it may know
 }
 ALIASES = ["average.py", "data/doctor.py", "data/pack.py"]  # names of before: three lines each
 CONFINED = {
-    "hydra": {"build", "command", "compose", "run_id", "swap"},
-    "omegaconf": {"api", "build", "command", "compose", "page", "run_id", "swap"},
+    "hydra": {"build", "command", "compose", "run_id", "swap", "unused"},
+    "omegaconf": {"api", "build", "command", "compose", "page", "run_id", "swap", "unused"},
     "pytorch_lightning": {"command", "training"},
     "webdataset": {"data"},
     "peft": {"adapter"},

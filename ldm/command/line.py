@@ -28,7 +28,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             if os.getcwd() not in sys.path:  # the user's own packages lie where the command is called, as with `python -m ldm`
                 sys.path.append(os.getcwd())
             try:
-                sys.argv[1:] = arguments = prepared(sys.argv[1:])
+                sys.argv[1:] = arguments = prepared(sys.argv[1:], config_name)
             except Refusal as error:
                 sys.exit(f"error: {error}")
             flags = [a for a in arguments if a.startswith("-")]

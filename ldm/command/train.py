@@ -86,7 +86,7 @@ def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     changes = Changes(OmegaConf.to_yaml(config), _plain(config), lambda path: _plain(OmegaConf.load(path)), folder)
     debug = {"detect_anomaly": True, "devices": 1, "num_nodes": 1, "strategy": "auto"} if config.debug else {}
-    trainer = _trainer(config, callbacks=[*callbacks, *always, *profile, changes], logger=loggers, **debug)
+    trainer = _trainer(config, callbacks=[changes, *callbacks, *always, *profile], logger=loggers, **debug)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:
@@ -146,7 +146,16 @@ def _trainer(config: DictConfig, **settings: Any) -> Any:
 
     try:
         return build(config.trainer, allowed(config), **settings)
-    except MisconfigurationException as error:  # no such device here, settings that do not go together
+    except Refusal:
+        raise
+    except (MisconfigurationException, ValueError) as error:  # no such device or strategy, settings that do not go together
+        if "invalid strategy name" in str(error):
+            from pytorch_lightning.strategies import StrategyRegistry
+
+            known = ", ".join(["auto", *StrategyRegistry.available_strategies()])
+            raise Refusal(
+                f"trainer.strategy={config.trainer.strategy}: wanted trainer=ddp, trainer=fsdp, or one of {known}."
+            ) from error
         raise Refusal(f"trainer=... (trainer.accelerator={config.trainer.accelerator}): {error}") from error
 
 

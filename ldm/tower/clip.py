@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.errors import NotFound, Refusal
+from ldm.files.called import command_line
 from ldm.files.folder import LOCAL, as_run, load_tensors
 from ldm.nn.empty import is_weightless, weighted, weightless
 
@@ -35,8 +36,8 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
     if model.startswith(LOCAL) and not (folder / "open_clip_config.json").is_file():
         raise NotFound(
             f"There is no CLIP in {folder} (open_clip_config.json is missing). Train one first: "
-            f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
-            f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
+            f"{command_line('train')} experiment=emoji/clip {as_run(folder)}; or name another with "
+            f"{option}.model=local-dir:FOLDER, or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
         )
     import open_clip
 

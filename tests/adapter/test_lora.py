@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from helpers.language import save_t5
-from ldm.adapt import asked, attach
+from ldm.adapt import Asked, asked, attach
 from ldm.adapter.lora import LoRA
 from ldm.build import adapted, build, build_stage, load_model
 from ldm.command.train import of_base, train
@@ -349,7 +349,12 @@ def test_other_mistakes_are_named(dit, base):
         build_stage(compose_config("train", ["training=finetune", "adapter=[lora]"]))
 
 
-def test_how_adapters_are_asked_for(tmp_path):
+def test_how_adapters_are_asked_for(tmp_path, monkeypatch):
+    odd = tmp_path / "rank=8, [a]:b.safetensors"
+    odd.touch()
+    monkeypatch.chdir(tmp_path)
+    for place in (str(odd), odd.name):
+        assert asked([place, f"{place}:0.5:0.25"]) == [Asked(place), Asked(place, None, 0.5, 0.25)], "a path that is there"
     (one,) = asked("<fox>=a/b.pt:0.5:-0.25")
     assert (one.name, one.source, one.strength, one.text) == ("<fox>", "a/b.pt", 0.5, -0.25)
     assert asked("hf://org/name:2")[0].source == "hf://org/name" and asked(None) == [] and asked(["a", "b"])[1].strength == 1

@@ -542,10 +542,19 @@ def test_a_card_says_what_was_measured(command, home, tmp_path):
 # ---- what is asked wrong, or for nothing
 
 
-def test_what_is_said_and_read_by_nobody_is_named(folders, tmp_path, capsys):
-    words = [f"images={folders}/drawn", "count=2", "seed=5", f"prompts={folders}/prompts.txt"]
-    assert Subject(plain(compose_config("evaluate", words)), tmp_path).pictures["drawing"]().count == 9
-    assert "Not used, since images=... are judged as they are: count=2, seed=5" in capsys.readouterr().out
+def test_what_is_said_and_read_by_nobody_is_named(folders, command, tmp_path, capsys):
+    """Of drawings that are judged as they are; and of a model, where metrics look at reconstructions alone."""
+    words = [f"images={folders}/drawn", "count=2", "seed=5", f"prompts={folders}/prompts.txt", "sampler=heun", "data.size=8"]
+    subject = Subject(plain(compose_config("evaluate", words)), tmp_path)
+    subject.make({"clip_score": SimpleNamespace(of="drawing", against=None)})
+    assert subject.pictures["drawing"]().count == 9
+    said = "Not used, since images=... are judged as they are: count=2, seed=5, sampler, data\n"
+    assert capsys.readouterr().out == said
+    subject = Subject(plain(compose_config("evaluate", [*command, "seed=5", "reference=val"])), tmp_path)
+    subject.make({"reconstruction": SimpleNamespace(of="reconstruction", against=None)})
+    assert capsys.readouterr().out.endswith(
+        "Not used, since metric=[reconstruction] reads nothing of it: reference=val, count=11, seed=5, sampler\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.optimizer.mup import MuP, check_optimizer
 from ldm.training.parallel.sharded import whole
 from ldm.training.protocols import Critical, Meets
-from ldm.training.resume import keep_settings
+from ldm.training.resume import differences, keep_settings, line
 from ldm.training.stage.beside import add_gradients, step_beside
 from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
 
@@ -200,10 +200,10 @@ class Diffusion(Stage):
         return moments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose conditions, or whose base, are others.
+        """Refuses a checkpoint whose conditions, schedule, prediction or level, or whose base, are others.
 
         Raises:
-            Refusal: names both models' conditions, or bases.
+            Refusal: names both.
         """
         before, now = (recipe.get("base") or {} for recipe in (checkpoint["recipe"], self.recipe))
         if bool(before) != bool(now) or difference(before, now):
@@ -217,6 +217,15 @@ class Diffusion(Stage):
             raise Refusal(
                 f"The checkpoint was trained with the conditions {theirs}, this run has {ours}: condition=[{','.join(theirs)}] "
                 "goes on with it; resume=never or another run_id begins anew."
+            )
+        read = [
+            {name: recipe.get(name) for name in ("schedule", "prediction", "level")}
+            for recipe in (checkpoint["recipe"], self.recipe)
+        ]
+        if others := list(differences((read[0], read[0]), (read[1], read[1]))):
+            raise Refusal(
+                f"The network in the checkpoint learned with another {'; '.join(map(line, others))}. Give the run what it had, "
+                "with training=finetune the same model.init, or begin another run: run_id=NAME."
             )
         super().on_load_checkpoint(checkpoint)
 
