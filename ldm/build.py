@@ -26,7 +26,7 @@ from ldm.files.process import first
 from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.rest import at_rest, content_of, from_checkpoint, holds_ours, in_our_layout, is_own, read_at_rest
-from ldm.training.callback.checkpoint import newest
+from ldm.training.saved import newest
 from ldm.types import Widths
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")
@@ -141,6 +141,8 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
     recipe = plain["training"].pop("recipe")
     if recipe.get("_target_") != ADAPTED and (plain.get("adapter") or plain.get("rates")):
         raise Refusal("adapter=[...] and rates= are of training=finetune, which begins from model.init=MODEL.")
+    if plain.get("parametrization") and "parametrization" not in plain["training"]:
+        raise Refusal("parametrization=mup is of training=diffusion, which makes its weights anew.")
     for model in (recipe, plain["training"].get("model", {})):
         for group, place in (("condition", "condition"), ("adapter", "adapters")):
             if place in model:

@@ -52,8 +52,8 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     plain = OmegaConf.to_container(config, resolve=True)
     check_counts(count=plain["count"], batch=plain["batch"])
     out = place(plain)
-    metrics = build(plain["metric"], allowed(plain))
     subject = Subject(plain, out)
+    metrics = build(plain["metric"], allowed(plain))
     numbers, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
     told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
     kept = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ldm.build import allowed, build, load_autoencoder, load_model
-from ldm.command.usual import as_usual
+from ldm.command.usual import as_usual, check_drawing
 from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
 from ldm.data.shards import Shards
@@ -39,6 +39,8 @@ class Subject:
     def __init__(self, config: Mapping[str, Any], out: Path) -> None:
         self.config, self.out, self.used, self.allow = config, out, {}, allowed(config)
         self.device = device_of(config["device"])
+        if config["images"] is None:
+            check_drawing(config, self.recipe.get("usual", {}), self.allow)
         makers = {"drawing": self._drawings, "reconstruction": self._reconstructions}
         self.pictures = {kind: lambda kind=kind, make=make: self._kept(kind, make()) for kind, make in makers.items()}
         makers = {"train": lambda: self._split("train"), "val": lambda: self._split("val"), "reference": self._reference}

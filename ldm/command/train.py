@@ -1,11 +1,13 @@
 """Trains one stage:  python train.py experiment=emoji/text  optimizer.lr=3e-4  resume=auto"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.check import SLOW, check_nodes
 from ldm.command.line import command
 from ldm.errors import Refusal
 from ldm.files.moved import moved
@@ -26,7 +28,7 @@ def run(config: DictConfig) -> float | None:
     from ldm.files.folder import write_text
 
     folder, numbers = _train(config)
-    if config.optimize is None or config.plan:
+    if config.optimize is None or config.plan or config.coordinates:
         return None
     kept = folder / "optimized.json"
     if numbers and first():
@@ -40,6 +42,20 @@ def run(config: DictConfig) -> float | None:
 
 
 def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
+    """-> the run's folder, and the numbers that were logged last."""
+    from ldm.build import allowed
+
+    _check(config, allowed(config))
+    if not config.coordinates:
+        return _checked(config)
+    from ldm.command.coordinates import check, said
+
+    folder = Path(config.folder)
+    print(said(check(config, folder), folder))
+    return folder, {}
+
+
+def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage
@@ -81,6 +97,13 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
     finally:
         close(loggers)
     return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _check(config: DictConfig, allow: Sequence[str]) -> None:
+    """Names a mistake in a setting of the config before what is slow to import is imported."""
+    plain = moved(OmegaConf.to_container(config, resolve=True))
+    plain["training"] = plain.pop("training")  # which repeats the parts that stand beside it
+    check_nodes(plain, allow, later=SLOW)
 
 
 def _say_tokens(data: Any, stage: Any) -> None:

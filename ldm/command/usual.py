@@ -3,7 +3,7 @@
 `null` on the command line means usual: a sampler, its grid, a guidance, or one of their settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +27,12 @@ def as_usual(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, A
         check_nodes(usual.get(name), ("ldm.sampler", "ldm.guidance", *(config.get("allow") or ())), f"usual.{name}")
     defaults = {"sampler": {**_plain(SAMPLER), "grid": _plain(GRID)}, "guidance": _plain(GUIDANCE)}
     return {**config, **{name: _filled(config[name], usual.get(name), default) for name, default in defaults.items()}}
+
+
+def check_drawing(config: Mapping[str, Any], usual: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Names a mistake in a setting of the sampler or the guidance, before a model is loaded to be drawn from."""
+    drawn = as_usual(config, usual)
+    check_nodes({name: drawn[name] for name in ("sampler", "guidance")}, allow)
 
 
 def drawn_as(config: DictConfig) -> dict[str, Any]:

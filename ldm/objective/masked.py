@@ -47,7 +47,7 @@ class Masked(nn.Module):
         if not self.training or not self.rate or (self.until is not None and draw.step >= self.until):
             return part(model, batch, x, cond, draw)
         kept = kept_of(denoiser.backbone, x, draw, self.rate)
-        t = part.time(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
+        t = part.time_for(x)(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
         noise = part.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         with routed(denoiser.backbone, Route(first, last, kept)):

@@ -20,12 +20,15 @@ HOLDS, FREE, UNUSED = "holds", "free", "unused"
 STATE = "the optimizer's state in the checkpoint is of no use to it"
 MODEL = "the weights in the checkpoint learned with it"
 FATES = (
-    ("run_id identity name runs folder resume plan profile debug optimize allow model sampler* guidance* logger*", FREE),
+    (
+        "run_id identity name runs folder resume plan coordinates profile debug optimize allow model sampler* guidance* logger*",
+        FREE,
+    ),
     ("callback.bar* callback.drawings* trainer.enable_progress_bar trainer.enable_model_summary", FREE),
     ("callback.reconstructions* callback.latents* callback.levels* callback.throughput* *.folder", FREE),
     ("model.init", UNUSED),
     ("optimizer._target_ optimizer.amsgrad optimizer.centered optimizer.least optimizer.initial_accumulator_value", STATE),
-    ("groups", STATE),
+    ("groups parametrization*", STATE),
     ("adversary.optimizer._target_ adversary.optimizer.amsgrad", STATE),
     ("adversary adversary._target_ adversary.network*", "the discriminator learned with it"),
     ("callback.power_ema.stds", "the averages so far are of these lengths"),

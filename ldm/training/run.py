@@ -12,10 +12,11 @@ from pytorch_lightning.plugins import HalfPrecision
 
 from ldm.errors import Refusal, Unreachable
 from ldm.training.base import Stage
-from ldm.training.callback.checkpoint import newest, resume_from
 from ldm.training.callback.ema import averaged
 from ldm.training.callback.preempt import Preempt, Preempted
+from ldm.training.feed import feed
 from ldm.training.resume import Changes
+from ldm.training.saved import newest, resume_from
 from ldm.types import DataModule
 
 
@@ -36,7 +37,7 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
     if checkpoint is not None:
         _say(trainer, f"Resuming from {checkpoint}")
     try:
-        trainer.fit(stage, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
+        trainer.fit(stage, feed(data), ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         kept = newest(folder)
         how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"

@@ -19,7 +19,7 @@ from ldm.errors import Refusal
 from ldm.files.base import identity_of
 from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors, with_parts, write_json
 from ldm.nn.attention import split_attention
-from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.saved import read_checkpoint
 
 UNET = {
     "_target_": "ldm.backbone.unet.UNet",
@@ -222,6 +222,16 @@ def test_resumed_twice_is_the_same_run(base, emoji_root, run, tmp_path):
     one, other = (load_tensors(folder / "model.safetensors") for folder in (run, tmp_path))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert all(x.any() for x in one.values())
+
+
+@pytest.mark.slow
+def test_a_lora_is_distilled_beside_its_own_teacher(base, emoji_root, tmp_path):
+    """LCM-LoRA (https://arxiv.org/abs/2311.05556): factors alone are trained, and drawn from as any others are."""
+    more = ["trainer.max_steps=2", "rate=constant", "objective=latent_consistency", "callback=[checkpoint,ema]"]
+    folder = train(command(base, emoji_root, tmp_path, *more))
+    factors = load_tensors(folder / "model.safetensors")
+    assert factors and all(".lora_" in name and x.any() for name, x in factors.items())
+    assert not torch.equal(said(load_model(base, adapters=[f"{folder}:1"])), said(load_model(base)))
 
 
 def test_a_checkpoint_holds_what_is_trained(base, run):

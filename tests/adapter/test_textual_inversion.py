@@ -14,7 +14,7 @@ from ldm.condition.cached_text import CachedText, save_null
 from ldm.drawing.request import read_request
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_recipe
-from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.saved import read_checkpoint
 
 ROWS = "conditioner.embedders.text.tower.token_embedding.rows"
 SPOKEN, PLAIN = ["a <fox>", "two <FOX>, dogs"], ["a red fox", ""]
