@@ -21,14 +21,14 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     if config.compare:
+        from ldm.command.table import show
         from ldm.evaluation.compare import compare
 
         others = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in ("compare", "debug", "allow")]
         if others:
             raise Refusal(f"compare=... puts numbers beside each other that were made already; leave out {', '.join(others)}.")
         header, rows = compare(config.compare)
-        for row in (header, *rows):
-            print("  ".join(f"{cell:28s}" for cell in row))
+        show(header, rows, headed=True)
     elif config.sweep:
         GlobalHydra.instance().clear()  # every setting is composed anew
         sweep([o for o in HydraConfig.get().overrides.task if o.split("=")[0] != "sweep"], config.sweep)
