@@ -30,6 +30,11 @@ def test_weights_come_back_to_the_bit(folder):
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
+def test_weights_can_be_read_by_those_who_can_read_other_files(folder, tmp_path):
+    (tmp_path / "plain").touch()
+    assert (folder / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_turned_and_sliced_tensors_come_back(tmp_path):
     x = torch.arange(6.0).reshape(2, 3)
     save_tensors({"turned": x.T, "slice": x[:, 1]}, tmp_path / "a.safetensors")
