@@ -50,9 +50,11 @@ def emoji():
     return data
 
 
-def pictures(model, guidance, captions, hints, strength=1.0):
+def pictures(model, scale, captions, hints, strength=1.0):
     """-> (N, 3, 32, 32), as sample.py draws them, picture i from seed i."""
-    config = compose_config("sample", ["model=x", "sampler=dpmpp", "sampler/grid=uniform", f"guidance={guidance}"])
+    config = compose_config(
+        "sample", ["model=x", "sampler=dpmpp", "sampler/grid=uniform", "guidance=cfg", f"guidance.scale={scale}"]
+    )
     ask = {"caption": captions, "edges": hints, "edges_strength": torch.full((len(hints),), strength)}
     sampler, guide = build(config.sampler), build(config.guidance)
     return on_grid(draw_all(model, ask, sampler, guide, range(len(hints)), (32, 32), 32))
@@ -76,14 +78,16 @@ def measure(run):
 
     with torch.no_grad():
         put("the autoencoder's", on_grid(model.autoencoder.decode(model.autoencoder.encode(images).mean).clamp(-1, 1)))
-    for guidance in ("none", "cfg"):
-        for strength in (0.0, 0.5, 1.0):
-            answer = put(f"{guidance}, strength {strength}", pictures(model, guidance, captions, hints, strength))
-            shown += [answer] if guidance == "cfg" else []
-        put(f"{guidance}, shuffled", pictures(model, guidance, captions, others))
+    for scale, strengths in ((1, (0.0, 1.0)), (2, (0.0, 0.5, 1.0))):
+        put(f"guidance {scale}, shuffled", pictures(model, scale, captions, others))
+        for strength in strengths:
+            answer = put(f"guidance {scale}, strength {strength}", pictures(model, scale, captions, hints, strength))
+            shown += [answer] if scale > 1 else []
+    put("guess", pictures(guessing, 2, captions, hints))
+    put("guess, shuffled", pictures(guessing, 2, captions, others))
     empty = [""] * len(captions)
-    shown.append(put("guess, no caption", pictures(guessing, "cfg", empty, hints)))
-    put("guess, no caption, shuffled", pictures(guessing, "cfg", empty, others))
+    shown.append(put("guess, no caption", pictures(guessing, 2, empty, hints)))
+    put("guess, no caption, shuffled", pictures(guessing, 2, empty, others))
     rows = torch.cat([row[::8][:8] for row in shown]).add(1).div(2).clamp(0, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
     save_image(make_grid(rows, nrow=8, padding=2, pad_value=1.0), Path(run) / "edges.png")
     write_json(found, Path(run) / "edges.json")

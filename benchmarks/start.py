@@ -14,8 +14,10 @@ from benchmarks.page import put
 COMMANDS = {
     "`python train.py --help`": ["train.py", "--help"],
     "`python sample.py --help`": ["sample.py", "--help"],
+    "`python train.py +backbone.widht=8`: a mistake is named": ["train.py", "runs=/nowhere", "+backbone.widht=8"],
     "`import torch`, for comparison": ["-c", "import torch"],
-    "`import ldm.build`": ["-c", "import ldm.build"],
+    "`import torch, pytorch_lightning`, for comparison": ["-c", "import torch, pytorch_lightning"],
+    "`import ldm.build`: what `sample` and `evaluate` begin with": ["-c", "import ldm.build"],
 }
 
 
@@ -31,7 +33,9 @@ def seconds(command):
     """-> seconds of CPU that a fresh process and its children used."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, env=environment)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    ran = subprocess.run([sys.executable, *command], env=environment, **quiet)
+    assert ran.returncode == 0 or "error: backbone.widht" in ran.stderr, ran.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

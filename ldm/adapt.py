@@ -92,7 +92,9 @@ def asked(words: str | Sequence[str] | None) -> list[Asked]:
 def _asked(word: str) -> Asked:
     if Path(word).exists():
         return Asked(word)
-    found = WORDS.fullmatch(word)
+    ends = [i for i in range(len(word), 0, -1) if word[i : i + 1] == ":"]  # a path may have = and : in it
+    place = next((word[:i] for i in ends if Path(word[:i]).exists()), None)
+    found = WORDS.fullmatch(word if place is None else word.replace(place, "there", 1))
     if found is None:
         raise Refusal(
             f"adapters={word!r}: wanted [NAME=]SOURCE[:STRENGTH[:TEXT_STRENGTH]][:guess], such as style.safetensors:0.8."
@@ -101,7 +103,7 @@ def _asked(word: str) -> Asked:
     strengths = {name: _number(value) for name, value in said.items() if value is not None}
     if wrong := [said[name] for name, number in strengths.items() if not math.isfinite(number)]:
         raise Refusal(f"adapters={word}: the strength {wrong[0]!r} is no number; wanted SOURCE:0.8, or SOURCE:0.8:0.5.")
-    return Asked(found["source"], found["name"], **strengths, guess=found["guess"] is not None)
+    return Asked(place or found["source"], found["name"], **strengths, guess=found["guess"] is not None)
 
 
 def _number(text: str) -> float:

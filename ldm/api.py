@@ -182,7 +182,9 @@ def train(experiment: str | None = None, settings: Sequence[str] = ()) -> Path:
     Raises:
         Refusal: a setting is not known, or something that it names is not there.
     """
-    return run_train(compose_config("train", [*([] if experiment is None else [f"experiment={experiment}"]), *settings]))
+    return run_train(
+        compose_config("train", [*([] if experiment is None else [f"experiment={experiment}"]), *settings], used=True)
+    )
 
 
 def batches(data: str = "emoji", settings: Sequence[str] = (), split: Literal["train", "val"] = "train") -> Iterator[Batch]:
@@ -216,7 +218,7 @@ def evaluate(metric: str | Sequence[str], settings: Sequence[str] = (), **what: 
     """
     names = [metric] if isinstance(metric, str) else list(metric)
     words = [f"metric=[{','.join(names)}]", *(f"{name}={value}" for name, value in what.items())]
-    return run_evaluate(compose_config("evaluate", [*words, *settings]))[0]
+    return run_evaluate(compose_config("evaluate", [*words, *settings], used=True))[0]
 
 
 def to_images(pictures: Picture | Sequence[Picture]) -> Tensor:
@@ -241,5 +243,5 @@ def to_pil(images: Tensor) -> list[Picture]:
 @lru_cache(maxsize=32)
 def _sampling(words: tuple[str, ...]) -> Mapping[str, Any]:
     """sample.yaml with these settings, plain."""
-    config: DictConfig = compose_config("sample", ["model=loaded", *words])
+    config: DictConfig = compose_config("sample", ["model=loaded", *words], used=True)
     return OmegaConf.to_container(config, resolve=True)

@@ -20,13 +20,14 @@ from ldm.compose import CONFIGS
 from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser
 from ldm.errors import NotFound, Refusal
+from ldm.files.called import command_line
 from ldm.files.folder import as_run, read_recipe, read_weights, without_usual
 from ldm.files.moved import moved
 from ldm.files.process import first
 from ldm.model import LatentModel
 from ldm.nn.empty import is_weightless, weighted, weightless
 from ldm.rest import at_rest, content_of, from_checkpoint, holds_ours, in_our_layout, is_own, read_at_rest
-from ldm.training.callback.checkpoint import newest
+from ldm.training.saved import newest
 from ldm.types import Widths
 
 ALLOWED = ("ldm", "torch.optim", "torch.nn", "torchvision.datasets", "pytorch_lightning")
@@ -141,6 +142,8 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
     recipe = plain["training"].pop("recipe")
     if recipe.get("_target_") != ADAPTED and (plain.get("adapter") or plain.get("rates")):
         raise Refusal("adapter=[...] and rates= are of training=finetune, which begins from model.init=MODEL.")
+    if plain.get("parametrization") and "parametrization" not in plain["training"]:
+        raise Refusal("parametrization=mup is of training=diffusion, which makes its weights anew.")
     for model in (recipe, plain["training"].get("model", {})):
         for group, place in (("condition", "condition"), ("adapter", "adapters")):
             if place in model:
@@ -198,7 +201,7 @@ def load_autoencoder(path: str) -> nn.Module:
     if not (folder / "model.safetensors").is_file():
         raise NotFound(
             f"There is no autoencoder in {path} (model.safetensors is missing). Train one first: "
-            f"python train.py experiment=emoji/autoencoder {as_run(folder)}; or name another with autoencoder.path=FOLDER."
+            f"{command_line('train')} experiment=emoji/autoencoder {as_run(folder)}; or name another: autoencoder.path=FOLDER."
         )
     with weightless():
         autoencoder = build(without_usual(read_recipe(folder))[0], narrowed(UNDER_WAY.get()))
@@ -208,9 +211,10 @@ def load_autoencoder(path: str) -> nn.Module:
     if "count" in weights and not weights["count"]:
         raise Refusal(
             f"The autoencoder in {path} has no latent statistics, without which latents are not whitened. They are measured at "
-            "the end of its training: run its `python train.py ...` command again to finish it, or, for weights from elsewhere, "
-            f"measure them alone: python train.py training=autoencoding training.perceptual=null model.init={path} "
-            "trainer.max_steps=0 run_id=NAME autoencoder=... data=... with the sizes and the pictures of these weights."
+            f"the end of its training: run its `{command_line('train')} ...` command again to finish it, or, for weights from "
+            f"elsewhere, measure them alone: {command_line('train')} training=autoencoding training.perceptual=null "
+            f"model.init={path} trainer.max_steps=0 run_id=NAME autoencoder=... data=... with the sizes and "
+            "the pictures of these weights."
         )
     return autoencoder.eval()
 

@@ -13,8 +13,15 @@ from ldm.errors import Refusal
 SPECIAL = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
-def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
+# Targets whose modules import Lightning or open_clip, which takes seconds: a mistake elsewhere is shown before.
+SLOW = ("pytorch_lightning", *(f"ldm.training.{part}" for part in ("callback", "logging", "parallel")))
+SLOW += tuple(f"ldm.training.stage.{stage}" for stage in ("adversary", "autoencoding", "contrast", "diffusion"))
+
+
+def check_nodes(node: Any, allow: Sequence[str], place: str = "", later: Sequence[str] = ()) -> None:
     """Walks plain containers; every mapping with `_target_` must fit the signature of what it names.
+
+    Targets below `later` are not looked at.
 
     Parts that a config offers to all members of a group (objective.time, sampler.grid) are taken out of those that have none.
 
@@ -22,13 +29,13 @@ def check_nodes(node: Any, allow: Sequence[str], place: str = "") -> None:
         Refusal: what was found, what was wanted, and the line to change.
     """
     if isinstance(node, Mapping):
-        if "_target_" in node:
+        if "_target_" in node and not _is_below(str(node["_target_"]), later):
             _check_target(node, allow, place or node["_target_"])
         for key, value in list(node.items()):
-            check_nodes(value, allow, f"{place}.{key}".strip("."))
+            check_nodes(value, allow, f"{place}.{key}".strip("."), later)
     elif isinstance(node, list | tuple):
         for i, value in enumerate(node):
-            check_nodes(value, allow, f"{place}[{i}]")
+            check_nodes(value, allow, f"{place}[{i}]", later)
     elif isinstance(node, str) and "${" in node:
         raise Refusal(f"{place}={node}: an interpolation cannot be built from, since it may become anything; write its value.")
 
@@ -61,7 +68,7 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
     for key, value in list(node.items()):
         if key in SPECIAL:
             continue
-        if key not in names and not open_ended and _is_offered(key, value):
+        if key not in names and not open_ended and is_offered(key, value):
             del node[key]
             continue
         if key not in names and not open_ended:
@@ -71,7 +78,7 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
             raise Refusal(f"{place}.{key}={value!r} is of type {type(value).__name__}; {target} wants {wanted}.")
 
 
-def _is_offered(key: str, value: Any) -> bool:
+def is_offered(key: str, value: Any) -> bool:
     """Whether a setting is a part of ours that the config offers to whatever is chosen, such as objective.time, sampler.grid."""
     target = value.get("_target_") if isinstance(value, Mapping) else None
     return isinstance(target, str) and target.startswith("ldm.") and target.split(".")[2:3] == [key]

@@ -1,13 +1,15 @@
 """From words to a config: free text is quoted, names and types are checked, then Hydra composes. Light to import."""
 
 import os
+import pickle
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -16,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.check import nearest
 from ldm.errors import Refusal
-from ldm.run_id import check_sweep, name_run, searched
+from ldm.files.called import command_line
+from ldm.run_id import FILES, check_sweep, name_run, searched
 from ldm.swap import swapped
+from ldm.unused import LISTS, check_used
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (HERE / "configs", HERE.parent / "configs") if path.is_dir())  # installed, or in a clone
@@ -38,12 +42,13 @@ FREE_TEXT = re.compile(
 DOLLAR = re.compile(r"(\\*)\$\{")  # where an interpolation begins
 NAMED = ("run_id",)  # which settings may be part of
 QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an element of a list
-UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance)=null$")  # which Hydra writes as ~sampler
+UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance|adversary|set)=null$")  # which Hydra writes as ~sampler
 OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
-LISTS = ("condition", "adapter", "metric", "callback", "logger")
+SIZED = "+size@_global_="
+GRID = re.compile(r"^(sampler\.grid\.\w+=)")  # of the grid that a model is usually drawn on, which no config knows yet
 
 
-def quote(arguments: Sequence[str]) -> list[str]:
+def quote(arguments: Sequence[str], config_name: str = "train") -> list[str]:
     """Quotes the raw values of free text, which is not Hydra's grammar; `ask.*`, `groups` and `rates` may add what they name.
 
     `sampler=null` chooses none. A value that is one whole list, or one whole quoted string, stays what it is, and so does `null`
@@ -52,8 +57,10 @@ def quote(arguments: Sequence[str]) -> list[str]:
     leave as it is behind a `=`; `${...}` is text, but for a run's own name.
     """
     quoted = []
+    usual = config_name in ("sample", "evaluate") and not any(a.startswith("sampler/grid=") for a in arguments)
     for argument in arguments:
         argument = OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument))
+        argument = GRID.sub(r"++\1", argument) if usual else argument
         found = FREE_TEXT.match(argument)
         if found is None:
             quoted.append(argument)
@@ -157,8 +164,37 @@ def with_local(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     listed = next((a.removeprefix(option).strip("[] ") for a in arguments if a.startswith(option)), "")
     others = [a for a in arguments if not a.startswith(option)]
-    place = next((i for i, a in enumerate(others) if not a.startswith("-")), len(others))  # argparse takes words in one piece
-    return [*others[:place], f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]", *others[place:]]
+    return _beside(others, f"{option}[{', '.join(filter(None, (listed, 'file://configs')))}]")
+
+
+def prepared(arguments: Sequence[str], config_name: str) -> list[str]:
+    """Words of a command line as Hydra reads them: free text is quoted, and what they mean besides is said.
+
+    Raises:
+        Refusal: `size` with several experiments, or several sizes.
+    """
+    return sized(with_local(quote(arguments, config_name)))
+
+
+def sized(words: Sequence[str]) -> list[str]:
+    """`experiment=NAME size=SIZE` also chooses size/SIZE/NAME.yaml, if there is one, which may choose anew what the experiment
+    chooses: Hydra lets no file do so whose name is put together in train.yaml.
+    """
+    chosen = {key: value for key, _, value in (word.partition("=") for word in words) if key in FILES}
+    if len(chosen) < len(FILES) or "null" in chosen.values() or any(word.startswith(SIZED) for word in words):
+        return list(words)
+    if several := [f"{key}={value}" for key, value in chosen.items() if "," in value]:
+        raise Refusal(f"{several[0]}: size= shrinks one experiment at a time; call the command once for each.")
+    name = "{size}/{experiment}".format(**chosen)
+    parsed = OverridesParser.create().parse_overrides([word for word in words if word.startswith("hydra.searchpath=")])
+    there = any((folder / "size" / f"{name}.yaml").is_file() for folder in (CONFIGS, *searched(parsed)))
+    return _beside(words, f"{SIZED}{name}") if there else list(words)
+
+
+def _beside(words: Sequence[str], word: str) -> list[str]:
+    """Words and one more, ahead of the first that is no option: argparse takes them in one piece."""
+    place = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+    return [*words[:place], word, *words[place:]]
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
@@ -170,19 +206,17 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     if multirun:
         check_sweep(parsed)
-    search = [o for o in overrides if o.startswith("hydra.searchpath")]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        more = list(searched(parsed))
-        groups = {o.key_or_group: _options(loader, o.key_or_group, more) for o in parsed}
-        chosen = [o for o in parsed if groups[o.key_or_group]]
+        chosen, groups = _choices(parsed)
         for override in chosen:
+            if override.input_line.startswith(SIZED):
+                continue
             _check_choice(override, groups[override.key_or_group], multirun)
-        plain = [o.input_line for o in chosen if not o.is_sweep_override()]
-        config = compose(config_name, overrides=[*search, *plain])
+        words = [o.input_line for o in parsed if (o in chosen and not o.is_sweep_override()) or _is_search(o)]
+        config = _composed(config_name, words)
         heads = tuple(f"{o.key_or_group.replace('/', '.')}." for o in chosen)
         if any(o.key_or_group.startswith(heads) for o in parsed):  # settings of a choice that may take the place of a recipe's
-            config = swapped(config, config_name, [o for o in parsed if o.input_line in (*search, *plain)], CONFIGS)
+            config = swapped(config, config_name, [o for o in parsed if o.input_line in words], CONFIGS)
     left_out = {o.key_or_group for o in parsed if o.is_delete()}
     for override in parsed:
         if override not in chosen and not override.key_or_group.startswith("hydra."):
@@ -190,22 +224,69 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     return [o.key_or_group for o in parsed if o.is_sweep_override()]
 
 
-def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with."""
-    overrides = with_local(quote(overrides))
+def compose_config(config_name: str, overrides: Sequence[str] = (), used: bool = False) -> DictConfig:
+    """The composed config, as a script gets it: what tests and the quickstart call the scripts' work with.
+
+    used: whether settings are refused that the command does not read.
+    """
+    overrides = prepared(overrides, config_name)
     check_overrides(config_name, overrides)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return settled(compose(config_name, overrides=list(overrides)), config_name, overrides)
+        if any(o.is_sweep_override() or o.is_hydra_override() for o in parsed):
+            return settled(compose(config_name, overrides=list(overrides)), config_name, overrides, used=used)
+        chosen, _ = _choices(parsed)
+        config = _composed(config_name, [o.input_line for o in chosen])
+        ConfigLoaderImpl._apply_overrides_to_config([o for o in parsed if o not in chosen], config)
+        return settled(config, config_name, overrides, used=used)
 
 
-def settled(config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = ()) -> DictConfig:
+def _choices(overrides: Sequence[Override]) -> tuple[list[Override], dict[str, list[str]]]:
+    """Those that choose a file of a group, and what each could choose. Hydra must be initialized."""
+    more, loader = list(searched(overrides)), GlobalHydra.instance().config_loader()
+    ours = not any(_is_search(o) for o in overrides)
+    groups = {g: _own_options(g) if ours else _options(loader, g, more) for g in (o.key_or_group for o in overrides)}
+    return [o for o in overrides if groups[o.key_or_group]], groups
+
+
+def _is_search(override: Override) -> bool:
+    return override.key_or_group == "hydra.searchpath"
+
+
+def _composed(config_name: str, words: Sequence[str]) -> DictConfig:
+    """What Hydra composes of choices, once for the same ones: it takes a fifth of a second. Hydra must be initialized."""
+    if any(word.startswith("hydra") for word in words):
+        return compose(config_name, overrides=list(words))
+    return pickle.loads(_pickled(config_name, tuple(words)))
+
+
+@lru_cache(maxsize=256)
+def _pickled(config_name: str, words: tuple[str, ...]) -> bytes:
+    return pickle.dumps(compose(config_name, overrides=list(words)))
+
+
+def settled(
+    config: DictConfig, config_name: str, overrides: Sequence[str], swept: Sequence[str] = (), used: bool = True
+) -> DictConfig:
     """A composed config as a command works with it: choices in place of a recipe's own stand alone, and a run has its name.
 
     Args:
-        swept: the settings that a multirun gives several values.
+        swept: the settings that a multirun gives several values. used: as in `compose_config`.
+
+    Raises:
+        Refusal: a setting that the command does not read.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return name_run(swapped(config, config_name, parsed, CONFIGS, say=True), CONFIGS, overrides, swept)
+    config = swapped(config, config_name, parsed, CONFIGS, say=True)
+    if used:
+        check_used(config, config_name, parsed, CONFIGS)
+    return name_run(config, CONFIGS, overrides, swept)
+
+
+@lru_cache(maxsize=1024)
+def _own_options(group: str) -> list[str]:
+    """The choices of a group in the framework's configs."""
+    return _options(GlobalHydra.instance().config_loader(), group)
 
 
 def _options(loader: Any, group: str, more: Sequence[Path] = ()) -> list[str]:
@@ -224,7 +305,10 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
     group = override.key_or_group
     values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
     if override.is_sweep_override() and not multirun:
-        raise Refusal(f"{override.input_line}: several choices need a multirun: python train.py -m {override.input_line}")
+        raise Refusal(f"{override.input_line}: several choices need a multirun: {command_line('train')} -m {override.input_line}")
+    if values == [None] and not override.is_delete():
+        one = "leave it out for none" if group in FILES else f"wanted one of {', '.join(sorted(options))}"
+        raise Refusal(f"{group}=null: {f'{group}=[] chooses none' if group.split('@')[0] in LISTS else one}.")
     for value in values:
         names = value if isinstance(value, list) else [value]
         if isinstance(value, list) and group.split("@")[0] not in LISTS:
@@ -239,7 +323,11 @@ def _check_choice(override: Override, options: Sequence[str], multirun: bool) ->
 def _check_value(override: Override, config: DictConfig, replaces: bool = False) -> None:
     node, path = config, override.key_or_group.split(".")
     for i, key in enumerate(path):
-        if node is None and override.key_or_group.startswith(("sampler.", "guidance.")) and not override.is_add():
+        if (
+            node is None
+            and override.key_or_group.startswith(("sampler.", "guidance."))
+            and not (override.is_add() or override.is_force_add())
+        ):
             group = "/".join(path[:i])
             raise Refusal(f"{override.input_line}: choose a {group} to set it, such as {group}=NAME (ldm list {group}).")
         if not isinstance(node, DictConfig):

@@ -7,8 +7,8 @@ from ldm.check import nearest
 from ldm.errors import NotFound
 from ldm.files.content import file_content
 from ldm.files.folder import LaterFormat, from_parts, read_json, read_model, read_recipe
-from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.protocols import averages_in
+from ldm.training.saved import newest, read_checkpoint
 
 
 def at_rest(source: str | Path) -> Path:

@@ -22,7 +22,9 @@ from ldm.files.moved import moved
 from ldm.files.process import first
 
 # What says where, how long and how visibly a run trains, and not what.
-VOLATILE = tuple("run_id identity resume trainer logger callback always plan profile debug optimize runs folder hydra".split())
+VOLATILE = tuple(
+    "run_id identity resume trainer logger callback always plan coordinates profile debug optimize runs folder hydra".split()
+)
 FILES = ("experiment", "size")  # the groups whose files are a command's words, said ahead
 
 Difference = tuple[tuple[str, ...], Any, Any]  # a setting's path, its value in the run, its value now
@@ -63,6 +65,7 @@ def name_run(config: DictConfig, configs: Path, overrides: Sequence[str] = (), s
 def identity(overrides: Sequence[Override], configs: Path, swept: Sequence[str] = ()) -> str:
     """8 hex digits of the overrides, in any order, and of the files that they choose of experiments and sizes."""
     said = {}
+    overrides = [o for o in overrides if not (o.key_or_group in FILES and o.package)]  # which follows from the others
     for o in overrides:
         if o.key_or_group in swept or _root(o.key_or_group) not in VOLATILE:
             said[f"{o.key_or_group}@{o.package or ''}"] = "~" if o.is_delete() else o.value()

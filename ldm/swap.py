@@ -66,7 +66,7 @@ def _composed(config_name: str, *words: str) -> DictConfig:
     return _composed_in(Path.cwd(), config_name, words)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def _composed_in(_: Path, config_name: str, words: tuple[str, ...]) -> DictConfig:
     """Composed once for the same words in the same folder, where `configs` may be searched too."""
     return compose(config_name, overrides=list(words), return_hydra_config=True)

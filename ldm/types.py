@@ -230,6 +230,9 @@ class InTraining(Conditioned, Protocol):
     def encode(self, images: Tensor) -> Moments:
         """(B, 3, h, w) in [-1, 1] -> the autoencoder's whitened moments of (B, C, H, W), without gradients."""
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) whitened -> (B, 3, h, w), about [-1, 1], with gradients."""
+
 
 class Objective(Protocol):
     """What is minimised; it may also be a `Freezes`."""

@@ -1,28 +1,29 @@
-"""Tiny things that many tests need: a CLIP in a local folder, emoji shards, small networks."""
+"""Tiny things that many tests need: a CLIP in a local folder, emoji shards. What is slow to import is imported where it is used:
+the process that hands tests out runs none.
+"""
 
 import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import open_clip
 import pytest
-import torch
-from pytorch_lightning.utilities import rank_zero_only
 
 from helpers.clip import CLIP
-from ldm.data.emoji import Emoji
-from ldm.files.folder import save_tensors, write_json
 
 
 @pytest.fixture(autouse=True)
 def seed():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def alone():
     """Leaves nothing behind that says which process this is: Lightning and several tests set it for good."""
+    from pytorch_lightning.utilities import rank_zero_only
+
     number, words = rank_zero_only.rank, dict(os.environ)
     yield
     rank_zero_only.rank = number
@@ -34,6 +35,11 @@ def alone():
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
     """A random CLIP as open_clip's local-dir, with statistics of two captions."""
+    import open_clip
+    import torch
+
+    from ldm.files.folder import save_tensors, write_json
+
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
     clip = open_clip.CLIP(**CLIP)
@@ -47,6 +53,8 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def emoji_root(tmp_path_factory):
     """The shards of one group of emoji, 32 px."""
+    from ldm.data.emoji import Emoji
+
     root = tmp_path_factory.mktemp("data")
     Emoji(root=root, groups=["Activities"], val_fraction=0.2).prepare_data()
     return root
@@ -55,6 +63,8 @@ def emoji_root(tmp_path_factory):
 @pytest.fixture
 def data(emoji_root):
     """The same as a data module."""
+    from ldm.data.emoji import Emoji
+
     module = Emoji(root=emoji_root, groups=["Activities"], val_fraction=0.2, batch=8)
     module.prepare_data()
     module.setup()

@@ -143,7 +143,7 @@ def test_readmes_lines_run(home, monkeypatch, tmp_path):
     assert code.count("\n") <= 15
     monkeypatch.chdir(home)
     monkeypatch.setattr(
-        api, "compose_config", lambda name, words: compose_config(name, [*words, *(SMALL + DATA) * (name == "train")])
+        api, "compose_config", lambda name, words, **used: compose_config(name, [*words, *(SMALL + DATA) * (name == "train")])
     )
     for folder in ("drawn", "pictures"):
         for i in range(3):

@@ -5,9 +5,12 @@ import importlib
 import inspect
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from ldm.check import SLOW
 
 ROOT = Path(__file__).parent.parent
 LDM = ROOT / "ldm"
@@ -26,7 +29,8 @@ ALLOWED = {
     "check": set(),
     "run_id": set(),
     "swap": {"run_id"},
-    "compose": {"check", "run_id", "swap"},
+    "unused": {"check", "run_id"},
+    "compose": {"check", "run_id", "swap", "unused"},
     "adapt": {"types", "check", "model"},
     "rest": {"check", "interop", "training"},
     "build": {"adapt", "check", "compose", "conditioner", "denoiser", "interop", "model", "nn", "rest", "training", "types"},
@@ -54,9 +58,9 @@ INSIDE = {  # rooms within a room, each with those beside it that it may know
 }
 ALIASES = ["average.py", "data/doctor.py", "data/pack.py"]  # names of before: three lines each
 CONFINED = {
-    "hydra": {"build", "command", "compose", "run_id", "swap"},
-    "omegaconf": {"api", "build", "command", "compose", "page", "run_id", "swap"},
-    "pytorch_lightning": {"command", "data", "training"},
+    "hydra": {"build", "command", "compose", "run_id", "swap", "unused"},
+    "omegaconf": {"api", "build", "command", "compose", "page", "run_id", "swap", "unused"},
+    "pytorch_lightning": {"command", "training"},
     "webdataset": {"data"},
     "peft": {"adapter"},
     "aiohttp": {"data", "page"},
@@ -81,12 +85,19 @@ ASKED_BY_NAME = {
 FILES = sorted(f for f in LDM.rglob("*.py") if f.stem != "__init__")
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@cache
 def room(path):
     return path.relative_to(LDM).with_suffix("").parts[0]
 
 
+@cache
 def imports(path):
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     origins = [n for n in nodes if isinstance(n, ast.ImportFrom)]
     assert not any(n.level for n in origins), f"{path}: imports say their full name"
@@ -136,7 +147,7 @@ def test_nothing_asks_ours_by_name_whether_it_has_a_member():
     """A Protocol says what is there, embedder.py what is there by default: ask the object."""
     found = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
                 name = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
                 if name is not None and (node.func.id == "hasattr" or len(node.args) == 3):
@@ -150,7 +161,7 @@ def test_lightnings_privates_are_reached_for_in_one_file():
     """Attributes that begin with an underscore, of anything but self, in the rooms that know Lightning, by word."""
     words = ("trainer", "strategy", "connector", "plugin", "loop", "progress")
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 owner = ast.unparse(node.value)
                 assert not owner.endswith(words), f"{path}: {ast.unparse(node)} belongs into ldm/files/lightning.py"
@@ -158,8 +169,7 @@ def test_lightnings_privates_are_reached_for_in_one_file():
 
 @pytest.mark.parametrize("path", [*FILES, *ROOT.glob("*.py")], ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short_and_say_what_they_are_for(path):
-    text = path.read_text()
-    tree = ast.parse(text)
+    text, tree = path.read_text(), parsed(path)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     assert text.count("\n") <= 420
     long = [f.name for f in functions if f.end_lineno - f.body[0].end_lineno > 40]
@@ -169,7 +179,7 @@ def test_files_are_short_and_say_what_they_are_for(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LDM)))
 def test_public_things_have_docstrings(path):
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
     public = [*(c for c in classes if not _protocol(c)), *(n for n in tree.body if isinstance(n, ast.FunctionDef))]
     methods = [m for c in classes for m in c.body if isinstance(m, ast.FunctionDef) and not _protocol(c)]
@@ -199,7 +209,7 @@ PLAIN = set(
 @pytest.mark.parametrize("path", [f for f in FILES if room(f) in PLAIN], ids=lambda p: str(p.relative_to(LDM)))
 def test_names_say_what_a_thing_is(path):
     """Variables and parameters; docs/concepts.md has the words."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     names = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
     assert not names & VAGUE
 
@@ -258,3 +268,34 @@ def test_long_signatures_describe_each_parameter(path):
 def test_packages_are_empty():
     """But for what `import ldm` offers, which is looked for in api.py when it is asked for."""
     assert all(not f.read_text().strip() for f in LDM.rglob("__init__.py") if f != LDM / "__init__.py")
+
+
+MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in FILES}
+
+
+@cache
+def at_import(name):
+    """What importing one of our modules imports: its imports outside functions and TYPE_CHECKING, and theirs."""
+    nodes = [n for n in parsed(MODULES[name]).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            whole = {f"{node.module}.{a.name}" for a in node.names}
+            names |= (whole & MODULES.keys()) | {node.module}
+    return names.union(*(at_import(other) for other in names & MODULES.keys()))
+
+
+def slow(name):
+    return bool({"pytorch_lightning", "open_clip"} & {other.split(".")[0] for other in at_import(name)})
+
+
+def test_what_is_checked_late_is_what_is_slow_to_import():
+    """`train` names mistakes in all other targets before it imports Lightning and open_clip."""
+    text = "".join(path.read_text() for path in (ROOT / "configs").rglob("*.yaml"))
+    targets = {name.rpartition(".")[0] for name in re.findall(r"_target_: (ldm\.[\w.]+)", text)}
+    late = {name for name in targets if any(f"{name}.".startswith(f"{part}.") for part in SLOW)}
+    assert len(late) > 10 and late == {name for name in targets if slow(name)}
+
+
+def test_drawing_and_measuring_need_no_lightning():
+    assert not [name for name in ("build", "command.subject", "data.shards", "evaluation.run", "api") if slow(f"ldm.{name}")]

@@ -12,7 +12,7 @@ from ldm.compose import CONFIGS, check_overrides, compose_config
 from ldm.files import moved as table
 from ldm.files.folder import FORMAT, read_json, write_text
 from ldm.run_id import differences, identity
-from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.saved import read_checkpoint
 
 BEFORE = Path(__file__).parent / "data" / "format0" / "trained"
 OLD = "emoji/class-aa02e5b9"

@@ -14,6 +14,7 @@ from ldm.errors import Refusal
 from ldm.nn.layers import identity, mlp, visible, zero
 from ldm.nn.route import Route, come_back, leave
 from ldm.nn.sinusoid import sinusoid
+from ldm.nn.streams import modulated
 from ldm.nn.transformer import (
     Attention,
     CrossAttention,
@@ -150,7 +151,7 @@ class DiT(nn.Module):
         each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
         h = self.through(h, before, each, turn, tokens, mask)
         h = self.last(h[:, before:], last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
-        return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
     def through(
         self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
@@ -233,10 +234,10 @@ class Block(nn.Module):
         """x: (B, N, C), told: (B, C), or with a table (B, 6 C), tokens: (B, L, C), mask: (B, 1, 1, N or L) -> (B, N, C)."""
         shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(told)[:, None].chunk(6, dim=-1)
         across = self.attend_tokens is not None
-        x = x + gate_in * self.attend(self.norm_in(x) * (1 + scale_in) + shift_in, turn, None if across else mask)
+        x = torch.addcmul(x, gate_in, self.attend(modulated(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))
         if self.attend_tokens is not None:
             x = x + self.attend_tokens(x, tokens, mask)
-        return x + gate_out * self.feed(self.norm_out(x) * (1 + scale_out) + shift_out)
+        return torch.addcmul(x, gate_out, self.feed(modulated(self.norm_out(x), shift_out, scale_out)))
 
 
 class Last(nn.Module):
@@ -250,7 +251,7 @@ class Last(nn.Module):
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         """x: (B, N, C), told: (B, C), or with a table (B, 2 C) -> (B, N, P)."""
         shift, scale = self.modulate(told)[:, None].chunk(2, dim=-1)
-        return self.out(self.norm(x) * (1 + scale) + shift)
+        return self.out(modulated(self.norm(x), shift, scale))
 
 
 class Fusion(nn.Module):

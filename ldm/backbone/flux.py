@@ -109,7 +109,7 @@ class Single(nn.Module):
         heads, wide = self.into(modulated(self.norm(both), shift, scale)).split((3 * self.width, 4 * self.width), dim=-1)
         q, k, v = split(heads, 3, self.heads)
         read = merge(attention(self.norm_q(q), self.norm_k(k), v, turn, mask))
-        both = both + gate * self.out(torch.cat((read, gelu(wide, approximate="tanh")), dim=-1))
+        both = torch.addcmul(both, gate, self.out(torch.cat((read, gelu(wide, approximate="tanh")), dim=-1)))
         return both[:, length:], both[:, :length]
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import Refusal
 from ldm.types import Cond, Widths
 
 
@@ -23,7 +24,16 @@ class MLP(nn.Module):
         self.shape = (channels, size, size)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Tensor:
-        """x: (B, C + C', H, W), noise_level: (B), cond -> (B, C, H, W)."""
+        """x: (B, C + C', H, W), noise_level: (B), cond -> (B, C, H, W).
+
+        Raises:
+            Refusal: latents of another size.
+        """
+        if x.shape[2:] != self.shape[1:]:
+            raise Refusal(
+                f"The latents are {x.shape[2]}x{x.shape[3]}, and this backbone=mlp is for {self.shape[1]}x{self.shape[2]} alone: "
+                f"say backbone.size={x.shape[2]}, data.size through the autoencoder's factor (square pictures, no buckets)."
+            )
         angle = noise_level[:, None] * self.freqs
         told = self.time(torch.cat((angle.cos(), angle.sin()), dim=1))
         told = told if self.vector is None else told + self.vector(cond.vector)

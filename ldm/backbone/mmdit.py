@@ -82,7 +82,7 @@ class MMDiT(nn.Module):
         for block in self.blocks:
             h, y = block(h, y, told, None, mask)
         h = self.last(h, told).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
-        return h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
     def places(self, x: Tensor) -> tuple[Tensor, int, int]:
         """x: (B, C, H, W) -> positions of its patches (N, width), and how many rows and columns there are."""

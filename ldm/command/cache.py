@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ldm.command.table import show
 from ldm.errors import Refusal
 from ldm.interop.cache import clear, entries, home
 
@@ -22,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{len(gone)} models are gone from {home()}")
         return
     there = list(entries())
-    for folder, note, size in there:
-        sources = ", ".join(note["places"]) or "what is no more known"
-        print(f"{folder.name}  {size / 1e9:7.2f} GB  {note['made'][:10]}  licence {note['licence']}  {sources}")
+    rows = [
+        (folder.name, f"{size / 1e9:7.2f} GB", note["made"][:10], note["licence"], ", ".join(note["places"]) or "unknown")
+        for folder, note, size in there
+    ]
+    if rows:
+        show(("key", "size", "day", "licence", "from"), rows)
     print(f"{len(there)} models, {sum(size for *_, size in there) / 1e9:.2f} GB, in {home()}")

@@ -35,6 +35,7 @@ from ldm.data.shard.index import Index
 from ldm.data.shard.repair import LOST, claim, is_known, repair
 from ldm.data.shard.selection import Selection
 from ldm.data.shard.source import expand, passed_over
+from ldm.data.shard.tar import unread
 from ldm.errors import Refusal
 from ldm.files.folder import write_text
 
@@ -95,6 +96,7 @@ def examine(
         "damaged": index.damage,
         "bad": bad,
         "folded": several,
+        "unread": _unread(index),
         **_members(index, fields),
         **_duplicates(index),
     }
@@ -110,6 +112,15 @@ def examine(
         _show(samples, out / "samples.png")
     print(f"{'Healthy' if report['healthy'] else 'NOT healthy'}; the report and its pictures are in {out}")
     return report
+
+
+def _unread(index: Index) -> dict[str, list[str]]:
+    """shard -> its files without an ending, which are of no sample."""
+    found = {}
+    for shard in index.shards:
+        with index.fetch.held(shard) as path:
+            found[shard] = unread(path)
+    return {shard: names for shard, names in found.items() if names}
 
 
 def _common(index: Index) -> dict[str, str]:
@@ -187,6 +198,8 @@ def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
     for shard, what in report["folded"].items():
         print(f"  FOLDED {shard}: {what}; a key ends at the first dot of a name")
         print("    Write img_0001.jpg for img.0001.jpg, or name the members that are meant with --fields.")
+    for shard, names in report["unread"].items():
+        print(f"  UNREAD {shard}: {len(names):,} files without an ending are of no sample, such as {names[0]}")
     shown = [f"{member} {count:,}" for member, count in report["members"].items()]
     print("members: " + ", ".join(shown[:MOST]) + (f" and {len(shown) - MOST:,} more" if len(shown) > MOST else ""))
     for member, count in report["lacking"].items():

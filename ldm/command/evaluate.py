@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.command.line import command
 from ldm.compose import compose_config
+from ldm.errors import Refusal
 
 
 def run(config: DictConfig) -> None:
@@ -20,11 +21,14 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     if config.compare:
+        from ldm.command.table import show
         from ldm.evaluation.compare import compare
 
+        others = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in ("compare", "debug", "allow")]
+        if others:
+            raise Refusal(f"compare=... puts numbers beside each other that were made already; leave out {', '.join(others)}.")
         header, rows = compare(config.compare)
-        for row in (header, *rows):
-            print("  ".join(f"{cell:28s}" for cell in row))
+        show(header, rows, headed=True)
     elif config.sweep:
         GlobalHydra.instance().clear()  # every setting is composed anew
         sweep([o for o in HydraConfig.get().overrides.task if o.split("=")[0] != "sweep"], config.sweep)
@@ -52,8 +56,9 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     plain = OmegaConf.to_container(config, resolve=True)
     check_counts(count=plain["count"], batch=plain["batch"])
     out = place(plain)
-    metrics = build(plain["metric"], allowed(plain))
     subject = Subject(plain, out)
+    metrics = build(plain["metric"], allowed(plain))
+    subject.make(metrics)
     numbers, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
     told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
     kept = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.compose import CONFIGS, check_overrides, quote, settled, with_local
+from ldm.compose import CONFIGS, check_overrides, prepared, settled
 from ldm.errors import Refusal
 
 
@@ -27,7 +27,10 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             once_a_minute()
             if os.getcwd() not in sys.path:  # the user's own packages lie where the command is called, as with `python -m ldm`
                 sys.path.append(os.getcwd())
-            sys.argv[1:] = arguments = with_local(quote(sys.argv[1:]))
+            try:
+                sys.argv[1:] = arguments = prepared(sys.argv[1:], config_name)
+            except Refusal as error:
+                sys.exit(f"error: {error}")
             flags = [a for a in arguments if a.startswith("-")]
             multirun, swept = bool({"-m", "--multirun"} & set(flags)), []
             if not flags or multirun:

@@ -2,13 +2,13 @@
 
 import argparse
 import ast
-import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from ldm.check import nearest
+from ldm.command.table import lines, show
 from ldm.compose import CONFIGS
 
 MODEL = "model"  # no group of configs: what model= takes by a short name
@@ -20,19 +20,11 @@ def main() -> None:
     parser.add_argument("group", nargs="?", help="a config group; without it the groups are listed")
     group = parser.parse_args().group
     if group is None:
-        return _say(groups())
+        return lines(groups())
     rows = dict(models() if group == MODEL else choices(group))
     if not rows:
         sys.exit(f"error: there is no group `{group}`.{nearest(group, groups())}")
-    width = max(map(len, rows)) + 2
-    _say([f"{name:{width}s}{purpose}".rstrip() for name, purpose in sorted(rows.items())])
-
-
-def _say(lines: list[str]) -> None:
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # `| head` has read enough; what Python flushes on its way out goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show([group, "what it is"], sorted(rows.items()))
 
 
 def groups() -> list[str]:

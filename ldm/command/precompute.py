@@ -1,6 +1,7 @@
 """Latents ahead of time:  python precompute.py model=runs/quickstart/autoencoder data=emoji out=runs/quickstart/latents
 
-With condition=[text], settings and all, what the text tower says of the captions is kept as well, for condition=[cached_text].
+With condition=[text], settings and all, what the text tower says of the captions is kept as well, for condition=[cached_text];
+with several, such as condition=[text_sd3,t5_sd3], what they say together, as of one text.
 Under torchrun or srun every process writes shards of its own; started again, it goes on where it stopped.
 """
 
@@ -64,18 +65,29 @@ def precompute(config: DictConfig) -> Path:
 
 
 def _text_conditions(config: DictConfig, device: Any) -> dict[str, Any]:
-    """The one text condition whose embeddings are kept, by name, or none."""
+    """The one text condition whose embeddings are kept, by name, or none; several are made one, in the config too.
+
+    Raises:
+        Refusal: one of them is no text.
+    """
     from ldm.build import build_members
+    from ldm.condition.together import Together
     from ldm.embedder import complete
 
-    members = {name: complete(member).to(device).eval() for name, member in build_members(config, "condition").items()}
-    if len(members) > 1 or any(member.settings() is None for member in members.values()):
+    members = {name: complete(member) for name, member in build_members(config, "condition").items()}
+    if any(member.settings() is None for member in members.values()):
         raise Refusal(
-            f"condition=[{','.join(members)}]: embeddings are kept of one text condition, such as condition=[text]. One of your "
-            "own says by `settings()` what its text depends on beside its weights (ldm/embedder.py)."
+            f"condition=[{','.join(members)}]: embeddings are kept of text conditions, such as condition=[text]. One of your own "
+            "says by `settings()` what its text depends on beside its weights (ldm/embedder.py)."
         )
     for cut in (member.cut for member in members.values() if member.cut is not None):
         cut.always = True
+    if len(members) > 1:
+        nodes = OmegaConf.to_container(config.condition, resolve=True)
+        target, key = f"{Together.__module__}.{Together.__qualname__}", next(iter(members.values())).key
+        members = {"together": Together(members, key)}
+        config.condition = {"together": {"_target_": target, "members": nodes, "key": key}}
+    members = {name: member.to(device).eval() for name, member in members.items()}
     return members
 
 
@@ -87,15 +99,22 @@ def _words(name: str, text: Any, config: DictConfig) -> list[str]:
     use += [] if name == "text" else [f"condition.cached_text.stands_for={name}"]
     use += [] if text.key == "caption" else [f"condition.cached_text.key={text.key}"]
     node = OmegaConf.to_container(config.condition[name], resolve=True)
-    settings = {key: json.dumps(value) for key, value in node.items() if key not in OTHERS}
+    settings = {key: _written(value) for key, value in node.items() if key not in OTHERS}
     usual = OmegaConf.load(CONFIGS / "condition" / "cached_text.yaml").cached_text.load._target_
     if node["_target_"] == usual:
         use += [shlex.quote(f"++condition.cached_text.load.{key}={value}") for key, value in settings.items()]
-    elif not any(isinstance(value, dict) for value in node.values()):
+    else:
         made = {"_target_": json.dumps(node["_target_"]), "_partial_": "true", "key": json.dumps(text.key), **settings}
         made = ", ".join(f"{key}: {value}" for key, value in made.items())
         use += ["'~condition.cached_text.load'", shlex.quote(f"+condition.cached_text.load={{{made}}}")]
     return use + [f"+data.fields.{text.key}_{member.split('.')[1]}={member}" for member in embed(text, [""])]
+
+
+def _written(value: Any) -> str:
+    """A plain value in Hydra's grammar, whose keys are not quoted."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_written(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
 
 
 main = command("precompute")(precompute)

@@ -126,7 +126,7 @@ def train_one(stage: str, steps: int, overrides: list[str]) -> None:
         "callback.bar.summary=false",
     ]
     print("python train.py", *arguments, flush=True)
-    train(compose_config("train", arguments))
+    train(compose_config("train", arguments, used=True))
 
 
 def product_speed() -> float:

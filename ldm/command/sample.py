@@ -26,14 +26,13 @@ def sample(config: DictConfig) -> Tensor:
 
     from ldm.build import allowed
     from ldm.drawing.request import write_pictures
-    from ldm.files.process import first, from_all, meet, process
+    from ldm.files.process import first, from_all, meet, process, say
 
     check(config)
     meet()
     rank, world, _ = process()
     model, usual = ready(config)
     plain = OmegaConf.to_container(config, resolve=True)
-    say = print if first() else lambda line: None
     images, told = draw(model, usual, plain, allowed(config), say, share=(rank, world))
     images = torch.cat(from_all(images))
     if first():
@@ -50,22 +49,28 @@ def check(config: DictConfig) -> None:
 
 
 def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
-    """-> the model that a composed sample.yaml names, with its adapters and on its device, and how it is usually drawn from."""
+    """-> the model that a composed sample.yaml names, with its adapters and on its device, and how it is usually drawn from.
+
+    A mistake in the sampler's or the guidance's settings is named before the model is loaded.
+    """
     from ldm.autoencoder.tiled import Tiled
     from ldm.build import allowed, load_model
+    from ldm.command.usual import check_drawing
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.offload import offload
     from ldm.files.device import device_of
     from ldm.rest import at_rest, recipe_of
 
     place = at_rest(config.model)
+    usual = recipe_of(place).get("usual", {})
+    check_drawing(OmegaConf.to_container(config, resolve=True), usual, allowed(config))
     model, device = load_model(place, allowed(config), config.adapters, config.base), device_of(config.device)
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     model = offload(model, device) if config.offload else model.to(device)
     if config.compile:
         compile_backbone(model.denoiser.backbone)
-    return model, recipe_of(place).get("usual", {})
+    return model, usual
 
 
 def draw(

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ldm.build import allowed, build, load_autoencoder, load_model
-from ldm.command.usual import as_usual
+from ldm.command.usual import as_usual, check_drawing
 from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
 from ldm.data.shards import Shards
@@ -25,9 +25,26 @@ from ldm.files.folder import without_usual
 from ldm.files.named import named_content
 from ldm.files.process import rank
 from ldm.files.weights import weights_hash
+from ldm.measure import Metric
 from ldm.rest import at_rest, recipe_of
 
-DRAWING = "requests conditioning conditions ask negative count seed precision paste keep".split()  # what it depends on
+# What says what is measured, and against what.
+SAID = (
+    "model images reference requests conditioning conditions prompts ask negative count resolution seed precision paste".split()
+)
+SAID += "corrupt keep adapters base sampler guidance data".split()
+
+
+class Noted(dict):
+    """A plain config that notes which of its settings are asked for."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
 
 
 class Subject:
@@ -37,12 +54,31 @@ class Subject:
     """
 
     def __init__(self, config: Mapping[str, Any], out: Path) -> None:
-        self.config, self.out, self.used, self.allow = config, out, {}, allowed(config)
+        self.config, self.out, self.used, self.allow = Noted(config), out, {}, allowed(config)
         self.device = device_of(config["device"])
+        if config["images"] is None:
+            check_drawing(config, self.recipe.get("usual", {}), self.allow)
         makers = {"drawing": self._drawings, "reconstruction": self._reconstructions}
         self.pictures = {kind: lambda kind=kind, make=make: self._kept(kind, make()) for kind, make in makers.items()}
         makers = {"train": lambda: self._split("train"), "val": lambda: self._split("val"), "reference": self._reference}
         self.real = {kind: lambda kind=kind, make=make: self._use(kind, make()) for kind, make in makers.items()}
+
+    def make(self, metrics: Mapping[str, Metric]) -> None:
+        """Makes what metrics ask for, once, and says which settings none of that reads."""
+        for attribute, sources in (("of", self.pictures), ("against", self.real)):
+            for kind in dict.fromkeys(getattr(metric, attribute) for metric in metrics.values()):
+                if kind is not None:
+                    sources[kind] = partial(_itself, sources[kind]())
+        usual = yaml.safe_load((CONFIGS / "evaluate.yaml").read_text(encoding="utf-8"))
+        usual["data"] = yaml.safe_load((CONFIGS / "data" / "usual.yaml").read_text(encoding="utf-8"))
+        given = [name for name in SAID if name not in self.config.read and self.config.get(name) != usual[name]]
+        told = [name if isinstance(self.config.get(name), dict) else f"{name}={self.config.get(name)}" for name in given]
+        why = (
+            "images=... are judged as they are"
+            if self.config.get("images")
+            else f"metric=[{','.join(metrics)}] reads nothing of it"
+        )
+        self._say(f"Not used, since {why}: {', '.join(told)}" if told else "")
 
     @cached_property
     def place(self) -> Path:
@@ -124,27 +160,20 @@ class Subject:
         if line and rank() == 0:
             print(line, flush=True)
 
-    def _say_unused(self, names: Sequence[str], why: str) -> None:
-        """Says which of some settings are given, and read by nobody."""
-        usual = yaml.safe_load((CONFIGS / "evaluate.yaml").read_text(encoding="utf-8"))
-        given = [f"{name}={self.config[name]}" for name in names if self.config[name] != usual[name]]
-        self._say(f"Not used, since {why}: {', '.join(given)}" if given else "")
-
     def _drawings(self) -> Drawings | Folder:
         config = self.config
         if config["images"] is not None:
-            self._say_unused(DRAWING, "images=... are judged as they are")
             captions = None if config["prompts"] is None else read_captions(config["prompts"])
             return Folder(config["images"], config["resolution"], self.device, captions, config["corrupt"])
         if config["model"] is None:
             raise Refusal("model=RUN_OR_FOLDER must be said, or images=FOLDER of pictures that were drawn already.")
         size = (self._size, self._size) if isinstance(self._size, int) else tuple(self._size)
         self._say(far(size, self.recipe.get("usual", {})))
-        config = as_usual(config, self.recipe.get("usual", {}))
-        told = {name: config[name] for name in ("sampler", "guidance", "batch")}
-        if guides := named_content([config["sampler"], config["guidance"]]):
+        usual = as_usual(config, self.recipe.get("usual", {}))
+        told = {name: usual[name] for name in ("sampler", "guidance", "batch")}
+        if guides := named_content([usual["sampler"], usual["guidance"]]):
             told["guides"] = guides
-        sampler, guidance = build(config["sampler"], self.allow), build(config["guidance"], self.allow)
+        sampler, guidance = build(usual["sampler"], self.allow), build(usual["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]), config["paste"])
         return Drawings(self.model, self._requests(), sampler, guidance, *how, {**told, **self._made}, config["conditions"])
 
@@ -152,13 +181,12 @@ class Subject:
         config, count = self.config, self.config["count"]
         asked = {**config, "resolution": self._size, "ask": spread(config["ask"])}
         if config["prompts"] is not None:
-            self._say_unused(("requests",), "prompts=... says what is drawn")
-            ask, lines = read_request({**asked, "count": None}, self.model)
+            ask, lines = read_request({**asked, "count": None, "negative": config["negative"]}, self.model)
             if count > lines:
                 raise Refusal(f"fewer captions than pictures: count={count}, and prompts={config['prompts']} has {lines} lines.")
             return Given({name: value[:count] for name, value in ask.items()}, count)
         if config["ask"] or not self.model.conditioner.embedders:
-            return Given(*read_request(asked, self.model))
+            return Given(*read_request({**asked, "negative": config["negative"]}, self.model))
         if config["negative"] is not None:
             raise Refusal("negative=... goes with prompts=FILE; the requests of shards have none.")
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
@@ -180,9 +208,9 @@ class Subject:
         config, name = self.config, self.config["reference"]
         if name in ("train", "val"):
             return self._split(name)
-        size = self._size if config["images"] is None else config["resolution"]
         if name.endswith(".npz"):
             return Archive(name, self.device)
+        size = self._size if config["images"] is None else config["resolution"]
         if Path(name).is_dir() and not any(Path(name).glob("*.tar")):
             return Folder(name, size, self.device, limit=config["corrupt"], option="reference")
         if not isinstance(size, int):
@@ -201,6 +229,10 @@ class Subject:
     def _use(self, kind: str, source: Any) -> Any:
         self.used[kind] = source
         return source
+
+
+def _itself(source: Any) -> Any:
+    return source
 
 
 def spread(ask: Mapping[str, Any]) -> dict[str, Any]:

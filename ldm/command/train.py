@@ -1,11 +1,13 @@
 """Trains one stage:  python train.py experiment=emoji/text  optimizer.lr=3e-4  resume=auto"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.check import SLOW, check_nodes
 from ldm.command.line import command
 from ldm.errors import Refusal
 from ldm.files.moved import moved
@@ -26,7 +28,7 @@ def run(config: DictConfig) -> float | None:
     from ldm.files.folder import write_text
 
     folder, numbers = _train(config)
-    if config.optimize is None or config.plan:
+    if config.optimize is None or config.plan or config.coordinates:
         return None
     kept = folder / "optimized.json"
     if numbers and first():
@@ -40,25 +42,34 @@ def run(config: DictConfig) -> float | None:
 
 
 def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
+    """-> the run's folder, and the numbers that were logged last."""
+    from ldm.build import allowed
+
+    _check(config, allowed(config))
+    if not config.coordinates:
+        return _checked(config)
+    from ldm.command.coordinates import check, said
+
+    folder = Path(config.folder)
+    print(said(check(config, folder), folder))
+    return folder, {}
+
+
+def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
     import pytorch_lightning as pl
 
     from ldm.build import allowed, build, build_members, build_stage
     from ldm.command.usual import drawn_as
     from ldm.data.usual import usual_of
-    from ldm.nn.empty import weightless
     from ldm.training.callback.profile import Profile
     from ldm.training.logging import close
-    from ldm.training.plan import plan
     from ldm.training.resume import Changes
     from ldm.training.run import fit, quiet
 
     quiet()
     folder = Path(config.folder)
     if config.plan:
-        trainer = _trainer(config, logger=False, callbacks=[])
-        with weightless():  # what is reckoned needs no numbers
-            stage = build_stage(config, begins=False)
-        print(plan(stage, build(config.data, allowed(config)), trainer, str(config.plan)))
+        print(_planned(config))
         return folder, {}
     pl.seed_everything(config.seed, workers=True, verbose=False)
     if config.debug:
@@ -75,12 +86,19 @@ def _train(config: DictConfig) -> tuple[Path, dict[str, float]]:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     changes = Changes(OmegaConf.to_yaml(config), _plain(config), lambda path: _plain(OmegaConf.load(path)), folder)
     debug = {"detect_anomaly": True, "devices": 1, "num_nodes": 1, "strategy": "auto"} if config.debug else {}
-    trainer = _trainer(config, callbacks=[*callbacks, *always, *profile, changes], logger=loggers, **debug)
+    trainer = _trainer(config, callbacks=[changes, *callbacks, *always, *profile], logger=loggers, **debug)
     try:
         fit(stage, data, trainer, folder, config.resume)
     finally:
         close(loggers)
     return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _check(config: DictConfig, allow: Sequence[str]) -> None:
+    """Names a mistake in a setting of the config before what is slow to import is imported."""
+    plain = moved(OmegaConf.to_container(config, resolve=True))
+    plain["training"] = plain.pop("training")  # which repeats the parts that stand beside it
+    check_nodes(plain, allow, later=SLOW)
 
 
 def _say_tokens(data: Any, stage: Any) -> None:
@@ -93,6 +111,21 @@ def _say_tokens(data: Any, stage: Any) -> None:
     for text in (part for part in stage.latent_model().conditioner.modules() if isinstance(part, Text)):
         print(f"data.prompt: {'|'.join(text.tokens(data.prompt))}", flush=True)
         return
+
+
+def _planned(config: DictConfig) -> str:
+    """What a run will take, blocks computed again where callback=[recompute] says so."""
+    from ldm.build import allowed, build, build_stage, chosen
+    from ldm.nn.empty import weightless
+    from ldm.training.callback.recompute import Recompute
+    from ldm.training.plan import plan
+
+    nodes = chosen(OmegaConf.to_container(config.callback, resolve=True), "callback").values()
+    again = [node for node in nodes if node["_target_"] == f"{Recompute.__module__}.{Recompute.__qualname__}"]
+    trainer = _trainer(config, logger=False, callbacks=[build(node) for node in again])
+    with weightless():  # what is reckoned needs no numbers
+        stage = build_stage(config, begins=False)
+    return plan(stage, build(config.data, allowed(config)), trainer, str(config.plan))
 
 
 def of_base(config: DictConfig) -> dict[str, Any]:
@@ -113,7 +146,16 @@ def _trainer(config: DictConfig, **settings: Any) -> Any:
 
     try:
         return build(config.trainer, allowed(config), **settings)
-    except MisconfigurationException as error:  # no such device here, settings that do not go together
+    except Refusal:
+        raise
+    except (MisconfigurationException, ValueError) as error:  # no such device or strategy, settings that do not go together
+        if "invalid strategy name" in str(error):
+            from pytorch_lightning.strategies import StrategyRegistry
+
+            known = ", ".join(["auto", *StrategyRegistry.available_strategies()])
+            raise Refusal(
+                f"trainer.strategy={config.trainer.strategy}: wanted trainer=ddp, trainer=fsdp, or one of {known}."
+            ) from error
         raise Refusal(f"trainer=... (trainer.accelerator={config.trainer.accelerator}): {error}") from error
 
 

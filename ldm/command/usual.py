@@ -3,7 +3,7 @@
 `null` on the command line means usual: a sampler, its grid, a guidance, or one of their settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,9 +24,16 @@ def as_usual(config: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, A
         Refusal: the model's `usual` names something else than a sampler or a guidance.
     """
     for name in ("sampler", "guidance"):  # a model, perhaps a stranger's, chooses among these alone
-        check_nodes(usual.get(name), ("ldm.sampler", "ldm.guidance", *(config.get("allow") or ())), f"usual.{name}")
+        allowed = ("ldm.sampler", "ldm.guidance", *(config.get("allow") or ()))
+        check_nodes(_taken(config[name], usual.get(name)), allowed, f"usual.{name}")
     defaults = {"sampler": {**_plain(SAMPLER), "grid": _plain(GRID)}, "guidance": _plain(GUIDANCE)}
     return {**config, **{name: _filled(config[name], usual.get(name), default) for name, default in defaults.items()}}
+
+
+def check_drawing(config: Mapping[str, Any], usual: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Names a mistake in a setting of the sampler or the guidance, before a model is loaded to be drawn from."""
+    drawn = as_usual(config, usual)
+    check_nodes({name: drawn[name] for name in ("sampler", "guidance")}, allow)
 
 
 def drawn_as(config: DictConfig) -> dict[str, Any]:
@@ -40,12 +47,22 @@ def _needs_another(node: Any) -> bool:
     return isinstance(node, Mapping) and ("path" in (node.get("weak") or {}) or any(map(_needs_another, node.values())))
 
 
+def _taken(said: Any, usual: Any) -> Any:
+    """What of a model's usual sampler or guidance is taken beside what is said."""
+    if not isinstance(usual, Mapping) or (said is not None and not isinstance(said, Mapping)):
+        return None if isinstance(usual, Mapping) else usual
+    return usual.get("grid") if (said or {}).get("_target_") not in (None, usual.get("_target_")) else usual
+
+
 def _filled(said: Any, usual: Mapping[str, Any] | None, default: Mapping[str, Any]) -> Any:
     """What is said, and what is usual, or else the default, in the place of each null."""
     if said is not None and not isinstance(said, Mapping):
         return said
     said = {name: value for name, value in (said or {}).items() if value is not None}
     own = default if usual is None else usual
+    grid = said.get("grid") or {}
+    if "_target_" not in grid and grid.values():  # settings of the grid that is usual
+        said["grid"] = {**(own.get("grid") or default["grid"]), **{n: value for n, value in grid.items() if value is not None}}
     if said.get("_target_") not in (None, own["_target_"]):
         return {**{name: own[name] for name in ("steps", "grid") if name in own}, **said}
     return {**(own if said.keys() <= {*own, "_target_"} else default), **said}

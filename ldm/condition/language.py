@@ -72,7 +72,8 @@ class Language(Condition):
         longest, place = int(mask.sum(1).max()), next(self.tower.parameters()).device
         if self.padding == "masked":  # nobody reads what lies behind the longest
             ids, read = ids[:, :longest], mask[:, :longest].to(place, non_blocking=True)
-        with torch.no_grad(), torch.autocast(place.type, enabled=False):
+        kind = "cpu" if place.type == "meta" else place.type  # which knows no autocast
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             states = self.tower(ids.to(place, non_blocking=True), read if self.padding == "masked" else None)
         tokens = states[self.layer].float()
         if self.dropped == "zeros":

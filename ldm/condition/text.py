@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -172,8 +171,10 @@ class Text(Condition):
         Raises:
             Refusal: it is not CLIP's.
         """
+        from open_clip.tokenizer import SimpleTokenizer
+
         plain = self.tokenizer.tokenizer if isinstance(self.tokenizer, Taught) else self.tokenizer
-        if not self.published and not isinstance(plain, open_clip.tokenizer.SimpleTokenizer):
+        if not self.published and not isinstance(plain, SimpleTokenizer):
             raise Refusal(f"this text tower's {type(plain).__name__} cannot be taught words; CLIP's own vocabulary can.")
         return plain
 
@@ -242,6 +243,8 @@ class Text(Condition):
         if not self.published:
             if self.learned:
                 raise Refusal(f"condition.text.learned={list(self.learned)} wants condition.text.tokenizer=clip.")
+            import open_clip
+
             return open_clip.get_tokenizer(model, context_length=length)
         if self.padding is None:
             raise Refusal("condition.text.tokenizer=clip wants condition.text.padding, 0 or 49407, as published models pad.")

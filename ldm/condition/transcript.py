@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,8 @@ class Transcript(Condition):
     def __init__(
         self, width: int = 1280, depth: int = 32, heads: int = 8, length: int = 77, key: str = "caption", rate: float = 0.1
     ) -> None:
+        import open_clip
+
         super().__init__()
         self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=length)

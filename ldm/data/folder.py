@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
 from ldm.data.batch.listed import Listing
@@ -38,6 +37,7 @@ from ldm.errors import NotFound, Refusal
 from ldm.files.cache import cache_folder
 from ldm.files.content import digest_of, file_content
 from ldm.files.picture import open_picture, picture_size, to_srgb
+from ldm.files.process import say, warn
 from ldm.files.whole import whole
 
 THREADS = 16
@@ -100,8 +100,7 @@ class Folder(Shards):
                 "without them: data.damaged=leave_out."
             )
         if bad:
-            rank_zero_warn(f"data.{split}: {len(bad)} rows are left out: {'; '.join(bad)}")
-        say = rank_zero_only(print)
+            warn(f"data.{split}: {len(bad)} rows are left out: {'; '.join(bad)}")
         for note in (*packed.notes, *(f"data.{split}: passed over {n:,} {kind}" for kind, n in packed.passed_over.items())):
             say(note)
         return [row for row in rows if not row.fault]

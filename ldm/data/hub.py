@@ -7,7 +7,8 @@ buffer, and after a resume goes on with other samples; crops, noise and dropout,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +16,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ldm.data.batch.ahead import ahead
 from ldm.data.batch.cut import SIZES, cut, told
-from ldm.data.batch.samples import loading
+from ldm.data.batch.samples import Samples, loading
 from ldm.data.dataset import SAMPLE, MapStyle, value_of
+from ldm.data.shard.decode import View
+from ldm.data.shards import Split
 from ldm.data.stream import joined
 from ldm.errors import NotFound, Refusal, Unreachable
+from ldm.files.process import warn
 from ldm.types import Batch, mix
 
 FIELDS = {"image": "image", "caption": "text"}
@@ -90,6 +94,22 @@ class Hub(MapStyle):
         drawn = Streaming(self, rank, world, accumulate)
         return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
+    @cached_property
+    def train_set(self) -> Samples:
+        """The training samples, by number; of a stream, whose are not numbered, all are read onto this machine at first."""
+        if self.streaming:
+            warn(
+                f"data.name={self.name}: training samples are asked for by number, which data.streaming=true cannot give; the "
+                "whole data set is read onto this machine first."
+            )
+        return self._opened("train", self.datasets["train"])
+
+    def ordered(self, split: Split, batch: int, rank: int = 0, world: int = 1) -> DataLoader:
+        """As in Shards; of a stream as it comes."""
+        if not self.streaming or split == "val":
+            return super().ordered(split, batch, rank, world)
+        return DataLoader(Ordered(self, batch, rank, world), batch_size=None, **loading(self.workers, again=False))
+
     def state_dict(self) -> dict[str, Any]:
         """Where training stands."""
         if not self.streaming:
@@ -138,10 +158,37 @@ class Streaming(IterableDataset):
 
     def _sample(self, sample: Mapping[str, Any], position: int) -> dict[str, Any]:
         view = cut(position, self.pixels, self.pixels, self.crop, self.flip, self.seed)
-        number = mix(self.seed, SAMPLE, position)
-        values = {f: value_of(sample[self.places[f]], member, view, number) for f, member in self.fields.items()}
-        sizes = dict(zip(SIZES, told(lambda name: np.nan, view, False)))
-        return values | {"key": str(position), "position": position, "mirrored": view.flip, **sizes}
+        return made_of(sample, self.fields, self.places, self.seed, position, view)
+
+
+class Ordered(IterableDataset):
+    """Every sample of a stream once, in order and square, for one rank; as Once (order.py) shares batches out."""
+
+    def __init__(self, data: Hub, batch: int, rank: int, world: int) -> None:
+        self.make, self.fields, self.places, self.pixels, self.seed = data._stream, data.fields, data.places, data.size, data.seed
+        self.batch, self.rank, self.world = batch, rank, world
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        base, stream = 0, iter(self.make())
+        while some := list(islice(stream, self.batch)):
+            mine = range(len(some) * self.rank // self.world, len(some) * (self.rank + 1) // self.world)
+            if mine:
+                yield joined([self._sample(some[i], base + i) for i in mine])
+            base += len(some)
+
+    def _sample(self, sample: Mapping[str, Any], position: int) -> dict[str, Any]:
+        view = cut(position, self.pixels, self.pixels, "center", 0.0, self.seed)
+        return made_of(sample, self.fields, self.places, self.seed, position, view)
+
+
+def made_of(
+    sample: Mapping[str, Any], fields: Mapping[str, str], places: Mapping[str, int | str], seed: int, position: int, view: View
+) -> dict[str, Any]:
+    """A sample of a stream as a batch has it, its picture seen through `view`."""
+    number = mix(seed, SAMPLE, position)
+    values = {f: value_of(sample[places[f]], member, view, number) for f, member in fields.items()}
+    sizes = dict(zip(SIZES, told(lambda name: np.nan, view, False)))
+    return values | {"key": str(position), "position": position, "mirrored": view.flip, **sizes}
 
 
 def load(name: str, config: str | None, data_dir: str | None, split: str, streaming: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""Tar shards in LAION's layout as batches for Lightning, in an order that survives a restart.
+"""Tar shards in LAION's layout as batches, in an order that survives a restart.
 
 A batch is a dict: each of `fields` under its name (pictures uint8 (B, 3, height, width), label maps int64 (B, height, width),
 texts and records as lists, classes int64 (B), arrays stacked), `key` list[str], and `position` (B,) int64, the sample's place
@@ -15,8 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_warn
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -37,13 +36,14 @@ from ldm.data.shard.source import Sources, expand, owners, passed_over
 from ldm.errors import Refusal
 from ldm.files.content import digest_of
 from ldm.files.lightning import begin_step_anew
+from ldm.files.process import warn
 from ldm.types import Batch
 
 FIELDS = {"image": "jpg", "caption": "txt"}
 Split = Literal["train", "val"]
 
 
-class Shards(pl.LightningDataModule):
+class Shards:
     """Training and validation shards.
 
     Args:
@@ -65,7 +65,11 @@ class Shards(pl.LightningDataModule):
         cache: folder for remote shards, at most `cache_gb` of them, and for indices that cannot lie beside their shards.
         on_mismatch: when a checkpoint was trained with other data, seed or batch: "refuse", or "restart_epoch" to begin its
             epoch anew with these.
+
+    `trainer` is Lightning's while it trains on them (training/feed.py).
     """
+
+    trainer: Any = None
 
     def __init__(
         self,
@@ -90,7 +94,6 @@ class Shards(pl.LightningDataModule):
         on_mismatch: Literal["refuse", "restart_epoch"] = "refuse",
         tokens: Count | None = None,
     ) -> None:
-        super().__init__()
         self.tokens = tokens
         self.fields = {field: member for field, member in (FIELDS if fields is None else fields).items() if member}
         self.train, self.val, self.size, self.batch, self.seed, self.workers = train, val, size, batch, seed, workers
@@ -211,6 +214,11 @@ class Shards(pl.LightningDataModule):
             self.report(self.steps, int(batch["position"][0]) // self.batch, self.trainer)
         return batch
 
+    def transfer_batch_to_device(self, batch: Batch, device: str | torch.device, dataloader_idx: int = 0) -> Batch:
+        """The same with its tensors on the device."""
+        how = {"device": device, "non_blocking": torch.device(device).type == "cuda"}
+        return {field: value.to(**how) if isinstance(value, Tensor) else value for field, value in batch.items()}
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """Pictures uint8 (B, 3, H, W) -> float32 in [-1, 1], channels last; other floats -> float32; all else stays.
 
@@ -256,7 +264,7 @@ class Shards(pl.LightningDataModule):
         """
         mine = {"seed": self.seed, "batch": self.batch, "data": self.content}
         if "data" not in state_dict:  # of a version that knew data by their names and sizes
-            rank_zero_warn("The checkpoint does not say what its data held, so that this run's were not compared with them.")
+            warn("The checkpoint does not say what its data held, so that this run's were not compared with them.")
         there = {name: state_dict.get(name, own) for name, own in mine.items()}
         changes = ", ".join(f"{n} {there[n]!s:.12} there, {own!s:.12} here" for n, own in mine.items() if there[n] != own)
         first = state_dict["consumed"] // self.batch
@@ -268,15 +276,15 @@ class Shards(pl.LightningDataModule):
                     "on), or begin its epoch anew with these: data.on_mismatch=restart_epoch."
                 )
             first = self.steps.first_step(state_dict["epoch"])
-            rank_zero_warn(f"Samples are not the checkpoint's: {changes}. Beginning epoch {state_dict['epoch']} anew.")
+            warn(f"Samples are not the checkpoint's: {changes}. Beginning epoch {state_dict['epoch']} anew.")
         self.progress.begin(first, state_dict["step"])
 
     def _opened(self, split: Split, source: Sources) -> Samples:
         index = Index(expand(source, f"data.{split}"), self.fetch, self.damaged, self.cache)
         for line in passed_over(source):
-            rank_zero_warn(f"data.{split}={line}")
+            warn(f"data.{split}={line}")
         if index.damage:
-            rank_zero_warn(f"{len(index.damage)} damaged shards are left out: {index.damage}")
+            warn(f"{len(index.damage)} damaged shards are left out: {index.damage}")
         pictures = any(is_image(member) for member in self.fields.values())
         least = self.batch if split == "train" and pictures else 1  # latents have the size that they have
         selection, self._buckets[split] = select(index, self.fields, self.filters, self.sizes, least, self.tokens)

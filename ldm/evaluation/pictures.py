@@ -161,7 +161,7 @@ class Drawings:
             "seed": seed,
             "size": list(size),
             "conditioning": conditioning,
-            **({} if conditions is None else {"conditions": sorted(self.conditions)}),
+            **({} if conditions is None or conditioning == "right" else {"conditions": sorted(self.conditions)}),
             "precision": "32" if precision == "32" else f"{precision}, the network alone",
             **({"paste": paste} if model.conditioner.hole else {}),
             **(protocol or {}),
@@ -195,8 +195,6 @@ class Drawings:
         embedders = self.model.conditioner.embedders
         if named is None:
             return list(embedders)
-        if self.conditioning == "right":
-            raise Refusal(f"conditions={list(named)} are those that conditioning=shuffled, or none, is about; it is right.")
         if not named or set(named) - set(embedders):
             raise Refusal(f"conditions={list(named)}: wanted some of this model's, {', '.join(embedders) or 'which has none'}.")
         of = self.model.conditioner.fields_of

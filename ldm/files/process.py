@@ -4,6 +4,7 @@ import datetime
 import os
 import re
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 # Each launcher's words for a process's number, how many there are, and its number on this machine. A SLURM batch script, which
@@ -52,6 +53,18 @@ def cores() -> int:
 def first() -> bool:
     """Whether this is the process that prints and writes for all; it is known before the processes are connected."""
     return rank() == 0 if met() or _launcher() else all(int(os.environ.get(name, 0)) == 0 for name in NUMBERS)
+
+
+def say(line: str) -> None:
+    """Prints a line, on the process that speaks for all."""
+    if first():
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Warns, on the process that speaks for all."""
+    if first():
+        warnings.warn(line, stacklevel=3)
 
 
 def meet() -> None:

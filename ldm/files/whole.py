@@ -10,6 +10,8 @@ from typing import Any
 
 from ldm.errors import NotWritten
 
+UMASK = os.umask(0)
+os.umask(UMASK)
 END = ".part"  # of files that are being written, or were when their process was killed: `.NAME.SOMETHING.part` beside NAME
 
 
@@ -96,5 +98,7 @@ def remove_halves(folder: Path, pattern: str) -> None:
 
 
 def _to_disk(file: Path) -> None:
+    """Flushes a file, and lets those read it who may read others of this process: safetensors keeps its own from them."""
+    file.chmod(0o666 & ~UMASK)
     with open(file, "rb+") as opened:
         os.fsync(opened.fileno())

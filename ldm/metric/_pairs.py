@@ -1,6 +1,5 @@
 """What a CLIP sees of a picture and reads in its caption: shared by the metrics that compare the two."""
 
-import open_clip
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -19,6 +18,8 @@ class Pairs:
     """
 
     def __init__(self, model: str, pretrained: str | None, option: str) -> None:
+        import open_clip
+
         self.option = option
         self.clip = load_clip(model, pretrained, option)
         self.tokenizer = open_clip.get_tokenizer(model, context_length=self.clip.context_length)

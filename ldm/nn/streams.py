@@ -86,21 +86,21 @@ class Joint(nn.Module):
         ]
         read = merge(attention(*(torch.cat(parts, dim=2) for parts in zip(*heads)), turn, mask))
         to_text, to_picture = read[:, : y.shape[1]], read[:, y.shape[1] :]
-        x = x + of_picture[2] * self.picture.attend.out(to_picture)
+        x = torch.addcmul(x, of_picture[2], self.picture.attend.out(to_picture))
         if self.picture.again is not None:
             shift, scale, gate = of_picture[6:]
             second = attention(*self.picture.again(modulated(plain, shift, scale)), None, None)
-            x = x + gate * self.picture.again.out(merge(second))
-        x = x + of_picture[5] * self.picture.feed(modulated(self.picture.norm(x), *of_picture[3:5]))
+            x = torch.addcmul(x, gate, self.picture.again.out(merge(second)))
+        x = torch.addcmul(x, of_picture[5], self.picture.feed(modulated(self.picture.norm(x), *of_picture[3:5])))
         if self.text.feed is not None:
-            y = y + of_text[2] * self.text.attend.out(to_text)
-            y = y + of_text[5] * self.text.feed(modulated(self.text.norm(y), *of_text[3:5]))
+            y = torch.addcmul(y, of_text[2], self.text.attend.out(to_text))
+            y = torch.addcmul(y, of_text[5], self.text.feed(modulated(self.text.norm(y), *of_text[3:5])))
         return x, y
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x: (B, N, C), shift and scale: (B, 1, C) -> (1 + scale) x + shift (adaLN, https://arxiv.org/abs/2212.09748)."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, turn: Turn | None, mask: Tensor | None) -> Tensor:

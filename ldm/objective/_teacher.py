@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import Refusal
+from ldm.objective._cond import each_slot
 from ldm.types import Batch, Cond, Denoise, Embedder, InTraining, Schedule
 
 FROZEN = ("teacher.denoiser", "teacher.conditioner")  # of an objective that has one as `teacher`
@@ -43,7 +44,8 @@ class Teacher(nn.Module):
         for name in self.shared if not self.nothing else ():
             with torch.inference_mode(False), torch.no_grad():
                 self.nothing[name] = model.conditioner.embedders[name]([""], torch.tensor([True]))
-        silent = {name: _repeated(cond, count) if self.rates[name] else parts[name] for name, cond in self.nothing.items()}
+        silent = {name: each_slot(cond, lambda x: x.expand(count, *x.shape[1:])) for name, cond in self.nothing.items()}
+        silent |= {name: parts[name] for name in self.shared if not self.rates[name]}
         return self._with(self.conditioner.parts(batch, only=()), silent)
 
     def guided(self, told: Cond, null: Cond | None, scale: float) -> Denoise:
@@ -91,9 +93,3 @@ def _alike(one: Embedder, other: Embedder) -> bool:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-
-
-def _repeated(cond: Cond, count: int) -> Cond:
-    """One sample's condition -> that of `count` such samples."""
-    slots = {name: getattr(cond, name) for name in ("vector", "tokens", "mask", "spatial")}
-    return Cond(**{name: x if x is None else x.expand(count, *x.shape[1:]) for name, x in slots.items()})

@@ -3,7 +3,6 @@
 loss = of + align_weight * align,    align = - mean over patches of cos(projector(hidden), teacher)      (equation 8)
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
 from ldm.errors import Refusal
-from ldm.nn.route import Routed
 from ldm.objective._around import critic_in, frozen_in, meets
+from ldm.objective._ear import Ear, as_map, block_of
 from ldm.objective.dmd import DMD
 from ldm.objective.preference import Preference
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
@@ -88,7 +87,7 @@ class Align(nn.Module):
                 f"objective=align compares with what a teacher sees in the pictures, and the batch has {sorted(batch)}: encode "
                 "on the way (data=shards), as latents made ahead of time have no `image`."
             )
-        self.ear.put(self._block(model))
+        self.ear.put(block_of(model.denoiser.backbone, self.layer))
         losses = self.of(model, batch, x, cond, draw)
         align = self.alignment(as_map(self.ear.take(), x, model.denoiser.backbone), self.teacher.patches(batch["image"]))
         return {**losses, "loss": losses["loss"] + self.align_weight * align, "align": align}
@@ -105,12 +104,6 @@ class Align(nn.Module):
         said = self.projector(hidden)
         return -cosine_similarity(said.float(), wanted.float(), dim=1).mean()
 
-    def _block(self, model: InTraining) -> nn.Module:
-        blocks = list(model.denoiser.backbone.blocks)
-        if not 1 <= self.layer <= len(blocks):
-            raise Refusal(f"objective.layer={self.layer}: the backbone has {len(blocks)} blocks, 1 to {len(blocks)}.")
-        return blocks[self.layer - 1]
-
 
 def check_sees_the_batch(of: Objective) -> None:
     """Raises Refusal around an objective whose network does not see the batch's pictures, one a sample."""
@@ -123,50 +116,7 @@ def check_sees_the_batch(of: Objective) -> None:
         raise Refusal("objective=align around preference: its network sees two pictures of each request, and the teacher one.")
 
 
-class Ear:
-    """Hears what a block says. It stays there: compiled blocks run the hooks that they had when they were first called."""
-
-    def __init__(self) -> None:
-        self.block: nn.Module | None = None
-        self.heard: Any = None
-
-    def put(self, block: nn.Module) -> None:
-        """Listens to this block from now on."""
-        if block is not self.block:
-            self.block = block
-            block.register_forward_hook(self)
-
-    def __call__(self, block: nn.Module, inputs: Any, output: Any) -> None:
-        self.heard = output
-
-    def take(self) -> Tensor:
-        """What was said last: the first tensor of it, once."""
-        heard, self.heard = self.heard, None
-        return heard[0] if isinstance(heard, tuple) else heard
-
-    def __deepcopy__(self, memo: Any) -> "Ear":
-        return Ear()
-
-
 def mlp(inward: int, hidden: int, outward: int) -> nn.Module:
     """Three layers with SiLU, of each patch alone: (B, inward, h, w) -> (B, outward, h, w)."""
     first, second, third = nn.Conv2d(inward, hidden, 1), nn.Conv2d(hidden, hidden, 1), nn.Conv2d(hidden, outward, 1)
     return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
-
-
-def as_map(hidden: Tensor, x: Tensor, backbone: Any = None) -> Tensor:
-    """Maps (B, C, h, w), or tokens (B, N, C) of x's (B, _, H, W) patches in rows -> (B, C, h, w).
-
-    Raises:
-        Refusal: these are not one token a square patch, of all patches.
-    """
-    if hidden.ndim == 4:
-        return hidden
-    side = math.sqrt(x[0, 0].numel() / hidden.shape[1]) if hidden.ndim == 3 else 0.5
-    some = isinstance(backbone, Routed) and side != backbone.patch
-    if some or side % 1 or x.shape[2] % side or x.shape[3] % side:
-        raise Refusal(
-            f"The block says {tuple(hidden.shape)} of latents {tuple(x.shape)}, which is no feature a patch: choose another "
-            "objective.layer, before those that objective=route sends fewer patches through, or behind them."
-        )
-    return hidden.transpose(1, 2).unflatten(2, (int(x.shape[2] // side), int(x.shape[3] // side)))

@@ -4,6 +4,10 @@
 
 `real` is the teacher's estimate of the data and `fake` that of a network which learns, as x change, to denoise the drawn ones:
 their difference is sigma^2 / alpha times that of the two scores, and so the way that brings the two distributions together.
+
+With DMD2's discriminator, a head on the hidden states of `fake`, the model also learns to be taken for the data:
+
+    loss + adversarial softplus(-D(drawn)),    critic + softplus(D(drawn)) + softplus(-D(data)),    both seen through noise  (4.3)
 """
 
 import copy
@@ -12,30 +16,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from ldm.errors import Refusal
+from ldm.objective._ear import Ear, as_map, block_of
 from ldm.objective._teacher import FROZEN, Teacher
 from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Denoise, Draw, InTraining, Schedule, like, mix
+from ldm.types import Backbone, Batch, Cond, Denoise, Draw, InTraining, Schedule, like, mix
 
 
 class DMD(nn.Module):
-    """Draws by the model's own `steps` and moves what it drew; no picture of the data is looked at. Drawn by sampler=consistency.
+    """Draws by the model's own `steps` and moves what it drew. Drawn by sampler=consistency.
 
     The model begins from the teacher (`model.init`), as `fake` does. `fake` is the critic: it has an optimizer of its own, is in
-    checkpoints, and is neither averaged nor exported. Without DMD2's discriminator.
+    checkpoints, and is neither averaged nor exported. Without a discriminator no picture of the data is looked at.
 
     Args:
         teacher: loads a trained model of the same latents and conditions.
         steps: at times 1, 1 - 1 / steps, ...; each update draws up to one of them, by the model's own steps (DMD2, 4.5).
         scale: of the teacher's classifier-free guidance, which the model learns.
+        adversarial: weight of the discriminator, which is a part of the critic; 0 leaves it out.
+        layer: the block of `fake` on which it stands, 1 is the first; None: the middle one.
+        width: features of that block's hidden states.
         time, weight, noise, distance: as in regression; of the times and of the noise that both look through, and of fake's loss.
 
     Raises:
-        Refusal: less than one step, or a teacher of another schedule.
+        Refusal: less than one step, a teacher of another schedule, or another width than the discriminator's.
     """
 
-    frozen, critic = FROZEN, ("fake",)
+    frozen = FROZEN
 
     def __init__(
         self,
@@ -46,13 +55,18 @@ class DMD(nn.Module):
         weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
         noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
         distance: Callable[[Tensor], Tensor] = SQUARE,
+        adversarial: float = 0.0,
+        layer: int | None = None,
+        width: int = 1,
     ) -> None:
         super().__init__()
         if steps < 1:
             raise Refusal(f"objective.steps={steps}: at least one step makes a picture.")
         self.teacher, self.steps, self.scale = Teacher(teacher), steps, scale
         self.fake = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
-        self.regression = Regression(time, weight, noise, distance)
+        self.regression, self.adversarial = Regression(time, weight, noise, distance), adversarial
+        self.judge = Judge(self.fake.backbone, layer, width) if adversarial else None
+        self.critic = ("fake", "judge.head") if adversarial else ("fake",)
 
     def meet(self, model: Any) -> bool:
         """Leaves to the model what it has too."""
@@ -60,7 +74,9 @@ class DMD(nn.Module):
         return True
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
-        """x: (B, C, H, W), of which only the shape counts -> {"loss": (), "critic": ()}, the former for its gradient alone."""
+        """x: (B, C, H, W) clean latents, which a discriminator alone looks at -> {"loss": (), "critic": ()}, the former for its
+        gradient alone, and with a discriminator the share of pictures that it judges rightly as `caught`.
+        """
         schedule = model.denoiser.schedule
         self.teacher.check_schedule(schedule)
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
@@ -68,20 +84,58 @@ class DMD(nn.Module):
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
         t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         noise = self.regression.noise(draw, drawn.detach())
+        alpha, sigma = (like(s, x) for s in schedule(t))
+        x_t = alpha * drawn + sigma * noise
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.judge is not None):
+            fake = self.fake(x_t, t, told)
+        passed = None if self.judge is None else self.judge(x)
         with torch.no_grad():
-            alpha, sigma = (like(s, x) for s in schedule(t))
-            x_t = alpha * drawn + sigma * noise
             null = self.teacher.null(model, batch, parts, len(x)) if self.scale != 1 else None
             real = self.teacher.guided(told, null, self.scale)(x_t, t)
-            way = direction(drawn, real, self.fake(x_t, t, told))
+            way = direction(drawn, real, fake)
         loss = (drawn - (drawn - way).detach()).square().mean() / 2
         fresh = Draw(mix(draw.seed, 1), draw.position, draw.batch, draw.step)
-        return {"loss": loss, "critic": self.regression.each(self.fake, drawn.detach(), told, fresh)[0].mean()}
+        critic = self.regression.each(self.fake, drawn.detach(), told, fresh)[0].mean()
+        if self.judge is None:
+            return {"loss": loss, "critic": critic}
+        of_drawn, of_data = self.judge(x), self._of_data(x, told, fresh)
+        critic = critic + softplus(of_drawn).mean() + softplus(-of_data).mean()
+        caught = ((of_drawn < 0).float().mean() + (of_data > 0).float().mean()) / 2
+        return {"loss": loss + self.adversarial * softplus(-passed).mean(), "critic": critic, "caught": caught.detach()}
+
+    def _of_data(self, x: Tensor, told: Cond, draw: Draw) -> Tensor:
+        """What the discriminator says of the data through noise, at the times at which it saw what was drawn."""
+        schedule = self.fake.schedule
+        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        alpha, sigma = (like(s, x) for s in schedule(t))
+        self.fake(alpha * x + sigma * self.regression.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, told)
+        return self.judge(x)
 
     def _times(self, draw: Draw) -> list[float]:
         """The first so many of the times, as many on every process."""
         count = mix(draw.seed, draw.step) % self.steps + 1
         return [1 - i / self.steps for i in range(count)]
+
+
+class Judge(nn.Module):
+    """A head on a block of a network: whether what that saw last is data, a logit each patch."""
+
+    def __init__(self, backbone: Backbone, layer: int | None, width: int) -> None:
+        super().__init__()
+        count = len(list(backbone.blocks))
+        self.width, self.layer, self.ear = width, layer or count // 2 + 1, Ear()
+        self.ear.put(block_of(backbone, self.layer))
+        self.head = nn.Sequential(nn.Conv2d(width, width, 1), nn.SiLU(), nn.Conv2d(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W), the shape of what was seen -> (B, 1, h, w)."""
+        hidden = as_map(self.ear.take(), x)
+        if hidden.shape[1] != self.width:
+            found = hidden.shape[1]
+            raise Refusal(
+                f"Block {self.layer} of fake says {found} features a patch: objective.width={found} (found {self.width})."
+            )
+        return self.head(hidden)
 
 
 def direction(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:

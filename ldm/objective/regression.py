@@ -30,21 +30,25 @@ class Regression(nn.Module):
         """x: (B, C, H, W) clean latents -> {"loss": ()}."""
         return {"loss": self.each(model.denoiser, x, cond, draw)[0].mean()}
 
-    def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw) -> tuple[Tensor, Tensor]:
-        """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), and its log(sigma / alpha): (B)."""
+    def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw, region: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), its log(sigma / alpha): (B). `region` as below."""
         t = self.time_for(x)(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
         noise = self.noise(draw, x)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond)
         target = denoiser.prediction.target(x, noise, alpha, sigma)
-        return self.error(denoiser, output - target, t), (sigma / alpha).log().flatten()
+        return self.error(denoiser, output - target, t, region), (sigma / alpha).log().flatten()
 
     def time_for(self, x: Tensor) -> Callable[[Tensor, Schedule], Tensor]:
         """x: (B, C, H, W) -> the times for latents of its size."""
         return self.time.sized(*x.shape[2:]) if isinstance(self.time, Sized) else self.time
 
-    def error(self, denoiser: Denoiser, error: Tensor, t: Tensor) -> Tensor:
-        """error: (B, C, H, W), of the network's output at t: (B) -> each sample's weighted distance: (B)."""
+    def error(self, denoiser: Denoiser, error: Tensor, t: Tensor, region: Tensor | None = None) -> Tensor:
+        """error: (B, C, H, W), of the network's output at t: (B) -> each sample's weighted distance: (B).
+
+        region: (B, 1, H, W), how much each place counts; None: all alike.
+        """
         alpha, sigma = (like(s, error) for s in denoiser.schedule(t))
         gain = denoiser.prediction.to_data(alpha / alpha, 0 * alpha, alpha, sigma).abs()
-        return self.weight(alpha, sigma, gain).flatten() * self.distance(error).flatten(1).mean(1)
+        distance = self.distance(error) if region is None else self.distance(error) * region
+        return self.weight(alpha, sigma, gain).flatten() * distance.flatten(1).mean(1)

@@ -1,4 +1,7 @@
-"""A frozen CLIP, by open_clip's name or from a local folder: its towers, its tokenizer, and their embeddings."""
+"""A frozen CLIP, by open_clip's name or from a local folder: its towers, its tokenizer, and their embeddings.
+
+open_clip takes seconds to import, so it is imported where it is used: a config is checked without it.
+"""
 
 import json
 import warnings
@@ -7,14 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.errors import NotFound, Refusal
+from ldm.files.called import command_line
 from ldm.files.folder import LOCAL, as_run, load_tensors
 from ldm.nn.empty import is_weightless, weighted, weightless
 
@@ -34,9 +36,11 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
     if model.startswith(LOCAL) and not (folder / "open_clip_config.json").is_file():
         raise NotFound(
             f"There is no CLIP in {folder} (open_clip_config.json is missing). Train one first: "
-            f"python train.py experiment=emoji/clip {as_run(folder)}; or name another with {option}.model=local-dir:FOLDER, "
-            f"or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
+            f"{command_line('train')} experiment=emoji/clip {as_run(folder)}; or name another with "
+            f"{option}.model=local-dir:FOLDER, or one of open_clip's names with {option}.pretrained=TAG_OR_FILE."
         )
+    import open_clip
+
     if is_weightless() and not pretrained and ":" not in model:
         return open_clip.create_model(model, device="meta").eval().requires_grad_(False)
     with weighted():
@@ -74,6 +78,8 @@ def load_text_tower(model: str, pretrained: str | None, option: str) -> nn.Modul
 
 def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
     """open_clip's model_cfg -> its text tower, frozen, with random weights."""
+    import open_clip
+
     gelu = config.get("quick_gelu", False)
     clip = open_clip.CLIP(config["embed_dim"], NO_VISION, config["text_cfg"], quick_gelu=gelu).eval().requires_grad_(False)
     del clip.visual
@@ -82,6 +88,8 @@ def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
 
 def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """open_clip's name and tag -> the name's model_cfg, and its text tower's weights by name."""
+    import open_clip
+
     tower = load_text_tower(model, pretrained, "condition.text")
     return open_clip.get_model_config(model), {n: x for n, x in tower.state_dict().items() if n != "logit_scale"}
 
@@ -89,7 +97,9 @@ def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any]
 @lru_cache
 def vocabulary() -> tuple[dict[str, int], list[str]]:
     """CLIP's byte-pair encoding, which ships with open_clip, as OpenAI wrote it -> ids by token, and the merges in order."""
-    words = open_clip.tokenizer.SimpleTokenizer()
+    from open_clip.tokenizer import SimpleTokenizer
+
+    words = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     return {names.get(word, word): number for word, number in words.encoder.items()}, [
         " ".join(pair) for pair in sorted(words.bpe_ranks, key=words.bpe_ranks.get)
@@ -176,6 +186,8 @@ def settings(visual: nn.Module) -> dict[str, Any]:
 
 def transform(visual: nn.Module) -> Callable[[Any], Tensor]:
     """-> open_clip's own preprocessing for this image tower: a PIL picture -> (3, H, W)."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
     return image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
 
 

@@ -122,9 +122,13 @@ class Stage(pl.LightningModule):
         losses = self.losses(batch, Draw(0, batch["position"], self.batch, self.trainer.global_step))
         self.log_dict({f"val/{k}": v for k, v in losses.items()}, batch_size=len(batch["position"]), sync_dist=True)
 
+    def scales(self) -> Mapping[str, float]:
+        """By name, what the rates of weights are multiplied by, beside what `groups` say."""
+        return {}
+
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer over what is trained, its rate told step by step."""
-        optimizer = self.optimizer(parameter_groups(self.named_parameters(), self.groups))
+        optimizer = self.optimizer(parameter_groups(self.named_parameters(), self.groups, self.scales()))
         optimizer.register_load_state_dict_pre_hook(keep_settings)
         optimizer.register_load_state_dict_post_hook(lay_state_out)
         scales = [group.get("scale", 1.0) for group in optimizer.param_groups]

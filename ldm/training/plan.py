@@ -2,13 +2,15 @@
 
 import re
 import time
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import Refusal
 from ldm.training.base import Stage
+from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import flops, peak_of
 from ldm.training.parallel.sharded import Sharded
 from ldm.types import Batch, DataModule, Draw
@@ -35,6 +37,11 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
     trained, frozen = (sum(n for kept, n in sizes if kept is which) for which in (True, False))
     work, kept = cost(stage, batch)
+    for callback in trainer.callbacks:
+        if isinstance(callback, Recompute):
+            callback.on_fit_start(trainer, stage)
+            whole, (work, kept) = kept, cost(stage, batch)
+            kept += (whole - kept) // sum("forward" in vars(module) for module in stage.modules())  # one block's, as it is redone
     if trainer.precision.startswith(("bf16", "16")):
         kept //= 2
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
@@ -94,7 +101,7 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
 
 
 def _kept(stage: Stage, batch: Batch) -> int:
-    """Bytes of what autograd keeps, each once, weights left out."""
+    """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it."""
     own = {id(p) for p in stage.parameters()}
     seen: dict[int, Tensor] = {}
 
@@ -103,8 +110,17 @@ def _kept(stage: Stage, batch: Batch) -> int:
             seen[id(tensor)] = tensor
         return tensor
 
+    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for x in inputs:
+            if isinstance(x, Tensor):
+                whole = x if x._base is None else x._base
+                seen[id(whole)] = whole
+
+    hooks = [module.register_forward_pre_hook(enter) for module in stage.modules() if "forward" in vars(module)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = stage.losses(batch, Draw(0, batch["position"], stage.batch))
+    for hook in hooks:
+        hook.remove()
     stage.forget()
     del loss
     return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())

@@ -20,12 +20,15 @@ HOLDS, FREE, UNUSED = "holds", "free", "unused"
 STATE = "the optimizer's state in the checkpoint is of no use to it"
 MODEL = "the weights in the checkpoint learned with it"
 FATES = (
-    ("run_id identity name runs folder resume plan profile debug optimize allow model sampler* guidance* logger*", FREE),
+    (
+        "run_id identity name runs folder resume plan coordinates profile debug optimize allow model sampler* guidance* logger*",
+        FREE,
+    ),
     ("callback.bar* callback.drawings* trainer.enable_progress_bar trainer.enable_model_summary", FREE),
-    ("callback.reconstructions* callback.latents* callback.levels* callback.throughput* *.folder", FREE),
+    ("callback.reconstructions* callback.latents* callback.levels* callback.throughput* *.folder data.cache data.cache_gb", FREE),
     ("model.init", UNUSED),
     ("optimizer._target_ optimizer.amsgrad optimizer.centered optimizer.least optimizer.initial_accumulator_value", STATE),
-    ("groups", STATE),
+    ("groups parametrization*", STATE),
     ("adversary.optimizer._target_ adversary.optimizer.amsgrad", STATE),
     ("adversary adversary._target_ adversary.network*", "the discriminator learned with it"),
     ("callback.power_ema.stds", "the averages so far are of these lengths"),
@@ -44,8 +47,8 @@ Change = tuple[str, Any, Any]  # a setting's name, its value before and now
 class Changes(pl.Callback):
     """Compares a run's config with the one that its checkpoint was trained with, says what differs, and keeps config.yaml.
 
-    The file is written once training goes on, so that it never says what was not done; its first lines name each change
-    and the step from which it holds.
+    The file is written once a step was trained, so that it never says what was not done; its first lines name each change
+    and the step from which it holds. It stands before what saves checkpoints in the trainer's list.
 
     Args:
         text: the config, as YAML. config: the same as plain containers. read: a config.yaml -> such containers.
@@ -55,6 +58,7 @@ class Changes(pl.Callback):
         self.text, self.config, self.read, self.folder = text, config, read, folder
         self.checkpoint: Path | None = None
         self.changes: list[Change] = []
+        self.due = ""  # config.yaml, once a step was trained
 
     def compare(self, checkpoint: Path | None, first: bool) -> None:
         """Looks at the config.yaml of the checkpoint's run; on the `first` rank, a run without a checkpoint gets its own now.
@@ -72,7 +76,7 @@ class Changes(pl.Callback):
             refuse(self.changes, checkpoint)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Says what has changed, on rank 0, and writes config.yaml."""
+        """Says what has changed, on rank 0."""
         if self.checkpoint is None or not trainer.is_global_zero:
             return
         before = config_of(self.checkpoint)
@@ -90,12 +94,27 @@ class Changes(pl.Callback):
             lines.append(f"goes on from {self.checkpoint}")
         kept = [] if before is None else [row for row in before.read_text().splitlines() if row.startswith("# step ")]
         head = [f"# step {trainer.global_step}: {' '.join(one.splitlines())}" for one in lines]
-        write_text("\n".join([*kept, *head, self.text]), self.folder / "config.yaml")
-        self.changes = []
+        self.due = "\n".join([*kept, *head, self.text])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Writes config.yaml."""
+        if self.due:
+            write_text(self.due, self.folder / "config.yaml")
+        self.due, self.changes = "", []
+
+    def told(self) -> str:
+        """What has changed, for a refusal before the first step; empty where nothing has."""
+        lines = [line(change) for change in self.changes if fate(change[0]) not in (FREE, UNUSED)]
+        return f" Changed since the checkpoint: {'; '.join(lines)}." if lines else ""
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Says what was given to a run that had nothing left to train."""
-        lines = [line(change) for change in self.changes if fate(change[0]) not in (FREE, UNUSED)]
+        usual = ("sampler", "guidance")  # of which the model says how it is drawn from
+        lines = [
+            line(change)
+            for change in self.changes
+            if fate(change[0]) not in (FREE, UNUSED) or change[0].partition(".")[0] in usual
+        ]
         if lines and trainer.is_global_zero:
             print(
                 f"Nothing is left to train up to trainer.max_steps={trainer.max_steps}; not used: {'; '.join(lines)}", flush=True

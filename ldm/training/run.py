@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins import HalfPrecision
+from pytorch_lightning.plugins import DoublePrecision, HalfPrecision
 
 from ldm.errors import Refusal, Unreachable
 from ldm.training.base import Stage
-from ldm.training.callback.checkpoint import newest, resume_from
 from ldm.training.callback.ema import averaged
 from ldm.training.callback.preempt import Preempt, Preempted
+from ldm.training.feed import feed
 from ldm.training.resume import Changes
+from ldm.training.saved import newest, read_checkpoint, resume_from
 from ldm.types import DataModule
 
 
@@ -31,17 +32,20 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
     _check_length(trainer)
     quiet()
     checkpoint = resume_from(resume, folder)
-    for changes in (c for c in trainer.callbacks if isinstance(c, Changes)):
-        changes.compare(checkpoint, trainer.is_global_zero)
+    changes = [c for c in trainer.callbacks if isinstance(c, Changes)]
+    for each in changes:
+        each.compare(checkpoint, trainer.is_global_zero)
     if checkpoint is not None:
         _say(trainer, f"Resuming from {checkpoint}")
     try:
-        trainer.fit(stage, data, ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
+        trainer.fit(stage, feed(data), ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         kept = newest(folder)
         how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
         _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
         raise
+    except Refusal as error:  # of what the checkpoint holds, by those who load it: the settings are named that differ
+        raise Refusal(f"{error}{''.join(each.told() for each in changes)}") from error
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
@@ -55,7 +59,7 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
         sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
         return
-    _finish(stage, data, trainer, folder)
+    _finish(stage, data, trainer, folder, checkpoint)
 
 
 def quiet() -> None:
@@ -73,8 +77,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=f".*({'|'.join(known)}).*")
 
 
-def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path) -> None:
-    """Keeps the last checkpoint, measures what the model needs and exports it."""
+def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, begun: Path | None) -> None:
+    """Keeps the last checkpoint, measures what the model needs and exports it, with the recipe that it was trained by.
+
+    begun: the checkpoint that training went on from.
+    """
+    if begun is not None and (kept := read_checkpoint(begun, lazily=True))["global_step"] == trainer.global_step:
+        stage.recipe = {**stage.recipe, **kept["recipe"]}
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
     if not last.exists():
         trainer.save_checkpoint(last, weights_only=False)
@@ -93,6 +102,8 @@ def _check_precision(trainer: pl.Trainer) -> None:
             f"trainer.precision={trainer.precision} would keep the weights themselves in 16 bits, too few for small updates to "
             "count. Use trainer.precision=bf16-mixed, and callback=[...,bfloat16] for bfloat16 between all layers too."
         )
+    if isinstance(trainer.precision_plugin, DoublePrecision):
+        raise Refusal(f"trainer.precision={trainer.precision}: pictures and noise are of 32 bits; wanted 32-true or bf16-mixed.")
 
 
 def _check_length(trainer: pl.Trainer) -> None:

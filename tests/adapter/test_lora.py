@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from helpers.language import save_t5
-from ldm.adapt import asked, attach
+from ldm.adapt import Asked, asked, attach
 from ldm.adapter.lora import LoRA
 from ldm.build import adapted, build, build_stage, load_model
 from ldm.command.train import of_base, train
@@ -19,7 +19,7 @@ from ldm.errors import Refusal
 from ldm.files.base import identity_of
 from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors, with_parts, write_json
 from ldm.nn.attention import split_attention
-from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.saved import read_checkpoint
 
 UNET = {
     "_target_": "ldm.backbone.unet.UNet",
@@ -224,6 +224,16 @@ def test_resumed_twice_is_the_same_run(base, emoji_root, run, tmp_path):
     assert all(x.any() for x in one.values())
 
 
+@pytest.mark.slow
+def test_a_lora_is_distilled_beside_its_own_teacher(base, emoji_root, tmp_path):
+    """LCM-LoRA (https://arxiv.org/abs/2311.05556): factors alone are trained, and drawn from as any others are."""
+    more = ["trainer.max_steps=2", "rate=constant", "objective=latent_consistency", "callback=[checkpoint,ema]"]
+    folder = train(command(base, emoji_root, tmp_path, *more))
+    factors = load_tensors(folder / "model.safetensors")
+    assert factors and all(".lora_" in name and x.any() for name, x in factors.items())
+    assert not torch.equal(said(load_model(base, adapters=[f"{folder}:1"])), said(load_model(base)))
+
+
 def test_a_checkpoint_holds_what_is_trained(base, run):
     checkpoint = read_checkpoint(run / "checkpoints" / "step-00000006.ckpt")
     exported = load_tensors(run / "model.safetensors")
@@ -339,7 +349,12 @@ def test_other_mistakes_are_named(dit, base):
         build_stage(compose_config("train", ["training=finetune", "adapter=[lora]"]))
 
 
-def test_how_adapters_are_asked_for(tmp_path):
+def test_how_adapters_are_asked_for(tmp_path, monkeypatch):
+    odd = tmp_path / "rank=8, [a]:b.safetensors"
+    odd.touch()
+    monkeypatch.chdir(tmp_path)
+    for place in (str(odd), odd.name):
+        assert asked([place, f"{place}:0.5:0.25"]) == [Asked(place), Asked(place, None, 0.5, 0.25)], "a path that is there"
     (one,) = asked("<fox>=a/b.pt:0.5:-0.25")
     assert (one.name, one.source, one.strength, one.text) == ("<fox>", "a/b.pt", 0.5, -0.25)
     assert asked("hf://org/name:2")[0].source == "hf://org/name" and asked(None) == [] and asked(["a", "b"])[1].strength == 1

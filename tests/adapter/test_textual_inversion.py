@@ -15,7 +15,7 @@ from ldm.drawing.request import read_request
 from ldm.drawing.weights import weighted
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_recipe
-from ldm.training.callback.checkpoint import read_checkpoint
+from ldm.training.saved import read_checkpoint
 
 ROWS = "conditioner.embedders.text.tower.token_embedding.rows"
 SPOKEN, PLAIN = ["a <fox>", "two <FOX>, dogs"], ["a red fox", ""]

@@ -12,6 +12,7 @@ from ldm.backbone.dit import DiT
 from ldm.backbone.mlp import MLP
 from ldm.backbone.unet import UNet
 from ldm.condition.bert import Bert
+from ldm.errors import Refusal
 from ldm.interop.network.dit import published
 from ldm.interop.tie import bring, give, taken
 from ldm.nn.sinusoid import sinusoid
@@ -25,6 +26,11 @@ def test_the_noise_level_is_told_in_cosines_then_sines():
     for row, t in zip(told.tolist(), (0, 1, 999)):
         angles = [t * 10_000 ** (-i / 4) for i in range(4)]
         assert row == pytest.approx([math.cos(a) for a in angles] + [math.sin(a) for a in angles], abs=1e-4)
+
+
+def test_the_mlp_names_the_size_that_the_latents_have():
+    with pytest.raises(Refusal, match=r"latents are 4x4, and this backbone=mlp is for 3x3 alone: say backbone\.size=4"):
+        MLP(2, Widths(), size=3, width=16)(torch.zeros(1, 2, 4, 4), torch.zeros(1), Cond())
 
 
 def test_the_mlp_does_not_hear_masked_tokens():

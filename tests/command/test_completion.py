@@ -12,10 +12,11 @@ from ldm.command.completion import SCRIPT, completed, main
 def test_commands_groups_choices_and_settings_are_completed():
     assert completed("ldm tr") == ["train "] and "quickstart " in completed("ldm ")
     assert completed("ldm list sampler/") == ["sampler/grid"]
-    assert completed("ldm train experiment=emoji/te") == ["experiment=emoji/text"]
+    assert completed("ldm train experiment=emoji/sem") == ["experiment=emoji/semantic"]
     assert {"sampler=heun", "sampler=ddim"} <= set(completed("ldm sample model=x sampler="))
     assert completed("ldm sample sampler=heun sampler.s") == ["sampler.std=", "sampler.steps="]
     assert "sampler=" in completed("ldm train samp") and completed("ldm cache cl") == ["clear"]
+    assert completed("ldm draw mod") == ["model="]
     assert completed("ldm sample nothing=x mo") == [] == completed("ldm pack PICTURES ")
 
 

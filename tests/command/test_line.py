@@ -10,8 +10,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from helpers.command import called
 from ldm.build import NARROW, build
-from ldm.compose import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, quote
+from ldm.command import precompute, sample, train
+from ldm.compose import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, prepared, quote
+from ldm.errors import Refusal
 
 ROOT = CONFIGS.parent
 TEXTS = [
@@ -212,6 +215,20 @@ def test_pictures_have_a_resolution_and_recipes_a_tiny_size():
     assert compose_config("train", ["experiment=sd/v1", "size=tiny"]).data.size == 32
 
 
+def test_a_size_may_choose_anew_what_a_recipe_chooses(tmp_path):
+    """Its data, or its list of conditions, in a folder of one's own too; the command's own choice goes ahead of both."""
+    words = ["experiment=sd/lora", "size=tiny"]
+    assert compose_config("train", words).data._target_ == "ldm.data.emoji.Emoji"
+    assert compose_config("train", [*words, "data=folder", "data.train=x"]).data._target_ == "ldm.data.folder.Folder"
+    (tmp_path / "size" / "tiny" / "emoji").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /condition: [label]\ndata: {batch: 4}\n"
+    (tmp_path / "size" / "tiny" / "emoji" / "text.yaml").write_text(text)
+    config = compose_config("train", ["experiment=emoji/text", "size=tiny", f"hydra.searchpath=[file://{tmp_path}]"])
+    assert "_target_" in config.condition.label and "_target_" not in config.condition.get("text", {}) and config.data.batch == 4
+    with pytest.raises(Refusal, match=r"experiment=sd/v1,sd/v2: size= shrinks one experiment at a time"):
+        prepared(["-m", "experiment=sd/v1,sd/v2", "size=tiny"])
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
@@ -271,38 +288,25 @@ def test_the_same_command_finds_its_run_again():
     assert run("run_id=mine") == "mine"
 
 
-def run(*arguments, **kwargs):
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, **kwargs)
-
-
 def test_a_script_stops_with_one_line():
-    answer = run("train.py", "experiment=emoji/text", "trainer.max_stepz=3")
+    command = [sys.executable, "train.py", "experiment=emoji/text", "trainer.max_stepz=3"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "error: trainer.max_stepz: trainer has no `max_stepz`" in answer.stderr
 
 
 @pytest.mark.parametrize(
-    "arguments, wanted",
-    [
-        (["sample.py", "prompt=fox"], "model="),
-        (["train.py", "data=shards"], "data.train="),
-        (["precompute.py", "model=m"], "out="),
-    ],
-    ids=lambda x: x[0] if isinstance(x, list) else "",
+    "main, word, wanted",
+    [(sample.main, "prompt=fox", "model="), (train.main, "data=shards", r"data\.train="), (precompute.main, "model=m", "out=")],
+    ids=["sample", "train", "precompute"],
 )
-def test_what_must_be_said_is_named(arguments, wanted, tmp_path):
+def test_what_must_be_said_is_named(main, word, wanted, tmp_path, monkeypatch):
     """A setting without a default, forgotten: one line that names it."""
-    answer = run(*arguments, *([f"runs={tmp_path}"] if arguments[0] == "train.py" else []))
-    assert answer.returncode == 1 and "Traceback" not in answer.stderr and wanted in answer.stderr, answer.stderr[-500:]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=rf"^error: .*{wanted}\.\.\. must be said"):
+        called(main, word)
 
 
 def test_several_devices_in_a_multirun_are_refused(tmp_path):
-    answer = run("train.py", "-m", "experiment=emoji/clip", "seed=1,2", "trainer.devices=2", f"runs={tmp_path}")
-    assert answer.returncode != 0 and "srun, torchrun" in answer.stderr
-
-
-def test_help_says_what_there_is():
-    answer = run("train.py", "--help")
-    assert answer.returncode == 0 and "sampler: consistency, ddim, ddpm, dpmpp" in answer.stdout
-    assert not list(Path(ROOT).glob("outputs"))
+    with pytest.raises(SystemExit, match=r"^error: trainer\.devices=2 in a multirun.*srun, torchrun"):
+        called(train.main, "-m", "experiment=emoji/clip", "seed=1,2", "trainer.devices=2", f"runs={tmp_path}")

@@ -35,6 +35,11 @@ def test_training_returns_the_number_that_a_sweeper_wants(tiny):
         train.run(config)
 
 
+def test_a_strategy_that_there_is_not_is_refused_with_those_that_there_are(tiny):
+    with pytest.raises(Refusal, match=r"trainer\.strategy=dpp: wanted trainer=ddp, trainer=fsdp, or one of auto, .*ddp"):
+        train.run(compose_config("train", [*tiny, "trainer.strategy=dpp"]))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs the extra `optuna`")
 def test_hydras_optuna_sweeper_takes_the_best_of_three(tiny, tmp_path):

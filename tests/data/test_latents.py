@@ -1,6 +1,7 @@
 """Latents ahead of time: what they hold, what they are refused with, and that training on them is training on the pictures."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers.data import picture
+from helpers.language import save_t5, their_t5
 from ldm.autoencoder.kl import KL
-from ldm.build import build_stage
+from ldm.build import build, build_members, build_stage
 from ldm.command.precompute import precompute
 from ldm.compose import compose_config
 from ldm.conditioner import Conditioner
@@ -263,7 +265,35 @@ def test_a_stand_in_of_other_sizes_is_refused_before_the_first_step(home):
             check_provenance(stored(home / "square" / "train"), build_stage(compose_config("train", options)))
 
 
-def test_embeddings_are_kept_of_one_text_only(home):
+def test_embeddings_are_kept_of_texts_only(home):
     options = [*shared(home)[:-1], f"model={home}/quickstart/autoencoder", f"out={home}/x", "condition=[label]"]
-    with pytest.raises(ValueError, match=r"condition=\[label\]: embeddings are kept of one text condition"):
+    with pytest.raises(ValueError, match=r"condition=\[label\]: embeddings are kept of text conditions"):
         precompute(compose_config("precompute", options))
+
+
+def test_two_texts_are_kept_together(home, capsys):
+    """A CLIP and a T5 whose padding is masked: to the bit what they say beside each other, read as the printed words say."""
+    save_t5(home / "t5", their_t5(32))
+    clip, t5 = f"local-dir:{home}/quickstart/clip", f"{home}/t5"
+    texts = ["condition=[text,t5]", f"condition.text.model={clip}", "condition.text.layers=[0,-1]", "condition.text.pooled=true"]
+    texts += ["condition.text.padding=0", f"condition.t5.model={t5}", "condition.t5.length=9"]
+    precompute(
+        compose_config("precompute", [*shared(home)[:-1], f"model={home}/quickstart/autoencoder", f"out={home}/two", *texts])
+    )
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    config = compose_config("train", [*words, f"runs={home}", "objective.time.mean=0"])
+    data, stage = build(config.data), build_stage(config).eval()
+    data.setup()
+    batch = data.on_after_batch_transfer(next(iter(data.ordered("train", 4))), 0)
+    assert batch["caption_tokens"].shape[1] < 12 + 9, "as many as the longest of them says"
+    cached, beside = (
+        stage.model.conditioner,
+        Conditioner(build_members(compose_config("precompute", ["model=m", *texts]), "condition")),
+    )
+    draw = Draw(0, batch["position"], 4)
+    for told in (cached(batch, draw), cached({"caption": batch["caption"]})):
+        wanted = beside({"caption": batch["caption"]})
+        dropped = draw.uniform("drop/together") < 0.1
+        assert told.tokens.shape == wanted.tokens.shape == (4, 12 + 9, 32)
+        for part in ("tokens", "mask", "vector"):
+            assert torch.equal(getattr(told, part)[~dropped], getattr(wanted, part)[~dropped]), part

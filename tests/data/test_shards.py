@@ -11,7 +11,6 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from PIL import Image
 from webdataset import ShardWriter, WebDataset
 
 from helpers.data import COUNT, fit, picture, samples
-from helpers.port import free_port
+from helpers.processes import together, torchrun
 from helpers.shards import train
 from ldm.data.order.bucket import SDXL_TALL, assign, generate, sizes_of
 from ldm.data.order.filter import ALIASES
@@ -443,20 +442,8 @@ def run(shards, out, *numbers):
 
 def train_forked(shards, out, *numbers):
     """The same as `train` in two processes, which need not import all anew."""
-    port = free_port()
-
-    def rank(number):
-        told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-        told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-        os.environ.update({name: str(value) for name, value in told.items()})
-        train(shards, out, *numbers)
-
-    ranks = [get_context("fork").Process(target=rank, args=(number,)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(1800)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    codes, _ = together(lambda: train(shards, out, *numbers), torchrun(2), shards.parent)
+    assert codes == [0, 0]
 
 
 def weights(out):

@@ -2,7 +2,9 @@
 
 import csv
 import hashlib
+import io
 import json
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -291,3 +293,19 @@ def test_the_doctor_answers_wrong_questions(tmp_path, capsys):
 def test_a_healthy_shard_need_not_be_decoded(tmp_path, undrawn):
     write_shards(samples(3), tmp_path / "a")
     assert doctor.main([str(tmp_path / "a"), "--quick", "--out", str(tmp_path / "x")]) == 0
+
+
+def test_the_doctor_counts_files_that_no_sample_has(tmp_path, capsys, undrawn):
+    """For want of an ending; what is hidden is meant to be none."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jpg", "0.txt", "LICENSE", "more/0001", ".hidden", ".git/HEAD"):
+            data = picture() if name.endswith("jpg") else b"words"
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert doctor.main([str(tmp_path), "--quick", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        "UNREAD" in (said := capsys.readouterr().out)
+        and "a.tar: 2 files without an ending are of no sample, such as LICENSE" in said
+    )
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["unread"].values()) == [["LICENSE", "more/0001"]]

@@ -3,6 +3,7 @@
 import json
 import random
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ldm.data.hub import Hub
 from ldm.data.packing.packed import Packed
 from ldm.data.shards import Shards
 from ldm.errors import NotFound, Refusal
+from ldm.training.callback.preview import first as shown_first
 
 COUNT = 11
 
@@ -162,6 +164,21 @@ FIELDS = {"image": "image", "label": "label", "caption": "text", "noise": "noise
 
 def toy(**settings):
     return opened(MapStyle(**{"dataset": Toy(), "fields": FIELDS, "size": 8, "batch": 4, **settings}))
+
+
+@pytest.mark.parametrize("label", [torch.tensor(3), np.array(3), np.int64(3), 3], ids=lambda label: type(label).__name__)
+def test_a_label_may_be_a_tensor_without_dimensions(label):
+    data = [(Image.new("RGB", (8, 8)), label)] * 4
+    batch = opened(MapStyle(data, fields={"image": 0, "label": 1}, size=8, batch=4)).rows("train", [0, 1])
+    assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [3, 3]
+
+
+def test_previews_show_training_pictures_where_there_are_no_others():
+    module = SimpleNamespace(device="cpu")
+    data = toy()
+    assert data.val_set is None
+    shown = shown_first(SimpleNamespace(datamodule=data), module, 3)
+    assert shown["image"].shape == (3, 3, 8, 8) and shown["position"].tolist() == [0, 1, 2]
 
 
 def test_every_sample_once_an_epoch_at_a_position_of_its_own():
@@ -316,6 +333,18 @@ def test_a_stream_has_whole_batches_at_the_positions_of_training(library):
     assert [c for b in batches for c in b["caption"]] == [f"number {i}" for i in (1, 3, 5, 7, 9, 1, 3, 5)]
     assert batches[0]["image"].shape == (2, 3, 8, 8) and len(module.val_set) == COUNT
     assert Hub("org/name", streaming=True, workers=4).workers == 1  # the library shares streams out by their files
+
+
+def test_a_stream_is_gone_over_in_order_as_it_comes(library):
+    """By nobody's number: what measures all pictures once reads no whole data set, and sees what the map-style one shows."""
+    stream, whole = (opened(Hub("org/name", size=8, batch=4, streaming=streaming)) for streaming in (True, False))
+    for rank in (0, 1):
+        for a, b in zip(stream.ordered("train", 4, rank, 2), whole.ordered("train", 4, rank, 2), strict=True):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["position"], b["position"])
+            assert a["caption"] == b["caption"]
+    assert "train_set" not in vars(stream)
+    with pytest.warns(UserWarning, match=r"asked for by number, which data\.streaming=true cannot give"):
+        assert len(stream.train_set) == COUNT
 
 
 @pytest.mark.skipif(find_spec("datasets") is not None, reason="the library is here")

@@ -12,6 +12,7 @@ from ldm.drawing.request import read_edit
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.ddpm import DDPM
 from ldm.sampler.dpmpp import DPMpp
+from ldm.sampler.grid import BySize
 from ldm.sampler.heun import Heun
 from ldm.schedule import Cosine, Linear, ScaledLinear
 
@@ -46,6 +47,21 @@ def test_strength_0_gives_the_picture_back_and_1_forgets_it(schedule):
         assert torch.equal(edit(pair(schedule), schedule, noise, range(256)), picture), "too little for one step is none"
     other = FromPicture(DPMpp(20), picture, 1.0)(pair(schedule), schedule, noise, range(256))
     assert abs(torch.corrcoef(torch.stack((picture.flatten(), other.flatten())))[0, 1]) < 4 / 512**0.5 + 0.07
+
+
+def test_an_edit_walks_the_grid_of_its_pictures_size():
+    """A grid that follows the size (Flux dev) is that of the picture, and not the one of unknown sizes."""
+    times = []
+    noise = torch.randn(1, 1, 4, 6, dtype=torch.float64)
+    sampler = DDIM(4, grid=BySize(patch=1))
+
+    def denoise(x_t, t, to=None):
+        times.append(float(t.flatten()[0]))
+        return x_t * 0
+
+    FromPicture(sampler, noise * 0, 1.0)(denoise, Linear(), noise, [0])
+    assert times == pytest.approx(BySize(patch=1).sized(4, 6)(4, Linear())[:-1].tolist())
+    assert times[1] != pytest.approx(sampler.times(Linear())[1].item())
 
 
 def test_image_to_image_keeps_the_datas_distribution_at_every_strength():

@@ -4,9 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.command import called
+from helpers.processes import together
 from ldm.build import build
-from ldm.command.evaluate import evaluate, sweep
+from ldm.command.evaluate import evaluate, main, sweep
 from ldm.command.subject import Subject, spread
 from ldm.command.train import train
 from ldm.compose import compose_config
@@ -34,7 +33,6 @@ from ldm.metric.frechet import Frechet, moments
 from ldm.metric.kernel import Kernel
 from ldm.report.page import read_curves
 
-ROOT = Path(__file__).parents[2]
 UNET = ["backbone.width=16", "backbone.groups=4", "backbone.heads=2", "condition=[label]", "condition.label.width=8"]
 
 
@@ -85,16 +83,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_two_processes_draw_the_same_pictures_and_find_the_same_numbers(command, one_thread, tmp_path):
+def test_two_processes_draw_the_same_pictures_and_find_the_same_numbers(command, one_thread, tmp_path, monkeypatch):
     """As `srun -n 2 python evaluate.py` starts them: SLURM says who they are, and nobody where they meet."""
     numbers, pictures, _ = run(*command)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost"}
-    shared = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")} | job | {"OMP_NUM_THREADS": "1"}
     apart = [c.replace(f"{tmp_path}/out", f"{tmp_path}/two").replace(f"{tmp_path}/cache", f"{tmp_path}/cache2") for c in command]
-    start = [sys.executable, "evaluate.py", *apart]
-    jobs = [subprocess.Popen(start, cwd=ROOT, env={**shared, "SLURM_PROCID": str(r)}, stdout=subprocess.PIPE) for r in range(2)]
-    said = [job.communicate(timeout=1800)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0] and b"fd_clip" in said[0] and not said[1]
+    ranks = [job | {"SLURM_PROCID": str(rank)} for rank in range(2)]
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    codes, said = together(lambda: called(main, *apart), ranks, tmp_path)
+    assert codes == [0, 0] and "fd_clip" in said[0] and not said[1]
     told = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert {name: entry["value"] for name, entry in told.items()} == pytest.approx(numbers, rel=1e-6)
     drawn = [sorted((tmp_path / out).glob("drawing-*/*.png")) for out in ("out", "two")]
@@ -544,10 +542,19 @@ def test_a_card_says_what_was_measured(command, home, tmp_path):
 # ---- what is asked wrong, or for nothing
 
 
-def test_what_is_said_and_read_by_nobody_is_named(folders, tmp_path, capsys):
-    words = [f"images={folders}/drawn", "count=2", "seed=5", f"prompts={folders}/prompts.txt"]
-    assert Subject(plain(compose_config("evaluate", words)), tmp_path).pictures["drawing"]().count == 9
-    assert "Not used, since images=... are judged as they are: count=2, seed=5" in capsys.readouterr().out
+def test_what_is_said_and_read_by_nobody_is_named(folders, command, tmp_path, capsys):
+    """Of drawings that are judged as they are; and of a model, where metrics look at reconstructions alone."""
+    words = [f"images={folders}/drawn", "count=2", "seed=5", f"prompts={folders}/prompts.txt", "sampler=heun", "data.size=8"]
+    subject = Subject(plain(compose_config("evaluate", words)), tmp_path)
+    subject.make({"clip_score": SimpleNamespace(of="drawing", against=None)})
+    assert subject.pictures["drawing"]().count == 9
+    said = "Not used, since images=... are judged as they are: count=2, seed=5, sampler, data\n"
+    assert capsys.readouterr().out == said
+    subject = Subject(plain(compose_config("evaluate", [*command, "seed=5", "reference=val"])), tmp_path)
+    subject.make({"reconstruction": SimpleNamespace(of="reconstruction", against=None)})
+    assert capsys.readouterr().out.endswith(
+        "Not used, since metric=[reconstruction] reads nothing of it: reference=val, count=11, seed=5, sampler\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ldm.files.folder import (
 from ldm.files.moved import moved, moved_names
 from ldm.guidance.cfg import CFG
 from ldm.sampler.ddim import DDIM
-from ldm.training.callback.checkpoint import newest, read_checkpoint
+from ldm.training.saved import newest, read_checkpoint
 
 BEFORE = Path(__file__).parents[1] / "data" / "format0"
 ASKS = {

@@ -7,6 +7,8 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
+from ldm.training.feed import feed
+
 COUNT = 10
 
 
@@ -82,6 +84,6 @@ def fit(data, path, max_steps, accumulate=1, resume=None, callbacks=()):
         **quiet,
     )
     model = Recorder()
-    trainer.fit(model, data, ckpt_path=resume, weights_only=True)
+    trainer.fit(model, feed(data), ckpt_path=resume, weights_only=True)
     trainer.save_checkpoint(path)
     return model

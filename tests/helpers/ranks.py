@@ -8,19 +8,26 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from helpers.autoencoding import train_both
+from helpers.blocks import gradients
 from helpers.clip import CLIP
 from helpers.survive import Send, adamw
 from helpers.training import autoencoder_stage, diffusion, exact, small, train_adapters, train_all, trainer
-from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest
+from ldm.guidance.cfg import CFG
+from ldm.measure import Estimate
+from ldm.sampler.ddim import DDIM
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback
 from ldm.training.callback.ema import EMA
+from ldm.training.callback.evaluate import Evaluate
 from ldm.training.callback.guard import Guard
 from ldm.training.callback.preempt import Preempt
 from ldm.training.callback.throughput import Throughput
 from ldm.training.parallel.sharded import Sharded
 from ldm.training.run import fit
+from ldm.training.saved import newest
 
 TWO = {"accelerator": "cpu", "devices": 2}
 
@@ -81,10 +88,12 @@ def train(emoji_root, folder, steps, *callbacks, checkpoint=None, **kwargs):
 
 
 def on_each_rank(emoji_root, folder):
-    """What torchrun runs; the last thing is that rank 1 dies."""
+    """What each of two processes runs; the last thing is that rank 1 dies."""
     for name, told in three_stages(emoji_root, folder, strategy="ddp", **TWO).items():
         if told:
             torch.save(told, folder / f"{name}.pt")
+    mesh = init_device_mesh("cpu", (2,))
+    torch.save(gradients(torch.distributed.get_rank(), mesh), folder / f"gradients-{torch.distributed.get_rank()}.pt")
     with CommDebugMode() as comm:
         train(emoji_root, folder / "sharded", 3, strategy=Sharded(), **TWO)
     reduced = sum(n for op, n in comm.comm_counts.items() if "reduce_scatter" in str(op))
@@ -99,8 +108,9 @@ def on_each_rank(emoji_root, folder):
     with pytest.raises(ValueError, match="trainer=fsdp shares out the weights of a diffusion model; what Autoencoding"):
         trainer(folder, 1, strategy=Sharded(), enable_checkpointing=False, **TWO).fit(autoencoder_stage(), small(emoji_root))
     exported(emoji_root, folder / "exported")
+    brightness = measured(emoji_root, folder / "measured", strategy=Sharded(), **TWO)
     if torch.distributed.get_rank() == 0:
-        torch.save({"reduced": reduced, "flops": speed.flops}, folder / "told.pt")
+        torch.save({"reduced": reduced, "flops": speed.flops, "brightness": brightness}, folder / "told.pt")
     callbacks = [OnRank(1, Send(signal.SIGUSR1, 2)), Slow(str(folder / "stopped"))]
     with pytest.raises(SystemExit, match=str(128 + signal.SIGUSR1)):
         fit(diffusion(), small(emoji_root), trainer(folder, 9, callbacks=callbacks, strategy="ddp", **TWO), folder / "stopped")
@@ -115,6 +125,31 @@ def three_stages(emoji_root, folder, **settings):
         "both": train_both(emoji_root, folder, **settings),
         "adapters": train_adapters(emoji_root, folder, **settings),
     }
+
+
+class Brightness:
+    """A metric of drawings: their mean."""
+
+    of, against, protocol = "drawing", None, {"extractor": "mean"}
+
+    def look(self, images, batch):
+        return {"mean": images.flatten(1).mean(1)}
+
+    def compute(self, rows, reference):
+        return {"brightness": Estimate.mean(rows["mean"])}
+
+
+def measured(emoji_root, folder, **settings):
+    """What callback evaluate says of five drawings after two steps, one at a time: on two ranks unlike numbers of batches."""
+    told = []
+    sampler, guidance = DDIM(2), CFG(2.0)
+    metric = {"brightness": Brightness()}
+    evaluate = Evaluate(str(folder), 2, metric, small(emoji_root), sampler, guidance, count=5, batch=1)
+    measure = evaluate._measure
+    evaluate._measure = lambda *call: told.append(measure(*call)) or told[-1]
+    run = trainer(folder, 3, callbacks=[EMA(0.9), evaluate], enable_checkpointing=False, **settings)
+    run.fit(diffusion(), small(emoji_root))
+    return told[0]["brightness"]["value"]
 
 
 def exported(emoji_root, folder):

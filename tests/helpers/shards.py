@@ -8,7 +8,9 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.data.shards import Shards
-from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback
+from ldm.training.feed import feed
+from ldm.training.saved import newest
 from ldm.types import Draw
 
 
@@ -54,6 +56,6 @@ def train(shards, out, steps, devices=1, accumulate=1, workers=0):
     )
     module = Tiny((out / "seen" / f"{time.time_ns()}-{os.getpid()}").open("w"))
     found = newest(out / "checkpoints")
-    trainer.fit(module, data, ckpt_path=None if found is None else str(found), weights_only=True)
+    trainer.fit(module, feed(data), ckpt_path=None if found is None else str(found), weights_only=True)
     if trainer.is_global_zero:
         torch.save(module.state_dict(), out / "end.pt")

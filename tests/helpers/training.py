@@ -13,6 +13,7 @@ from ldm.backbone.unet import UNet
 from ldm.condition.hint import Hint
 from ldm.condition.label import Label
 from ldm.conditioner import Conditioner
+from ldm.data.shards import Shards
 from ldm.denoiser import Denoiser, LogRatio
 from ldm.model import LatentModel
 from ldm.objective.contrastive import Contrastive
@@ -23,6 +24,7 @@ from ldm.prediction import Flow
 from ldm.schedule import Linear
 from ldm.training.callback.checkpoint import WholeCheckpointIO
 from ldm.training.callback.ema import EMA
+from ldm.training.feed import feed
 from ldm.training.optimizer.muon import Muon
 from ldm.training.optimizer.rate import Constant
 from ldm.training.stage.augment import Augment
@@ -101,7 +103,17 @@ def trainer(folder, steps, **kwargs):
         "plugins": [WholeCheckpointIO()],
         "enable_checkpointing": "callbacks" in kwargs,
     }
-    return pl.Trainer(**{**settings, **kwargs})
+    return Trainer(**{**settings, **kwargs})
+
+
+class Trainer(pl.Trainer):
+    """Lightning's, which takes data of ours as `ldm.training.run.fit` hands them on."""
+
+    def fit(self, stage, data=None, *loaders, **kwargs):
+        super().fit(stage, feed(data) if isinstance(data, Shards) else data, *loaders, **kwargs)
+
+    def validate(self, stage, data, **kwargs):
+        super().validate(stage, feed(data), **kwargs)
 
 
 def train(emoji_root, folder, legs, batch=8, **kwargs):

@@ -1,5 +1,6 @@
 """What `model=` takes beside our own: brought into our layout once, kept by hash, and drawn as its own pipeline draws it."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from ldm.build import build, load_model
 from ldm.command.cache import main as cache_command
 from ldm.command.list import models
 from ldm.command.usual import as_usual, drawn_as
-from ldm.compose import check_overrides, compose_config
+from ldm.compose import compose_config
 from ldm.drawing.generate import unit_noise
 from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.content import file_content
@@ -92,8 +93,20 @@ def test_each_setting_that_is_said_takes_the_place_of_the_usual_one(theirs):
     assert of("guidance=interval")["guidance"]["high"] == 5.8
     alone = as_usual({"sampler": None, "guidance": {"scale": 3}}, {"guidance": {"_target_": "ldm.guidance.none.Unguided"}})
     assert alone["guidance"]["_target_"].endswith("CFG") and alone["sampler"]["_target_"].endswith("DPMpp")
-    with pytest.raises(Refusal, match=r"sampler\.grid\.rho=5: choose a sampler/grid to set it"):
-        check_overrides("sample", ["model=x", "sampler.grid.rho=5"])
+    assert of("sampler.grid.last=0.5")["sampler"]["grid"] == {**usual["sampler"]["grid"], "last": 0.5}
+    assert of("sampler=heun", "sampler.grid.last=0.5")["sampler"]["grid"] == {**usual["sampler"]["grid"], "last": 0.5}
+
+
+def test_only_what_is_taken_of_a_models_usual_is_checked():
+    """A stranger's model may name anything; what the command chooses instead is not held against it."""
+    usual = {"guidance": {"_target_": "os.system"}, "sampler": {"_target_": "os.system", "grid": {"_target_": "os.remove"}}}
+    own = {"sampler": {"_target_": "ldm.sampler.heun.Heun", "grid": {"_target_": "ldm.sampler.grid.Uniform"}}, "guidance": None}
+    with pytest.raises(Refusal, match=r"usual\.sampler\._target_=os\.remove"):
+        as_usual(own, usual)
+    usual["sampler"].pop("grid")
+    with pytest.raises(Refusal, match=r"usual\.guidance\._target_=os\.system"):
+        as_usual(own, usual)
+    assert as_usual({**own, "guidance": {"_target_": "ldm.guidance.none.Unguided"}}, usual)["sampler"] == own["sampler"]
 
 
 def test_a_training_keeps_how_its_previews_are_drawn():
@@ -241,6 +254,14 @@ def rows(monkeypatch, **given):
     table = {name: published.Published(licence="mit", gated=False, **row) for name, row in given.items()}
     for place in (published, brought_module):
         monkeypatch.setattr(place, "published", lambda: table)
+
+
+def test_a_published_models_usual_is_part_of_what_its_cache_is_called(theirs):
+    """Another way in which a short name is usually drawn is another entry, since the entry's recipe holds it."""
+    path, row = theirs[0] / "one.safetensors", published.Published(source="hf://org/name", licence="mit", gated=False)
+    other = dataclasses.replace(row, usual={"guidance": {"_target_": "ldm.guidance.none.Unguided"}})
+    keys = [brought_module._key(path, "x", each, lambda line: None) for each in (row, row, other)]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_the_hub_and_short_names_are_fetched_once(offered, theirs, monkeypatch, capsys):

@@ -13,7 +13,8 @@ from helpers.family import their_pipeline, their_text, their_tokenizer
 from ldm.build import load_model
 from ldm.drawing.generate import generate
 from ldm.errors import Refusal
-from ldm.files.folder import load_tensors, read_recipe, save_tensors
+from ldm.files.content import file_content
+from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors
 from ldm.guidance.cfg import CFG
 from ldm.interop.__main__ import main
 from ldm.interop.convert import read, write
@@ -202,3 +203,20 @@ def test_what_does_not_fit_is_named(made, tmp_path):
         main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors"), "--to", "kohya", "--base", str(ours)])
     with pytest.raises(SystemExit, match=r"name it FILE\.safetensors"):
         main([str(tmp_path / "x.safetensors"), str(tmp_path / "y"), "--to", "a1111", "--base", str(ours)])
+
+
+def test_a_word_and_a_lora_of_one_run_go_into_one_folder(made, tmp_path):
+    """Pivotal tuning, for diffusers; layouts of one kind alone are refused."""
+    home = made("sd1").home
+    module = "denoiser.backbone.encoder.1.1.blocks.0.attend_self.q.lora_"
+    tensors = {f"{module}A.default.weight": torch.randn(2, 32), f"{module}B.default.weight": torch.randn(32, 2)}
+    tensors |= {"conditioner.embedders.text.tower.token_embedding.rows": ROWS[64]}
+    nodes = {"textual_inversion": {"_target_": "ldm.adapter.textual_inversion.TextualInversion", "word": "<fox>", "vectors": 3}}
+    nodes |= {"lora": {"_target_": "ldm.adapter.lora.LoRA", "rank": 2}}
+    base = {"path": str(home / "ours"), "sha256": file_content(home / "ours" / "model.safetensors")}
+    save_model(tensors, {"_target_": "ldm.build.adapted", "base": base, "adapters": nodes}, tmp_path / "both")
+    main([str(tmp_path / "both"), str(tmp_path / "out"), "--to", "diffusers"])
+    assert torch.equal(load_tensors(tmp_path / "out" / "learned_embeds.safetensors")["<fox>"], ROWS[64])
+    assert len(load_tensors(tmp_path / "out" / "pytorch_lora_weights.safetensors")) == 2
+    with pytest.raises(SystemExit, match=r"goes into a1111, diffusers, ldm|goes into kohya, diffusers, ldm"):
+        main([str(tmp_path / "both"), str(tmp_path / "x.safetensors"), "--to", "kohya"])

@@ -18,7 +18,7 @@ from helpers.language import in_full, t5_tokenizer, their_t5
 from helpers.modern import their_flux, their_mmdit, their_pixart
 from ldm.build import load_model
 from ldm.drawing.generate import unit_noise
-from ldm.files.folder import load_tensors
+from ldm.files.folder import load_tensors, save_tensors
 from ldm.guidance.cfg import CFG
 from ldm.guidance.none import Unguided
 from ldm.interop.convert import check, describe, read, write
@@ -128,6 +128,11 @@ def test_through_a_single_file_and_back(model):
         theirs = first.parts[place].weights
         assert part.weights.keys() == theirs.keys(), place
         assert all(torch.equal(x, theirs[n]) for n, x in part.weights.items() if n != "count"), place
+    alone = {n: x for n, x in load_tensors(home / "single.safetensors").items() if not n.startswith("text_encoders.")}
+    save_tensors(alone, home / "alone.safetensors")  # as sd3_medium.safetensors is
+    bare = read(str(home / "alone.safetensors"), "Noise" if name == "pixart" else None)[0]
+    check(bare, "alone", None)
+    assert set(bare.parts) <= {"autoencoder"} and list(bare.recipe["condition"]) == list(first.recipe["condition"])
 
 
 SAMPLERS = {"sd3": Euler(10, grid=Shifted(3.0)), "schnell": Euler(10, grid=Uniform()), "dev": Euler(10, grid=BySize())}

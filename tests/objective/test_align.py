@@ -23,9 +23,9 @@ from ldm.objective.regression import Regression
 from ldm.objective.uncertainty import Uncertainty
 from ldm.prediction import Flow
 from ldm.schedule import Linear
-from ldm.training.callback.checkpoint import read_checkpoint
 from ldm.training.callback.ema import EMA
 from ldm.training.optimizer.rate import Constant
+from ldm.training.saved import read_checkpoint
 from ldm.training.stage.diffusion import Diffusion, Trained
 from ldm.types import Cond, Draw, Widths
 

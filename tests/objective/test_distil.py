@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
-from helpers.training import adam, diffusion, small, trainer
+from helpers.training import adam, diffusion, small, teacher, trainer
 from ldm.autoencoder.identity import Identity
 from ldm.backbone.mlp import MLP
 from ldm.build import build
@@ -22,9 +23,9 @@ from ldm.objective.regression import Regression
 from ldm.prediction import Data, Flow
 from ldm.sampler.consistency import Consistency
 from ldm.schedule import Cosine, Linear
-from ldm.training.callback.checkpoint import read_checkpoint
 from ldm.training.callback.ema import EMA
 from ldm.training.optimizer.rate import Constant
+from ldm.training.saved import read_checkpoint
 from ldm.training.stage.diffusion import Diffusion, Trained
 from ldm.types import Cond, Draw, Widths, like
 
@@ -141,6 +142,36 @@ def test_what_does_not_fit_is_named():
         LatentConsistency(toy)(toy(prediction=Data()), {}, x, Cond(), DRAW)
     with pytest.raises(ValueError, match=r"objective\.steps=0"):
         DMD(toy, steps=0)
+
+
+def test_a_discriminators_losses_are_the_published_ones():
+    """Beside what there is without one: softplus(-D(drawn)); for the critic softplus(D(drawn)) + softplus(-D(data))."""
+    x, seen = torch.randn(64, 1, 2, 2), []
+    plain = DMD(toy, steps=1, scale=1.0)(toy(), {}, x, Cond(), DRAW)
+    objective = DMD(toy, steps=1, scale=1.0, adversarial=0.5, layer=1, width=8)
+    objective.judge.ear.take = lambda: objective.judge.ear.heard.reshape(64, 8, 1, 1)
+    objective.judge.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    said = objective(toy(), {}, x, Cond(), DRAW)
+    passed, of_drawn, of_data = seen
+    torch.testing.assert_close(said["loss"] - plain["loss"], 0.5 * (1 + (-passed).exp()).log().mean())
+    told_apart = -(of_drawn.sigmoid().neg() + 1).log().mean() - of_data.sigmoid().log().mean()
+    torch.testing.assert_close(said["critic"] - plain["critic"], told_apart)
+    assert plain.keys() == {"loss", "critic"} and 0 <= said["caught"] <= 1
+    model = toy()
+    drawn = objective(model, {}, x, Cond(), DRAW)
+    gradients = [torch.autograd.grad(drawn["loss"], list(model.denoiser.parameters()), retain_graph=True)]
+    gradients.append(torch.autograd.grad(drawn["loss"] - 0.5 * softplus(-seen[3]).mean(), list(model.denoiser.parameters())))
+    assert any(not torch.equal(a, b) for a, b in zip(*gradients))  # what it says reaches the model
+    assert not [p for p in DMD(toy).parameters() if p.shape[:1] == (8,) and p.ndim == 4] and DMD(toy).critic == ("fake",)
+
+
+def test_a_discriminator_learns_to_tell_and_its_wrong_width_is_named(emoji_root, tmp_path):
+    stage = stage_of(DMD(teacher, adversarial=0.1, width=8))
+    before = stage.objective.judge.head[0].weight.clone()
+    fit(stage, emoji_root, tmp_path, 1)
+    assert not torch.equal(stage.objective.judge.head[0].weight, before)
+    with pytest.raises(ValueError, match=r"of fake says 8 features a patch: objective\.width=8 \(found 4\)"):
+        fit(stage_of(DMD(teacher, adversarial=0.1, width=4)), emoji_root, tmp_path, 1)
 
 
 def test_as_many_steps_are_taken_by_every_process_and_all_numbers_of_them_come():

@@ -9,10 +9,10 @@ from ldm.backbone.dit import DiT
 from ldm.backbone.mlp import MLP
 from ldm.backbone.unet import Stage, UNet
 from ldm.objective.regression import Regression
-from ldm.training.callback.checkpoint import read_checkpoint
 from ldm.training.callback.compile import blocks_of
 from ldm.training.callback.ema import EMA
 from ldm.training.optimizer.rate import Constant
+from ldm.training.saved import read_checkpoint
 from ldm.training.stage.diffusion import Diffusion
 from ldm.types import Draw, Widths
 

@@ -1,11 +1,15 @@
 """Few-step models against closed forms: Gaussian data's flow map, average velocity and consistency function are known."""
 
+import zlib
+
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from torch import nn
 
 from ldm.backbone.dit import DiT
 from ldm.backbone.mlp import MLP
+from ldm.backbone.mmdit import MMDiT
 from ldm.backbone.unet import UNet
 from ldm.denoiser import DataTime, Denoiser
 from ldm.guidance.cfg import CFG
@@ -13,12 +17,13 @@ from ldm.objective._jacobian import along
 from ldm.objective.consistency import Consistency, tangent
 from ldm.objective.mean_flow import MeanFlow, mean_velocity
 from ldm.objective.regression import Regression
+from ldm.objective.shortcut import Shortcut, half_steps
 from ldm.objective.time import Uniform
 from ldm.prediction import Flow, Noise, Velocity
 from ldm.sampler.consistency import Consistency as ConsistencySteps
 from ldm.sampler.flow_map import FlowMap
 from ldm.schedule import Cosine, Linear
-from ldm.types import Cond, Draw, Widths, like
+from ldm.types import Cond, Draw, Widths, like, mix
 
 MEAN, STD = 0.3, 0.7
 COUNT = 4096
@@ -29,7 +34,7 @@ class Model:
     """As much of one as these objectives ask for."""
 
     def __init__(self, denoiser):
-        self.denoiser = denoiser
+        self.denoiser, self.average = denoiser, self
 
 
 class Exact(nn.Module):
@@ -109,6 +114,109 @@ def test_an_exact_map_is_drawn_from_in_any_number_of_steps(steps):
     torch.testing.assert_close(sampler(denoise, Linear(), noise, range(8)), model.at(x, times[0], times[-1]))
 
 
+@pytest.mark.parametrize("schedule", [Linear(), Linear(shift=3.0)], ids=repr)
+def test_of_gaussian_data_two_half_steps_are_the_whole_one(schedule):
+    """The exact map is the shortcut's own target; one that is wrong is not."""
+    model, (_, _, x_t, t, to) = Exact(schedule, Flow()), places(schedule)
+    wanted = model.output(x_t, t, Cond(), to)
+    torch.testing.assert_close(half_steps(model, x_t, t, to, Cond(), 0.0), wanted, atol=1e-9, rtol=1e-9)
+    model.gain.data.fill_(1.1)
+    assert (half_steps(model, x_t, t, to, Cond(), 0.0) - 1.1 * wanted).abs().max() > 1e-2
+
+
+def test_the_shortest_steps_of_a_shortcut_are_told_as_none():
+    seen = []
+
+    class Said:
+        schedule = Linear()
+
+        def output(self, x_t, t, cond, to):
+            seen.append((t.tolist(), to.tolist()))
+            return x_t
+
+    half_steps(Said(), torch.ones(2, 1, 2, 2), torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.0]), Cond(), 0.125)
+    assert seen == [([0.5, 1.0], [0.5, 0.5]), ([0.375, 0.5], [0.375, 0.0])]
+
+
+def test_a_shortcuts_steps_lie_on_grids_of_powers_of_two():
+    draw = Draw(0, POSITION, COUNT)
+    t, to, two = Shortcut(Uniform(), share=0.25, steps=128).times(draw, Linear(), torch.zeros(1, 1, 2, 2))
+    long = (t - to)[two]
+    assert len(two) == COUNT // 4 and not (t - to)[~torch.isin(POSITION, two)].any()
+    assert sorted(long.unique().tolist()) == [2.0**-k for k in range(6, -1, -1)]
+    assert not (t[two] / long % 1).any() and t.max() <= 1 and to.min() == 0
+    counts = torch.stack([(long == 2.0**-k).float().mean() for k in range(7)])
+    assert (counts - 1 / 7).abs().max() < 0.05
+
+
+def test_a_shortcut_without_steps_is_plain_flow_matching_to_the_bit():
+    torch.manual_seed(0)
+    net = Denoiser(MLP(1, Widths(vector=8), size=2, width=16), Linear(), Flow(), DataTime(), span=8)
+    x, draw = torch.randn(64, 1, 2, 2), Draw(0, torch.arange(64), 64)
+    plain = Regression(Uniform())(Model(net), {}, x, Cond(), draw)["loss"]
+    assert torch.equal(Shortcut(Uniform(), share=0.0)(Model(net), {}, x, Cond(), draw)["loss"], plain)
+    assert Shortcut(Uniform())(Model(net), {}, x, Cond(), draw)["loss"] != plain
+
+
+def two_bumps(count, generator):
+    side = torch.where(torch.rand(count, generator=generator) < 0.6, -1.0, 1.2)
+    return (side + 0.3 * torch.randn(count, generator=generator)).view(count, 1, 1, 1)
+
+
+def spread(count):
+    """Unit normal numbers, one in each of so many equally likely intervals."""
+    return torch.special.ndtri((torch.arange(count) + 0.5) / count)
+
+
+FEW_STEPS = {"mean_flow": MeanFlow(Uniform(), share=0.75, power=0.0), "shortcut": Shortcut(Uniform(), steps=16)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", FEW_STEPS.values(), ids=FEW_STEPS)
+def test_trained_on_a_mixture_one_step_passes_a_two_sample_test(objective):
+    """Kolmogorov-Smirnov with 256 samples of each, evenly over their distributions so that chance adds nothing, below its 0.1 %
+    critical value; plain flow's one step is far above.
+    """
+    torch.manual_seed(0)
+    mlps = [MLP(1, Widths(vector=16), size=1, width=64, depth=2) for _ in range(2)]
+    net, average = (Denoiser(mlp, Linear(), Flow(), DataTime(), span=16) for mlp in mlps)
+    average.load_state_dict(net.state_dict())
+    generator, batch, steps = torch.Generator().manual_seed(1), 512, 1500
+    model, optimizer = Model(net), torch.optim.Adam(net.parameters())
+    model.average = Model(average)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
+        draw = Quick(step, torch.arange(batch), batch, step)
+        loss = objective(model, {}, two_bumps(batch, generator), Cond(), draw)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(0.999, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+    count = 256
+    noise, one = spread(count).view(count, 1, 1, 1), torch.ones(count)
+    with torch.no_grad():
+        drawn, plain = (noise - average.output(noise, one, Cond(), to) for to in (0 * one, None))
+    real = torch.cat([side + 0.3 * spread(number) for side, number in ((-1.0, 154), (1.2, 102))])
+    critical = 1.95 * (2 / count) ** 0.5
+    found, control = (ks_2samp(sample.flatten(), real).statistic for sample in (drawn, plain))
+    assert found < critical < control / 2, (found, control)
+
+
+class Quick(Draw):
+    """All samples' numbers at once."""
+
+    def normal(self, stream, shape):
+        return torch.randn(len(self.position), *shape, generator=self.generator(stream))
+
+    def uniform(self, stream, shape=()):
+        return torch.rand(len(self.position), *shape, generator=self.generator(stream))
+
+    def generator(self, stream):
+        return torch.Generator().manual_seed(mix(self.seed, zlib.crc32(stream.encode())))
+
+
 def test_with_one_time_it_is_plain_flow_matching_to_the_bit():
     torch.manual_seed(0)
     net = Denoiser(MLP(1, Widths(vector=8), size=2, width=16), Linear(), Flow(), DataTime(), span=8)
@@ -136,6 +244,7 @@ NETS = {
     "lightningdit": lambda: DiT(
         2, Widths(8), 4, 1, 16, 2, 2, nn.Linear, rms_norm=True, swiglu=True, rotary=True, norm_heads=True
     ),
+    "mmdit": lambda: MMDiT(2, Widths(8, 6), size=4, most=4, width=16, depth=2, heads=2, again=1, norm_heads=True),
     "mlp": lambda: MLP(2, Widths(8, 6), size=4, width=16),
 }
 
@@ -209,8 +318,13 @@ def test_what_does_not_fit_is_named():
             MeanFlow()(Model(Denoiser(net, schedule, prediction, DataTime())), {}, x, Cond(), draw)
     with pytest.raises(ValueError, match=r"schedule=cosine prediction=velocity; found schedule=Linear prediction=flow"):
         Consistency()(one_time, {}, x, Cond(), draw)
-    with pytest.raises(ValueError, match=r"objective\.share=2"):
-        MeanFlow(share=2.0)
+    for make in (MeanFlow, Shortcut):
+        with pytest.raises(ValueError, match=r"objective\.share=2"):
+            make(share=2.0)
+        with pytest.raises(ValueError, match=r"schedule=linear prediction=flow; found schedule="):
+            make()(Model(Denoiser(net, Cosine(), Flow(), DataTime())), {}, x, Cond(), draw)
+    with pytest.raises(ValueError, match=r"objective\.steps=12: steps are halved"):
+        Shortcut(steps=12)
 
 
 def test_guidance_tells_both_times():

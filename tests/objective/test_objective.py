@@ -146,7 +146,9 @@ def listener(schedule, prediction):
     net = DiT(3, Widths(vector=8), size=4, patch=2, width=8, depth=2, heads=2)
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
-    return model(Denoiser(net, schedule, prediction, DataTime(), span=8))
+    listening = model(Denoiser(net, schedule, prediction, DataTime(), span=8))
+    listening.average = listening
+    return listening
 
 
 def told(name, clip_folder, runs):
@@ -163,7 +165,7 @@ def test_every_objective_is_a_scalar_and_the_same_in_parts(name, clip_folder, tm
     plain = OmegaConf.load(CONFIGS / "objective" / f"{name}.yaml")
     objective = build(told(name, clip_folder, tmp_path) if name in SMALL else plain)
     net = listener(*((Cosine(), Velocity()) if name == "consistency" else (Linear(), Flow())))
-    batch = {"image": X.float().repeat_interleave(2, 2).repeat_interleave(2, 3)}
+    batch = {name: X.float().repeat_interleave(2, 2).repeat_interleave(2, 3) for name in ("image", "mask")}
     whole = objective(net, batch, X.float(), Cond(), DRAW)
     assert all(value.shape == () and value.isfinite() for value in whole.values())
     if name in ACROSS:  # test_batch.py has these

@@ -13,13 +13,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from PIL import Image
 
+from helpers.finetune import at_rest, sha
 from helpers.page import LABELS, SIZE, bytes_of, drawn, half_mask, labels, picture, save_small, session
+from ldm.adapt import ADAPTED
 from ldm.autoencoder.identity import Identity
-from ldm.build import build
+from ldm.build import adapted, build
+from ldm.command.draw import session_of
 from ldm.command.sample import sample
 from ldm.compose import CONFIGS, compose_config, quote
 from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
+from ldm.files.folder import save_model
 from ldm.page.session import Stopped
 from ldm.page.words import command_of, number, strengths, words_of
 
@@ -284,3 +288,32 @@ def test_the_command_is_called_as_this_one_was(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ldm/__main__.py"])
     assert command_of(["seed=0"]).startswith("python -m ldm sample")
     assert number("x", 3, None, None) == 3 and torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(scope="module")
+def styled(tmp_path_factory):
+    """A session of a model with a loud LoRA, whose folder's name has signs of lists in it."""
+    place = tmp_path_factory.mktemp("styled")
+    base = at_rest(place / "base", {"label": {"_target_": "ldm.condition.label.Label", "classes": 3, "width": 8}})
+    node = {"_target_": "ldm.adapter.lora.LoRA", "rank": 2}
+    model = adapted(base, {"lora": build(node)})
+    tensors = {name: torch.randn_like(x) for name, x in model.state_dict().items() if name in model.trained}
+    recipe = {"_target_": ADAPTED, "base": {"path": base, "sha256": sha(base)}, "adapters": {"lora": node}}
+    run = place / "a, 'b' (c)"
+    save_model(tensors, recipe, run)
+    made = session_of(compose_config("draw", [f"model={base}", "device=cpu", f"out={place / 'drawn'}", f"adapters={run}:0.5"]))
+    made.load()
+    return made
+
+
+def test_a_slider_draws_at_its_strength(styled, tmp_path):
+    asked = {"ask": {"label": 1}, "steps": 2, "width": SIZE, "height": SIZE}
+    assert [one["strength"] for one in styled.description["adapters"]] == [0.5]
+    files = []
+    for i, strength in enumerate((0.5, 0, -1.25)):
+        drawing = drawn(styled, {**asked, "adapters": [strength]})[-1]["drawing"]
+        files.append(bytes_of(drawing, styled.out))
+        assert again(drawing["command"], tmp_path / str(i)) == files[-1]
+    assert len({file for (file,) in files}) == 3
+    with pytest.raises(Refusal, match="1 strengths are wanted"):
+        drawn(styled, asked)

@@ -22,6 +22,7 @@ from ldm.training.callback.compile import Compile
 from ldm.training.callback.ema import EMA
 from ldm.training.callback.latents import Latents
 from ldm.training.callback.preview import Reconstructions
+from ldm.training.feed import data_of
 from ldm.training.optimizer.rate import Constant, Linear
 from ldm.training.run import fit
 from ldm.training.stage.adversary import balance_of
@@ -261,7 +262,7 @@ def test_a_channel_that_says_nothing_is_refused_by_name(spoil, found, emoji_root
         stage.autoencoder.quant_conv.weight[1] = spoil
         stage.autoencoder.quant_conv.bias[1] = 0.75
     with pytest.raises(ValueError, match=rf"cannot be whitened: .*, channel 1 has {found}.*autoencoder\.channels=1"):
-        stage.finish(made.datamodule)
+        stage.finish(data_of(made))
     assert torch.equal(stage.autoencoder.std, torch.ones(2))
 
 

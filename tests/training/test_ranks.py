@@ -1,19 +1,18 @@
-"""Two processes, started by torchrun: sharded or not they train as one, stop as one, skip as one, and one may die."""
+"""Two processes, as torchrun starts them: sharded or not they train as one, stop as one, skip as one, and one may die."""
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
 
-from helpers.ranks import SpoilLoss, three_stages, train
+from helpers.blocks import gradients
+from helpers.processes import together, torchrun
+from helpers.ranks import SpoilLoss, measured, on_each_rank, three_stages, train
 from helpers.training import assert_same, diffusion
-from ldm.compose import CONFIGS
-from ldm.training.callback.checkpoint import newest, read_checkpoint
 from ldm.training.callback.throughput import Throughput
+from ldm.training.saved import newest, read_checkpoint
 
 
 def held(path):
@@ -24,27 +23,13 @@ def held(path):
     return checkpoint["state_dict"] | average | states
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-from helpers.ranks import on_each_rank
-if __name__ == "__main__":
-    on_each_rank({data!r}, Path({folder!r}))
-"""
-
-
 @pytest.fixture(scope="module")
 def two(emoji_root, tmp_path_factory):
     """The folder in which two processes did all of it."""
     folder = tmp_path_factory.mktemp("two")
-    path = [str(CONFIGS.parent), str(Path(__file__).parents[1])]
-    (folder / "two.py").write_text(SCRIPT.format(path=path, data=str(emoji_root), folder=str(folder)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(folder / "two.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(launch, capture_output=True, text=True, timeout=1800, env=environment)
-    assert (folder / "killed").exists(), answer.stderr[-3000:]
-    assert answer.returncode != 0, "one rank was killed, and the other did not wait for it for ever"
+    codes, said = together(lambda: on_each_rank(emoji_root, folder), torchrun(2), folder)
+    assert (folder / "killed").exists(), said
+    assert codes == [1, -signal.SIGKILL], "one rank was killed, and the other did not wait for it for ever"
     return folder
 
 
@@ -54,7 +39,8 @@ def one(emoji_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     speed = Throughput(peak=1.0)
     plain, spoilt = train(emoji_root, folder / "plain", 3)[1], train(emoji_root, folder / "spoilt", 3, SpoilLoss(1), speed)[1]
-    return {False: held(plain), True: held(spoilt), "flops": speed.flops} | three_stages(emoji_root, folder)
+    told = {"flops": speed.flops, "brightness": measured(emoji_root, folder / "measured")}
+    return {False: held(plain), True: held(spoilt)} | told | three_stages(emoji_root, folder)
 
 
 @pytest.mark.parametrize("name", ["sharded", "folders", "both", "spoilt"])
@@ -69,6 +55,14 @@ def test_two_ranks_are_one(name, one, two):
 def test_two_ranks_train_every_stage_as_one(name, one, two):
     """Contrast, autoencoding, diffusion, statistics; adaptive weight, discriminator, codebook counts and dead codes; adapters."""
     assert_same(torch.load(two / f"{name}.pt", weights_only=True), one[name])
+
+
+def test_transformers_shared_out_and_recomputed_by_block_are_one(two):
+    """DiT, with tokens crossed to or joint, MMDiT and Flux: the gradients of a mean over both ranks' samples."""
+    found, wanted = torch.load(two / "gradients-0.pt", weights_only=True), gradients()
+    assert found.keys() == wanted.keys() and {name.split()[0] for name in wanted} == {"dit", "mmdit", "flux"}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-12, rtol=1e-9, msg=name)
 
 
 def test_a_damaged_folder_is_passed_over(two, tmp_path):
@@ -97,6 +91,11 @@ def test_gradients_are_reduced_once_a_step(two):
 
 def test_a_sharded_step_is_counted_as_the_whole_one(one, two):
     assert torch.load(two / "told.pt")["flops"] == one["flops"] > 0
+
+
+def test_metrics_while_training_are_the_same_where_weights_are_shared_out(one, two):
+    """Though one rank draws more pictures than the other, and so runs the network more often."""
+    assert torch.load(two / "told.pt")["brightness"] == pytest.approx(one["brightness"], abs=1e-4)
 
 
 def test_a_sharded_model_is_exported_whole(two):

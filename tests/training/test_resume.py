@@ -8,12 +8,13 @@ from omegaconf import OmegaConf
 
 from helpers.training import diffusion, small, trainer
 from ldm.compose import compose_config
-from ldm.training.callback.checkpoint import checkpoint_callback, resume_from
+from ldm.training.callback.checkpoint import checkpoint_callback
 from ldm.training.callback.ema import EMA
 from ldm.training.optimizer.muon import Muon
 from ldm.training.optimizer.rate import Constant, Linear
 from ldm.training.resume import FATES, FREE, HOLDS, Changes, differences, fate, keep_settings, refuse
 from ldm.training.run import fit
+from ldm.training.saved import resume_from
 
 
 def plain(config):

@@ -38,7 +38,7 @@ from ldm.prediction import Flow
 from ldm.sampler.ddim import DDIM
 from ldm.schedule import Linear
 from ldm.tower.cut import Cut
-from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback, newest, read_checkpoint, resume_from
+from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback
 from ldm.training.callback.ema import EMA
 from ldm.training.logging import close, wandb_logger
 from ldm.training.optimizer.groups import parameter_groups
@@ -46,6 +46,7 @@ from ldm.training.optimizer.muon import Muon, orthogonal
 from ldm.training.optimizer.rate import Constant, Cosine, InverseSqrt
 from ldm.training.optimizer.rate import Linear as Straight
 from ldm.training.run import fit
+from ldm.training.saved import newest, read_checkpoint, resume_from
 from ldm.training.stage.augment import Augment
 from ldm.training.stage.autoencoding import Autoencoding
 from ldm.training.stage.contrast import encode_text

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-
-import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_warn
+from typing import Any
 
 from ldm.errors import Refusal
+from ldm.files.process import warn
 from ldm.types import Batch
 
 FIRST = 1000  # samples before which a fraction says little
@@ -31,7 +30,7 @@ class BadSamples:
         """How many there were."""
         return self.reasons.total()
 
-    def note(self, batch: Batch, trainer: pl.Trainer | None) -> None:
+    def note(self, batch: Batch, trainer: Any) -> None:
         """Takes what a batch says: each bad sample's member, key, shard and error, and how many samples there were.
 
         Raises:
@@ -42,7 +41,7 @@ class BadSamples:
         for line in bad:
             self.reasons[reason(line)] += 1
             if self.count <= SAID:
-                rank_zero_warn(f"{line}{' (more are only written down)' if self.count == SAID else ''}")
+                warn(f"{line}{' (more are only written down)' if self.count == SAID else ''}")
         file = trainer and Path(trainer.default_root_dir) / f"bad-samples-{trainer.global_rank}.txt"
         if bad and trainer is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

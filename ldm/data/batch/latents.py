@@ -17,7 +17,6 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shard
 from ldm.errors import TOO_LARGE, Refusal
 from ldm.files.folder import read_json, write_json
+from ldm.files.process import warn
 from ldm.files.weights import weights_hash
 from ldm.files.whole import remove_halves
 from ldm.types import Autoencoder, DataModule, Draws, Embedder, StandIn
@@ -106,7 +106,7 @@ def check_provenance(data: DataModule, stage: Any) -> None:
         for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in expand(source)):
             there = _record_of(folder)
             if there is None:
-                rank_zero_warn(f"{folder} has no {RECORD}: what made the latents in it is not known, and was not compared.")
+                warn(f"{folder} has no {RECORD}: what made the latents in it is not known, and was not compared.")
                 continue
             for other, those in known:
                 _compare(folder, there, other, those)

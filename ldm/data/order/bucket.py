@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 
 from ldm.data.order.order import Steps
 from ldm.data.shard.index import Index
@@ -102,7 +101,7 @@ class Report:
     def __init__(self, sizes: Sequence[Size]) -> None:
         self.sizes, self.epoch = sizes, -1
 
-    def __call__(self, steps: Steps, step: int, trainer: pl.Trainer) -> None:
+    def __call__(self, steps: Steps, step: int, trainer: Any) -> None:
         """step: the one that is about to be taken."""
         epoch = steps.epoch_of(step)
         if epoch == self.epoch:

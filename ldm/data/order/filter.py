@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.data.order.bucket import Size, assign
 from ldm.data.shard.decode import BadSample, View, decode, is_text
@@ -27,6 +26,7 @@ from ldm.data.shard.index import Index, Table
 from ldm.data.shard.selection import Selection
 from ldm.errors import Refusal
 from ldm.files.folder import read_json, write_json
+from ldm.files.process import say
 from ldm.files.whole import whole_folder
 
 ALIASES = {
@@ -66,7 +66,7 @@ def select(
         _save([selected, *parts], {"samples": len(index), "dropped": dropped}, folder)
     report = read_json(folder / "report.json")
     if report["dropped"]:
-        rank_zero_only(print)(table_of(report["samples"], report["dropped"]))
+        say(table_of(report["samples"], report["dropped"]))
     whole, *parts = (_load(folder, i) for i in range(report["selections"]))
     return whole, parts or [whole]
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.files.called import command_line
+
 STEP = 8  # pixels: the small recipes halve a picture three times
 CLIP = 32  # pixels that experiment=emoji/clip looks at; larger pictures are brought down to them
 NO_CLIP = {"training.perceptual": "null"}
@@ -112,7 +114,7 @@ def commands(packed: Packed, out: Path, val: bool) -> list[str]:
             {**autoencoder, "loss.model": clip},
             {"experiment": "emoji/text", **diffusion, **spoken, "condition.text.model": clip},
         ]
-    return [shlex.join(["python", "train.py", *(f"{key}={value}" for key, value in words.items())]) for words in stages]
+    return [shlex.join([*command_line("train").split(), *(f"{key}={value}" for key, value in words.items())]) for words in stages]
 
 
 def _size(sides: Counter[int]) -> int:

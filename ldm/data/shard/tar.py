@@ -58,6 +58,13 @@ def salvage(path: str | Path) -> Spans:
     return members.samples
 
 
+def unread(path: str | Path) -> list[str]:
+    """The files of a whole shard that belong to no sample, since their names have no ending; hidden ones are meant to be none."""
+    with tarfile.open(path, "r:") as tar:
+        names = [posixpath.normpath(_words(info.name)) for info in tar if info.isreg()]
+    return [name for name in names if not _sample(name) and not _HIDDEN.search(name) and posixpath.basename(name)[0] != "."]
+
+
 class _Members:
     """The members of an archive, as they come: samples, and where links lead."""
 

@@ -71,6 +71,11 @@ def texts_of(bundle: Bundle) -> list[tuple[dict[str, Any], Part]]:
     """
     found, several = [], False
     for place, node in towers(bundle.recipe["condition"]).items():
+        if place not in bundle.parts:
+            raise Refusal(
+                f"{place} is {node['model']} by name, and its weights are not in this model, which pipelines of diffusers hold "
+                "whole: convert the file that has its text encoders too, or use --to ldm, which names them."
+            )
         several = several or ".towers." in place
         layers, norm = list(node.get("layers", [-1])), node.get("final_norm", True)
         plain = layers == [] and not node.get("projected", True)  # a vector alone, as Flux reads it

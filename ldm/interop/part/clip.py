@@ -74,10 +74,11 @@ class Clip(protocols.Part):
         texts_of(bundle)
 
     def tokens(self, bundle: Bundle) -> dict[str, int]:
-        """As wide as its towers' layers together."""
+        """As wide as its towers' layers together; of towers that lie elsewhere, where the recipe says it."""
         made = {}
         for name, node in bundle.recipe["condition"].items():
-            each = [(n, bundle.parts[place].config["text_cfg"]["width"]) for place, n in towers({name: node}).items()]
+            there = {place: n for place, n in towers({name: node}).items() if place in bundle.parts}
+            each = [(n, bundle.parts[place].config["text_cfg"]["width"]) for place, n in there.items()]
             together = sum(len(n.get("layers", [-1])) * width for n, width in each)
             made |= {name: node.get("width") or together} if together else {}
         return made

@@ -108,6 +108,8 @@ async function request() {
   const parts = await Promise.all([...shown.map(([, input]) => input), ...($("begin").open ? [init] : [])].map((input) => input.parts?.() ?? {}));
   const pictures = Object.assign({}, ...parts);
   if (pictures.init) said.strength = numberOf("strength");
+  const megabytes = Object.values(pictures).reduce((sum, blob) => sum + blob.size, 0) / 2 ** 20;
+  if (megabytes > 63) throw new Error(`The pictures are larger than 64 MB together: ${Math.ceil(megabytes)} MB.`);
   form.append("request", JSON.stringify(said));
   for (const [name, blob] of Object.entries(pictures)) form.append(name, blob, name);
   return form;

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.training.base import Stage
+from ldm.training.feed import data_of
 
 LINES = 4  # in a log file, over the whole training
 SLOW = 600.0  # seconds after which a log file gets another line
@@ -96,7 +97,7 @@ def summary(trainer: pl.Trainer, module: Stage) -> list[str]:
     """What is trained, on what, how large it is, and where it is written: a few lines."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
-    model, data = module.latent_model(), trainer.datamodule
+    model, data = module.latent_model(), data_of(trainer)
     told = "" if model is None else f"told {', '.join(model.conditioner.embedders) or 'nothing'}"
     network = "" if model is None else f"{type(model.denoiser.backbone).__name__} on {type(model.autoencoder).__name__}, {told}; "
     size = f" at {data.size} px"

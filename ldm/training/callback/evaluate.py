@@ -1,21 +1,24 @@
 """Metrics as training goes on: any metric, on averaged weights, on all ranks, beside the training and never in its way."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm.errors import Refusal
 from ldm.evaluation.pictures import Drawings, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version, entries, write_numbers
 from ldm.evaluation.run import measure
+from ldm.files.process import first, from_first
 from ldm.files.weights import weights_hash
 from ldm.measure import Metric
 from ldm.training.base import Stage
 from ldm.training.callback.ema import averaged
-from ldm.training.parallel.sharded import Sharded
+from ldm.training.parallel.sharded import gathered, whole
 from ldm.types import DataModule, Guidance, Sampler
 
 
@@ -57,11 +60,6 @@ class Evaluate(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Reads the data, and refuses what could only fail after the first steps."""
-        if isinstance(trainer.strategy, Sharded):
-            raise Refusal(
-                "callback=[...,evaluate] is not for trainer=fsdp, where ranks that draw unlike numbers of pictures would wait "
-                "for each other for ever: leave it out, and measure checkpoints with evaluate.py; or use trainer=ddp."
-            )
         self.data.setup()
         if not self.metric:
             raise Refusal("callback=[evaluate] has nothing to measure; choose metric@callback.evaluate.metric=[clip_score].")
@@ -96,7 +94,7 @@ class Evaluate(pl.Callback):
         model = module.latent_model()
         autoencoder, device = model.autoencoder if model else module.autoencoder, module.device
         still = [part.removeprefix("model.") for part in module.frozen if part.startswith("model.")]
-        weights, used = weights_hash(model or autoencoder, still), {}
+        weights, used = content(model or autoencoder, still), {}
 
         def use(kind: str, source: Any) -> Any:
             used[kind] = source
@@ -115,7 +113,8 @@ class Evaluate(pl.Callback):
         }
         places = {"train": "train", "val": "val", "reference": self.reference}
         real = {k: lambda k=k, split=split: use(k, Split(self.data, split, device)) for k, split in places.items()}
-        numbers, corrupt = measure(self.metric, pictures, real, self.folder / "rows", self.folder / "references", self.batch)
+        with gathered(module):  # ranks may draw unlike numbers of pictures
+            numbers, corrupt = measure(self.metric, pictures, real, self.folder / "rows", self.folder / "references", self.batch)
         settings = {"ema": True, "code": code_version()}
         return entries(numbers, self.metric, used, settings, {"step": step, "sha256": weights}, corrupt)
 
@@ -129,3 +128,24 @@ class Evaluate(pl.Callback):
         if self.record is None or sign * value < sign * self.record:
             self.record = value
             trainer.save_checkpoint(self.checkpoints / "best.ckpt")
+
+
+def content(module: nn.Module, still: Sequence[str]) -> str:
+    """As weights_hash, also of a module whose weights are shared out over the ranks, all of which ask."""
+    state = module.state_dict()
+    if not any(isinstance(x, DTensor) for x in state.values()):
+        return weights_hash(module, still)
+    tensors = {name: whole(x, first()) for name, x in state.items()}
+    return from_first(weights_hash(Held(tensors)) if first() else None)
+
+
+class Held(nn.Module):
+    """Tensors by name, which are all its state."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """As they are."""
+        return dict(self.tensors)

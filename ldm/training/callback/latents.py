@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm.files.folder import write_json
 from ldm.files.picture import from_bytes
 from ldm.training.callback.preview import Preview
+from ldm.training.feed import data_of
 from ldm.training.protocols import Quantised, Trainable
 from ldm.types import DataModule
 
@@ -25,7 +26,7 @@ class Latents(Preview):
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
         """-> (1, 3, h, w), the histograms."""
-        channels, numbers = measure(module.autoencoder, trainer.datamodule, module.device)
+        channels, numbers = measure(module.autoencoder, data_of(trainer), module.device)
         statistics = {"mean": channels.mean(1).tolist(), "std": channels.std(1).tolist()}
         write_json({**numbers, **statistics}, self.folder / f"{trainer.global_step:08d}.json")
         for logger in trainer.loggers:

@@ -11,6 +11,7 @@ from torchvision.utils import make_grid, save_image
 
 from ldm.drawing.generate import generate
 from ldm.training.callback.ema import averaged
+from ldm.training.feed import data_of
 from ldm.types import Guidance, Sampler
 
 
@@ -85,6 +86,6 @@ class Reconstructions(Preview):
 
 def first(trainer: pl.Trainer, module: pl.LightningModule, count: int) -> dict:
     """The first `count` validation samples, or of training where there are none, on the module's device."""
-    data = trainer.datamodule
+    data = data_of(trainer)
     batch = next(iter(data.ordered("val" if data.val_set else "train", batch=count)))
     return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, module.device, 0), 0)

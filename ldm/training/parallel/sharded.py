@@ -5,10 +5,8 @@ holds, a folder to which every rank writes its part. Either is read on any numbe
 """
 
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,18 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ldm.errors import NotWritten, Refusal
+from ldm.errors import NotWritten
 from ldm.files.folder import present
 from ldm.files.lightning import replace
 from ldm.files.process import rank
 from ldm.files.whole import END, replace_folder
 from ldm.training.callback.compile import blocks_of
+from ldm.training.saved import PLAIN, mapped, read_folder
 
 FOLDER = "folder"  # what the strategy tells the checkpoint plugin where all ranks write
-PLAIN = "plain.pt"  # what of a sharded checkpoint is no tensor
 
 
 class Sharded(ModelParallelStrategy):
@@ -117,22 +115,29 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
     return full.cpu() if keep else full.new_empty(0)
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within it every rank holds all weights of what is shared out, so that one may run it more often than another, or never.
+
+    Whoever asks the module for its state shares them out again.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
+
+
 def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor that every rank has, shared out as `like` is, where it is of its shape."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def mapped(value: Any, change: Callable[[str, Tensor], Any], place: str = "") -> Any:
-    """Plain containers with every tensor changed, which is told by its place in them."""
-    if isinstance(value, Tensor):
-        return change(place, value)
-    if isinstance(value, Mapping):
-        return {key: mapped(item, change, f"{place}/{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(mapped(item, change, f"{place}/{i}") for i, item in enumerate(value))
-    return value
 
 
 def write_folder(checkpoint: dict[str, Any], path: Path) -> None:
@@ -172,35 +177,3 @@ def _put_in_place(plain: dict[str, Any], part: Path, path: Path) -> str | None:
     except (OSError, RuntimeError) as error:
         return str(error)
     return None
-
-
-def check_folder(path: Path) -> dict[str, Any]:
-    """What of a folder is no tensor, its tensors empty; no more than one of them is held at a time, and its checksum compared.
-
-    Raises:
-        ValueError, OSError, pickle.UnpicklingError: the folder is damaged.
-    """
-    for place in dcp.FileSystemReader(path).read_metadata().storage_data.values():
-        with (path / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            with zipfile.ZipFile(BytesIO(file.read(place.length))) as archive:
-                if archive.testzip() is not None:
-                    raise Refusal(f"{place.relative_path} has changed since it was written")
-    return torch.load(path / PLAIN, weights_only=True)
-
-
-def read_folder(path: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """Reads a folder that `write_folder` wrote: this rank's part on a mesh, all of it without one."""
-    plain = torch.load(path / PLAIN, weights_only=True)
-    sharded, tensors = set(plain.pop("sharded")), {}
-
-    def room(place: str, tensor: Tensor) -> Tensor:
-        split = mesh is not None and place in sharded
-        shape = tuple(tensor.shape)
-        made = empty(shape, dtype=tensor.dtype, device_mesh=mesh, placements=[Shard(0)]) if split else None
-        tensors[place] = torch.empty(shape, dtype=tensor.dtype) if made is None else made
-        return tensors[place]
-
-    checkpoint = mapped(plain, room)
-    dcp.load(tensors, checkpoint_id=path, no_dist=mesh is None)
-    return checkpoint

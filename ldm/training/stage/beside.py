@@ -40,7 +40,7 @@ def step_beside(
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         return
-    gradients = parameters_to_vector(p.grad for p in parameters)
+    gradients = parameters_to_vector(p.grad.contiguous() for p in parameters)
     gradients = reduce_sum(gradients) / trainer.world_size
     vector_to_parameters(gradients, [p.grad for p in parameters])
     if spoilt is not None:

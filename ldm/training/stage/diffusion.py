@@ -1,6 +1,6 @@
 """Stage 3: trains a denoiser of whitened latents, told by its conditions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
@@ -18,10 +18,12 @@ from ldm.model import LatentModel
 from ldm.training.base import CAPTIONS, Stage
 from ldm.training.callback.ema import average_of
 from ldm.training.callback.levels import LEVELS, curve, level_errors
+from ldm.training.feed import data_of
 from ldm.training.optimizer.groups import parameter_groups
+from ldm.training.optimizer.mup import MuP, check_optimizer
 from ldm.training.parallel.sharded import whole
 from ldm.training.protocols import Critical, Meets
-from ldm.training.resume import keep_settings
+from ldm.training.resume import differences, keep_settings, line
 from ldm.training.stage.beside import add_gradients, step_beside
 from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
 
@@ -34,8 +36,11 @@ class Diffusion(Stage):
 
     compiled, apart = ("model.denoiser.backbone",), ("objective",)
 
-    def __init__(self, model: LatentModel, objective: Objective, **stage: Any) -> None:
+    def __init__(self, model: LatentModel, objective: Objective, parametrization: MuP | None = None, **stage: Any) -> None:
         super().__init__(**stage)
+        self.parametrization = parametrization
+        if parametrization is not None:
+            parametrization.start(model)
         check_objective(objective)
         self.model, self.objective = model, objective
         self.weights: dict[str, Tensor] = {}
@@ -87,6 +92,17 @@ class Diffusion(Stage):
             p.requires_grad_(False)
         return weights
 
+    def scales(self) -> Mapping[str, float]:
+        """By name, what a parametrization by width multiplies rates by."""
+        return {} if self.parametrization is None else self.parametrization.scales(self.model)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """As any stage's, of the kind that a parametrization is for."""
+        configured = super().configure_optimizers()
+        if self.parametrization is not None:
+            check_optimizer(configured["optimizer"])
+        return configured
+
     def forget(self) -> None:
         """The critic's gradients."""
         for p in self.critic:
@@ -109,7 +125,7 @@ class Diffusion(Stage):
         Raises:
             Refusal: a word is to be learned that no caption holds.
         """
-        check_words(self.model, self.trainer.datamodule)
+        check_words(self.model, data_of(self.trainer))
         self.average = cache(partial(average_of, self.trainer, self, "model"))
         if self.critic and self.device_mesh is not None:
             raise Refusal("trainer=fsdp shares out the model's weights and not those of a critic: use trainer=ddp.")
@@ -184,10 +200,10 @@ class Diffusion(Stage):
         return moments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose conditions, or whose base, are others.
+        """Refuses a checkpoint whose conditions, schedule, prediction or level, or whose base, are others.
 
         Raises:
-            Refusal: names both models' conditions, or bases.
+            Refusal: names both.
         """
         before, now = (recipe.get("base") or {} for recipe in (checkpoint["recipe"], self.recipe))
         if bool(before) != bool(now) or difference(before, now):
@@ -201,6 +217,15 @@ class Diffusion(Stage):
             raise Refusal(
                 f"The checkpoint was trained with the conditions {theirs}, this run has {ours}: condition=[{','.join(theirs)}] "
                 "goes on with it; resume=never or another run_id begins anew."
+            )
+        read = [
+            {name: recipe.get(name) for name in ("schedule", "prediction", "level")}
+            for recipe in (checkpoint["recipe"], self.recipe)
+        ]
+        if others := list(differences((read[0], read[0]), (read[1], read[1]))):
+            raise Refusal(
+                f"The network in the checkpoint learned with another {'; '.join(map(line, others))}. Give the run what it had, "
+                "with training=finetune the same model.init, or begin another run: run_id=NAME."
             )
         super().on_load_checkpoint(checkpoint)
 
@@ -248,6 +273,10 @@ class Trained:
     def encode(self, images: Tensor) -> Moments:
         """(B, 3, f * H, f * W) in [-1, 1] -> the autoencoder's moments."""
         return self.model.autoencoder.encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) whitened -> the autoencoder's pictures, with gradients."""
+        return self.model.autoencoder.decode(latents)
 
     def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
         """As the model's."""
