@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, complete
 from ldm.errors import Refusal
 from ldm.types import Cond, Embedder, Widths
 
@@ -21,6 +21,7 @@ class Together(Condition):
 
     def __init__(self, members: Mapping[str, Embedder], key: str = "caption", rate: float = 0.1) -> None:
         super().__init__()
+        members = {name: complete(member) for name, member in members.items()}
         self.key, self.rate, self.members, self.widths = key, rate, nn.ModuleDict(members), Widths()
         for name, member in members.items():
             if member.key != key:
@@ -35,6 +36,16 @@ class Together(Condition):
         for member in self.members.values():
             cond = cond + member(value, drop)
         return cond
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Those of the members."""
+        return tuple(f"members.{name}.{part}" for name, member in self.members.items() for part in member.unreached)
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """What each of its members was taught."""
+        return tuple(dict.fromkeys(word for member in self.members.values() for word in member.taught))
 
     def settings(self) -> dict[str, Any] | None:
         """What, besides their weights, decides what they say; None where one does not tell."""

@@ -15,7 +15,9 @@ from helpers.language import byte_tokenizer, save_qwen, save_t5, t5_tokenizer, t
 from ldm.condition.cached_text import CachedText, save_null, spoken_only
 from ldm.condition.language import Language
 from ldm.condition.text import Text, Texts
+from ldm.condition.together import Together
 from ldm.conditioner import Conditioner
+from ldm.embedder import Condition
 from ldm.files.folder import from_parts, save_tensors, with_parts, write_json
 from ldm.interop.part._towers import tower_shapes
 from ldm.interop.part.clip import open_clip_config, transformers
@@ -210,3 +212,11 @@ def test_cached_captions_of_a_t5_say_what_it_says(folder, tmp_path, padding):
     assert torch.equal(said.tokens, wanted.tokens[:3]) and told.tokens.shape[1] == said.tokens.shape[1]
     assert padding == "attended" or torch.equal(said.mask, wanted.mask[:3])
     assert cache.widths == text.widths and not cache.kept
+
+
+def test_texts_beside_each_other_tell_what_each_does():
+    class Said(Condition):
+        key, rate, widths, unreached, taught = "caption", 0.1, Widths(vector=2), ("tower",), ("<fox>",)
+
+    both = Together({"one": Said(), "other": Said()})
+    assert both.unreached == ("members.one.tower", "members.other.tower") and both.taught == ("<fox>",)
