@@ -15,9 +15,8 @@ from ldm.run_id import FILES
 
 LISTS = ("condition", "adapter", "metric", "callback", "logger")  # groups of which several members are chosen
 # What ldm/command/train.py reads itself; all else is read where one of these names it, as ${...}.
-READ = (
-    "training data callback always logger trainer name run_id runs folder resume plan profile optimize seed allow debug".split()
-)
+READ = "training data callback always logger trainer name run_id runs folder resume plan".split()
+READ += "coordinates profile optimize seed allow debug".split()
 PREVIEWED = ("sampler", "guidance")  # how a model that is trained anew is usually drawn from
 ADAPTED = "ldm.build.adapted"
 # What only training on pictures does, in its own order. Here they are taken once, in order and as they are: settings that would

@@ -56,6 +56,7 @@ def test_a_command_refuses_it():
 
 
 def test_what_is_read_passes():
+    check("train", [*TEXT, "parametrization=mup", "coordinates=[32,64]"], "coordinates=[32,64]")
     check("train", BESIDE, "optimizer.lr=1e-3", "rates.text=0.5", "adapter.lora.rank=2", "objective.time.mean=1")
     previews = OmegaConf.create(OmegaConf.to_container(composed("train", *BESIDE), resolve=False))
     previews.callback.drawings = OmegaConf.load(CONFIGS / "callback" / "drawings.yaml").drawings

@@ -4,7 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def remove_halves(folder: Path, pattern: str) -> None:
 
 def _to_disk(file: Path) -> None:
     """Flushes a file, and lets those read it who may read others of this process: safetensors keeps its own from them."""
-    file.chmod(0o666 & ~UMASK)
+    with suppress(OSError):  # a mount without such modes
+        file.chmod(0o666 & ~UMASK)
     with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
