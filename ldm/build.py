@@ -5,7 +5,7 @@ What a config may build is a positive list of module prefixes; the config `allow
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,17 @@ def chosen(nodes: Mapping[str, Any], group: str) -> dict[str, Any]:
     Raises:
         Refusal: settings of a member that there is not.
     """
-    known = {str(name) for path in (CONFIGS / group).glob("*.yaml") for name in OmegaConf.load(path)}
+    members = {name: node for name, node in nodes.items() if "_target_" in (node or {})}
     for name in nodes:
-        if "_target_" not in (nodes[name] or {}) and name not in known:
-            raise Refusal(f"{group}.{name} has settings but there is no such member.{nearest(name, sorted(known))}")
-    return {name: node for name, node in nodes.items() if "_target_" in (node or {})}
+        if name not in members and name not in _members_of(group):
+            raise Refusal(f"{group}.{name} has settings but there is no such member.{nearest(name, _members_of(group))}")
+    return members
+
+
+@lru_cache
+def _members_of(group: str) -> list[str]:
+    """-> the names of all members of a group of which several can be chosen."""
+    return sorted({str(name) for path in (CONFIGS / group).glob("*.yaml") for name in OmegaConf.load(path)})
 
 
 def allowed(config: DictConfig) -> tuple[str, ...]:

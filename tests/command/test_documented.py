@@ -43,7 +43,7 @@ def check(command, words):
     swept = [setting for word in words if word.startswith("sweep=") for setting in settings(word.removeprefix("sweep="))[0]]
     words = [*(word for word in words if not word.startswith("sweep=")), *swept]
     if "-m" in words:
-        check_overrides(command, prepared([word for word in words if word != "-m"]), multirun=True)
+        check_overrides(command, prepared([word for word in words if word != "-m"], command), multirun=True)
     else:
         compose_config(command, words)
 

@@ -157,7 +157,7 @@ def test_every_key_of_the_configs_that_takes_a_path_is_free_text():
                     assert FREE_TEXT.match(f"{name}=x"), name
                 elif key in PLACES and name not in NUMBERS and not isinstance(value, dict):
                     assert FREE_TEXT.match(f"{name}=x"), name
-    assert {"condition.text.model", "logger.csv.save_dir", "data.cache"} <= met
+    assert {"condition.text.model", "logger.csv.save_dir"} <= met
 
 
 def test_a_home_is_found_behind_a_setting_and_a_run_is_named_by_others():
@@ -226,7 +226,7 @@ def test_a_size_may_choose_anew_what_a_recipe_chooses(tmp_path):
     config = compose_config("train", ["experiment=emoji/text", "size=tiny", f"hydra.searchpath=[file://{tmp_path}]"])
     assert "_target_" in config.condition.label and "_target_" not in config.condition.get("text", {}) and config.data.batch == 4
     with pytest.raises(Refusal, match=r"experiment=sd/v1,sd/v2: size= shrinks one experiment at a time"):
-        prepared(["-m", "experiment=sd/v1,sd/v2", "size=tiny"])
+        prepared(["-m", "experiment=sd/v1,sd/v2", "size=tiny"], "train")
 
 
 @pytest.mark.parametrize(
