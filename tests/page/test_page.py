@@ -146,7 +146,13 @@ def test_classes_without_names_that_tell_them_apart_are_numbers(classes, wanted)
     assert one.kind == "number" and one.whole and (one.low, one.high) == wanted and Bare().input("x") == Input("text")
 
 
-TOWERS = ("model", "vocabulary", "load", "towers", "members")  # which texts read with: a line, as of any condition that says nothing
+TOWERS = (
+    "model",
+    "vocabulary",
+    "load",
+    "towers",
+    "members",
+)  # which texts read with: a line, as of any condition that says nothing
 NODES = [OmegaConf.to_container(OmegaConf.load(path))[path.stem] for path in sorted((CONFIGS / "condition").glob("*.yaml"))]
 
 
