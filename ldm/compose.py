@@ -45,6 +45,7 @@ QUOTED = re.compile(r"""\s*(['"])(?:(?!\1).|\\\1)*\1\s*(?=[],])""", re.S)  # an 
 UNCHOSEN = re.compile(r"^(sampler|sampler/grid|guidance|adversary|set)=null$")  # which Hydra writes as ~sampler
 OPEN = re.compile(r"^((?:groups|rates)(?:\.|=))")  # settings by names of the user's, which no config has yet
 SIZED = "+size@_global_="
+ADDED = re.compile(r"^\+(trainer\.(?:strategy|enable_progress_bar|enable_model_summary)=)")  # which were no settings
 GRID = re.compile(r"^(sampler\.grid\.\w+=)")  # of the grid that a model is usually drawn on, which no config knows yet
 
 
@@ -59,7 +60,7 @@ def quote(arguments: Sequence[str], config_name: str = "train") -> list[str]:
     quoted = []
     usual = config_name in ("sample", "evaluate") and not any(a.startswith("sampler/grid=") for a in arguments)
     for argument in arguments:
-        argument = OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument))
+        argument = ADDED.sub(r"\1", OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument)))
         argument = GRID.sub(r"++\1", argument) if usual else argument
         found = FREE_TEXT.match(argument)
         if found is None:

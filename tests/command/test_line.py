@@ -160,6 +160,13 @@ def test_every_key_of_the_configs_that_takes_a_path_is_free_text():
     assert {"condition.text.model", "logger.csv.save_dir"} <= met
 
 
+def test_what_commands_of_before_added_is_set():
+    """Settings that no config had, and now one has; those that were there are added to by nobody."""
+    words = ["+trainer.strategy=ddp", "+trainer.enable_progress_bar=true", "+trainer.devices=2"]
+    assert quote(words) == ["trainer.strategy=ddp", "trainer.enable_progress_bar=true", "+trainer.devices=2"]
+    assert compose_config("train", words[:2]).trainer.enable_progress_bar is True
+
+
 def test_a_home_is_found_behind_a_setting_and_a_run_is_named_by_others():
     home = Path("~").expanduser()
     said = {"out": "~/a b", "data.train": "[~/a,/b]", "ask.image": "~/x.png", "prompt": "~/x", "negative": "~"}
