@@ -272,7 +272,10 @@ def test_embeddings_are_kept_of_texts_only(home):
 
 
 def test_two_texts_are_kept_together(home, capsys):
-    """A CLIP and a T5 whose padding is masked: to the bit what they say beside each other, read as the printed words say."""
+    """A CLIP and a T5 whose padding is masked: what they say beside each other, read as the printed words say.
+
+    They were kept in batches of other sizes, whose matrix products some CPUs round otherwise: equal to 1e-5 of numbers near 1.
+    """
     save_t5(home / "t5", their_t5(32))
     clip, t5 = f"local-dir:{home}/quickstart/clip", f"{home}/t5"
     texts = ["condition=[text,t5]", f"condition.text.model={clip}", "condition.text.layers=[0,-1]", "condition.text.pooled=true"]
@@ -296,4 +299,4 @@ def test_two_texts_are_kept_together(home, capsys):
         dropped = draw.uniform("drop/together") < 0.1
         assert told.tokens.shape == wanted.tokens.shape == (4, 12 + 9, 32)
         for part in ("tokens", "mask", "vector"):
-            assert torch.equal(getattr(told, part)[~dropped], getattr(wanted, part)[~dropped]), part
+            torch.testing.assert_close(getattr(told, part)[~dropped], getattr(wanted, part)[~dropped], rtol=1e-5, atol=1e-5)
