@@ -19,16 +19,7 @@ from ldm.errors import Refusal
 # Settings of sample.yaml that class pictures have no word for.
 PLAIN = {"prompts": None, "prompt_weights": False, "clip_skip": None, "paste": None, "init": None, "mask": None, "source": None}
 PLAIN |= {"strength": None, "resamples": None, "ask": {}}
-FREE = (
-    "count",
-    "batch",
-    "device",
-    "out",
-    "allow",
-    "debug",
-    "prompt",
-    "prompts",
-)  # no picture depends on them, or `captions` says it
+FREE = "count batch device out allow debug prompt prompts".split()  # no picture depends on them, or `captions` says it
 
 
 def prior(config: DictConfig) -> Path:
@@ -99,8 +90,7 @@ def _keep(kept: dict[str, Any], out: Path) -> None:
         return
     path = out / RECORD
     before = dict(read_json(path)) if path.is_file() else {}
-    # as the file holds it; a model may have moved
-    changed = [n for n in before if n not in ("count", "model") and before[n] != kept.get(n)] if before else []
+    changed = [n for n in before if n not in ("count", "model") and before[n] != kept.get(n)]  # a model may have moved
     if changed:
         was = ", ".join(f"{n}: {before[n]!s:.60} (now {kept.get(n)!s:.60})" for n in changed)
         raise Refusal(f"out={out} holds class pictures of {before['model']} with other settings, {was}. Name another folder.")
