@@ -27,7 +27,7 @@ from ldm.adapter.controlnet import ControlNet
 from ldm.adapter.lora import LoRA
 from ldm.condition.hint import Hint
 from ldm.conditioner import Conditioner
-from ldm.interop.adapter.controlnet import _ties as controlnet_ties
+from ldm.interop.adapter.controlnet import ties_of
 from ldm.interop.bundle import BACKBONE, Bundle
 from ldm.interop.network import unet
 from ldm.interop.tie import give
@@ -119,7 +119,7 @@ def controlnet(net, peer, inputs, asked):
     for weight in (p for n, p in parts.items() if n.startswith(("zero", "layers."))):
         nn.init.normal_(weight, std=0.02)
     control = ControlNetModel.from_unet(peer).to(x.device)
-    ties = controlnet_ties(unet.NETWORK, bundle, False, 14)
+    ties = ties_of(unet.NETWORK, bundle, False, 14)
     control.load_state_dict(give(ties, {n: p.detach().clone() for n, p in parts.items()}))
     model.requires_grad_(False)
     for name in names:

@@ -65,7 +65,7 @@ class ControlNetFile(AdapterKind):
         single = not any(key.startswith(FOLDER) for key in source.weights)
         prefix = CONTROL if any(key.startswith(CONTROL) for key in source.weights) else ""
         told = _said_by_yaml(source.path) if single else _said_by_config(source, network, bundle)
-        ties = _ties(network, bundle, single, _hint_layers(source.weights, single, prefix))
+        ties = ties_of(network, bundle, single, _hint_layers(source.weights, single, prefix))
         kept = {key: x for key, x in source.weights.items() if not prefix or key.startswith(prefix)}
         if lost := sorted(kept.keys() - taken(ties, prefix)):
             raise Refusal(f"{source.path}: {len(lost)} of its tensors are of nothing here, such as {lost[0]}{_family(kept)}.")
@@ -88,7 +88,7 @@ class ControlNetFile(AdapterKind):
         """
         network, single = _network(bundle), layout == "compvis"
         found = {(NET.fullmatch(n) or HINT.fullmatch(n))[1]: x for n, x in adapter.tensors.items()}
-        theirs = give(_ties(network, bundle, single, _last(found)), found, CONTROL if single else "")
+        theirs = give(ties_of(network, bundle, single, _last(found)), found, CONTROL if single else "")
         hint, pool = adapter.node["hint"], adapter.node.get("pool", False)
         if adapter.node.get("guess"):
             print(f"{target}: the layout of {layout} does not say guess: adapters=...:guess here, guess_mode=True in diffusers.")
@@ -120,7 +120,7 @@ def _network(bundle: Bundle) -> Network:
     return network
 
 
-def _ties(network: Network, bundle: Bundle, single: bool, last: int) -> dict[str, Tie]:
+def ties_of(network: Network, bundle: Bundle, single: bool, last: int) -> dict[str, Tie]:
     """Our names, without where they stand in the model, -> theirs. `last` is the hint's last convolution."""
     names = [name for name in bundle.backbone() if not name.startswith(("decoder.", "out."))]
     settings, kind = network.settings(bundle), bundle.recipe["prediction"]["_target_"].split(".")[-1]
