@@ -20,7 +20,7 @@ from ldm.data.batch.samples import Samples, loading
 from ldm.data.dataset import SAMPLE, MapStyle, value_of
 from ldm.data.shard.decode import View
 from ldm.data.shards import Split
-from ldm.data.stream import joined
+from ldm.data.stream import begin, consumed, go_on, joined
 from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.process import warn
 from ldm.types import Batch, mix
@@ -85,12 +85,7 @@ class Hub(MapStyle):
         """Endless micro-batches of this device."""
         if not self.streaming:
             return super().train_dataloader()
-        if self.progress.unsaid(self.trainer):
-            self.progress.begin(self.trainer.global_step, self.trainer.global_step)
-        self.progress.begun = True
-        rank, world, accumulate = self.share()
-        if self.batch % (world * accumulate):
-            raise Refusal(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
+        rank, world, accumulate = begin(self)
         drawn = Streaming(self, rank, world, accumulate)
         return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
@@ -112,17 +107,14 @@ class Hub(MapStyle):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands."""
-        if not self.streaming:
-            return super().state_dict()
-        step = self.trainer.global_step if self.trainer else 0
-        return {"consumed": self.progress.at(step), "step": step}
+        return consumed(self) if self.streaming else super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint stopped; a stream with other samples."""
-        if not self.streaming:
+        if self.streaming:
+            go_on(self, state_dict)
+        else:
             super().load_state_dict(state_dict)
-            return
-        self.progress.begin(state_dict["consumed"] // self.batch, state_dict["step"])
 
 
 class Streaming(IterableDataset):

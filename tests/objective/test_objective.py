@@ -206,7 +206,7 @@ def test_parts_are_chosen_by_name_and_unknown_ones_refused():
 def test_inherited_parts_are_settings_and_nothing_else_is(target):
     names, open_ended = parameters_of(f"ldm.objective.{target}")
     assert {"time", "weight", "noise", "distance"} < set(names) and not open_ended
-    with pytest.raises(Refusal, match="nois: .* has no such setting. Did you mean `noise`"):
+    with pytest.raises(Refusal, match="Did you mean `noise`"):
         check_nodes({"_target_": f"ldm.objective.{target}", "nois": 1}, ["ldm"])
 
 
