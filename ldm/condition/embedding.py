@@ -14,7 +14,11 @@ from ldm.types import Cond, Widths
 class Embedding(OfPicture):
     """A picture -> its unit-length CLIP embedding times sqrt(E), as a vector, or as one token of width E. Dropped: zeros.
 
-    `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`.
+    Args:
+        model, pretrained: open_clip's: a name with a tag or a local file; or `local-dir:FOLDER` and None.
+        slot: whether the embedding is one token or a vector.
+        key: the field of the picture.
+        rate: the share of samples for which it is dropped in training, in [0, 1].
     """
 
     frozen = unreached = ("tower",)

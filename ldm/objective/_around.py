@@ -13,7 +13,8 @@ class Around(nn.Module):
     """It hands on what the other one has: its frozen modules, its critic, and that it meets the model.
 
     Args:
-        of: makes the other objective from the four parts, which are as in regression.
+        of: makes the other objective from the four parts.
+        time, weight, noise, distance: these parts, as in regression.
     """
 
     def __init__(

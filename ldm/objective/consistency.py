@@ -48,9 +48,16 @@ class Consistency(Regression):
 
 
 def tangent(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, velocity: Tensor, r: float) -> tuple[Tensor, Tensor]:
-    """x_t, velocity dx/da: (B, C, H, W), t: (B) -> the network's output, and g without gradients.
+    """-> the network's output and g without gradients, (B, C, H, W) each.
 
     The derivative is taken along cos(a) sin(a) times the direction, which keeps it bounded at both ends.
+
+    Args:
+        denoiser: the network and its schedule, on the circle.
+        x_t, t: (B, C, H, W) and (B), the place.
+        cond: the condition there.
+        velocity: dx/da of the sample, (B, C, H, W).
+        r: how much of the network's own derivative counts, in [0, 1].
     """
     (alpha, sigma), (rate, _) = torch.func.jvp(denoiser.schedule, (t,), (torch.ones_like(t),))
     pace = alpha * sigma / (-rate / sigma)  # of t, as a moves by cos(a) sin(a): da/dt = -(d alpha/dt) / sigma

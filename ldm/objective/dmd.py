@@ -133,7 +133,15 @@ def direction(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def draw_along(denoise: Denoise, schedule: Schedule, times: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
-    """x: (B, C, H, W), the shape -> the estimate at the last of the times, by sampler=consistency; gradients of that alone."""
+    """-> the estimate at the last of the times, (B, C, H, W), by sampler=consistency; gradients reach that one alone.
+
+    Args:
+        denoise: (x_t, t) -> x_hat.
+        schedule: of the noise that is added before each step.
+        times: falling, the first is where pure noise lies.
+        x: (B, C, H, W), of which the shape counts.
+        draw: the numbers of the noise.
+    """
     x_hat = x
     for i, time in enumerate(times):
         t = torch.full((len(x),), time, device=x.device, dtype=x.dtype)

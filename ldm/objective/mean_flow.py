@@ -68,7 +68,15 @@ class MeanFlow(Regression):
 
 
 def mean_velocity(denoiser: Denoiser, x_t: Tensor, t: Tensor, to: Tensor, cond: Cond, velocity: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t, velocity: (B, C, H, W), t, to: (B) -> the network's average velocity, and what it should be, without gradients."""
+    """-> the network's average velocity from t to `to`, and what it should be, without gradients: (B, C, H, W) each.
+
+    Args:
+        denoiser: the network and its schedule, of straight paths.
+        x_t: (B, C, H, W).
+        t, to: (B) each, from where and to where, to <= t.
+        cond: the condition.
+        velocity: of the sample, (B, C, H, W).
+    """
     (_, sigma), (_, rate) = torch.func.jvp(denoiser.schedule, (t,), (torch.ones_like(t),))
     rate = like(rate, x_t)
     output, change = along(denoiser, x_t, t, cond, (velocity * rate, torch.ones_like(t)), to)

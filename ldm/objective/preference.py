@@ -58,7 +58,14 @@ class Preference(WithTeacher):
         return {"loss": -logsigmoid(logits).mean(), "preferred": (logits > 0).float().mean()}
 
     def margin(self, denoiser: Denoiser, better: Tensor, worse: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Tensor:
-        """better, worse, noise: (B, C, H, W), t: (B) -> how much larger the error of the better one is: (B)."""
+        """-> how much larger the error of the better picture is: (B).
+
+        Args:
+            denoiser: the model's, or the reference's.
+            better, worse: (B, C, H, W) clean latents.
+            cond: their condition.
+            t, noise: (B), and (B, C, H, W); the same for both.
+        """
         x, t, noise = torch.cat((better, worse)), t.repeat(2), noise.repeat(2, 1, 1, 1)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond.stack(cond))

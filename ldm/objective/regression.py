@@ -40,7 +40,14 @@ class Regression(nn.Module):
         return {"loss": self.each(model.denoiser, x, cond, draw)[0].mean()}
 
     def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw, region: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), its log(sigma / alpha): (B). `region` as below."""
+        """-> each sample's weighted loss: (B), and its log(sigma / alpha): (B).
+
+        Args:
+            denoiser: what is trained.
+            x, cond: (B, C, H, W) clean latents, and their condition.
+            draw: the random numbers of this step.
+            region: (B, 1, H, W), how much each place counts; None: all alike.
+        """
         t, noise, alpha, sigma = self.drawn(x, denoiser.schedule, draw)
         output = denoiser.output(alpha * x + sigma * noise, t, cond)
         target = denoiser.prediction.target(x, noise, alpha, sigma)

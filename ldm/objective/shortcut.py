@@ -73,7 +73,15 @@ class Shortcut(Regression):
 
 
 def half_steps(denoiser: Denoiser, x_t: Tensor, t: Tensor, to: Tensor, cond: Cond, finest: float) -> Tensor:
-    """x_t: (B, C, H, W), t and to: (B) -> the average velocity of two steps by way of the middle, (B, C, H, W)."""
+    """-> the average velocity of two steps by way of the middle: (B, C, H, W).
+
+    Args:
+        denoiser: the averaged model's.
+        x_t: (B, C, H, W).
+        t, to: (B) each, from where and to where.
+        cond: the condition.
+        finest: the length of the finest step; a half that is as short is told as none.
+    """
     middle = (t + to) / 2
     short = t - middle <= finest
     first = denoiser.output(x_t, t, cond, torch.where(short, t, middle))
