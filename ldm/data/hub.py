@@ -32,9 +32,11 @@ class Hub(MapStyle):
     """A dataset of the hub.
 
     Args:
-        name: ORG/NAME, or one of the library's readers, such as imagefolder. config: which of its configurations.
+        name: ORG/NAME, or one of the library's readers, such as imagefolder.
+        config: which of its configurations.
         split, val_split: such as train and test, or slices, train[:90%].
-        streaming: reads training samples as they come; `shuffle` of them wait in the buffer.
+        streaming: reads training samples as they come.
+        shuffle: so many samples of a stream wait in a buffer, from which the next one is drawn.
         fields: batch field -> column.
         data_dir: where a reader such as imagefolder reads.
         size, batch, seed, workers, crop, flip, on_mismatch: as in Shards.
@@ -176,7 +178,15 @@ class Ordered(IterableDataset):
 def made_of(
     sample: Mapping[str, Any], fields: Mapping[str, str], places: Mapping[str, int | str], seed: int, position: int, view: View
 ) -> dict[str, Any]:
-    """A sample of a stream as a batch has it, its picture seen through `view`."""
+    """A sample of a stream as a batch has it.
+
+    Args:
+        sample: what the library gives.
+        fields: batch field -> kind of member.
+        places: batch field -> column.
+        seed, position: decide what is chosen at random.
+        view: what of its picture is looked at.
+    """
     number = mix(seed, SAMPLE, position)
     values = {f: value_of(sample[places[f]], member, view, number) for f, member in fields.items()}
     sizes = dict(zip(SIZES, told(lambda name: np.nan, view, False)))
@@ -185,6 +195,13 @@ def made_of(
 
 def load(name: str, config: str | None, data_dir: str | None, split: str, streaming: bool = False) -> Any:
     """A dataset by the library `datasets`, with pictures decoded when they are asked for.
+
+    Args:
+        name: ORG/NAME, or a reader.
+        config: which configuration, or None.
+        data_dir: where a reader reads, or None.
+        split: such as train, or train[:90%].
+        streaming: as it comes, or whole on this machine.
 
     Raises:
         Refusal: the library is not installed, or knows no such dataset or split. Unreachable: the hub is not had.

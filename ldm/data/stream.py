@@ -98,7 +98,15 @@ def go_on(data: Shards, state_dict: Mapping[str, Any]) -> None:
 
 
 class Drawn(IterableDataset):
-    """Micro-batches of `size` samples for one rank, `accumulate` a step."""
+    """Micro-batches of a stream for one rank.
+
+    Args:
+        data: the settings, and where its shards are fetched.
+        shards: what is drawn from.
+        rank: of this process; each has other draws.
+        size: samples of a micro-batch.
+        accumulate: micro-batches of a step.
+    """
 
     def __init__(self, data: Streamed, shards: Sequence[str], rank: int, size: int, accumulate: int) -> None:
         self.shards, self.fetch, self.leave_out = shards, data.fetch, data.damaged == "leave_out"

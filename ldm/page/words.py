@@ -94,6 +94,12 @@ def strengths(adapters: Sequence[str], said: Sequence[Any]) -> list[str]:
 def number(name: str, value: Any, low: float | None, high: float | None, whole: bool = False) -> int | float:
     """A number that was sent, within its bounds.
 
+    Args:
+        name: of it, for errors.
+        value: what was sent.
+        low, high: its bounds, both allowed; None for none.
+        whole: only integers are wanted.
+
     Raises:
         Refusal: it is none.
     """
