@@ -11,6 +11,8 @@ from ldm.files.folder import load_tensors
 from ldm.interop.convert import read
 from ldm.interop.part._towers import CLIP_FILES
 
+NAMED = 8  # of the tensors that were not taken
+
 
 def weights_for(part: str, source: str, prediction: str | None = None) -> dict[str, Tensor]:
     """The tensors in `source`, a folder or file in any layout, for a stage's `model`, `autoencoder` or `clip`.
@@ -76,5 +78,5 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     return "\n".join(lines)
 
 
-def _few(names: list[str], most: int = 8) -> list[str]:
-    return names if len(names) <= most else [*names[:most], f"... and {len(names) - most} more"]
+def _few(names: list[str]) -> list[str]:
+    return names if len(names) <= NAMED else [*names[:NAMED], f"... and {len(names) - NAMED} more"]

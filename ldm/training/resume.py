@@ -39,7 +39,6 @@ FATES = (
     ("*", HOLDS),
 )
 FILES = ("path", "model", "weights", "pretrained", "vocabulary")
-MISSING = object()
 Config = tuple[Mapping[str, Any], Mapping[str, Any]]  # as it is written, and with its interpolations resolved
 Change = tuple[str, Any, Any]  # a setting's name, its value before and now
 
