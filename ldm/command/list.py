@@ -4,18 +4,20 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from ldm.check import nearest
 from ldm.command.table import lines, show
 from ldm.compose import CONFIGS
 
+COMMAND = re.compile(r"(?:^|  )(?:python|ldm) ")
 MODEL = "model"  # no group of configs: what model= takes by a short name
 
 
 def main() -> None:
-    """Prints the groups, or a group's choices, each with the first comment line of its file."""
+    """Prints the groups, or a group's choices, each with the sentence that opens its file."""
     parser = argparse.ArgumentParser(prog="ldm list", description=__doc__.splitlines()[0])
     parser.add_argument("group", nargs="?", help="a config group; without it the groups are listed")
     group = parser.parse_args().group
@@ -54,15 +56,26 @@ def choices(group: str) -> Iterator[tuple[str, str]]:
 
 
 def purpose(text: str) -> str:
-    """The first comment line of a config, or the first line of the file that its `_target_` lies in, which is not imported."""
-    comments = (line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
-    said = next((line for line in comments if not line.startswith("@package")), None)
-    if said is not None:
-        return said
-    target = re.search(r"_target_: *ldm\.([\w.]+)\.(\w+)", text)
+    """What opens a config, or else the docstring of what its own `_target_` names, which is not imported."""
+    comments = [line for line in text.splitlines() if not line.startswith("# @package")]
+    first = next((i for i, line in enumerate(comments) if line.startswith("# ")), None)
+    if first is not None:
+        opening = takewhile(lambda line: line.startswith("# "), comments[first:])
+        return sentence([line.removeprefix("# ") for line in opening])
+    target = re.search(r"^(?:\w+:\n  )?_target_: *ldm\.([\w.]+)\.(\w+)", text, re.MULTILINE)
     file = Path(__file__).parent.parent.joinpath(*target[1].split(".")).with_suffix(".py") if target else None
     if file is None or not file.is_file():
         return ""
     module = ast.parse(file.read_text(encoding="utf-8"))
     made = [node for node in module.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == target[2]]
-    return next((said.split("\n")[0] for said in map(ast.get_docstring, [*made, module]) if said), "")
+    said = next((said for said in map(ast.get_docstring, [*made, module]) if said), "")
+    return sentence(said.split("\n\n")[0].splitlines())
+
+
+def sentence(lines: Sequence[str]) -> str:
+    """The first of some lines, or where its sentence goes on in the next ones, that sentence; a command ends one."""
+    said = lines[0] if lines else ""
+    if said.endswith(".") or COMMAND.search(said):
+        return said
+    whole = " ".join(takewhile(lambda line: not COMMAND.match(line), lines))
+    return re.match(r".*?\.(?= |$)|.*", whole)[0]

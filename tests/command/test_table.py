@@ -17,6 +17,19 @@ def test_a_file_gets_plain_lines(capsys):
     assert capsys.readouterr().out == "name  what\na     [red]the first[/red]\n"
 
 
+def test_a_purpose_is_a_whole_sentence():
+    assert listing.purpose("# @package _global_\n# One thing,\n# and another. More.\n# python x\n") == "One thing, and another."
+    assert listing.purpose("# Pictures:  python evaluate.py x\n# ROOT: there\n") == "Pictures:  python evaluate.py x"
+    assert listing.purpose("# As it is\n# python train.py x.\n") == "As it is"
+    assert listing.purpose("a: 1\nb:\n  c:\n    _target_: ldm.sampler.ddim.DDIM\n") == ""  # a part's, not its own
+    grid = listing.purpose("_target_: ldm.sampler.grid.Uniform\n")
+    assert grid.startswith("Equal steps in t") and grid.endswith("equation 23).")
+
+
+def test_every_choice_says_what_it_is():
+    assert not [(group, name) for group in listing.groups()[:-1] for name, what in listing.choices(group) if not what]
+
+
 @pytest.mark.parametrize("looks", [True, False])
 def test_a_person_sees_a_table(looks, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: looks)
