@@ -1,5 +1,6 @@
 """What an objective around another one, `of`, hands on of it: its frozen modules, its critic, and that it meets the model."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from ldm.types import Freezes, Objective
@@ -18,6 +19,21 @@ class Meets(Protocol):
 
     def meet(self, model: Any) -> bool:
         """-> whether it asks for conditions itself, and need be given none."""
+
+
+@runtime_checkable
+class Around(Protocol):
+    """An objective around another one."""
+
+    of: Objective
+
+
+def within(objective: Objective) -> Iterator[Objective]:
+    """An objective, the one that it is around, and so on."""
+    yield objective
+    while isinstance(objective, Around):
+        objective = objective.of
+        yield objective
 
 
 def frozen_in(of: Objective) -> tuple[str, ...]:
