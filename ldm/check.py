@@ -60,7 +60,7 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
             f"{place}._target_={target} is not among what a config may build ({', '.join(allow)}). If you trust that package: "
             f"allow=[{str(target).split('.')[0]}]."
         )
-    referent = _locate(target, place)
+    referent = locate(target, place)
     if not _is_below(f"{getattr(referent, '__module__', '')}.{getattr(referent, '__qualname__', '')}", allow):
         raise Refusal(f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}.")
     names, open_ended = parameters_of(target, place)
@@ -90,7 +90,7 @@ def parameters_of(target: str, place: str = "") -> tuple[list[str], bool]:
     Raises:
         Refusal: there is no such thing.
     """
-    referent = _locate(target, place)
+    referent = locate(target, place)
     parameters = inspect.signature(referent).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if open_ended:
@@ -103,7 +103,12 @@ def _is_below(name: str, prefixes: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _locate(target: str, place: str) -> Any:
+def locate(target: str, place: str) -> Any:
+    """What a dotted path names.
+
+    Raises:
+        Refusal: there is no such thing.
+    """
     module, _, name = target.rpartition(".")
     try:
         referent = importlib.import_module(module)
