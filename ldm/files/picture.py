@@ -29,6 +29,7 @@ MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacke
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
 NEAR_SRGB = 3  # of 255: profiles that change no colour by more than this are taken for sRGB
 ASIDE = ("__MACOSX", "@eaDir")  # folders that archivers and storage servers fill with copies of their own
+SHEET = re.compile(r"grid\.png|\d{5,}\..+\.png")  # of `ldm sample`, beside 00000.png
 ORIENTATION = 0x0112  # of EXIF
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps it
 TURNS = {
@@ -58,8 +59,18 @@ def files_in(folder: Path) -> list[Path]:
 def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
     """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out."""
     files = files_in(folder)
+    drawn = sheets(files)
+    pictures = [file for file in files if is_picture(file) and file not in drawn]
     others = Counter(file.suffix.lower() or file.name for file in files if not is_picture(file))
-    return [folder / file for file in files if is_picture(file)], others
+    others += Counter({"sheets of ldm sample": len(drawn)})
+    return [folder / file for file in pictures], others
+
+
+def sheets(files: Sequence[Path]) -> set[Path]:
+    """-> those of some files that `ldm sample` wrote beside the pictures it drew: grid.png, and maps such as 00000.edges.png."""
+    folders = [{file.parent for file in files if file.name == name} for name in ("request.json", "grid.png", "00000.png")]
+    drawn = set.intersection(*folders)
+    return {file for file in files if file.parent in drawn and SHEET.fullmatch(file.name)}
 
 
 def left_out(where: str, others: Counter[str]) -> str:
