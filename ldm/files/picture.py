@@ -22,6 +22,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.errors import Refusal
+from ldm.files.pointer import is_pointer
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of the pictures in a folder
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of a file that is named; of several pictures in one the first
@@ -101,6 +102,8 @@ def open_picture(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
     Raises:
         ValueError: it is of none of these formats, its header is broken, or it has more than MAX_PIXELS.
     """
+    if is_pointer(data):
+        raise Refusal("a pointer of Git LFS in the place of a picture: `git lfs pull` fetches that")
     with _faults(formats):
         image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:

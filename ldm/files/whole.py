@@ -82,8 +82,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         NotWritten: nothing could be written; a file that was at `path` before is still there.
     """
-    with saving(path), whole(path) as part:
-        write(part)
+    try:
+        with whole(path) as part:
+            write(part)
+    except OSError as error:
+        raise _not_written(path, error) from error
 
 
 @contextmanager
@@ -98,10 +101,14 @@ def saving(path: Path) -> Iterator[None]:
     except Refusal:
         raise
     except OSError as error:
-        raise NotWritten(
-            f"{path} could not be written ({error.strerror or error}); nothing that was saved before is lost. Free space, or "
-            "choose another place (runs=FOLDER, out=FOLDER)",
-        ) from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> NotWritten:
+    return NotWritten(
+        f"{path} could not be written ({error.strerror or error}); nothing that was saved before is lost. Free space, or choose "
+        "another place (runs=FOLDER, out=FOLDER)"
+    )
 
 
 def remove_halves(folder: Path, pattern: str) -> None:
