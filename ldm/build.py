@@ -248,10 +248,10 @@ def load_model(
     """
     if path is None:
         raise Refusal("No model is named: model.init=RUN, or the path= of what loads one, such as objective.teacher.path=RUN.")
-    recipe, weights = read_at_rest(path)
-    given = []
+    place, given = at_rest(path), []
+    recipe, weights = read_at_rest(place)
     if recipe["_target_"] == ADAPTED:
-        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(Path(path)))]
+        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(place))]
         recipe, weights = read_at_rest(base_of(path, recipe, None if base is None else at_rest(base)))
     elif base is not None:
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
@@ -290,7 +290,9 @@ def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, An
 
 def _given(one: Asked, recipe: Mapping[str, Any], state: Mapping[str, Any], allow: Sequence[str]) -> Given:
     """An adapter that is asked for, of a run here or in another layout, as a model of that recipe and tensors takes it."""
-    path = Path(one.source)
+    from ldm.interop.hub import here
+
+    path = here(one.source)
     if path.exists() and holds_ours(path):
         node, tensors = read_at_rest(path)
         if node["_target_"] != ADAPTED:

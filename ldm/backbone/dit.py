@@ -109,6 +109,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, norm, swiglu, norm_heads, across, shared) for _ in range(depth))
         self.last = Last(width, patch * patch * channels * (2 if learn_range else 1), norm, shared)
         self.route: Route | None = None
+        self.before = 0  # registers and joint tokens, in the last call
         self.fuse = tuple(fuse or ())
         self.fusion = Fusion(width) if fuse else None
         self.start()
@@ -149,6 +150,7 @@ class DiT(nn.Module):
         tokens, mask = (None, None) if self.read is None else visible(cond.tokens.to(x), cond.mask)
         tokens = None if self.read is None else self.read(tokens).to(x)
         h, before, mask = self.beside(h, tokens, mask)
+        self.before = before
         turn = self.turn(rows, columns, before, h) if self.head_width else None
         each = last = embedding
         if self.modulate is not None:

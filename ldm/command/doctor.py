@@ -130,8 +130,12 @@ def _unread(index: Index) -> dict[str, list[str]]:
 
 def _common(index: Index) -> dict[str, str]:
     """The members that most samples have, each as a field of its own name."""
-    found = _count_members(index)
-    return {member: member for member, count in found.items() if 2 * count > len(index) and is_known(member)} or FIELDS
+    found = Counter({member: count for member, count in _count_members(index).items() if is_known(member)})
+    most = [member for member, count in found.items() if 2 * count > len(index)]
+    pictures = [member for member, _ in found.most_common() if is_image(member)]
+    if pictures and not any(map(is_image, most)):  # of several names, none of which most have
+        most.append(pictures[0])
+    return {member: member for member in most} or FIELDS
 
 
 def _read_all(samples: Samples) -> dict[str, str]:
@@ -207,6 +211,8 @@ def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
         print(f"  UNREAD {shard}: {len(names):,} files without an ending are of no sample, such as {names[0]}")
     shown = [f"{member} {count:,}" for member, count in report["members"].items()]
     print("members: " + ", ".join(shown[:MOST]) + (f" and {len(shown) - MOST:,} more" if len(shown) > MOST else ""))
+    if strange := [text for member, text in zip(report["members"], shown) if not is_known(member)]:
+        print(f"  NOT READ, being of no kind that shards hold: {', '.join(strange[:MOST])}")
     for member, count in report["lacking"].items():
         if count:
             print(f"  LACKING {member!r}: {count:,} samples")

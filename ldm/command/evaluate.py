@@ -50,7 +50,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     from ldm.evaluation.pictures import Kept
     from ldm.evaluation.protocol import entries, show, write_numbers
     from ldm.evaluation.run import measure
-    from ldm.files.process import meet, rank
+    from ldm.files.process import by_first, meet
 
     meet()
     plain = OmegaConf.to_container(config, resolve=True)
@@ -62,9 +62,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     numbers, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
     told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
     kept = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}
-    if rank() == 0:
-        write_numbers(told, out)
-        show(metrics, subject.used, out)
+    by_first(lambda: (write_numbers(told, out), show(metrics, subject.used, out)))
     return told, kept, metrics, subject
 
 

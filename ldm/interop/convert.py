@@ -8,7 +8,7 @@ from ldm.interop.bundle import Bundle, Part
 from ldm.interop.card import card
 from ldm.interop.conditions import LABEL, lacks_null
 from ldm.interop.find import layouts, network_of, parts
-from ldm.interop.hub import HUB, download
+from ldm.interop.hub import here
 from ldm.interop.part.bert import read_words
 from ldm.interop.statistics import published_statistics
 
@@ -21,7 +21,7 @@ def read(source: str, prediction: str | None = None) -> tuple[Bundle, str]:
     Raises:
         NotFound: nothing is there. Refusal: it is in no layout that is known, or not whole.
     """
-    path = download(source) if source.startswith(HUB) else Path(source)
+    path = here(source)
     if not path.exists():
         raise NotFound(f"There is nothing at {path}.")
     try:

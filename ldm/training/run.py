@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.plugins import DoublePrecision, HalfPrecision
 
 from ldm.errors import Refusal, Unreachable
+from ldm.files.process import by_first
 from ldm.training.base import Stage
 from ldm.training.callback.ema import averaged
 from ldm.training.callback.preempt import Preempt, Preempted
@@ -97,9 +98,7 @@ def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, b
     stage.to(trainer.strategy.root_device).eval()
     with averaged(trainer, stage):
         stage.finish(data)
-        if trainer.is_global_zero:
-            stage.export(folder)
-    trainer.strategy.barrier()
+        by_first(lambda: stage.export(folder))
     _say(trainer, f"The trained model is in {folder}")
 
 

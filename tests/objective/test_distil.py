@@ -168,6 +168,8 @@ def test_a_discriminators_losses_are_the_published_ones():
 def test_a_discriminator_learns_to_tell_and_its_wrong_width_is_named(emoji_root, tmp_path):
     stage = stage_of(DMD(teacher, adversarial=0.1, width=8))
     before = stage.objective.judge.head[0].weight.clone()
+    unsaid = stage_of(DMD(teacher, adversarial=0.1))
+    assert unsaid.objective.judge.head[0].weight.shape == before.shape and len(unsaid.critic) == len(stage.critic)
     fit(stage, emoji_root, tmp_path, 1)
     assert not torch.equal(stage.objective.judge.head[0].weight, before)
     with pytest.raises(ValueError, match=r"of fake says 8 features a patch: objective\.width=8 \(found 4\)"):

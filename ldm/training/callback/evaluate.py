@@ -13,7 +13,7 @@ from ldm.errors import Refusal
 from ldm.evaluation.pictures import Drawings, Reconstructions, Split, chosen
 from ldm.evaluation.protocol import code_version, entries, write_numbers
 from ldm.evaluation.run import measure
-from ldm.files.process import first, from_first
+from ldm.files.process import by_first, first
 from ldm.files.weights import weights_hash
 from ldm.measure import Metric
 from ldm.training.base import Stage
@@ -144,7 +144,7 @@ def content(module: nn.Module, still: Sequence[str]) -> str:
     if not any(isinstance(x, DTensor) for x in state.values()):
         return weights_hash(module, still)
     tensors = {name: whole(x, first()) for name, x in state.items()}
-    return from_first(weights_hash(Held(tensors)) if first() else None)
+    return by_first(lambda: weights_hash(Held(tensors)))
 
 
 class Held(nn.Module):

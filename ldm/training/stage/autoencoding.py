@@ -65,7 +65,7 @@ class Autoencoding(Stage):
         if not 0 < perceptual_share <= 1:
             raise Refusal(
                 f"training.perceptual_share={perceptual_share}: wanted more than 0, and at most 1; the distance is left out "
-                "by training.perceptual_weight=0 loss=null."
+                "by training.perceptual=null."
             )
         self.measured: dict[str, Any] = {}
         self.resumed: dict[str, Any] | None = None
