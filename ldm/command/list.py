@@ -44,8 +44,8 @@ def models() -> Iterator[tuple[str, str]]:
 
 def roots() -> list[Path]:
     """Where configs lie: ours, and the folder `configs` where the command is called, if there is one."""
-    own = Path("configs").resolve()
-    return [CONFIGS] if own == CONFIGS or not own.is_dir() else [CONFIGS, own]
+    local = Path("configs").resolve()
+    return [CONFIGS] if local == CONFIGS or not local.is_dir() else [CONFIGS, local]
 
 
 def choices(group: str) -> Iterator[tuple[str, str]]:

@@ -42,12 +42,12 @@ def coordinates(stage: Stage, network: nn.Module, batch: Batch) -> dict[str, lis
     return sizes
 
 
-def slopes(found: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, float]:
+def slopes(sizes: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, float]:
     """Sizes by width and block -> by block, the exponent s of the last step's change ~ width^s, by least squares; 0 transfers."""
-    widths = sorted(found)
+    widths = sorted(sizes)
     x = torch.tensor([math.log(width) for width in widths], dtype=torch.float64)
     last = {
-        name: [found[width][name][-1] for width in widths] for name in found[widths[0]] if all(name in found[w] for w in widths)
+        name: [sizes[width][name][-1] for width in widths] for name in sizes[widths[0]] if all(name in sizes[w] for w in widths)
     }
     return {name: _slope(x, torch.tensor(values, dtype=torch.float64).clamp(min=1e-30).log()) for name, values in last.items()}
 
