@@ -20,8 +20,8 @@ from ldm.training.saved import newest, read_checkpoint, resume_from
 from ldm.types import DataModule
 
 
-def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
-    """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
+def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> bool:
+    """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`; -> whether it got there.
 
     Raises:
         Refusal: the checkpoint to resume from is damaged or of another model; its run's settings are others, and cannot be;
@@ -58,8 +58,9 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
         next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
         sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
-        return
+        return False
     _finish(stage, data, trainer, folder, checkpoint)
+    return True
 
 
 def quiet() -> None:
