@@ -5,13 +5,17 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from ldm.check import nearest
-from ldm.command.table import lines, show
 from ldm.compose import CONFIGS
+from ldm.files.table import lines, seen, show
 
 MODEL = "model"  # no group of configs: what model= takes by a short name
+INNER = ("hydra/help", "size/")  # groups that nobody chooses from
+FEW = 6  # choices shown of each group
+COMMAND = re.compile("(python|torchrun|ldm) ")
 
 
 def main() -> None:
@@ -20,8 +24,8 @@ def main() -> None:
     parser.add_argument("group", nargs="?", help="a config group; without it the groups are listed")
     group = parser.parse_args().group
     if group is None:
-        return lines(groups())
-    rows = dict(models() if group == MODEL else choices(group))
+        return show(["group", "choices"], [(name, few(name)) for name in groups()]) if seen() else lines(groups())
+    rows = listed(group)
     if not rows:
         sys.exit(f"error: there is no group `{group}`.{nearest(group, groups())}")
     show([group, "what it is"], sorted(rows.items()))
@@ -29,7 +33,19 @@ def main() -> None:
 
 def groups() -> list[str]:
     """What can be listed: config groups, and published models."""
-    return [*sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."}), MODEL]
+    found = {path.parent.relative_to(root).as_posix() for root in roots() for path in root.rglob("*.yaml")}
+    return [*sorted(name for name in found - {"."} if not name.startswith(INNER)), MODEL]
+
+
+def listed(group: str) -> dict[str, str]:
+    """-> what can be chosen in a group, each with what it is."""
+    return dict(models() if group == MODEL else choices(group))
+
+
+def few(group: str) -> str:
+    """-> a group's first choices, and how many more there are."""
+    names = sorted(name for name in listed(group) if "/" not in name)
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def models() -> Iterator[tuple[str, str]]:
@@ -54,15 +70,24 @@ def choices(group: str) -> Iterator[tuple[str, str]]:
 
 
 def purpose(text: str) -> str:
-    """The first comment line of a config, or the first line of the file that its `_target_` lies in, which is not imported."""
-    comments = (line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
-    said = next((line for line in comments if not line.startswith("@package")), None)
-    if said is not None:
-        return said
+    """What a config's first comment says, or the file that its `_target_` lies in, which is not imported."""
+    if comment := re.search(r"^# (?!@package)(.*(?:\n# .*)*)", text, re.MULTILINE):
+        return sentence(comment[1].replace("\n# ", "\n"))
     target = re.search(r"_target_: *ldm\.([\w.]+)\.(\w+)", text)
     file = Path(__file__).parent.parent.joinpath(*target[1].split(".")).with_suffix(".py") if target else None
     if file is None or not file.is_file():
         return ""
     module = ast.parse(file.read_text(encoding="utf-8"))
     made = [node for node in module.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == target[2]]
-    return next((said.split("\n")[0] for said in map(ast.get_docstring, [*made, module]) if said), "")
+    return next((sentence(said) for said in map(ast.get_docstring, [*made, module]) if said), "")
+
+
+def sentence(text: str) -> str:
+    """A text's first line; where no sentence ends there, all of it up to a full stop or a colon, a command or an empty line."""
+    first, *others = [line.strip() for line in takewhile(str.strip, text.splitlines())]
+    more = list(takewhile(lambda line: not COMMAND.match(line), others))
+    if first.endswith(".") or not more:
+        return first
+    said = " ".join([first, *more])
+    end = re.search(r"\.(?= |$)|:(?= |$)", said)
+    return said if end is None else said[: end.end()].removesuffix(":")
