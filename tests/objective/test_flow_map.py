@@ -251,7 +251,7 @@ NETS = {
 
 @pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 def test_the_derivative_through_every_backbone_is_the_finite_difference(make, monkeypatch):
-    """In float64, to 1e-6 of its size, in x and t at once; and gradients reach the weights."""
+    """In float64, to 1e-6 of its size, in x and t at once, with texts of different lengths; and gradients reach the weights."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # waves are float32 otherwise
     torch.manual_seed(0)
     net = make().double()
@@ -260,7 +260,8 @@ def test_the_derivative_through_every_backbone_is_the_finite_difference(make, mo
     denoiser = Denoiser(net, Linear(), Flow(), DataTime(), span=8)
     x, direction = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
     t, to = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), torch.tensor([0.1, 0.2, 0.9], dtype=torch.float64)
-    cond = Cond(tokens=torch.randn(3, 5, 6, dtype=torch.float64))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]).bool()
+    cond = Cond(tokens=torch.randn(3, 5, 6, dtype=torch.float64), mask=mask)
     output, change = along(denoiser, x, t, cond, (direction, torch.ones_like(t)), to)
     with torch.no_grad():
         e = 1e-5
