@@ -217,6 +217,12 @@ def test_half_precision_is_kept_and_drawn_in_on_a_gpu(theirs, tmp_path):
     model = ldm.load(folder, device="cpu")
     whole, rounded = (model.draw("a", steps=2, settings=[f"precision={p}"], output="pt") for p in ("32", "bf16"))
     assert rounded.dtype == torch.float32 and 0 < (whole - rounded).abs().mean() < 0.1
+    matrix = model.model.denoiser.backbone.middle[0].conv_in.weight
+    half = model.draw("a", steps=2, settings=["precision=16"], output="pt")
+    assert matrix.dtype == torch.float16 and (whole - half).abs().mean() < 0.02, "kept as in the file"
+    invert = {"init": ldm.api.to_pil(whole)[0], "settings": ["source=a", "sampler=ddim", "precision=16"], "strength": 1.0}
+    assert len(model.draw("b", steps=2, **invert)) == 1 and matrix.dtype == torch.float16
+    assert torch.equal(model.draw("a", steps=2, output="pt"), whole) and matrix.dtype == torch.float32
 
 
 # ---- names, and the hub
