@@ -38,6 +38,7 @@ from ldm.data.shard.source import expand, passed_over
 from ldm.data.shard.tar import unread
 from ldm.errors import Refusal
 from ldm.files.folder import write_text
+from ldm.files.table import show
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 24  # pictures in samples.png
@@ -219,10 +220,10 @@ def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
     print(
         f"empty captions: {report['empty_captions']:,}; duplicates: {report['duplicates']:,} of {report['hashed']:,} with a hash"
     )
-    print(f"{'':20s} {'least':>10s} {'median':>10s} {'most':>10s}")
-    for name, summary in report["numbers"].items():
-        bars = _bars(columns[name])
-        print(f"{name:20s} {summary['least']:10.4g} {summary['median']:10.4g} {summary['most']:10.4g}  {bars}")
+    shares = ("least", "median", "most")
+    rows = [[name, *(f"{of[share]:10.4g}" for share in shares), _bars(columns[name])] for name, of in report["numbers"].items()]
+    if rows:
+        show(("number", *(f"{share:>10s}" for share in shares), "how many of each"), rows, headed=True)
 
 
 def _bars(values: np.ndarray) -> str:

@@ -21,8 +21,8 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     if config.compare:
-        from ldm.command.table import show
         from ldm.evaluation.compare import compare
+        from ldm.files.table import show
 
         others = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in ("compare", "debug", "allow")]
         if others:
@@ -74,7 +74,8 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     from ldm.build import build_members
     from ldm.files.folder import write_text
     from ldm.files.process import meet, rank
-    from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page
+    from ldm.files.table import show
+    from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page, sweep_table
     from ldm.training.logging import close, log_picture
 
     meet()
@@ -96,6 +97,7 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     close(loggers)
     if rank() == 0:
         write_text(sweep_page(rows, captions, base.model), out / "report.html")
+        show(*sweep_table(rows), headed=True)
         print(f"Look at it: {out}/report.html")
     return out / "report.html"
 

@@ -9,11 +9,13 @@ from itertools import takewhile
 from pathlib import Path
 
 from ldm.check import nearest
-from ldm.command.table import lines, show
 from ldm.compose import CONFIGS
+from ldm.files.table import lines, seen, show
 
-COMMAND = re.compile(r"(?:^|  )(?:python|ldm) ")
+COMMAND = re.compile(r"(?:^|  )(?:python|torchrun|ldm) ")
 MODEL = "model"  # no group of configs: what model= takes by a short name
+INNER = ("hydra/help", "size/")  # groups that nobody chooses from
+FEW = 6  # choices shown of each group
 
 
 def main() -> None:
@@ -22,8 +24,8 @@ def main() -> None:
     parser.add_argument("group", nargs="?", help="a config group; without it the groups are listed")
     group = parser.parse_args().group
     if group is None:
-        return lines(groups())
-    rows = dict(models() if group == MODEL else choices(group))
+        return show(["group", "choices"], [(name, few(name)) for name in groups()]) if seen() else lines(groups())
+    rows = listed(group)
     if not rows:
         sys.exit(f"error: there is no group `{group}`.{nearest(group, groups())}")
     show([group, "what it is"], sorted(rows.items()))
@@ -31,7 +33,19 @@ def main() -> None:
 
 def groups() -> list[str]:
     """What can be listed: config groups, and published models."""
-    return [*sorted({str(path.parent.relative_to(root)) for root in roots() for path in root.rglob("*.yaml")} - {"."}), MODEL]
+    found = {path.parent.relative_to(root).as_posix() for root in roots() for path in root.rglob("*.yaml")}
+    return [*sorted(name for name in found - {"."} if not name.startswith(INNER)), MODEL]
+
+
+def listed(group: str) -> dict[str, str]:
+    """-> what can be chosen in a group, each with what it is."""
+    return dict(models() if group == MODEL else choices(group))
+
+
+def few(group: str) -> str:
+    """-> a group's first choices, and how many more there are."""
+    names = sorted(name for name in listed(group) if "/" not in name)
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def models() -> Iterator[tuple[str, str]]:

@@ -58,6 +58,7 @@ def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
     from ldm.command.usual import check_drawing
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.offload import offload
+    from ldm.drawing.precision import hold, precision_of
     from ldm.files.device import device_of
     from ldm.rest import at_rest, recipe_of
 
@@ -65,6 +66,7 @@ def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
     usual = recipe_of(place).get("usual", {})
     check_drawing(OmegaConf.to_container(config, resolve=True), usual, allowed(config))
     model, device = load_model(place, allowed(config), config.adapters, config.base), device_of(config.device)
+    hold(model.denoiser.backbone, usual, precision_of(config.precision, usual, device))
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     model = offload(model, device) if config.offload else model.to(device)

@@ -119,7 +119,8 @@ def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", s
     if target.is_file():
         raise Refusal(f"{target} is a file; a model in the layout of {layout} is a folder.")
     made.write(bundle, target)
-    write_text(card(bundle, layout, licence, source), target / "README.md")
+    origin = f"Converted from `{source}` to the layout of {layout}." if source else ""
+    write_text(card(bundle.recipe, layout, licence, source, origin), target / "README.md")
 
 
 def describe(bundle: Bundle) -> str:

@@ -21,8 +21,8 @@ from ldm.training.saved import newest, read_checkpoint, resume_from
 from ldm.types import DataModule
 
 
-def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
-    """Trains a stage up to the trainer's max_steps and leaves the exported model in the folder.
+def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> bool:
+    """Trains a stage up to the trainer's max_steps and leaves the exported model in the folder; -> whether it got there.
 
     Args:
         stage: what is trained, and exported at the end.
@@ -66,8 +66,9 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
         next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
         sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
-        return
+        return False
     _finish(stage, data, trainer, folder, checkpoint)
+    return True
 
 
 def quiet() -> None:
