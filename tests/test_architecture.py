@@ -201,9 +201,9 @@ def test_test_modules_import_no_test_modules():
 # Words that name nothing: what was told, found, asked, kept, and whose? These files and rooms have been rid of them.
 VAGUE = {"told", "found", "asked", "own", "theirs", "kept"}
 PLAIN = set(
-    """adapter api autoencoder average backbone build check compose condition conditioner denoiser drawing embedder evaluation
-    extractor files guidance loss metric model nn objective page prediction report rest run_id sampler schedule swap tower types
-    unused""".split()
+    """adapter api autoencoder average backbone build check command compose condition conditioner denoiser drawing embedder evaluation
+    extractor files guidance loss metric model nn objective page prediction report rest run_id sampler schedule swap tower training
+    types unused""".split()
 )
 
 

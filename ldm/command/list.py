@@ -33,8 +33,8 @@ def main() -> None:
 
 def groups() -> list[str]:
     """What can be listed: config groups, and published models."""
-    found = {path.parent.relative_to(root).as_posix() for root in roots() for path in root.rglob("*.yaml")}
-    return [*sorted(name for name in found - {"."} if not name.startswith(INNER)), MODEL]
+    folders = {path.parent.relative_to(root).as_posix() for root in roots() for path in root.rglob("*.yaml")}
+    return [*sorted(name for name in folders - {"."} if not name.startswith(INNER)), MODEL]
 
 
 def listed(group: str) -> dict[str, str]:
