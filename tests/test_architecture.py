@@ -198,16 +198,12 @@ def test_test_modules_import_no_test_modules():
         assert not [name for name in names if list((ROOT / "tests").rglob(f"{name}.py"))], f"{path} imports {names}"
 
 
-# Words that name nothing: what was told, found, asked, kept, and whose? These files and rooms have been rid of them.
+# Words that name nothing: what was told, found, asked, kept, and whose? These rooms have not been rid of them yet.
 VAGUE = {"told", "found", "asked", "own", "theirs", "kept"}
-PLAIN = set(
-    """adapter api autoencoder average backbone build check command compose condition conditioner denoiser drawing embedder evaluation
-    extractor files guidance loss metric model nn objective page prediction report rest run_id sampler schedule swap tower training
-    types unused""".split()
-)
+ROUGH = {"adapt", "data", "interop"}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if room(f) in PLAIN], ids=lambda p: str(p.relative_to(LDM)))
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) not in ROUGH], ids=lambda p: str(p.relative_to(LDM)))
 def test_names_say_what_a_thing_is(path):
     """Variables and parameters; docs/concepts.md has the words."""
     nodes = list(ast.walk(parsed(path)))
