@@ -34,7 +34,7 @@ TEXT = "conditioner."  # where the names of a text's tensors begin
 class Adapter(Protocol):
     """Something small that is trained beside a finished model, and put to work on it when that draws."""
 
-    wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
+    wraps: int  # 0: it changes the network's own weights; 1: it puts itself around it, after those; 2: around what is in it, last
     scales: bool  # whether strengths between 0 and 1 mean something for it
 
     def attach(self, model: LatentModel) -> Sequence[str]:

@@ -25,7 +25,7 @@ def read_adapter(source: str, name: str | None, recipe: Mapping[str, Any], weigh
     Raises:
         NotFound: nothing is there. Refusal: it is no adapter that is known, or of another model.
     """
-    found = Foreign(download(source) if source.startswith(HUB) else Path(source))
+    found = Foreign(download(source), source) if source.startswith(HUB) else Foreign(Path(source))
     kind = next((kind for kind in adapter_kinds() if kind.recognise(found)), None)
     if kind is None:
         raise Refusal(f"adapters={source} {_instead(found)}")
