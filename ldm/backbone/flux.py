@@ -74,7 +74,7 @@ class Flux(nn.Module):
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
-                "data.size or size=)."
+                "data.size or resolution=)."
             )
         told, vector = self.level(sinusoid(noise_level, 256).to(x)), cond.vector.to(x)
         if self.guidance is not None:

@@ -91,7 +91,7 @@ class MMDiT(nn.Module):
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}; patches of {self.patch} must divide them, and there are positions "
                 f"for {self.most * self.patch}x{self.most * self.patch} at most (backbone.patch, backbone.most, and data.size or "
-                "size=)."
+                "resolution=)."
             )
         top, left = (self.most - rows) // 2, (self.most - columns) // 2
         place = self.position.unflatten(0, (self.most, self.most))[top : top + rows, left : left + columns]
