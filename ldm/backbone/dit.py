@@ -182,7 +182,7 @@ class DiT(nn.Module):
             )
         h = self.embed(x).to(x)  # under autocast the sums of the blocks stay float32
         rows, columns = h.shape[2:]
-        h = h.flatten(2).transpose(1, 2)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # as the sums of all blocks lie from here on
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side
