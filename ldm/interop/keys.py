@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.errors import Refusal
+from ldm.interop.weights import WHOLE
 
 OFF = (None, False, [], {}, "")  # what a key that is unknown here may say: nothing
 
@@ -267,6 +268,8 @@ def check_keys(config: Mapping[str, Any], kind: str, place: str) -> dict[str, An
     Raises:
         Refusal: it lacks what must be said, or says something that no reader uses and that is not built here, or of another kind.
     """
+    if quantised := config.get("quantization_config"):
+        raise Refusal(f"{place} is quantised (quantization_config={quantised}). {WHOLE}")
     keys, wrong = CLASSES[kind], []
     whole_config = {**keys.means, **config}
     for name, value in whole_config.items():
