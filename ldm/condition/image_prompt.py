@@ -181,8 +181,8 @@ class Perceiver(nn.Module):
 
     def forward(self, seen: Tensor, latents: Tensor) -> Tensor:
         """seen: (B, N, C), latents: (B, L, C) -> (B, L, C)."""
-        queries = self.norm(latents)
-        both = self.kv(torch.cat((self.norm_seen(seen), queries), dim=1)).chunk(2, dim=2)
-        q, k, v = (z.unflatten(-1, (-1, self.WIDTH)).transpose(1, 2) for z in (self.q(queries), *both))
+        normed = self.norm(latents)
+        both = self.kv(torch.cat((self.norm_seen(seen), normed), dim=1)).chunk(2, dim=2)
+        q, k, v = (z.unflatten(-1, (-1, self.WIDTH)).transpose(1, 2) for z in (self.q(normed), *both))
         latents = latents + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return latents + self.feed(latents)
