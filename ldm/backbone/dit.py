@@ -145,27 +145,29 @@ class DiT(nn.Module):
         """
         level = self.level(sinusoid(noise_level, 256).to(x))
         level = level if self.vector is None else level + self.vector(cond.vector.to(x))
-        told = silu(level)
+        embedding = silu(level)
         h, (rows, columns) = self.patches(x)
         tokens, mask = (None, None) if self.read is None else visible(cond.tokens.to(x), cond.mask)
         tokens = None if self.read is None else self.read(tokens).to(x)
         h, before, mask = self.beside(h, tokens, mask)
         self.before = before
         turn = self.turn(rows, columns, before, h) if self.head_width else None
-        each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
+        each = last = embedding
+        if self.modulate is not None:
+            each, last = self.modulate(embedding), torch.cat((level, level), dim=1)
         h = self.through(h, before, each, turn, tokens, mask)
         h = self.last(h[:, before:], last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
         return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
     def through(
-        self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
+        self, h: Tensor, before: int, embedding: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """The same behind all blocks, (B, M + N, C); `route` says which patches go through which.
 
         Args:
             h: (B, M + N, C), tokens that stand before the patches, and the patches.
             before: M, how many stand before them.
-            told: (B, C), the noise level and the vector, or with one layer for all blocks (B, 6 C), its shifts, scales and
+            embedding: (B, C), the noise level and the vector, or with one layer for all blocks (B, 6 C), its shifts, scales and
                 gates.
             turn: cosines and sines of the places, (M + N, D) each, or None.
             tokens, mask: (B, L, C) that blocks attend to, and (B, 1, 1, L or M + N), True where attention reads; or None.
@@ -177,7 +179,7 @@ class DiT(nn.Module):
             if route is not None and i == route.first:
                 waiting, places = h, route.places(h, before)
                 h, turn, mask = leave(h, places, turn, mask, self.joint)
-            h = block(h, told, turn, tokens, mask)
+            h = block(h, embedding, turn, tokens, mask)
             if route is not None and i == route.last:
                 if self.fusion is not None:
                     waiting = self.fusion.missing(waiting)
@@ -252,17 +254,17 @@ class Block(nn.Module):
         self.norm_out, self.feed = norm(width), SwiGLU(width) if swiglu else FeedForward(width)
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
         """-> (B, N, C).
 
         Args:
             x: (B, N, C), the patches and what stands beside them.
-            told: (B, C), or with a table (B, 6 C).
+            embedding: (B, C), or with a table (B, 6 C).
             turn: cosines and sines of the places, (N, D) each, or None.
             tokens: (B, L, C), where it attends to tokens.
             mask: (B, 1, 1, L), or without such attention (B, 1, 1, N), True where it reads; None: everywhere.
         """
-        shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(told)[:, None].chunk(6, dim=-1)
+        shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(embedding)[:, None].chunk(6, dim=-1)
         across = self.attend_tokens is not None
         x = torch.addcmul(x, gate_in, self.attend(modulated(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))
         if self.attend_tokens is not None:
@@ -278,9 +280,9 @@ class Last(nn.Module):
         self.norm, self.modulate = norm(width), Table(2, width) if shared else nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, outward)
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x: (B, N, C), told: (B, C), or with a table (B, 2 C) -> (B, N, P)."""
-        shift, scale = self.modulate(told)[:, None].chunk(2, dim=-1)
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, N, C), embedding: (B, C), or with a table (B, 2 C) -> (B, N, P)."""
+        shift, scale = self.modulate(embedding)[:, None].chunk(2, dim=-1)
         return self.out(modulated(self.norm(x), shift, scale))
 
 
@@ -314,9 +316,9 @@ class Table(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(parts, width))
 
-    def forward(self, told: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor) -> Tensor:
         """(B, parts * C) -> the same."""
-        return told + self.table.flatten()
+        return embedding + self.table.flatten()
 
 
 class Caption(nn.Module):

@@ -30,11 +30,11 @@ def run(config: DictConfig) -> float | None:
     folder, numbers = _train(config)
     if config.optimize is None or config.plan or config.coordinates:
         return None
-    kept = folder / "optimized.json"
+    file = folder / "optimized.json"
     if numbers and first():
-        write_text(json.dumps(numbers), kept)
-    if not numbers and kept.is_file():  # a sweeper may try the same settings twice, and the run was finished before
-        numbers = json.loads(kept.read_text(encoding="utf-8"))
+        write_text(json.dumps(numbers), file)
+    if not numbers and file.is_file():  # a sweeper may try the same settings twice, and the run was finished before
+        numbers = json.loads(file.read_text(encoding="utf-8"))
     if config.optimize not in numbers:
         logged = ", ".join(sorted(numbers)) or "nothing, as the run was finished before"
         raise Refusal(f"optimize={config.optimize}: no such number was logged in {folder}; what was: {logged}.")

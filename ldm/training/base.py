@@ -162,13 +162,13 @@ class Stage(pl.LightningModule):
         Raises:
             Refusal: the checkpoint is of another model; names what differs.
         """
-        own = self.state_dict()
-        wrong = [f"{k}: missing" for k in own.keys() - state_dict.keys()]
-        wrong += [f"{k}: not of this model" for k in state_dict.keys() - own.keys()]
+        state = self.state_dict()
+        wrong = [f"{k}: missing" for k in state.keys() - state_dict.keys()]
+        wrong += [f"{k}: not of this model" for k in state_dict.keys() - state.keys()]
         wrong += [
-            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own.keys() & state_dict.keys()
-            if own[k].shape != state_dict[k].shape
+            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(state[k].shape)}"
+            for k in state.keys() & state_dict.keys()
+            if state[k].shape != state_dict[k].shape
         ]
         if wrong:
             few = "; ".join(sorted(wrong)[:5])

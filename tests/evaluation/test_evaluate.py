@@ -362,7 +362,7 @@ def test_given_statistics_stand_for_the_pictures_and_are_asked_first(folders):
 def test_what_is_missing_is_said(home, folders):
     with pytest.raises(ValueError, match="model=RUN_OR_FOLDER must be said, or images=FOLDER"):
         run("metric=[frechet_clip]", f"runs={home}")
-    with pytest.raises(FileNotFoundError, match="there are no pictures"):
+    with pytest.raises(FileNotFoundError, match="wanted a folder of pictures"):
         judge(home, folders, f"images={folders}/nowhere")
     with pytest.raises(ValueError, match="Reconstruction is measured with a model"):
         judge(home, folders, "metric=[reconstruction]")

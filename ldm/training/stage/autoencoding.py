@@ -174,9 +174,9 @@ def check_whitens(mean: Tensor, std: Tensor) -> None:
     """Raises ValueError where a channel's statistics, (C) each in float64, cannot whiten it: no deviation but rounding."""
     bad = (~(std > 1e-6 * mean.abs()) | ~std.isfinite()).nonzero().flatten().tolist()
     if bad:
-        found = "; ".join(f"channel {i} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in bad)
+        channels = "; ".join(f"channel {i} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in bad)
         raise Refusal(
-            f"Latents that say nothing cannot be whitened: over the training set, {found}. Train with "
+            f"Latents that say nothing cannot be whitened: over the training set, {channels}. Train with "
             f"autoencoder.channels={max(len(mean) - len(bad), 1)}, or from another seed."
         )
 
