@@ -338,6 +338,12 @@ class DataModule(Protocol):
     sizes: Sequence[tuple[int, int]]  # of training pictures, height and width
     trainer: Any
 
+    def identity(self) -> str:
+        """Which training samples these are, in words or as a hash."""
+
+    def captions(self) -> list[str]:
+        """The training captions, in order; of a stream the first of them."""
+
     def prepare_data(self) -> None:
         """Writes and indexes what must be on the disk, once on each node."""
 

@@ -22,9 +22,9 @@ from ldm.data.shard.decode import View
 from ldm.data.shards import Split
 from ldm.data.stream import joined
 from ldm.errors import NotFound, Refusal, Unreachable
-from ldm.files.process import warn
 from ldm.types import Batch, mix
 
+MEASURED = 100_000  # samples of a stream that stand for all where something is measured over the training set
 FIELDS = {"image": "image", "caption": "text"}
 
 
@@ -96,16 +96,32 @@ class Hub(MapStyle):
 
     @cached_property
     def train_set(self) -> Samples:
-        """The training samples, by number; of a stream, whose are not numbered, all are read onto this machine at first."""
+        """The training samples, by number.
+
+        Raises:
+            Refusal: they are a stream, whose samples have none.
+        """
         if self.streaming:
-            warn(
-                f"data.name={self.name}: training samples are asked for by number, which data.streaming=true cannot give; the "
-                "whole data set is read onto this machine first."
+            raise Refusal(
+                f"data.name={self.name}: training samples are asked for by number, and a stream (data.streaming=true) gives them "
+                "as they come. Read them onto this machine, data.streaming=false, all or a part: 'data.split=train[:10000]'. What "
+                "is measured can do without: requests=val reference=val, or prompts=FILE reference=FOLDER."
             )
         return self._opened("train", self.datasets["train"])
 
+    def identity(self) -> str:
+        """As in Shards; of a stream its name."""
+        return f"{self.name}, a stream" if self.streaming else super().identity()
+
+    def captions(self) -> list[str]:
+        """As in Shards; of a stream those of the first MEASURED samples."""
+        if not self.streaming or "caption" not in self.fields:
+            return super().captions()
+        member, place, first = self.fields["caption"], self.places["caption"], islice(self._stream(), MEASURED)
+        return [value_of(row[place], member, View(1, 1), mix(self.seed, SAMPLE, i)) for i, row in enumerate(first)]
+
     def ordered(self, split: Split, batch: int, rank: int = 0, world: int = 1) -> DataLoader:
-        """As in Shards; of a stream as it comes."""
+        """As in Shards; of a stream the first MEASURED samples as they come, which stand for all."""
         if not self.streaming or split == "val":
             return super().ordered(split, batch, rank, world)
         return DataLoader(Ordered(self, batch, rank, world), batch_size=None, **loading(self.workers, again=False))
@@ -162,14 +178,14 @@ class Streaming(IterableDataset):
 
 
 class Ordered(IterableDataset):
-    """Every sample of a stream once, in order and square, for one rank; as Once (order.py) shares batches out."""
+    """A stream's first samples once, in order and square, for one rank; as Once (order.py) shares batches out."""
 
     def __init__(self, data: Hub, batch: int, rank: int, world: int) -> None:
         self.make, self.fields, self.places, self.pixels, self.seed = data._stream, data.fields, data.places, data.size, data.seed
         self.batch, self.rank, self.world = batch, rank, world
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        base, stream = 0, iter(self.make())
+        base, stream = 0, islice(self.make(), MEASURED)
         while some := list(islice(stream, self.batch)):
             mine = range(len(some) * self.rank // self.world, len(some) * (self.rank + 1) // self.world)
             if mine:

@@ -132,6 +132,14 @@ class Shards:
         mixture = Mixture(streams, self.weights, self.batch, self.seed)
         return Steps([mixture], self.sizes, [len(parts[0])], self.batch, self.seed)
 
+    def identity(self) -> str:
+        """Which training samples these are: a hash of what is in them."""
+        return self.train_set.index.fingerprint()
+
+    def captions(self) -> list[str]:
+        """All training captions, in order."""
+        return self.train_set.captions()
+
     def prepare_data(self) -> None:
         """Indexes all shards, once on each node."""
         _ = self.train_set, self.val_set

@@ -151,7 +151,7 @@ class Autoencoding(Stage):
         self.autoencoder.mean.copy_(mean)
         self.autoencoder.std.copy_(std)
         self.autoencoder.count.copy_(reduce_sum(pictures))
-        self.measured = {"fingerprint": data.train_set.index.fingerprint(), "size": data.size}
+        self.measured = {"fingerprint": data.identity(), "size": data.size}
 
     def export(self, folder: Path) -> None:
         """Writes model.safetensors, the statistics with it, config.json, and statistics.json: what they are and of what data."""

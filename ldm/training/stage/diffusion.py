@@ -298,7 +298,7 @@ def check_objective(objective: Objective) -> None:
 def check_words(model: LatentModel, data: DataModule) -> None:
     """Raises ValueError where a text tower is to learn a word that no caption holds."""
     words = {word for embedder in model.conditioner.embedders.values() for word in embedder.taught}
-    captions = [caption.lower() for caption in data.train_set.captions()] if words else []
+    captions = [caption.lower() for caption in data.captions()] if words else []
     for word in sorted(words):
         if not any(word.lower() in caption for caption in captions):
             raise Refusal(
