@@ -104,8 +104,8 @@ class Hub(MapStyle):
         if self.streaming:
             raise Refusal(
                 f"data.name={self.name}: training samples are asked for by number, and a stream (data.streaming=true) gives them "
-                "as they come. Read them onto this machine, data.streaming=false, all or a part: 'data.split=train[:10000]'. What "
-                "is measured can do without: requests=val reference=val, or prompts=FILE reference=FOLDER."
+                "as they come. Read them onto this machine, data.streaming=false, all or a part, 'data.split=train[:10000]'; "
+                "evaluate can do without: requests=val reference=val, or prompts=FILE reference=FOLDER."
             )
         return self._opened("train", self.datasets["train"])
 
