@@ -10,7 +10,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, texts
 from ldm.errors import NotFound
 from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
@@ -49,7 +49,7 @@ class Bert(Condition):
         self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
         self.tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)
         self.tokenizer.enable_truncation(length)
-        self.cut = Cut(length - 2, lambda captions: [_length(row) for row in self.tokenizer.encode_batch(list(captions))])
+        self.cut = Cut(length - 2, lambda captions: [_length(row) for row in self.tokenizer.encode_batch(texts(captions))])
         self.tokenizer.enable_padding(length=length, pad_id=self.tokenizer.token_to_id(PADDING), pad_token=PADDING)
         self.words, self.places = nn.Embedding(self.tokenizer.get_vocab_size(), width), nn.Embedding(length, width)
         for table in (self.words, self.places):

@@ -15,7 +15,7 @@ CHOICES = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "le
 
 
 def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any, sizes: Sequence[Any], **words: Any) -> None:
-    """Looks at the settings, each alone and together; `words` are flip and those of CHOICES.
+    """Looks at the settings, each alone and together; `words` are size, batch, flip and those of CHOICES.
 
     Raises:
         Refusal: one of them means nothing.
@@ -27,6 +27,10 @@ def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any
             raise Refusal(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
         decoder(member)
     flip, crop = words["flip"], words["crop"]
+    if wrong := [f"data.{name}={words[name]}" for name in ("size", "batch") if words[name] < 1]:
+        raise Refusal(f"{wrong[0]}: wanted 1 or more.")
+    if not 0 <= flip <= 1:
+        raise Refusal(f"data.flip={flip}: wanted the share of pictures that is mirrored, in [0, 1].")
     if (flip or crop != "center") and all(is_array(member) or is_text(member) for member in fields.values()):
         raise Refusal(f"data.flip={flip} data.crop={crop}: data.fields names no pictures, only {fields}.")
     for name, choices in CHOICES.items():
