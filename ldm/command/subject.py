@@ -14,6 +14,7 @@ from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
 from ldm.data.shards import Shards
 from ldm.data.usual import far, resolved
+from ldm.drawing.precision import hold
 from ldm.drawing.request import read_request
 from ldm.errors import NotFound, Refusal
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
@@ -92,7 +93,9 @@ class Subject:
     def model(self) -> Any:
         """The model, on its device."""
         config = self.config
-        return load_model(self.place, self.allow, config["adapters"], config["base"]).to(self.device)
+        model = load_model(self.place, self.allow, config["adapters"], config["base"])
+        hold(model.denoiser.backbone, self.recipe.get("usual", {}), str(config.get("precision")))
+        return model.to(self.device)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:

@@ -21,8 +21,15 @@ PADDING = "[PAD]"
 class Bert(Condition):
     """A caption -> tokens (B, L, D) of a bidirectional transformer (LDM, 2112.10752, appendix E.2.1 and table 17).
 
-    `vocabulary` is a folder with BERT's uncased `vocab.txt`. Captions are cut or padded to `length` words; the padding is
-    attended to as well, as published. Heads are `head_width` wide, whatever `width` is. A dropped caption is the empty one.
+    Captions are padded to `length`; the padding is attended to as well, as published. A dropped caption is the empty one.
+
+    Args:
+        vocabulary: a folder with BERT's uncased `vocab.txt`.
+        width, depth, heads: features of a token, blocks, and heads of attention.
+        head_width: features of a head, whatever `width` is.
+        length: words of a caption, at most, its two ends among them; what lies behind is cut off.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
 
     Raises:
         NotFound: there is no vocabulary.
@@ -49,7 +56,7 @@ class Bert(Condition):
         self.key, self.rate, self.widths = key, rate, Widths(tokens=width)
         self.tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)
         self.tokenizer.enable_truncation(length)
-        self.cut = Cut(length - 2, lambda captions: [_length(row) for row in self.tokenizer.encode_batch(texts(captions))])
+        self.cut = Cut(length - 2, lambda captions: [_length(row) for row in self.tokenizer.encode_batch(list(captions))])
         self.tokenizer.enable_padding(length=length, pad_id=self.tokenizer.token_to_id(PADDING), pad_token=PADDING)
         self.words, self.places = nn.Embedding(self.tokenizer.get_vocab_size(), width), nn.Embedding(length, width)
         for table in (self.words, self.places):
@@ -67,7 +74,7 @@ class Bert(Condition):
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) word ids, cut or padded to the length."""
-        rows = self.tokenizer.encode_batch(list(captions))
+        rows = self.tokenizer.encode_batch(texts(captions))
         if self.training:
             self.cut.count(captions, [bool(row.overflowing) for row in rows])
         return torch.tensor([row.ids for row in rows])

@@ -18,7 +18,7 @@ from ldm.evaluation.rows import fingerprint
 from ldm.files.content import file_content, files_content
 from ldm.files.lines import read_lines
 from ldm.files.picture import ENDINGS, FORMATS, from_bytes, left_out, open_picture, picture_size, pictures_in, to_srgb, to_tensor
-from ldm.files.process import from_first, rank
+from ldm.files.process import by_first, rank
 from ldm.measure import Rows
 from ldm.types import Batch
 
@@ -63,7 +63,7 @@ class Folder:
                 f"{few}: prompts has {len(captions)} lines, and {option}={path} {self.count} pictures; line i belongs to "
                 "the i-th picture by name, 2.png before 10.png."
             )
-        content = from_first(files_content(self.files, self.path) if rank() == 0 else None)
+        content = by_first(lambda: files_content(self.files, self.path))
         self.protocol = {"files": content, "count": self.count, "size": size}
         self.protocol |= {} if captions is None else {"captions": fingerprint(list(captions))}
 

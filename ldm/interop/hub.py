@@ -8,6 +8,15 @@ from ldm.files.pieces import KINDS
 HUB = "hf://"
 
 
+def here(source: str) -> Path:
+    """A path, or hf://org/name[/FILE], which is fetched -> where it is.
+
+    Raises:
+        Refusal, Unreachable: as `download`.
+    """
+    return download(source) if source.startswith(HUB) else Path(source)
+
+
 def download(source: str) -> Path:
     """hf://org/name -> the folder of its snapshot: one copy of the weights, and settings, and never code.
     hf://org/name/FILE -> that file.

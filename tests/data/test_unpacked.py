@@ -343,11 +343,12 @@ def test_a_stream_is_gone_over_in_order_as_it_comes(library, monkeypatch):
         for a, b in zip(stream.ordered("train", 4, rank, 2), whole.ordered("train", 4, rank, 2), strict=True):
             assert torch.equal(a["image"], b["image"]) and torch.equal(a["position"], b["position"])
             assert a["caption"] == b["caption"]
-    assert stream.captions() == whole.captions() and len(whole.train_set) == COUNT and "stream" in stream.identity()
+    assert stream.train_set.captions() == whole.train_set.captions() and len(whole.train_set) == COUNT
+    assert stream.train_set.index.fingerprint() == "org/name, a stream"
     with pytest.raises(Refusal, match=r"asked for by number, .* onto this machine, data\.streaming=false, all or a part"):
-        _ = stream.train_set
+        len(stream.train_set)
     monkeypatch.setattr(hub_module, "MEASURED", 5)
-    assert len(stream.captions()) == 5 and sum(len(batch["caption"]) for batch in stream.ordered("train", 4)) == 5
+    assert len(stream.train_set.captions()) == 5 and sum(len(batch["caption"]) for batch in stream.ordered("train", 4)) == 5
 
 
 @pytest.mark.skipif(find_spec("datasets") is not None, reason="the library is here")

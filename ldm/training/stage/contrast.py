@@ -65,7 +65,7 @@ class Contrast(Stage):
     def finish(self, data: DataModule) -> None:
         """Measures each text layer's and the pooled vector's mean and covariance over the training captions."""
         sums: dict[str, tuple[int, Tensor, Tensor]] = {}
-        captions = data.captions()
+        captions = data.train_set.captions()
         for start in range(0, len(captions), 256):
             ids = self.tokenizer(captions[start : start + 256]).to(self.device)
             hidden, pooled = embed_text(self.clip, ids)

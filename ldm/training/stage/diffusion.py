@@ -22,10 +22,9 @@ from ldm.training.feed import data_of
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.optimizer.mup import MuP, check_optimizer
 from ldm.training.parallel.sharded import whole
-from ldm.training.protocols import Critical, Meets
 from ldm.training.resume import differences, keep_settings, line
 from ldm.training.stage.beside import add_gradients, step_beside
-from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
+from ldm.types import Batch, Cond, Critical, DataModule, Draw, Freezes, Meets, Moments, Objective
 
 EVERY = 100  # batches whose latents are looked at
 INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 64
@@ -298,7 +297,7 @@ def check_objective(objective: Objective) -> None:
 def check_words(model: LatentModel, data: DataModule) -> None:
     """Raises ValueError where a text tower is to learn a word that no caption holds."""
     words = {word for embedder in model.conditioner.embedders.values() for word in embedder.taught}
-    captions = [caption.lower() for caption in data.captions()] if words else []
+    captions = [caption.lower() for caption in data.train_set.captions()] if words else []
     for word in sorted(words):
         if not any(word.lower() in caption for caption in captions):
             raise Refusal(
