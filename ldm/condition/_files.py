@@ -51,10 +51,10 @@ def read_pictures(field: str, values: Sequence[Any], size: tuple[int, int], grou
     return from_bytes(torch.stack(pictures))
 
 
-def read_centred(field: str, asked: Sequence[Any], side: int) -> Tensor:
+def read_centred(field: str, values: Sequence[Any], side: int) -> Tensor:
     """Files -> (N, 3, side, side) in [-1, 1]: the shorter side scaled to `side`, then the middle cut out, as CLIPs see them."""
     pictures = []
-    for path in files(field, asked):
+    for path in files(field, values):
         image = _open(field, path, to_srgb)
         width, height = (max(side, int(side * length / min(image.size))) for length in image.size)
         left, top = (width - side) // 2, (height - side) // 2
