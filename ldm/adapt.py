@@ -52,8 +52,15 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks for: a source, its name if it has one, its strength; `text` is the strength of its text, if another;
-    `guess`: a ControlNet in its guess mode."""
+    """What a person asks for by `adapters=`.
+
+    Args:
+        source: a run, a folder, a file, or an address.
+        name: of the adapter, if it is given one.
+        strength: how much of it is put to work; 1 is all.
+        text: the strength of its part for the text tower, if another.
+        guess: a ControlNet draws in its guess mode.
+    """
 
     source: str
     name: str | None = None

@@ -120,7 +120,15 @@ def assemble(
 ) -> LatentModel:
     """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths.
 
-    `span`, of a flow map, is the width of what it is told of its second time.
+    Args:
+        autoencoder: the first stage.
+        condition: the conditions by name.
+        backbone: makes the network from `channels` and `widths`.
+        schedule: t -> (alpha, sigma).
+        prediction: what the network says.
+        level: how the network is told the noise level.
+        unit_input: whether x_t is scaled to unit variance before the network sees it.
+        span: of a flow map, the width of what it is told of its second time; 0 for any other.
     """
     conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
     network = backbone(channels=autoencoder.channels, widths=conditioner.widths + Widths(vector=span))

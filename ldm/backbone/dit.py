@@ -35,6 +35,8 @@ class DiT(nn.Module):
     The defaults are DiT-XL/2's for 256 x 256 pixels.
 
     Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
         size: latent height and width that the fixed positions are laid over; at other sizes they are laid over as much, closer
             or wider apart, rows and columns each by itself (as PixArt's are, https://arxiv.org/abs/2310.00426).
         patch: latents of `patch` x `patch` are one token.
@@ -156,7 +158,16 @@ class DiT(nn.Module):
     def through(
         self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """h: (B, M + N, C), behind M = `before` tokens the patches -> the same behind all blocks; `route` says who goes where."""
+        """The same behind all blocks, (B, M + N, C); `route` says which patches go through which.
+
+        Args:
+            h: (B, M + N, C), tokens that stand before the patches, and the patches.
+            before: M, how many stand before them.
+            told: (B, C), the noise level and the vector, or with one layer for all blocks (B, 6 C), its shifts, scales and
+                gates.
+            turn: cosines and sines of the places, (M + N, D) each, or None.
+            tokens, mask: (B, L, C) that blocks attend to, and (B, 1, 1, L or M + N), True where attention reads; or None.
+        """
         route, dense, early, waiting, places = self.route, (turn, mask), h, h, None
         for i, block in enumerate(self.blocks, 1):
             if self.fuse and i == self.fuse[0]:
@@ -212,7 +223,16 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward, each told shift, scale and gate; between them, where asked, attention to the tokens."""
+    """Attention and a feed-forward, each told shift, scale and gate; between them, where asked, attention to the tokens.
+
+    Args:
+        width, heads: features of a token, and heads of attention.
+        norm: makes a norm of so many features.
+        swiglu: a gated feed-forward in the place of GELU's.
+        norm_heads: queries and keys of unit variance.
+        across: whether it attends to tokens.
+        shared: whether it adds a table to what all blocks are told, or has a layer of its own.
+    """
 
     def __init__(
         self,
@@ -231,7 +251,15 @@ class Block(nn.Module):
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x: (B, N, C), told: (B, C), or with a table (B, 6 C), tokens: (B, L, C), mask: (B, 1, 1, N or L) -> (B, N, C)."""
+        """-> (B, N, C).
+
+        Args:
+            x: (B, N, C), the patches and what stands beside them.
+            told: (B, C), or with a table (B, 6 C).
+            turn: cosines and sines of the places, (N, D) each, or None.
+            tokens: (B, L, C), where it attends to tokens.
+            mask: (B, 1, 1, L), or without such attention (B, 1, 1, N), True where it reads; None: everywhere.
+        """
         shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(told)[:, None].chunk(6, dim=-1)
         across = self.attend_tokens is not None
         x = torch.addcmul(x, gate_in, self.attend(modulated(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))

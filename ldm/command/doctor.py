@@ -85,8 +85,13 @@ def examine(
     """Looks at every sample, prints what it finds and writes it into `out`.
 
     Args:
+        index: of the shards.
+        fields: batch field -> member, which every sample should have.
+        size: pixels of what is shown.
+        filters, sizes: of data.filters and data.buckets, of which it is said what they would keep.
         quick: decodes none but those shown.
         several: shards in which samples share a key, and how (folded.py).
+        out: the folder that the report is written into.
     """
     samples = Samples(index, Selection(index.counts), fields, size)
     would_keep = _would_keep(index, fields, filters, sizes) if index.shards and (filters or len(sizes) > 1) else ""

@@ -4,7 +4,7 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from ldm.check import nearest
 from ldm.compose import CONFIGS
 from ldm.files.table import lines, seen, show
 
+COMMAND = re.compile(r"(?:^|  )(?:python|ldm) ")
 MODEL = "model"  # no group of configs: what model= takes by a short name
 INNER = ("hydra/help", "size/")  # groups that nobody chooses from
 FEW = 6  # choices shown of each group
-COMMAND = re.compile("(python|torchrun|ldm) ")
 
 
 def main() -> None:
-    """Prints the groups, or a group's choices, each with the first comment line of its file."""
+    """Prints the groups, or a group's choices, each with the sentence that opens its file."""
     parser = argparse.ArgumentParser(prog="ldm list", description=__doc__.splitlines()[0])
     parser.add_argument("group", nargs="?", help="a config group; without it the groups are listed")
     group = parser.parse_args().group
@@ -70,24 +70,26 @@ def choices(group: str) -> Iterator[tuple[str, str]]:
 
 
 def purpose(text: str) -> str:
-    """What a config's first comment says, or the file that its `_target_` lies in, which is not imported."""
-    if comment := re.search(r"^# (?!@package)(.*(?:\n# .*)*)", text, re.MULTILINE):
-        return sentence(comment[1].replace("\n# ", "\n"))
-    target = re.search(r"_target_: *ldm\.([\w.]+)\.(\w+)", text)
+    """What opens a config, or else the docstring of what its own `_target_` names, which is not imported."""
+    comments = [line for line in text.splitlines() if not line.startswith("# @package")]
+    first = next((i for i, line in enumerate(comments) if line.startswith("# ")), None)
+    if first is not None:
+        opening = takewhile(lambda line: line.startswith("# "), comments[first:])
+        return sentence([line.removeprefix("# ") for line in opening])
+    target = re.search(r"^(?:\w+:\n  )?_target_: *ldm\.([\w.]+)\.(\w+)", text, re.MULTILINE)
     file = Path(__file__).parent.parent.joinpath(*target[1].split(".")).with_suffix(".py") if target else None
     if file is None or not file.is_file():
         return ""
     module = ast.parse(file.read_text(encoding="utf-8"))
     made = [node for node in module.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == target[2]]
-    return next((sentence(said) for said in map(ast.get_docstring, [*made, module]) if said), "")
+    said = next((said for said in map(ast.get_docstring, [*made, module]) if said), "")
+    return sentence(said.split("\n\n")[0].splitlines())
 
 
-def sentence(text: str) -> str:
-    """A text's first line; where no sentence ends there, all of it up to a full stop or a colon, a command or an empty line."""
-    first, *others = [line.strip() for line in takewhile(str.strip, text.splitlines())]
-    more = list(takewhile(lambda line: not COMMAND.match(line), others))
-    if first.endswith(".") or not more:
-        return first
-    said = " ".join([first, *more])
-    end = re.search(r"\.(?= |$)|:(?= |$)", said)
-    return said if end is None else said[: end.end()].removesuffix(":")
+def sentence(lines: Sequence[str]) -> str:
+    """The first of some lines, or where its sentence goes on in the next ones, that sentence; a command ends one."""
+    said = lines[0] if lines else ""
+    if said.endswith(".") or COMMAND.search(said):
+        return said
+    whole = " ".join(takewhile(lambda line: not COMMAND.match(line), lines))
+    return re.match(r".*?\.(?= |$)|.*", whole)[0]

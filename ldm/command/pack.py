@@ -62,8 +62,12 @@ def pack(source: Path, out: Path, size: int | None, per_shard: int, val: float, 
     number of its class, where sub-folders are classes.
 
     Args:
+        source: a folder, or a table.
+        out: the folder of the shards.
         size: pixels that the shorter side is brought down to; None keeps it.
         val: the share that is held out, chosen by a hash of the picture: one that is there twice is on one side.
+        per_shard: samples of a shard, at most.
+        packed: counts what was done.
 
     Raises:
         Refusal: no pictures, none that can be read, a table that cannot be read in one way only, or several splits.

@@ -87,6 +87,7 @@ def draw(
     """Draws what a plain config of sample.yaml asks for.
 
     Args:
+        model: what draws.
         usual: how the model is drawn from where the config does not say it (data/usual.py).
         config: what is null in it is as usual. `sampler` and `guidance` may be built already, its pictures may be PIL's.
         allow: the modules that its nodes may be built from.

@@ -107,7 +107,16 @@ class Folder(Shards):
 
 
 class Files(Samples):
-    """Samples whose members are files, and rows of a table. labels: each class' number."""
+    """Samples whose members are files, and rows of a table.
+
+    Args:
+        listing: what is known of the samples.
+        selection: which of them count.
+        fields: batch field -> member.
+        size: pixels.
+        rows: the pictures.
+        labels: each class' number, by name.
+    """
 
     def __init__(
         self,

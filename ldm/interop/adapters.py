@@ -94,6 +94,14 @@ def read_all(source: str, bundle: Bundle) -> dict[str, Read]:
 def write_adapters(source: str, adapters: Mapping[str, Read], bundle: Bundle, base: str, target: Path, layout: str) -> None:
     """Adapters into a layout of theirs, of several into a folder; or, for `ldm`, into a folder like a run's.
 
+    Args:
+        source: where they are from, for errors.
+        adapters: by name, as they were read.
+        bundle: the model that they are of.
+        base: where that lies, for a run's folder.
+        target: file or folder that is written.
+        layout: `ldm`, or one that the kind of adapter has.
+
     Raises:
         Refusal: the layout has no place for one.
     """

@@ -92,7 +92,13 @@ def _read(path: Path, prediction: str | None) -> tuple[Bundle, str]:
 
 
 def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", source: str = "") -> None:
-    """Writes a model into a folder, with a model card, or for compvis and dit into a .safetensors file.
+    """Writes a model, and into a folder its model card too.
+
+    Args:
+        bundle: the model.
+        target: a folder, or a .safetensors file for the layouts that are one.
+        layout: such as ldm, diffusers, compvis.
+        licence, source: for the model card; `source` also for errors.
 
     Raises:
         Refusal: the layout has no place for something in it.

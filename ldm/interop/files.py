@@ -21,9 +21,15 @@ def take_part(
     left: tuple[str, ...] = (),
     today: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """The tensors of one part, whole or split over files, by our names; nothing but `left` may be missing or left.
+    """The tensors of one part, whole or split over files, by our names; nothing else may be missing or left.
 
-    `today` says what an older name is called now.
+    Args:
+        folder: where the part lies.
+        ties: our names -> how each is made of theirs.
+        shapes: what ours must be.
+        stem: the file's name without its endings.
+        left: theirs that are not read.
+        today: an older name -> what it is called now.
     """
     path = _file(folder, stem)
     weights = {today(name): x for name, x in open_weights(path).items()}

@@ -48,7 +48,15 @@ LEFT += ("cond_stage_model.logit_scale", "low_scale_model.", "depth_model.")
 
 @dataclass
 class File:
-    """`told` is what the yaml beside it says of the model, and `header` what it says of itself; nothing where there is none."""
+    """A single file, and which of its tensors were read.
+
+    Args:
+        path: of the file.
+        weights: its tensors.
+        told: what the yaml beside it says of the model; empty where there is none.
+        header: what the file says of itself.
+        used: the names of the tensors that were read.
+    """
 
     path: Path
     weights: Mapping[str, Tensor]

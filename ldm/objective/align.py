@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
 from ldm.errors import Refusal
-from ldm.objective._around import critic_in, frozen_in, meets
+from ldm.objective._around import Around
 from ldm.objective._ear import Ear, as_map, block_of
 from ldm.objective.dmd import DMD
 from ldm.objective.preference import Preference
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Draw, InTraining, Objective, Schedule
+from ldm.objective.regression import Regression
+from ldm.types import Batch, Cond, Draw, InTraining, Objective
 
 
 class Teacher(Protocol):
@@ -26,21 +26,23 @@ class Teacher(Protocol):
         """images: (B, 3, height, width) in [-1, 1] -> (B, D, h, w), without gradients."""
 
 
-class Align(nn.Module):
+class Align(Around):
     """Another objective, and hidden states of the backbone that, projected, point where the teacher's features of the picture do.
 
     The projector is trained with the model and serves for nothing else: it is neither averaged nor exported. The teacher is
     in no checkpoint. Where the two see another number of patches, the teacher's are resized.
 
     Args:
-        teacher: makes the frozen network; `weights`, where given, are the argument of that name.
+        teacher: makes the frozen network.
         width: features of the hidden states: `backbone.width`, times `backbone.mult` at that level of a U-Net.
         layer: whose hidden states: 1 is the first of the backbone's blocks. The gradient of `align` reaches those up to it.
         align_weight: of the alignment; 0 leaves it out.
         until: the step from which on it is left out (https://arxiv.org/abs/2505.16792); None: never.
         projector: `mlp` has three layers, as in the paper; `convolution` is one of 3 x 3 (iREPA, https://arxiv.org/abs/2512.10794).
         hidden: features within the `mlp`.
-        of: makes the other objective from `time`, `weight`, `noise` and `distance`.
+        weights: of the teacher, handed to what makes it; None: its own default.
+        of: makes the other objective.
+        **parts: time, weight, noise and distance, of the other objective.
 
     Raises:
         Refusal: there is no such block, or its hidden states have another width; the batch has no pictures, or `of` sees others.
@@ -57,24 +59,15 @@ class Align(nn.Module):
         hidden: int = 2048,
         weights: str | None = None,
         of: Callable[..., Objective] = Regression,
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
+        **parts: Any,
     ) -> None:
-        super().__init__()
-        self.of = of(time=time, weight=weight, noise=noise, distance=distance)
+        super().__init__(of, **parts)
         self.teacher = teacher() if weights is None else teacher(weights=weights)
         self.width, self.layer, self.align_weight, self.until = width, layer, align_weight, until
         outward = self.teacher.patches(torch.zeros(1, 3, 32, 32)).shape[1]
         check_sees_the_batch(self.of)
-        self.frozen, self.critic = frozen_in(self.of), critic_in(self.of)
         self.projector = nn.Conv2d(width, outward, 3, padding=1) if projector == "convolution" else mlp(width, hidden, outward)
         self.ear = Ear()
-
-    def meet(self, model: Any) -> bool:
-        """As the other objective."""
-        return meets(self.of, model)
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents of batch's `image` -> what `of` says, with `align` in [-1, 1] in its loss."""

@@ -20,12 +20,11 @@ from torch.nn.functional import softplus
 
 from ldm.errors import Refusal
 from ldm.objective._ear import Ear, as_map, block_of
-from ldm.objective._teacher import FROZEN, Teacher
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
+from ldm.objective._teacher import WithTeacher
 from ldm.types import Backbone, Batch, Cond, Denoise, Draw, InTraining, Schedule, like, mix
 
 
-class DMD(nn.Module):
+class DMD(WithTeacher):
     """Draws by the model's own `steps` and moves what it drew. Drawn by sampler=consistency.
 
     The model begins from the teacher (`model.init`), as `fake` does. `fake` is the critic: it has an optimizer of its own, is in
@@ -38,40 +37,30 @@ class DMD(nn.Module):
         adversarial: weight of the discriminator, which is a part of the critic; 0 leaves it out.
         layer: the block of `fake` on which it stands, 1 is the first; None: the middle one.
         width: features of that block's hidden states.
-        time, weight, noise, distance: as in regression; of the times and of the noise that both look through, and of fake's loss.
+        **parts: time, weight, noise and distance, as in regression: the noise that both look through, and the loss of `fake`.
 
     Raises:
         Refusal: less than one step, a teacher of another schedule, or another width than the discriminator's.
     """
-
-    frozen = FROZEN
 
     def __init__(
         self,
         teacher: Callable[[], Any],
         steps: int = 4,
         scale: float = 2.0,
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
         adversarial: float = 0.0,
         layer: int | None = None,
         width: int = 1,
+        **parts: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(teacher, **parts)
         if steps < 1:
             raise Refusal(f"objective.steps={steps}: at least one step makes a picture.")
-        self.teacher, self.steps, self.scale = Teacher(teacher), steps, scale
+        self.steps, self.scale = steps, scale
         self.fake = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
-        self.regression, self.adversarial = Regression(time, weight, noise, distance), adversarial
+        self.adversarial = adversarial
         self.judge = Judge(self.fake.backbone, layer, width) if adversarial else None
         self.critic = ("fake", "judge.head") if adversarial else ("fake",)
-
-    def meet(self, model: Any) -> bool:
-        """Leaves to the model what it has too."""
-        self.teacher.meet(model)
-        return True
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents, which a discriminator alone looks at -> {"loss": (), "critic": ()}, the former for its
@@ -82,8 +71,8 @@ class DMD(nn.Module):
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
         cond, told = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
-        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
-        noise = self.regression.noise(draw, drawn.detach())
+        t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        noise = self.noise(draw, drawn.detach())
         alpha, sigma = (like(s, x) for s in schedule(t))
         x_t = alpha * drawn + sigma * noise
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.judge is not None):
@@ -95,7 +84,7 @@ class DMD(nn.Module):
             way = direction(drawn, real, fake)
         loss = (drawn - (drawn - way).detach()).square().mean() / 2
         fresh = Draw(mix(draw.seed, 1), draw.position, draw.batch, draw.step)
-        critic = self.regression.each(self.fake, drawn.detach(), told, fresh)[0].mean()
+        critic = self.each(self.fake, drawn.detach(), told, fresh)[0].mean()
         if self.judge is None:
             return {"loss": loss, "critic": critic}
         of_drawn, of_data = self.judge(x), self._of_data(x, told, fresh)
@@ -106,9 +95,9 @@ class DMD(nn.Module):
     def _of_data(self, x: Tensor, told: Cond, draw: Draw) -> Tensor:
         """What the discriminator says of the data through noise, at the times at which it saw what was drawn."""
         schedule = self.fake.schedule
-        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         alpha, sigma = (like(s, x) for s in schedule(t))
-        self.fake(alpha * x + sigma * self.regression.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, told)
+        self.fake(alpha * x + sigma * self.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, told)
         return self.judge(x)
 
     def _times(self, draw: Draw) -> list[float]:
@@ -144,7 +133,15 @@ def direction(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def draw_along(denoise: Denoise, schedule: Schedule, times: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
-    """x: (B, C, H, W), the shape -> the estimate at the last of the times, by sampler=consistency; gradients of that alone."""
+    """-> the estimate at the last of the times, (B, C, H, W), by sampler=consistency; gradients reach that one alone.
+
+    Args:
+        denoise: (x_t, t) -> x_hat.
+        schedule: of the noise that is added before each step.
+        times: falling, the first is where pure noise lies.
+        x: (B, C, H, W), of which the shape counts.
+        draw: the numbers of the noise.
+    """
     x_hat = x
     for i, time in enumerate(times):
         t = torch.full((len(x),), time, device=x.device, dtype=x.dtype)

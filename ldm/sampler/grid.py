@@ -39,7 +39,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Shifted:
-    """Equal steps in t from 1 to the shifted 1 / total, all shifted (equation 23 above), then `last`: diffusers' for SD3.
+    """Equal steps in t from 1 to the shifted 1 / total, all shifted (SD3's equation 23), then `last`: diffusers' for SD3.
 
     The lowest time is shifted twice, as in diffusers' FlowMatchEulerDiscreteScheduler.
     """

@@ -51,8 +51,15 @@ class Wandb(WandbLogger):
 def wandb_logger(run_id: str, project: str, folder: str, offline: bool = False, artifacts: str | None = None) -> Wandb:
     """wandb under the run's own id: a resumed run continues the same curve.
 
+    Args:
+        run_id: of the run, whose slashes become dashes.
+        project: wandb's.
+        folder: where wandb keeps its files.
+        offline: whether nothing is sent; `wandb sync` sends it later.
+        artifacts: None, `model` or `all`, as in Wandb.
+
     Raises:
-        Refusal: `artifacts` is another word than Wandb knows.
+        Refusal: `artifacts` is another word.
     """
     if artifacts not in KEPT:
         raise Refusal(f"logger.wandb.artifacts={artifacts}: wanted null, model, or all (checkpoints too).")

@@ -21,7 +21,14 @@ from ldm.types import DataModule
 
 
 def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> bool:
-    """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`; -> whether it got there.
+    """Trains a stage up to the trainer's max_steps and leaves the exported model in the folder; -> whether it got there.
+
+    Args:
+        stage: what is trained, and exported at the end.
+        data: what it is trained on.
+        trainer: Lightning's, whose max_steps is the length.
+        folder: of the run.
+        resume: `auto` for the newest intact checkpoint of the folder, `never`, or a path.
 
     Raises:
         Refusal: the checkpoint to resume from is damaged or of another model; its run's settings are others, and cannot be;
