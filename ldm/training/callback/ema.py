@@ -43,7 +43,7 @@ class EMA(pl.Callback):
             return
         self.step, self.updates = trainer.global_step, self.updates + 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [weight.detach().float() for weight in self.weights]
+        weights = [weight.float() for weight in self.weights]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @property
