@@ -59,7 +59,7 @@ def measure(name, size, asked):
             return peer(*theirs, **kwargs).sample[:, :4]
 
     ours = our_step(net, predict_ours, noise)
-    return race(ours, their_step(peer, predict_theirs, noise), asked.rounds, asked.minutes, asked.device, most)
+    return race(ours, their_step(peer, predict_theirs, noise), asked.rounds, asked.minutes, asked.device, most, asked.tell)
 
 
 def our_step(net, predict, noise):
