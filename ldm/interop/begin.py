@@ -46,7 +46,14 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     Raises:
         Refusal: another network, or nothing in common.
     """
-    own = {n: x for n, x in module.state_dict().items() if not any(n.startswith(f"{part}.") for part in frozen)}
+    still = {n: x for n, x in module.state_dict().items() if any(n.startswith(f"{part}.") for part in frozen)}
+    own = {n: x for n, x in module.state_dict().items() if n not in still}
+    if other := [n for n, x in still.items() if n in weights and not torch.equal(x.cpu(), weights[n].to(x.dtype))]:
+        raise Refusal(
+            f"model.init={source} has another {other[0]}, which is frozen: its weights are trained beside its own alone. For an "
+            f"autoencoder's encoder: autoencoder.weights={source}."
+        )
+    weights = {n: x for n, x in weights.items() if n not in still}
     taken, grown, other = [], [], []
     for name in sorted(own.keys() & weights.keys()):
         here, there = own[name], weights[name]
