@@ -120,7 +120,15 @@ def assemble(
 ) -> LatentModel:
     """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths.
 
-    `span`, of a flow map, is the width of what it is told of its second time.
+    Args:
+        autoencoder: the first stage.
+        condition: the conditions by name.
+        backbone: makes the network from `channels` and `widths`.
+        schedule: t -> (alpha, sigma).
+        prediction: what the network says.
+        level: how the network is told the noise level.
+        unit_input: whether x_t is scaled to unit variance before the network sees it.
+        span: of a flow map, the width of what it is told of its second time; 0 for any other.
     """
     conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
     network = backbone(channels=autoencoder.channels, widths=conditioner.widths + Widths(vector=span))
@@ -241,10 +249,10 @@ def load_model(
     """
     if path is None:
         raise Refusal("No model is named: model.init=RUN, or the path= of what loads one, such as objective.teacher.path=RUN.")
-    recipe, weights = read_at_rest(path)
-    given = []
+    place, given = at_rest(path), []
+    recipe, weights = read_at_rest(place)
     if recipe["_target_"] == ADAPTED:
-        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(Path(path)))]
+        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(place))]
         recipe, weights = read_at_rest(base_of(path, recipe, None if base is None else at_rest(base)))
     elif base is not None:
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
@@ -283,7 +291,9 @@ def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, An
 
 def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow: Sequence[str]) -> Given:
     """An adapter that is asked for, of a run here or in another layout, as a model of that recipe and tensors takes it."""
-    path = Path(one.source)
+    from ldm.interop.hub import here
+
+    path = here(one.source)
     if path.exists() and holds_ours(path):
         theirs, tensors = read_at_rest(path)
         if theirs["_target_"] != ADAPTED:

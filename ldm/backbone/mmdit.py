@@ -23,6 +23,8 @@ class MMDiT(nn.Module):
     The defaults are Stable Diffusion 3 medium's, 2,028,328,000 parameters with a text of 4096 and a vector of 2048.
 
     Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
         size: latent height and width over which positions are as far apart as patches, one each.
         most: rows and columns of patches at most. Positions are a square of so many, laid over `size`, of which a smaller
             picture takes the middle.
