@@ -54,7 +54,7 @@ class Adapter(Protocol):
 class Wrapper(Protocol):
     """An adapter that may put itself around the network."""
 
-    wraps: bool  # whether it does, and so is trained alone and comes after those that change the network's own weights
+    wraps: int  # 0: it does not; 1: around the network, after those that change its own weights; 2: around what is in it, last
 
 
 @runtime_checkable
@@ -64,9 +64,9 @@ class Switch(Protocol):
     scales: bool  # whether strengths other than 0 and 1 mean something for it
 
 
-def wraps(adapter: Adapter) -> bool:
-    """Whether an adapter puts itself around the network."""
-    return isinstance(adapter, Wrapper) and adapter.wraps
+def wraps(adapter: Adapter) -> int:
+    """Whether an adapter puts itself around the network, and how late."""
+    return adapter.wraps if isinstance(adapter, Wrapper) else 0
 
 
 def scales(adapter: Adapter) -> bool:

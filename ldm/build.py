@@ -183,16 +183,18 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
 
 def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
-    from ldm.interop.begin import weights_for
+    from ldm.interop.begin import check_unseen, weights_for
     from ldm.interop.cache import is_named
 
     source = in_our_layout(source) if is_named(source) else source
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
     if unfinished or (path.suffix == ".ckpt" and is_own(path)):
-        return from_checkpoint(path, part)[1]
+        there, weights = from_checkpoint(path, part)
+        check_unseen(recipe, there, source)
+        return weights
     kind = recipe["prediction"]["_target_"].split(".")[-1] if "prediction" in recipe else None
-    return weights_for(part, source, kind)
+    return weights_for(part, source, kind, recipe)
 
 
 def frozen_parts(model: LatentModel) -> list[str]:

@@ -217,11 +217,11 @@ class DiT(nn.Module):
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
-                "data.size or size=)."
+                "data.size or resolution=)."
             )
         h = self.embed(x).to(x)  # under autocast the sums of the blocks stay float32
         rows, columns = h.shape[2:]
-        h = h.flatten(2).transpose(1, 2)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # as the sums of all blocks lie from here on
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side

@@ -76,7 +76,7 @@ class Flux(nn.Module):
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
-                "data.size or size=)."
+                "data.size or resolution=)."
             )
         told, vector = self.level(sinusoid(noise_level, 256).to(x)), cond.vector.to(x)
         if self.guidance is not None:
@@ -116,8 +116,8 @@ class Single(nn.Module):
         both, length = torch.cat((y, x), dim=1), y.shape[1]
         shift, scale, gate = self.modulate(told)[:, None].chunk(3, dim=-1)
         heads, wide = self.into(modulated(self.norm(both), shift, scale)).split((3 * self.width, 4 * self.width), dim=-1)
-        q, k, v = split(heads, 3, self.heads)
-        read = merge(attention(self.norm_q(q), self.norm_k(k), v, turn, mask))
+        q, k, v = split(heads, 3, self.heads, self.norm_q, self.norm_k)
+        read = merge(attention(q, k, v, turn, mask))
         both = torch.addcmul(both, gate, self.out(torch.cat((read, gelu(wide, approximate="tanh")), dim=-1)))
         return both[:, length:], both[:, :length]
 

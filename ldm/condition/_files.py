@@ -51,6 +51,18 @@ def read_pictures(field: str, asked: Sequence[Any], size: tuple[int, int], groun
     return from_bytes(torch.stack(pictures))
 
 
+def read_centred(field: str, asked: Sequence[Any], side: int) -> Tensor:
+    """Files -> (N, 3, side, side) in [-1, 1]: the shorter side scaled to `side`, then the middle cut out, as CLIPs see them."""
+    pictures = []
+    for path in files(field, asked):
+        image = _open(field, path, to_srgb)
+        width, height = (max(side, int(side * length / min(image.size))) for length in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        pictures.append(to_tensor(image))
+    return from_bytes(torch.stack(pictures))
+
+
 def read_greys(field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
     """Files -> (N, 1, height, width) in [0, 1], white is 1."""
     greys = [ImageOps.fit(_open(field, p, to_grey), size[::-1], Image.Resampling.BILINEAR) for p in files(field, asked)]

@@ -22,6 +22,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ldm.data.batch.listed import Listing
+from ldm.data.batch.mixed import Member
 from ldm.data.batch.samples import Samples
 from ldm.data.order.filter import select
 from ldm.data.packing.gather import find
@@ -56,7 +57,7 @@ class Folder(Shards):
         self,
         train: str | Path | Sequence[str | Path],
         val: str | Path | Sequence[str | Path] | None = None,
-        fields: Mapping[str, str | None] | None = None,
+        fields: Mapping[str, Member] | None = None,
         size: int = 256,
         batch: int = 64,
         seed: int = 0,

@@ -23,7 +23,8 @@ from ldm.files.pointer import instead_of
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where a training's checkpoint has its weights, the first that is there; averages before what is trained.
 NESTS = ("state_dict", "ema", "model_ema", "params_ema", "model", "model_state_dict", "module", "params", "net")
-WORD = "string_to_param"  # where a word's rows lie in an embedding of A1111's
+# Where an embedding of A1111's has a word's rows, and an IP-Adapter its two halves.
+INNER = ("string_to_param", "image_proj", "ip_adapter")
 # What DDP, torch.compile, FSDP and recomputation put into the names of what they wrap.
 WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -225,8 +226,9 @@ def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
     kind = type(held).__name__
     while isinstance(held, dict) and (inner := next((n for n in NESTS if isinstance(held.get(n), dict)), None)) is not None:
         held = held[inner]
-    if isinstance(held, dict) and isinstance(held.get(WORD), dict):
-        held = {f"{WORD}.{inner}": x for inner, x in held[WORD].items()}
+    parts = [part for part in INNER if isinstance(held, dict) and isinstance(held.get(part), dict)]
+    if parts:
+        held = {f"{part}.{inner}": x for part in parts for inner, x in held[part].items()}
     weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not weights:
         raise Refusal(f"{name} holds a {kind} and no tensors by name: it is no model's weights.{instead}")

@@ -15,7 +15,7 @@ from ldm.files.folder import read_model, read_recipe, save_model
 from ldm.interop.bundle import Bundle
 from ldm.interop.find import adapter_kinds
 from ldm.interop.foreign import Foreign
-from ldm.interop.hub import here
+from ldm.interop.hub import HUB, here
 from ldm.interop.protocols import AdapterKind, Read
 
 
@@ -25,7 +25,7 @@ def read_adapter(source: str, name: str | None, recipe: Mapping[str, Any], weigh
     Raises:
         NotFound: nothing is there. Refusal: it is no adapter that is known, or of another model.
     """
-    found = Foreign(here(source))
+    found = Foreign(here(source), source if source.startswith(HUB) else None)
     kind = next((kind for kind in adapter_kinds() if kind.recognise(found)), None)
     if kind is None:
         raise Refusal(f"adapters={source} {_instead(found)}")

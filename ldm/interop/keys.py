@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.errors import Refusal
+from ldm.interop.weights import WHOLE
 
 OFF = (None, False, [], {}, "")  # what a key that is unknown here may say: nothing
 
@@ -170,6 +171,10 @@ PIXART_MEANS: dict[str, Any] = {"in_channels": 4, "out_channels": 8, "cross_atte
 PIXART_MEANS |= {"patch_size": 2, **dict.fromkeys(("caption_channels", "interpolation_scale", "use_additional_conditions"))}
 CLIP_MEANS = {"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 512, "hidden_act": "quick_gelu"}
 CLIP_MEANS |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+VISION_USED = "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads image_size patch_size"
+VISION: dict[str, tuple[Any, ...]] = {k: v for k, v in CLIP.items() if k != "eos_token_id"} | {"num_channels": (3,)}
+VISION_MEANS = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12}
+VISION_MEANS |= {"num_attention_heads": 12, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu"}
 # Of tokenizers: what cuts words and what fills up; and what is told about their files, or to calls.
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = "tokenizer_class pad_token model_max_length added_tokens_decoder additional_special_tokens extra_special_tokens"
@@ -258,6 +263,7 @@ CLASSES = {
         PIXART_MEANS,
     ),
     "CLIPTextModel": Keys(CLIP_USED, BOOKS, CLIP, CLIP_MEANS),
+    "CLIPVisionModelWithProjection": Keys(VISION_USED, BOOKS, VISION, VISION_MEANS),
     "LDMBertModel": Keys(BERT_USED, BOOKS, BERT),
     "CLIPTokenizer": Keys(
         WORDS, f"{FILES} {ALWAYS}", {**CUT, "bos_token": (BEGIN,), "eos_token": (END,), "unk_token": (END,), **NO_WORDS}
@@ -274,6 +280,8 @@ def check_keys(config: Mapping[str, Any], kind: str, place: str) -> dict[str, An
     Raises:
         Refusal: it lacks what must be said, or says something that no reader uses and that is not built here, or of another kind.
     """
+    if quantised := config.get("quantization_config"):
+        raise Refusal(f"{place} is quantised (quantization_config={quantised}). {WHOLE}")
     keys, wrong = CLASSES[kind], []
     whole_config = {**keys.means, **config}
     for name, value in whole_config.items():

@@ -11,6 +11,11 @@ from ldm.errors import Refusal
 from ldm.files.folder import read_json
 from ldm.files.pieces import read_pieces
 
+# What to do about quantised numbers.
+WHOLE = (
+    "Take the float32, bfloat16 or float16 file of this model; of one in nf4, int8 or GGUF diffusers makes it: load it there, "
+    "dequantize(), save_pretrained. fp8 files lost what it takes."
+)
 LORA = ("lora_", "_lora.", ".lora.", "hada_w1", "lokr_w1")
 
 
@@ -52,6 +57,8 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         NotFound: nothing is there. Refusal: it is of no kind that is known, damaged, holds code, or holds no whole model.
     """
+    if path.suffix == ".gguf":
+        raise Refusal(f"{path} is GGUF, quantised numbers. {WHOLE}")
     weights = read_pieces(path)
     lora = [name for name in weights if any(word in name for word in LORA)]
     if lora:
@@ -73,7 +80,4 @@ def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
     for name, x in weights.items():
         kind = str(x.dtype).removeprefix("torch.")
         if x.dtype.itemsize == 1 and x.dtype != torch.bool:
-            raise Refusal(
-                f"{path}: {name} is {kind}, quantised numbers. Take the float32, bfloat16 or float16 file of this model; of one "
-                "in nf4 or int8 diffusers makes it: load it there, dequantize(), save_pretrained. fp8 files lost what it takes."
-            )
+            raise Refusal(f"{path}: {name} is {kind}, quantised numbers. {WHOLE}")

@@ -174,5 +174,8 @@ def test_a_model_on_it_trains_and_draws_from_a_folder_of_its_own(home, tmp_path)
     folder = train(compose_config("train", words))
     shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoints"))
     assert load_model(tmp_path / "moved").denoiser.schedule == by_dimension(2048)
+    assert "rae/autoencoder" not in (tmp_path / "moved" / "config.json").read_text()
+    with pytest.raises(Refusal, match=r"is of one size \(resolution=32\)"):
+        sample(compose_config("sample", [f"model={tmp_path}/moved", "ask.label=3", "resolution=64", f"out={tmp_path}/out"]))
     drawn = sample(compose_config("sample", [f"model={tmp_path}/moved", "ask.label=3", "sampler.steps=2", f"out={tmp_path}/out"]))
     assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
