@@ -61,9 +61,10 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 LISTED = "layers_per_block attention_head_dim num_attention_heads cross_attention_dim".split()  # of UNet2DConditionModel alone
 NONE = """
 attn_norm_num_groups vq_embed_dim num_class_embeds projection_class_embeddings_input_dim addition_time_embed_dim shift_factor
-latents_mean latents_std image_size
+latents_mean latents_std
 """.split()
 NULLS = {"UNet2DModel": "attention_head_dim", "UNet2DConditionModel": "num_attention_heads", "CLIPTextModel": "projection_dim"}
+NULLS["AutoencoderRAE"] = "image_size"
 NULLS |= {f"{name}Transformer2DModel": "out_channels" for name in ("", "DiT", "SD3", "Flux", "PixArt")}
 
 
