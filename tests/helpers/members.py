@@ -44,7 +44,8 @@ def refused():
 def write_home(runs, clip_folder):
     """runs/quickstart/{clip,autoencoder,diffusion} as recipes expect them, untrained, and runs/language; -> that folder."""
     runs = write_runs(runs, clip_folder)
-    save_t5(runs / "language")
+    for place in ("language", "tiny/t5"):
+        save_t5(runs / place)
     text = ["experiment=emoji/text", "condition.text.whiten=false", f"runs={runs}"]
     build_stage(compose_config("train", text)).export(runs / "quickstart" / "diffusion")
     return runs
