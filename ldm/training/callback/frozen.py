@@ -43,19 +43,24 @@ class Frozen(pl.Callback):
 
 def in_bfloat16(model: nn.Module) -> list[str]:
     """Rounds the frozen layers of a model, in place -> their names."""
-    inside = {f"{name}." for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)}  # read by name
-    inside |= {name.partition(LENGTHS)[0] for name, _ in model.named_parameters() if LENGTHS in name}
-    chosen = [
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, KINDS) and not part.weight.requires_grad and not name.startswith(tuple(inside))
-    ]
+    chosen = layers_of(model)
     for name in chosen:
         layer = model.get_submodule(name)
         for parameter in layer.parameters(recurse=False):
             parameter.data = parameter.data.bfloat16()
         layer.forward = partial(rounded, layer)
     return chosen
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """The names of the frozen layers that can be rounded."""
+    inside = {f"{name}." for name, part in model.named_modules() if isinstance(part, nn.MultiheadAttention)}  # read by name
+    inside |= {name.partition(LENGTHS)[0] for name, _ in model.named_parameters() if LENGTHS in name}
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, KINDS) and not part.weight.requires_grad and not name.startswith(tuple(inside))
+    ]
 
 
 def rounded(layer: nn.Module, x: Tensor) -> Tensor:
