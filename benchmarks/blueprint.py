@@ -1,4 +1,4 @@
-"""A style taught to the emoji model by a LoRA, and what it cost:  python benchmarks/blueprint.py make|measure [RUN ...]
+"""A style taught to the emoji model by a LoRA, and what it cost:  python -m benchmarks.blueprint make|measure [RUN ...]
 
 `make` writes 512 training pictures in blue duotone, captioned "... <blueprint>", into runs/blueprint/pictures and the base's own
 drawings of these and 128 other captions into runs/blueprint/prior; then python train.py experiment=emoji/lora; `measure RUN` says

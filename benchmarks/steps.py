@@ -1,6 +1,7 @@
 """Whole training steps at a quarter of the width against diffusers': prediction, loss, gradients, AdamW, average of weights.
 
     taskset -c 0 python -m benchmarks.steps SD1.5 SD2 SDXL DiT-XL/2 --size 32 --batch 2      10 minutes of one core
+    taskset -c 0 python -m benchmarks.steps SD3 SD3.5 Flux PixArt --size 32 --batch 2        2 minutes
     python -m benchmarks.steps SD2 --device cuda --batch 32 --part 1 --bf16                  one GPU, full width
 
 Ours is fused AdamW and the average as `callback=ema` keeps it, and with --bf16 `callback=bfloat16` too; theirs is what
@@ -56,10 +57,10 @@ def measure(name, size, asked):
 
     def predict_theirs():
         with casting:
-            return peer(*theirs, **kwargs).sample[:, :4]
+            return peer(*theirs, **kwargs).sample[:, : noise.shape[1]]
 
-    ours = our_step(net, predict_ours, noise)
-    return race(ours, their_step(peer, predict_theirs, noise), asked.rounds, asked.minutes, asked.device, most)
+    ours, last = our_step(net, predict_ours, noise), list(net.parameters())[-1].shape
+    return race(ours, their_step(peer, predict_theirs, noise, last), asked.rounds, asked.minutes, asked.device, most)
 
 
 def our_step(net, predict, noise):
@@ -78,9 +79,10 @@ def our_step(net, predict, noise):
     return step
 
 
-def their_step(peer, predict, noise):
-    """As above, by diffusers' means."""
+def their_step(peer, predict, noise, last):
+    """As above, by diffusers' means; its last weight of the shape `last`, since others may come after it there."""
     weights = list(peer.parameters())
+    shown = [p for p in weights if p.shape == last][-1]
     optimizer, average = torch.optim.AdamW(weights, **ADAMW), EMAModel(weights, decay=0.999, min_decay=0.999)
 
     def step():
@@ -89,7 +91,7 @@ def their_step(peer, predict, noise):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.step(weights)
-        return loss.detach()[None], weights[-1].detach().clone()
+        return loss.detach()[None], shown.detach().clone()
 
     return step
 

@@ -120,7 +120,15 @@ def assemble(
 ) -> LatentModel:
     """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths.
 
-    `span`, of a flow map, is the width of what it is told of its second time.
+    Args:
+        autoencoder: the first stage.
+        condition: the conditions by name.
+        backbone: makes the network from `channels` and `widths`.
+        schedule: t -> (alpha, sigma).
+        prediction: what the network says.
+        level: how the network is told the noise level.
+        unit_input: whether x_t is scaled to unit variance before the network sees it.
+        span: of a flow map, the width of what it is told of its second time; 0 for any other.
     """
     conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
     network = backbone(channels=autoencoder.channels, widths=conditioner.widths + Widths(vector=span))
@@ -174,16 +182,18 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
 
 def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
-    from ldm.interop.begin import weights_for
+    from ldm.interop.begin import check_unseen, weights_for
     from ldm.interop.cache import is_named
 
     source = in_our_layout(source) if is_named(source) else source
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
     if unfinished or (path.suffix == ".ckpt" and is_own(path)):
-        return from_checkpoint(path, part)[1]
+        there, weights = from_checkpoint(path, part)
+        check_unseen(recipe, there, source)
+        return weights
     kind = recipe["prediction"]["_target_"].split(".")[-1] if "prediction" in recipe else None
-    return weights_for(part, source, kind)
+    return weights_for(part, source, kind, recipe)
 
 
 def frozen_parts(model: LatentModel) -> list[str]:
@@ -240,10 +250,10 @@ def load_model(
     """
     if path is None:
         raise Refusal("No model is named: model.init=RUN, or the path= of what loads one, such as objective.teacher.path=RUN.")
-    recipe, weights = read_at_rest(path)
-    given = []
+    place, given = at_rest(path), []
+    recipe, weights = read_at_rest(place)
     if recipe["_target_"] == ADAPTED:
-        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(Path(path)))]
+        given = [Given(Asked(str(path)), _members(recipe, allow), weights, content_of(place))]
         recipe, weights = read_at_rest(base_of(path, recipe, None if base is None else at_rest(base)))
     elif base is not None:
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
@@ -282,7 +292,9 @@ def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, An
 
 def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow: Sequence[str]) -> Given:
     """An adapter that is asked for, of a run here or in another layout, as a model of that recipe and tensors takes it."""
-    path = Path(one.source)
+    from ldm.interop.hub import here
+
+    path = here(one.source)
     if path.exists() and holds_ours(path):
         theirs, tensors = read_at_rest(path)
         if theirs["_target_"] != ADAPTED:

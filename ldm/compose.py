@@ -272,7 +272,10 @@ def settled(
     """A composed config as a command works with it: choices in place of a recipe's own stand alone, and a run has its name.
 
     Args:
-        swept: the settings that a multirun gives several values. used: as in `compose_config`.
+        config, config_name: as it was composed, and from which file, such as `train`.
+        overrides: the words of the command line.
+        swept: the settings that a multirun gives several values.
+        used: as in `compose_config`.
 
     Raises:
         Refusal: a setting that the command does not read.

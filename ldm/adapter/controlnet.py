@@ -127,7 +127,6 @@ class ControlNet:
     """
 
     wraps = True
-    scales = True
 
     def __init__(self, hint: Callable[..., nn.Module], name: str = "control", guess: bool = False, pool: bool = False) -> None:
         if not str(name).isidentifier():

@@ -71,9 +71,6 @@ class LoRA:
         Refusal: a rank or alpha that makes nothing.
     """
 
-    wraps = False
-    scales = True
-
     def __init__(
         self, rank: int = 8, alpha: float | None = None, targets: str = "attention", text: bool = False, dora: bool = False
     ) -> None:

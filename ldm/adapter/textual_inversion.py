@@ -38,7 +38,6 @@ class TextualInversion:
         Refusal: no vectors.
     """
 
-    wraps = False
     scales = False
 
     def __init__(self, word: str, begin: str | None = None, vectors: int = 1) -> None:

@@ -35,6 +35,8 @@ class DiT(nn.Module):
     The defaults are DiT-XL/2's for 256 x 256 pixels.
 
     Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
         size: latent height and width that the fixed positions are laid over; at other sizes they are laid over as much, closer
             or wider apart, rows and columns each by itself (as PixArt's are, https://arxiv.org/abs/2310.00426).
         patch: latents of `patch` x `patch` are one token.
@@ -107,6 +109,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, norm, swiglu, norm_heads, across, shared) for _ in range(depth))
         self.last = Last(width, patch * patch * channels * (2 if learn_range else 1), norm, shared)
         self.route: Route | None = None
+        self.before = 0  # registers and joint tokens, in the last call
         self.fuse = tuple(fuse or ())
         self.fusion = Fusion(width) if fuse else None
         self.start()
@@ -147,6 +150,7 @@ class DiT(nn.Module):
         tokens, mask = (None, None) if self.read is None else visible(cond.tokens.to(x), cond.mask)
         tokens = None if self.read is None else self.read(tokens).to(x)
         h, before, mask = self.beside(h, tokens, mask)
+        self.before = before
         turn = self.turn(rows, columns, before, h) if self.head_width else None
         each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
         h = self.through(h, before, each, turn, tokens, mask)
@@ -156,7 +160,16 @@ class DiT(nn.Module):
     def through(
         self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """h: (B, M + N, C), behind M = `before` tokens the patches -> the same behind all blocks; `route` says who goes where."""
+        """The same behind all blocks, (B, M + N, C); `route` says which patches go through which.
+
+        Args:
+            h: (B, M + N, C), tokens that stand before the patches, and the patches.
+            before: M, how many stand before them.
+            told: (B, C), the noise level and the vector, or with one layer for all blocks (B, 6 C), its shifts, scales and
+                gates.
+            turn: cosines and sines of the places, (M + N, D) each, or None.
+            tokens, mask: (B, L, C) that blocks attend to, and (B, 1, 1, L or M + N), True where attention reads; or None.
+        """
         route, dense, early, waiting, places = self.route, (turn, mask), h, h, None
         for i, block in enumerate(self.blocks, 1):
             if self.fuse and i == self.fuse[0]:
@@ -178,11 +191,11 @@ class DiT(nn.Module):
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
-                "data.size or size=)."
+                "data.size or resolution=)."
             )
         h = self.embed(x).to(x)  # under autocast the sums of the blocks stay float32
         rows, columns = h.shape[2:]
-        h = h.flatten(2).transpose(1, 2)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # as the sums of all blocks lie from here on
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side
@@ -212,7 +225,16 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward, each told shift, scale and gate; between them, where asked, attention to the tokens."""
+    """Attention and a feed-forward, each told shift, scale and gate; between them, where asked, attention to the tokens.
+
+    Args:
+        width, heads: features of a token, and heads of attention.
+        norm: makes a norm of so many features.
+        swiglu: a gated feed-forward in the place of GELU's.
+        norm_heads: queries and keys of unit variance.
+        across: whether it attends to tokens.
+        shared: whether it adds a table to what all blocks are told, or has a layer of its own.
+    """
 
     def __init__(
         self,
@@ -231,7 +253,15 @@ class Block(nn.Module):
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x: (B, N, C), told: (B, C), or with a table (B, 6 C), tokens: (B, L, C), mask: (B, 1, 1, N or L) -> (B, N, C)."""
+        """-> (B, N, C).
+
+        Args:
+            x: (B, N, C), the patches and what stands beside them.
+            told: (B, C), or with a table (B, 6 C).
+            turn: cosines and sines of the places, (N, D) each, or None.
+            tokens: (B, L, C), where it attends to tokens.
+            mask: (B, 1, 1, L), or without such attention (B, 1, 1, N), True where it reads; None: everywhere.
+        """
         shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(told)[:, None].chunk(6, dim=-1)
         across = self.attend_tokens is not None
         x = torch.addcmul(x, gate_in, self.attend(modulated(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))

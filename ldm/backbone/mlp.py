@@ -8,7 +8,14 @@ from ldm.types import Cond, Widths
 
 
 class MLP(nn.Module):
-    """x: (B, channels + widths.spatial, size, size) -> (B, channels, size, size); tokens are averaged into the vector."""
+    """x: (B, channels + widths.spatial, size, size) -> (B, channels, size, size); tokens are averaged into the vector.
+
+    Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
+        size: height and width of the latents; others are refused.
+        width, depth: features, and residual blocks.
+    """
 
     def __init__(self, channels: int, widths: Widths, size: int, width: int = 128, depth: int = 3) -> None:
         super().__init__()

@@ -23,15 +23,27 @@ Heard = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class UNet(nn.Module):
-    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W).
+    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W); 2^(levels - 1) divides H and W.
 
-    Level i works at 1 / 2^i of the size, with width * mult[i] channels and `res_blocks` residual blocks, each followed by
-    depth[i] transformer blocks, or plain attention blocks where there are no tokens to attend to (the paper's unconditional
-    models). Heads: `heads` of them, or channels / head_width where that is given. `groups` is GroupNorm's. `tokens_only`
-    are the levels whose transformers attend to the tokens twice and never to the picture (the x4 upscaler).
-    `scale_shift` lets the noise level scale a residual block's features too, and `res_resample` resizes within residual
-    blocks (LDM-8 of LSUN churches). `vector` makes the way of a vector into the noise level's embedding: an MLP (Stable
-    Diffusion XL), or nothing where it has that width already. The defaults are Stable Diffusion 1's.
+    The defaults are Stable Diffusion 1's.
+
+    Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
+        width: features of the first level.
+        mult: level i, at 1 / 2^i of the size, has width * mult[i] features.
+        res_blocks: residual blocks of each level; the decoder has one more.
+        depth: transformer blocks after each residual block of a level, or, where conditions bring no tokens, plain attention
+            blocks (the paper's unconditional models); 0 for none.
+        middle_depth: the same in the middle.
+        heads: of attention, unless `head_width` is given.
+        head_width: features of a head, of which there are then as many as fit.
+        groups: of GroupNorm; they divide the features of every level.
+        tokens_only: levels whose transformers attend to the tokens twice and never to the picture (the x4 upscaler).
+        scale_shift: whether the noise level also scales the features of a residual block.
+        res_resample: whether residual blocks resize, in the place of convolutions (LDM-8 of LSUN churches).
+        vector: makes the way of the conditions' vector into the noise level's embedding, of 4 * width: an MLP (Stable Diffusion
+            XL), or nothing where it has that width already.
 
     Raises:
         Refusal: `mult` and `depth` differ in length, or a width does not divide into heads.
@@ -120,7 +132,14 @@ class UNet(nn.Module):
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of one U-Net, alike on every level."""
+    """Makes the layers of one U-Net, alike on every level.
+
+    Args:
+        told: features of the noise level's embedding.
+        groups: of GroupNorm.
+        tokens: width of a token; 0 where there are none.
+        heads, head_width, scale_shift, res_resample: as in `UNet`.
+    """
 
     told: int
     groups: int
@@ -170,7 +189,14 @@ class Stage(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the noise level; `resize` is what happens to the size before the first."""
+    """Two convolutions around the noise level, beside a shortcut.
+
+    Args:
+        inward, outward: channels of the input and of the output.
+        groups: of the first GroupNorm.
+        tell: module that normalises the features and tells them the noise level.
+        resize: what happens to the size, in both branches.
+    """
 
     def __init__(self, inward: int, outward: int, groups: int, tell: nn.Module, resize: nn.Module) -> None:
         super().__init__()
@@ -202,7 +228,16 @@ class SelfAttention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map."""
+    """Transformer blocks over the pixels of a feature map.
+
+    Args:
+        channels: of the map.
+        heads: of attention; they divide the channels.
+        first: width of the tokens that the first attention reads; 0: it reads the picture.
+        tokens: width of a token.
+        depth: blocks.
+        groups: of GroupNorm.
+    """
 
     def __init__(self, channels: int, heads: int, first: int, tokens: int, depth: int, groups: int) -> None:
         super().__init__()

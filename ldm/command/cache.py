@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.command.table import show
 from ldm.errors import Refusal
+from ldm.files.table import show
 from ldm.interop.cache import clear, entries, home
 
 

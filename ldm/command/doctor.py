@@ -38,6 +38,7 @@ from ldm.data.shard.source import expand, passed_over
 from ldm.data.shard.tar import unread
 from ldm.errors import Refusal
 from ldm.files.folder import write_text
+from ldm.files.table import show
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 24  # pictures in samples.png
@@ -84,8 +85,13 @@ def examine(
     """Looks at every sample, prints what it finds and writes it into `out`.
 
     Args:
+        index: of the shards.
+        fields: batch field -> member, which every sample should have.
+        size: pixels of what is shown.
+        filters, sizes: of data.filters and data.buckets, of which it is said what they would keep.
         quick: decodes none but those shown.
         several: shards in which samples share a key, and how (folded.py).
+        out: the folder that the report is written into.
     """
     samples = Samples(index, Selection(index.counts), fields, size)
     would_keep = _would_keep(index, fields, filters, sizes) if index.shards and (filters or len(sizes) > 1) else ""
@@ -125,8 +131,12 @@ def _unread(index: Index) -> dict[str, list[str]]:
 
 def _common(index: Index) -> dict[str, str]:
     """The members that most samples have, each as a field of its own name."""
-    found = _count_members(index)
-    return {member: member for member, count in found.items() if 2 * count > len(index) and is_known(member)} or FIELDS
+    found = Counter({member: count for member, count in _count_members(index).items() if is_known(member)})
+    most = [member for member, count in found.items() if 2 * count > len(index)]
+    pictures = [member for member, _ in found.most_common() if is_image(member)]
+    if pictures and not any(map(is_image, most)):  # of several names, none of which most have
+        most.append(pictures[0])
+    return {member: member for member in most} or FIELDS
 
 
 def _read_all(samples: Samples) -> dict[str, str]:
@@ -202,16 +212,18 @@ def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
         print(f"  UNREAD {shard}: {len(names):,} files without an ending are of no sample, such as {names[0]}")
     shown = [f"{member} {count:,}" for member, count in report["members"].items()]
     print("members: " + ", ".join(shown[:MOST]) + (f" and {len(shown) - MOST:,} more" if len(shown) > MOST else ""))
+    if strange := [text for member, text in zip(report["members"], shown) if not is_known(member)]:
+        print(f"  NOT READ, being of no kind that shards hold: {', '.join(strange[:MOST])}")
     for member, count in report["lacking"].items():
         if count:
             print(f"  LACKING {member!r}: {count:,} samples")
     print(
         f"empty captions: {report['empty_captions']:,}; duplicates: {report['duplicates']:,} of {report['hashed']:,} with a hash"
     )
-    print(f"{'':20s} {'least':>10s} {'median':>10s} {'most':>10s}")
-    for name, summary in report["numbers"].items():
-        bars = _bars(columns[name])
-        print(f"{name:20s} {summary['least']:10.4g} {summary['median']:10.4g} {summary['most']:10.4g}  {bars}")
+    shares = ("least", "median", "most")
+    rows = [[name, *(f"{of[share]:10.4g}" for share in shares), _bars(columns[name])] for name, of in report["numbers"].items()]
+    if rows:
+        show(("number", *(f"{share:>10s}" for share in shares), "how many of each"), rows, headed=True)
 
 
 def _bars(values: np.ndarray) -> str:

@@ -21,8 +21,8 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     if config.compare:
-        from ldm.command.table import show
         from ldm.evaluation.compare import compare
+        from ldm.files.table import show
 
         others = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in ("compare", "debug", "allow")]
         if others:
@@ -50,7 +50,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     from ldm.evaluation.pictures import Kept
     from ldm.evaluation.protocol import entries, show, write_numbers
     from ldm.evaluation.run import measure
-    from ldm.files.process import meet, rank
+    from ldm.files.process import by_first, meet
 
     meet()
     plain = OmegaConf.to_container(config, resolve=True)
@@ -62,9 +62,7 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     numbers, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
     told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
     kept = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}
-    if rank() == 0:
-        write_numbers(told, out)
-        show(metrics, subject.used, out)
+    by_first(lambda: (write_numbers(told, out), show(metrics, subject.used, out)))
     return told, kept, metrics, subject
 
 
@@ -76,7 +74,8 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     from ldm.build import build_members
     from ldm.files.folder import write_text
     from ldm.files.process import meet, rank
-    from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page
+    from ldm.files.table import show
+    from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page, sweep_table
     from ldm.training.logging import close, log_picture
 
     meet()
@@ -98,6 +97,7 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     close(loggers)
     if rank() == 0:
         write_text(sweep_page(found, captions, base.model), out / "report.html")
+        show(*sweep_table(found), headed=True)
         print(f"Look at it: {out}/report.html")
     return out / "report.html"
 

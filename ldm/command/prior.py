@@ -35,7 +35,7 @@ def prior(config: DictConfig) -> Path:
     from ldm.data.usual import size_of
     from ldm.files.device import device_of
     from ldm.files.folder import write_text
-    from ldm.files.process import first, meet, process
+    from ldm.files.process import by_first, first, meet, process
     from ldm.files.whole import write_whole
     from ldm.rest import at_rest, content_of, recipe_of
 
@@ -50,7 +50,7 @@ def prior(config: DictConfig) -> Path:
     kept = {name: value for name, value in told.items() if name not in (*FREE, *PLAIN)} | {"captions": captions}
     kept |= {"model": str(config.model), "sha256": content_of(place), "adapters": list(model.adapters), "count": config.count}
     meet()
-    _keep(kept, out)
+    by_first(lambda: _keep(kept, out))
     rank, world, _ = process()
     mine = range(config.count * rank // world, config.count * (rank + 1) // world)
     missing = [i for i in mine if not (out / PICTURES / f"{i:05d}.png").is_file()]
@@ -76,18 +76,14 @@ def _captions(config: dict[str, Any]) -> list[str]:
 
 
 def _keep(kept: dict[str, Any], out: Path) -> None:
-    """Says how the pictures are drawn, once, by the first process; a longer series of the same goes on.
+    """Says how the pictures are drawn; a longer series of the same goes on.
 
     Raises:
         Refusal: the folder holds others.
     """
     from ldm.data.dreambooth import RECORD
     from ldm.files.folder import read_json, write_json
-    from ldm.files.process import first, wait
 
-    if not first():
-        wait()
-        return
     path = out / RECORD
     before = dict(read_json(path)) if path.is_file() else {}
     changed = [n for n in before if n not in ("count", "model") and before[n] != kept.get(n)]  # a model may have moved
@@ -97,7 +93,6 @@ def _keep(kept: dict[str, Any], out: Path) -> None:
     if not before and any(out.glob("*")):
         raise Refusal(f"out={out} holds other files and no {RECORD}: name a folder of its own.")
     write_json({**kept, "count": max(kept["count"], before.get("count", 0))}, path)
-    wait()
 
 
 def _runs(numbers: Sequence[int], most: int) -> list[list[int]]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.command.line import once_a_minute
 from ldm.compose import compose_config
 from ldm.files.folder import write_json
+from ldm.files.table import once_a_minute
 from ldm.run_id import VOLATILE
 
 HOME = Path("runs/quickstart")

@@ -14,6 +14,7 @@ from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
 from ldm.data.shards import Shards
 from ldm.data.usual import far, resolved
+from ldm.drawing.precision import hold
 from ldm.drawing.request import read_request
 from ldm.errors import NotFound, Refusal
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
@@ -33,6 +34,9 @@ SAID = (
     "model images reference requests conditioning conditions prompts ask negative count resolution seed precision paste".split()
 )
 SAID += "corrupt keep adapters base sampler guidance data".split()
+
+
+REFERENCES = "Wanted train, val, a folder of pictures, an .npz, or shards (*.tar)."
 
 
 class Noted(dict):
@@ -89,7 +93,9 @@ class Subject:
     def model(self) -> Any:
         """The model, on its device."""
         config = self.config
-        return load_model(self.place, self.allow, config["adapters"], config["base"]).to(self.device)
+        model = load_model(self.place, self.allow, config["adapters"], config["base"])
+        hold(model.denoiser.backbone, self.recipe.get("usual", {}), str(config.get("precision")))
+        return model.to(self.device)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -208,17 +214,23 @@ class Subject:
         config, name = self.config, self.config["reference"]
         if name in ("train", "val"):
             return self._split(name)
-        if name.endswith(".npz"):
+        if name.lower().endswith(".npz"):
             return Archive(name, self.device)
         size = self._size if config["images"] is None else config["resolution"]
         if Path(name).is_dir() and not any(Path(name).glob("*.tar")):
             return Folder(name, size, self.device, limit=config["corrupt"], option="reference")
+        try:
+            shards = [name] if Path(name).is_file() else expand(name, "reference")
+        except NotFound as error:
+            raise NotFound(f"reference={name}: nothing is there. {REFERENCES}") from error
+        if not all(shard.split("?")[0].endswith(".tar") for shard in shards):
+            raise Refusal(f"reference={name} is no file of pictures that is read. {REFERENCES}")
         if not isinstance(size, int):
             raise Refusal(
                 f"reference={name} are shards, whose pictures are brought to one size: say resolution=256, or the like."
             )
         fields = {"image": self.node.get("fields", {}).get("image") or "jpg"}
-        return Split(Shards(expand(name, "reference"), fields=fields, size=size), "train", self.device)
+        return Split(Shards(shards, fields=fields, size=size), "train", self.device)
 
     def _kept(self, kind: str, source: Any) -> Any:
         if isinstance(source, Folder):

@@ -61,8 +61,9 @@ def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
     from ldm.build import allowed, build, build_members, build_stage
     from ldm.command.usual import drawn_as
     from ldm.data.usual import usual_of
+    from ldm.interop.card import of_run
     from ldm.training.callback.profile import Profile
-    from ldm.training.logging import close
+    from ldm.training.logging import close, give_model
     from ldm.training.resume import Changes
     from ldm.training.run import fit, quiet
 
@@ -88,7 +89,8 @@ def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
     debug = {"detect_anomaly": True, "devices": 1, "num_nodes": 1, "strategy": "auto"} if config.debug else {}
     trainer = _trainer(config, callbacks=[changes, *callbacks, *always, *profile], logger=loggers, **debug)
     try:
-        fit(stage, data, trainer, folder, config.resume)
+        if fit(stage, data, trainer, folder, config.resume) and trainer.is_global_zero:
+            give_model(loggers, folder, lambda: of_run(folder))
     finally:
         close(loggers)
     return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -21,8 +21,15 @@ PADDING = "[PAD]"
 class Bert(Condition):
     """A caption -> tokens (B, L, D) of a bidirectional transformer (LDM, 2112.10752, appendix E.2.1 and table 17).
 
-    `vocabulary` is a folder with BERT's uncased `vocab.txt`. Captions are cut or padded to `length` words; the padding is
-    attended to as well, as published. Heads are `head_width` wide, whatever `width` is. A dropped caption is the empty one.
+    Captions are padded to `length`; the padding is attended to as well, as published. A dropped caption is the empty one.
+
+    Args:
+        vocabulary: a folder with BERT's uncased `vocab.txt`.
+        width, depth, heads: features of a token, blocks, and heads of attention.
+        head_width: features of a head, whatever `width` is.
+        length: words of a caption, at most, its two ends among them; what lies behind is cut off.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
 
     Raises:
         NotFound: there is no vocabulary.

@@ -25,9 +25,12 @@ class Embedded(str):
 class CachedText(Condition):
     """Stands in for the text condition that the shards' embeddings were made with (`embed`, `save_null`).
 
-    path: the folder with null.safetensors, what that text says of a dropped caption.
-    load: makes the text itself, the first time that a caption comes without its embedding: a prompt.
-    stands_for: the name of that condition; the same captions are dropped as there.
+    Args:
+        load: makes the text itself, the first time that a caption comes without its embedding: a prompt.
+        path: the folder with null.safetensors, what that text says of a dropped caption.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
+        stands_for: the name of that text among the conditions; the same captions are dropped as there.
 
     Raises:
         NotFound: there is no null.

@@ -26,11 +26,13 @@ class Hint(Condition):
     The network sees colours in [0, 1]. A dropped hint has strength 0: the ControlNet says nothing.
 
     Args:
+        autoencoder: the model's, whose factor the features are brought to.
         width: of the features, that of the U-Net's first level.
         key: the field of the picture; its strength is the field `<key>_strength`, a number or a picture (white: 1), for each.
         strength: where the request does not say one.
         channels: between the convolutions, one more than the autoencoder halves; None takes the published ones' first.
         order: of colours, as the ControlNet was trained.
+        rate: the share of samples for which the picture is dropped in training, in [0, 1].
 
     Raises:
         Refusal: it would halve more or less often than the autoencoder.

@@ -142,7 +142,15 @@ class Linear(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Learnt tokens that attend to a picture's, and to each other (https://arxiv.org/abs/2204.14198, figure 5)."""
+    """Learnt tokens that attend to a picture's, and to each other (https://arxiv.org/abs/2204.14198, figure 5).
+
+    Args:
+        seen: S, features of each of the picture's tokens.
+        width: D, of what is said.
+        tokens: L, how many are said.
+        inner: features of the learnt tokens, a multiple of 64.
+        depth: layers.
+    """
 
     def __init__(self, seen: int, width: int, tokens: int, inner: int, depth: int) -> None:
         super().__init__()

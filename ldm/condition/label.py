@@ -14,7 +14,14 @@ from ldm.types import Cond, Widths
 class Label(Condition):
     """A class index -> one token (https://arxiv.org/abs/2112.10752, appendix E.2), or a vector (DiT, 2212.09748).
 
-    `classes` is their number, or their names, by which they can then be asked. The table's last row means "no label".
+    The table's last row means "no label".
+
+    Args:
+        classes: their number, or their names, by which they can then be asked for.
+        width: of the token or vector.
+        slot: which of the two it is.
+        key: the field of the class.
+        rate: the share of samples for which it is dropped in training, in [0, 1].
     """
 
     def __init__(

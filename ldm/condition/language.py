@@ -33,6 +33,8 @@ class Language(Condition):
         tokenizer: where it lies, if not in `model`.
         precision: of the tower's weights.
         pretrained: false leaves its weights random: for what is reckoned, and not run.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
 
     Raises:
         NotFound, Unreachable: the model is not there. Refusal: it is not read here, or has no such layer.

@@ -23,8 +23,15 @@ class Layout(Condition):
 
     A box is [class, left, top, right, bottom], the edges in [0, 1] of the picture; the field `boxes` has a list of them for each
     sample. Where the batch lacks it, they are the records' `boxes`, cut and mirrored as the batch says that its pictures were
-    (middle squares, where it has none); or the extents of the labels of a `map`: one box for each label but 0 that covers at
-    least `least` of the picture. Of too many, the largest are told. Dropped, there is no box.
+    (middle squares, where it has none); or the extents of the labels of a `map`, one box for each label but 0.
+
+    Args:
+        classes: how many there are.
+        width, depth, heads: features of a token, blocks, and heads of the transformer.
+        bins: places of an edge, over the picture's side.
+        most: boxes of a picture, at most; of more, the largest are told.
+        least: the share of a map that a label must cover to become a box.
+        rate: the share of samples for which the boxes are dropped in training, in [0, 1]; then there is none.
     """
 
     def __init__(
@@ -148,9 +155,14 @@ def in_the_cut(
     left: int | None = None,
     mirrored: bool = False,
 ) -> list[list[float]]:
-    """A record with `boxes`, in [0, 1] of its `width` and `height` -> the same in the cut; what lies outside goes.
+    """-> the record's boxes as they lie in the cut, in [0, 1] of it; what lies outside goes.
 
-    The cut is the largest of the shape height x width, and scaled to it; `top` and `left` are in pixels of then, None: middle.
+    Args:
+        record: its `boxes` have edges in [0, 1] of the original picture, whose `width` and `height` in pixels stand beside them.
+        height, width: of the cut, the largest part of that shape, after it is scaled to this size; also the original size, if
+            the record has none.
+        top, left: of the cut in the scaled picture, in pixels; None: the middle.
+        mirrored: whether the cut is mirrored.
     """
     sides = record.get("width", width), record.get("height", height)
     scale = min(side / cut for side, cut in zip(sides, (width, height)))

@@ -18,10 +18,16 @@ from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 class LowResolution(Condition):
     """A picture `scale` times smaller -> its colours beside the latents, brought to their size where they differ.
 
-    Where the batch has no field `low`, it is made from `image` by `degrade(image, scale, generator)`. With `noise` > 0 it is
-    told as sqrt(1 - level^2) low + level normal, the `level` drawn from 0 to `noise` in training, and told as 256 waves
-    (noise-conditioning augmentation, https://arxiv.org/abs/2106.15282, section 4.2); in requests `ask.level`, 0 if not said.
-    A dropped picture is zeros.
+    Where the batch has no field `low`, `degrade` makes it from `image`. With noise it becomes sqrt(1 - level^2) low + level
+    normal, the `level` drawn from 0 to `noise` in training, and is told as 256 waves (noise-conditioning augmentation,
+    https://arxiv.org/abs/2106.15282, section 4.2); in requests it is `ask.level`, 0 if not said.
+
+    Args:
+        autoencoder: the model's, whose factor says how large the latents are.
+        scale: how many times smaller the picture is, a side.
+        degrade: (image (1, 3, h, w) in [-1, 1], scale, generator) -> the small picture.
+        noise: the highest level of noise in training, in [0, 1]; 0 adds none.
+        rate: the share of samples for which the picture is dropped in training, in [0, 1]; then it is zeros.
     """
 
     def __init__(

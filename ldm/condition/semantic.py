@@ -15,8 +15,12 @@ from ldm.types import Autoencoder, Cond, Widths
 class Semantic(Condition):
     """A label map -> maps at latent resolution, of each label the share of the area: no thin region vanishes.
 
-    With `width`, each label has a learned vector instead, and a latent pixel the mean of its labels' vectors.
-    A dropped map is zeros.
+    Args:
+        autoencoder: the model's, whose factor says how large the latents are.
+        classes: how many labels there are, 0 to classes - 1.
+        width: of a learned vector for each label, of which a latent pixel is told the mean; None: it is told the shares.
+        key: the field of the map.
+        rate: the share of samples for which the map is dropped in training, in [0, 1]; then it is zeros.
     """
 
     def __init__(

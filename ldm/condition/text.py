@@ -20,20 +20,24 @@ from ldm.types import Cond, Widths
 class Text(Condition):
     """A caption -> tokens (B, L, D) of the text tower's layers, and its pooled vector.
 
-    `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`. `layers` counts hidden
-    states: 0 before the transformer, k after its k-th block, -1 the last; several are joined by width, and with none there are
-    no tokens. `final_norm` puts the tower's last LayerNorm on all but 0. `pooled` adds the text feature as a vector, which is
-    `projected` as for pictures where the tower can, or as it is before that (Flux).
-
-    `padding` is the id behind a caption's end: 0 as open_clip and Stable Diffusion 2 have it, 49407 (the end token) as
-    Stable Diffusion 1 has it; the backbone attends to the padding as well. With None, padding is masked.
-
-    With `whiten`, the channels of each layer, and of the pooled vector, become uncorrelated with zero mean and unit variance over
-    the training captions; the statistics lie beside the tower in `statistics.safetensors` (the `contrast` stage writes them).
-    A dropped caption is the `empty_prompt` (Stable Diffusion 1 and 2), or `zeros` in the place of tokens and vector (XL).
-
-    `tokenizer` cuts captions into tokens: `open_clip`, or `clip`, as published models were trained (`PublishedTokenizer`),
-    which needs a `padding` and knows `learned` words, whose rows follow the tower's 49,408 (textual inversion).
+    Args:
+        model, pretrained: open_clip's: a name with a tag or a local file; or `local-dir:FOLDER` and None.
+        layers: hidden states, 0 before the transformer, k after its k-th block, -1 the last; several are joined by width, and
+            with none there are no tokens.
+        final_norm: whether the tower's last LayerNorm is put on all hidden states but 0.
+        pooled: whether the text feature is told as well, as a vector.
+        padding: the id behind a caption's end: 0 as open_clip and Stable Diffusion 2 have it, 49407 (the end token) as Stable
+            Diffusion 1 has it; the backbone attends to the padding as well. None: padding is masked.
+        whiten: whether the channels of each layer, and of the pooled vector, become uncorrelated with zero mean and unit
+            variance over the training captions; the statistics are `statistics.safetensors` beside the tower (the `contrast`
+            stage writes them).
+        dropped: what a withheld caption says: that of the `empty_prompt` (Stable Diffusion 1 and 2), or `zeros` (XL).
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
+        tokenizer: what cuts captions into tokens: `open_clip`, or `clip`, as published models were trained
+            (`PublishedTokenizer`), which needs a `padding`.
+        learned: words whose rows follow the tower's 49,408 (textual inversion); the tokenizer `clip` knows them.
+        projected: whether the pooled feature is projected as for pictures, where the tower can, or as it is before that (Flux).
 
     Raises:
         Refusal: the tower has no such layer, or fewer rows than words.

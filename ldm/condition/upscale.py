@@ -17,9 +17,16 @@ class Upscale(Condition):
     """A picture `scale` times smaller, noised -> its colours beside the latents, and how noisy it is as a vector.
 
     The noise is that of a `step` of DDPM's table (https://arxiv.org/abs/2006.11239, section 4), as it stands after `step` + 1 of
-    its 1000 steps; the step's row of a table of `steps` rows is the vector (noise conditioning, https://arxiv.org/abs/2106.15282,
-    section 4.2). In training steps 0 to `most` are drawn, and `low` is made from `image`; in requests `ask.step` is 20 if not
-    said. Never dropped, as published. Where `scale` is not the autoencoder's factor, the picture is brought to the latents' size.
+    its 1000 steps; the step's row of a learned table is the vector (noise conditioning, https://arxiv.org/abs/2106.15282, section
+    4.2). In training steps 0 to `most` are drawn, and `low` is made from `image`; in requests `ask.step` is 20 if not said.
+
+    Args:
+        autoencoder: the model's, whose factor says how large the latents are.
+        scale: how many times smaller the picture is, a side; it is brought to the latents' size.
+        steps: rows of the table.
+        most: the last step that is drawn in training.
+        width: of the vector.
+        rate: the share of samples for which both are dropped in training, in [0, 1]; 0 as published.
     """
 
     def __init__(

@@ -15,7 +15,14 @@ CHOICES = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "le
 
 
 def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any, sizes: Sequence[Any], **words: Any) -> None:
-    """Looks at the settings, each alone and together; `words` are flip and those of CHOICES.
+    """Looks at the settings, each alone and together.
+
+    Args:
+        train, val: where the samples lie.
+        fields: batch field -> member.
+        weights: the shares of the entries of `train`, or None.
+        sizes: of the buckets; one where there are none.
+        **words: flip, and those of CHOICES.
 
     Raises:
         Refusal: one of them means nothing.

@@ -49,7 +49,7 @@ class DreamBooth(Folder):
         templates: captions with {} for the prompt: those of textual inversion for an `object` or a `style`, or your own.
         prior: a folder that `ldm prior` wrote, or of pictures with a caption beside each.
         prior_weight: w, the class pictures for each instance picture; 1 where there is a prior.
-        fields, size, batch, seed, workers, crop, flip, max_bad_fraction, on_mismatch: as in Shards.
+        **data: fields, size, batch, seed, workers, crop, flip, max_bad_fraction and on_mismatch, as in Shards.
 
     Raises:
         Refusal: the batch has no room for both, or settings do not go together.

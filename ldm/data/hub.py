@@ -20,7 +20,7 @@ from ldm.data.batch.samples import Samples, loading
 from ldm.data.dataset import SAMPLE, MapStyle, value_of
 from ldm.data.shard.decode import View
 from ldm.data.shards import Split
-from ldm.data.stream import joined
+from ldm.data.stream import begin, consumed, go_on, joined
 from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.process import warn
 from ldm.types import Batch, mix
@@ -32,9 +32,11 @@ class Hub(MapStyle):
     """A dataset of the hub.
 
     Args:
-        name: ORG/NAME, or one of the library's readers, such as imagefolder. config: which of its configurations.
+        name: ORG/NAME, or one of the library's readers, such as imagefolder.
+        config: which of its configurations.
         split, val_split: such as train and test, or slices, train[:90%].
-        streaming: reads training samples as they come; `shuffle` of them wait in the buffer.
+        streaming: reads training samples as they come.
+        shuffle: so many samples of a stream wait in a buffer, from which the next one is drawn.
         fields: batch field -> column.
         data_dir: where a reader such as imagefolder reads.
         size, batch, seed, workers, crop, flip, on_mismatch: as in Shards.
@@ -85,12 +87,7 @@ class Hub(MapStyle):
         """Endless micro-batches of this device."""
         if not self.streaming:
             return super().train_dataloader()
-        if self.progress.unsaid(self.trainer):
-            self.progress.begin(self.trainer.global_step, self.trainer.global_step)
-        self.progress.begun = True
-        rank, world, accumulate = self.share()
-        if self.batch % (world * accumulate):
-            raise Refusal(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
+        rank, world, accumulate = begin(self)
         drawn = Streaming(self, rank, world, accumulate)
         return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
@@ -112,17 +109,14 @@ class Hub(MapStyle):
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands."""
-        if not self.streaming:
-            return super().state_dict()
-        step = self.trainer.global_step if self.trainer else 0
-        return {"consumed": self.progress.at(step), "step": step}
+        return consumed(self) if self.streaming else super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint stopped; a stream with other samples."""
-        if not self.streaming:
+        if self.streaming:
+            go_on(self, state_dict)
+        else:
             super().load_state_dict(state_dict)
-            return
-        self.progress.begin(state_dict["consumed"] // self.batch, state_dict["step"])
 
 
 class Streaming(IterableDataset):
@@ -184,7 +178,15 @@ class Ordered(IterableDataset):
 def made_of(
     sample: Mapping[str, Any], fields: Mapping[str, str], places: Mapping[str, int | str], seed: int, position: int, view: View
 ) -> dict[str, Any]:
-    """A sample of a stream as a batch has it, its picture seen through `view`."""
+    """A sample of a stream as a batch has it.
+
+    Args:
+        sample: what the library gives.
+        fields: batch field -> kind of member.
+        places: batch field -> column.
+        seed, position: decide what is chosen at random.
+        view: what of its picture is looked at.
+    """
     number = mix(seed, SAMPLE, position)
     values = {f: value_of(sample[places[f]], member, view, number) for f, member in fields.items()}
     sizes = dict(zip(SIZES, told(lambda name: np.nan, view, False)))
@@ -193,6 +195,13 @@ def made_of(
 
 def load(name: str, config: str | None, data_dir: str | None, split: str, streaming: bool = False) -> Any:
     """A dataset by the library `datasets`, with pictures decoded when they are asked for.
+
+    Args:
+        name: ORG/NAME, or a reader.
+        config: which configuration, or None.
+        data_dir: where a reader reads, or None.
+        split: such as train, or train[:90%].
+        streaming: as it comes, or whole on this machine.
 
     Raises:
         Refusal: the library is not installed, or knows no such dataset or split. Unreachable: the hub is not had.

@@ -64,7 +64,8 @@ class Shards:
         lanes: parts of an epoch that are read side by side; as many as there are nodes, each node reads shards of its own.
         damaged: "refuse" damaged shards, or "leave_out" them, naming each.
         max_bad_fraction: training stops when more samples than that cannot be read; fewer are replaced by others and named.
-        cache: folder for remote shards, at most `cache_gb` of them, and for indices that cannot lie beside their shards.
+        cache: folder for remote shards, and for indices that cannot lie beside their shards.
+        cache_gb: remote shards that are kept there, at most, in 10^9 bytes.
         on_mismatch: when a checkpoint was trained with other data, seed or batch: "refuse", or "restart_epoch" to begin its
             epoch anew with these.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.content import file_content, remembered
+from ldm.files.pointer import instead_of
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where a training's checkpoint has its weights, the first that is there; averages before what is trained.
@@ -111,7 +112,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as held:
             return dict(held.metadata() or {})
     except SafetensorError as error:
-        raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
+        raise _not_whole(path, error) from error
 
 
 def notes_of(path: Path) -> dict[str, str]:
@@ -131,7 +132,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> Refusal:
+    return Refusal(f"{path} is not a whole safetensors file ({error}).{instead_of(path) or ' Export or copy it again.'}")
 
 
 def download(url: str, sha256: str | None = None, instead: str = "") -> dict[str, Tensor]:
@@ -212,7 +217,8 @@ def _loaded(path: Path, name: str, instead: str) -> Any:
     except Exception as error:  # what damaged bytes may raise has no end
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = f"it names {code[1]}" if code else type(error).__name__
-        raise Refusal(f"{name} does not load as plain tensors ({reason}). It is damaged, or holds code.{instead}") from error
+        what = instead_of(path) or f" It is damaged, or holds code.{instead}"
+        raise Refusal(f"{name} does not load as plain tensors ({reason}).{what}") from error
 
 
 def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:

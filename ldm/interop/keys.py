@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.errors import Refusal
+from ldm.interop.weights import WHOLE
 
 OFF = (None, False, [], {}, "")  # what a key that is unknown here may say: nothing
 
@@ -191,6 +192,7 @@ local_files_only device_map errors clean_up_tokenization_spaces model_input_name
 truncation truncation_strategy pad_to_multiple_of pad_token_type_id return_tensors legacy add_bos_token add_eos_token
 model_specific_special_tokens
 """
+ALWAYS = "do_lower_case"  # what published configs of CLIP's say, and its class does whatever it is told
 T5_USED = "vocab_size d_model d_kv d_ff num_layers num_heads feed_forward_proj"
 T5_USED += " relative_attention_num_buckets relative_attention_max_distance layer_norm_epsilon"
 T5_FREE = "num_decoder_layers dropout_rate initializer_factor decoder_start_token_id task_specific_params"
@@ -251,7 +253,9 @@ CLASSES = {
     "CLIPTextModel": Keys(CLIP_USED, BOOKS, CLIP, CLIP_MEANS),
     "CLIPVisionModelWithProjection": Keys(VISION_USED, BOOKS, VISION, VISION_MEANS),
     "LDMBertModel": Keys(BERT_USED, BOOKS, BERT),
-    "CLIPTokenizer": Keys(WORDS, FILES, {**CUT, "bos_token": (BEGIN,), "eos_token": (END,), "unk_token": (END,), **NO_WORDS}),
+    "CLIPTokenizer": Keys(
+        WORDS, f"{FILES} {ALWAYS}", {**CUT, "bos_token": (BEGIN,), "eos_token": (END,), "unk_token": (END,), **NO_WORDS}
+    ),
     "BertTokenizer": Keys(
         "do_lower_case", f"{FILES} model_max_length tokenizer_class bos_token eos_token", {**CUT, **BERT_WORDS}
     ),
@@ -264,6 +268,8 @@ def check_keys(config: Mapping[str, Any], kind: str, place: str) -> dict[str, An
     Raises:
         Refusal: it lacks what must be said, or says something that no reader uses and that is not built here, or of another kind.
     """
+    if quantised := config.get("quantization_config"):
+        raise Refusal(f"{place} is quantised (quantization_config={quantised}). {WHOLE}")
     keys, wrong = CLASSES[kind], []
     whole_config = {**keys.means, **config}
     for name, value in whole_config.items():

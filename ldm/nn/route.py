@@ -44,6 +44,13 @@ class Routed(Protocol):
     fuse: tuple[int, ...]  # two blocks: the input of the first is joined with the output of the second; or none
 
 
+@runtime_checkable
+class Behind(Protocol):
+    """A backbone in whose blocks other tokens stand before the patches."""
+
+    before: int  # how many did in the last call
+
+
 def leave(
     x: Tensor, places: Tensor, turn: Turn | None, mask: Tensor | None, joint: bool
 ) -> tuple[Tensor, Turn | None, Tensor | None]:

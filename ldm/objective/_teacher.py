@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from ldm.errors import Refusal
 from ldm.objective._cond import each_slot
+from ldm.objective.regression import Regression
 from ldm.types import Batch, Cond, Denoise, Embedder, InTraining, Schedule
-
-FROZEN = ("teacher.denoiser", "teacher.conditioner")  # of an objective that has one as `teacher`
 
 
 class Teacher(nn.Module):
@@ -70,6 +69,26 @@ class Teacher(nn.Module):
                 f"The teacher's schedule is {self.denoiser.schedule} and the model's {schedule}: learn on the teacher's "
                 "(schedule=...)."
             )
+
+
+class WithTeacher(Regression):
+    """The base of objectives with a teacher, which is in no checkpoint.
+
+    Args:
+        teacher: loads a finished model of the same latents.
+        **parts: as in regression.
+    """
+
+    frozen = ("teacher.denoiser", "teacher.conditioner")
+
+    def __init__(self, teacher: Callable[[], Any], **parts: Any) -> None:
+        super().__init__(**parts)
+        self.teacher = Teacher(teacher)
+
+    def meet(self, model: Any) -> bool:
+        """Leaves the texts that both have to the model; conditions are asked for here."""
+        self.teacher.meet(model)
+        return True
 
 
 def again(model: InTraining, batch: Batch, parts: Mapping[str, Cond]) -> Cond:

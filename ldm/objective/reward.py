@@ -70,7 +70,15 @@ class Reward(nn.Module):
 
 
 def draw_last(denoise: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, noise: Tensor, steps: int, last: int) -> Tensor:
-    """noise: (B, C, H, W), unit normal -> what sampler=ddim draws in so many steps, with gradients of the last ones alone."""
+    """-> what sampler=ddim draws: (B, C, H, W).
+
+    Args:
+        denoise: (x_t, t) -> x_hat.
+        schedule: of the paths.
+        noise: (B, C, H, W), unit normal.
+        steps: at equal distances in t, from 1 to 0.
+        last: so many steps at the end have gradients.
+    """
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     x = torch.hypot(*schedule(times[0])).to(noise) * noise
     for i, (t, s) in enumerate(pairwise(times)):

@@ -9,23 +9,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.nn.route import Route, Routed
-from ldm.objective._around import critic_in, frozen_in, meets
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Draw, InTraining, Objective, Schedule
+from ldm.objective._around import Around
+from ldm.objective.regression import Regression
+from ldm.types import Batch, Cond, Draw, InTraining, Objective
 
 
-class Routing(nn.Module):
+class Routing(Around):
     """Another objective, while some patches take the short way.
 
     Args:
         rate: the share of the patches that wait, in [0, 1); 0 leaves all as it is.
         first, last: blocks, 1 is the first and -1 the last; None: those of `backbone.fuse`, else 3 and -4.
         until: the step from which on all patches go (SPRINT ends so); None: never.
-        of: makes the other objective from `time`, `weight`, `noise` and `distance`.
+        of: makes the other objective.
+        **parts: time, weight, noise and distance, of the other objective.
 
     Raises:
         Refusal: a share outside [0, 1), a backbone whose blocks take no fewer patches, or no such blocks.
@@ -38,20 +39,11 @@ class Routing(nn.Module):
         last: int | None = None,
         until: int | None = None,
         of: Callable[..., Objective] = Regression,
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
+        **parts: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(of, **parts)
         check_rate(rate)
-        self.of = of(time=time, weight=weight, noise=noise, distance=distance)
         self.rate, self.first, self.last, self.until = rate, first, last, until
-        self.frozen, self.critic = frozen_in(self.of), critic_in(self.of)
-
-    def meet(self, model: Any) -> bool:
-        """As the other objective."""
-        return meets(self.of, model)
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> what `of` says."""

@@ -30,9 +30,15 @@ CAPTIONS = 1000  # after so many it is said how many a text tower cuts
 class Stage(pl.LightningModule):
     """One stage of training. A subclass says its losses and what it exports.
 
-    `batch` is the number of samples in the global batch. `frozen` names the parts that a checkpoint leaves out, because
-    they come from elsewhere; `groups` says what the optimizer does otherwise for some weights (groups.py); `recipe`, set by
-    build.py, is the plain config that builds the exported model again.
+    `recipe`, set by build.py, is the plain config that builds the exported model again.
+
+    Args:
+        optimizer: makes it from groups of weights.
+        rate: update, from 0 -> what every group's learning rate is multiplied by.
+        seed: of all random numbers.
+        batch: samples of the global batch.
+        frozen: the parts that a checkpoint leaves out, because they come from elsewhere.
+        groups: what the optimizer does otherwise for some weights (groups.py).
     """
 
     trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)

@@ -81,8 +81,11 @@ def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:
     """Whether a run fits into a card, and else how it would.
 
     Args:
-        memory: of the card, in bytes. fixed: bytes of weights and states. each: of a sample's activations. batch: samples of a
-            device and step. micro: samples at a time.
+        memory: of the card, in bytes.
+        fixed: bytes of weights and states.
+        each: bytes of a sample's activations.
+        batch: samples of a device and step.
+        micro: samples at a time.
     """
     room = memory - SPARE - fixed
     most, size = int(room // max(each, 1)), f"{memory / 2**30:g} GB, of which {_gib(SPARE)} are left to CUDA"

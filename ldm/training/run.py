@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.plugins import DoublePrecision, HalfPrecision
 
 from ldm.errors import Refusal, Unreachable
+from ldm.files.process import by_first
 from ldm.training.base import Stage
 from ldm.training.callback.ema import averaged
 from ldm.training.callback.preempt import Preempt, Preempted
@@ -20,8 +21,15 @@ from ldm.training.saved import newest, read_checkpoint, resume_from
 from ldm.types import DataModule
 
 
-def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
-    """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
+def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> bool:
+    """Trains a stage up to the trainer's max_steps and leaves the exported model in the folder; -> whether it got there.
+
+    Args:
+        stage: what is trained, and exported at the end.
+        data: what it is trained on.
+        trainer: Lightning's, whose max_steps is the length.
+        folder: of the run.
+        resume: `auto` for the newest intact checkpoint of the folder, `never`, or a path.
 
     Raises:
         Refusal: the checkpoint to resume from is damaged or of another model; its run's settings are others, and cannot be;
@@ -58,8 +66,9 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
         next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
         sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
-        return
+        return False
     _finish(stage, data, trainer, folder, checkpoint)
+    return True
 
 
 def quiet() -> None:
@@ -90,9 +99,7 @@ def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, b
     stage.to(trainer.strategy.root_device).eval()
     with averaged(trainer, stage):
         stage.finish(data)
-        if trainer.is_global_zero:
-            stage.export(folder)
-    trainer.strategy.barrier()
+        by_first(lambda: stage.export(folder))
     _say(trainer, f"The trained model is in {folder}")
 
 

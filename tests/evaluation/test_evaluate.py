@@ -443,6 +443,9 @@ def test_a_sweep_draws_each_setting_once_and_reports_all(command, tmp_path, caps
     words = "sampler=ddim guidance.scale=1,2"
     page = sweep([*command, "metric=[frechet_clip,class_accuracy]", "logger=[tensorboard]"], words)
     text = page.read_text(encoding="utf-8")
+    header, *rows, _ = capsys.readouterr().out.splitlines()[-4:]
+    assert header.split() == ["guidance.scale", "fd_clip", "class_accuracy", "class_accuracy_real"]
+    assert [row[0] for row in rows] == ["1", "2"]
     assert page == tmp_path / "out" / "report.html" and "http" not in text.replace("http://www.w3.org", "")
     assert (
         "Quality against agreement with the request" in text

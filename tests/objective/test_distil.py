@@ -123,7 +123,7 @@ def test_lcms_loss_of_the_exact_consistency_function_is_the_teachers_step_error(
     for steps in (50, 100):
         objective = LatentConsistency(lambda: Model(Gaussian(Cosine())), steps, scale=1.0)
         t = ((0.3 + 0.4 * DRAW.uniform("t").double()) * 50).ceil() / 50  # a time of both grids
-        objective.regression.time = lambda u, schedule, t=t: t
+        objective.time = lambda u, schedule, t=t: t
         losses.append(objective(Model(ExactConsistency(Cosine())), {}, x, Cond(), DRAW)["loss"].item())
     assert losses[0] / losses[1] == pytest.approx(16, rel=0.2)
 
@@ -168,6 +168,8 @@ def test_a_discriminators_losses_are_the_published_ones():
 def test_a_discriminator_learns_to_tell_and_its_wrong_width_is_named(emoji_root, tmp_path):
     stage = stage_of(DMD(teacher, adversarial=0.1, width=8))
     before = stage.objective.judge.head[0].weight.clone()
+    unsaid = stage_of(DMD(teacher, adversarial=0.1))
+    assert unsaid.objective.judge.head[0].weight.shape == before.shape and len(unsaid.critic) == len(stage.critic)
     fit(stage, emoji_root, tmp_path, 1)
     assert not torch.equal(stage.objective.judge.head[0].weight, before)
     with pytest.raises(ValueError, match=r"of fake says 8 features a patch: objective\.width=8 \(found 4\)"):

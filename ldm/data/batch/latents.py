@@ -55,12 +55,23 @@ def write_latents(
     text: tuple[Embedder, Embed] | None = None,
     keep: Sequence[str] = (),
 ) -> None:
-    """Encodes a split of a data module into shards; goes on where it stopped. Rank r writes shard r, r + world, ...
+    """Encodes a split of a data module into shards; goes on where it stopped.
 
-    A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text`, a tower and how it
-    embeds, says of its caption, as float32 or float16, of a masked text only the spoken tokens; its caption and label, and the
-    fields `keep` (keep.py); its record, with the sizes that SDXL is told.
-    With data.buckets each is encoded in its bucket's size.
+    A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text` says of its caption, of a
+    masked text only the spoken tokens; its caption and label, and the fields `keep` (keep.py); its record, with the sizes that SDXL is told. With data.buckets
+    each is encoded in its bucket's size.
+
+    Args:
+        autoencoder: what encodes.
+        data, split: the samples, `train` or `val`.
+        folder: where the shards lie; a file that is there whole is not written again.
+        batch: samples that are encoded at a time.
+        device: where.
+        per_shard: samples of a shard, at most.
+        half: float16 in the place of float32.
+        rank, world: this process, and how many there are: it writes shard rank, rank + world, ...
+        text: a text and how it embeds captions; None keeps no embeddings.
+        keep: further fields of the data that go along.
 
     Raises:
         Refusal: the folder holds latents of something else.

@@ -85,7 +85,13 @@ class Samples(Dataset[dict[str, Any]]):
         return [self.read(shard, row, self.fields[field], view) for shard, row in places]
 
     def read(self, shard: int, row: int, member: str, view: View, out: np.ndarray | None = None) -> Any:
-        """One member, decoded; a picture perhaps into `out`.
+        """One member, decoded.
+
+        Args:
+            shard, row: the sample's place in the index.
+            member: which of its members.
+            view: what of a picture is looked at.
+            out: uint8 (height, width, 3), where a picture may be laid.
 
         Raises:
             BadSample: it cannot be read.
@@ -93,7 +99,14 @@ class Samples(Dataset[dict[str, Any]]):
         return decode(member, self._bytes(shard, row, member), view, self.where(shard, row), out)
 
     def copy_array(self, shard: int, row: int, member: str, header: bytes, out: memoryview) -> bool:
-        """Copies an array out of the mapped shard, once; -> whether it has the header that was expected of it."""
+        """Copies an array out of the mapped shard, once -> whether it has the expected header.
+
+        Args:
+            shard, row: the sample's place in the index.
+            member: which of its members.
+            header: what its .npy file is expected to begin with.
+            out: as many bytes as the array has.
+        """
         offset, size = self.index.table(shard).span(row, member)
         mapped, begin, end = self._maps[shard], offset + len(header), offset + size
         if offset < 0 or end - begin != len(out) or end > len(mapped) or bytes(mapped[offset:begin]) != header:
@@ -135,8 +148,10 @@ class Loaded(Dataset[dict[str, Any]]):
     """Places -> a batch, what a DataLoader asks for.
 
     Args:
+        samples: what is read.
         others: for training, the selection that a bad sample is replaced from, by its picture's size; None leaves it out.
-        crop, flip: where pictures are cut, and the share of them that is mirrored; functions of (seed, position).
+        crop, flip: where pictures are cut, and the share of them that is mirrored.
+        seed: of both, and of what replaces a bad sample, by position.
     """
 
     def __init__(

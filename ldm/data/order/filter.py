@@ -49,9 +49,17 @@ def select(
     least: int = 1,
     count: Count | None = None,
 ) -> tuple[Selection, list[Selection]]:
-    """What the rules keep of an index; -> all of it, and its parts, one for each size.
+    """What the rules keep of an index -> all of it, and its parts, one for each size.
 
     What was found is kept beside the index, since it takes a look at every sample.
+
+    Args:
+        index: of the samples.
+        fields: batch field -> member, which each sample must have.
+        rules: data.filters.
+        sizes: of the buckets.
+        least: samples that a bucket must have, or its pictures go into another one.
+        count: counts the tokens of captions, where a rule asks for them.
 
     Raises:
         Refusal: a rule is none, a number is not known, or samples lack what `fields` names.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,16 @@ def records_of(path: Path, file: int, samples: Spans) -> list[Mapping[str, Any]]
     if not beside.is_file():
         return records
     try:
-        rows = {str(row.get("key")): row for row in pq.read_table(beside).to_pylist()}
+        table = pq.read_table(beside).to_pylist()
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise Damaged(f"has a {beside.name} that cannot be read: {error}") from error
-    found = [rows.get(key.rpartition("/")[2], {}) for key in samples]
-    if samples and not any(found):
+    told = [str(row.get("key")) for row in table]
+    rows, keys = dict(zip(told, table)), [key.rpartition("/")[2] for key in samples]
+    if samples and not rows.keys() & set(keys):
         raise Damaged(f"has a {beside.name} whose column `key` names none of its samples; remove it, or give it their keys")
+    if twice := {key for key, count in Counter(told).items() if count > 1} & set(keys):
+        raise Damaged(f"has a {beside.name} with {len(twice)} keys of several rows, such as {min(twice)}; keep one row of each")
+    found = [rows.get(key, {}) for key in keys]
     return [record | {k: v for k, v in row.items() if v is not None and v == v} for record, row in zip(records, found)]
 
 
@@ -88,10 +93,10 @@ def _parse(file: int, found: Mapping[str, tuple[int, int]]) -> Mapping[str, Any]
 
 
 def _numbers(file: int, samples: Spans, records: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
-    names = list(dict.fromkeys(name for record in records for name, value in record.items() if _is_number(value)))
+    names = list(dict.fromkeys(name for record in records for name, value in record.items() if is_number(value)))
     names = list(dict.fromkeys((*SIZES, *names)))[:MOST]
     columns = {apart(name, OWN, names): name for name in names}
-    table = {c: np.array([_number(record.get(name)) for record in records], dtype=np.float64) for c, name in columns.items()}
+    table = {c: np.array([number(record.get(name)) for record in records], dtype=np.float64) for c, name in columns.items()}
     for row, found in enumerate(samples.values()):
         if math.isnan(table["width"][row]) or math.isnan(table["height"][row]):
             table["width"][row], table["height"][row] = _measure(file, found)
@@ -126,9 +131,11 @@ def _hash(record: Mapping[str, Any]) -> int:
     return 0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether the index has a column for what a record says; true and false are 1 and 0."""
     return isinstance(value, int | float)
 
 
-def _number(value: Any) -> float:
-    return float(value) if _is_number(value) and abs(value) < 2**1000 else math.nan
+def number(value: Any) -> float:
+    """-> it as the index keeps it; NaN where it is none, or too large."""
+    return float(value) if is_number(value) and abs(value) < 2**1000 else math.nan

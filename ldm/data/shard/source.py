@@ -89,7 +89,7 @@ def _expand_one(source: str, option: str) -> list[str]:
     if Path(source).is_dir():
         found = [str(path) for path in Path(source).glob("*.tar") if not path.name.startswith(".")]
         if not found:
-            raise NotFound(_nothing(f"{source}/*.tar", option))
+            raise NotFound(" ".join([_nothing(f"{source}/*.tar", option), *passed_over(source)]))
         return found
     if Path(source).is_file():
         return [source]
@@ -118,7 +118,7 @@ def _expand_remote(address: str, option: str) -> list[str]:
 def _nothing(looked_for: str, option: str) -> str:
     return (
         f"No shards: looked for {looked_for} ({option}). `data=emoji` makes its own shards; for other pictures, img2dataset or "
-        f"`python -m ldm pack` makes them. Then set {option} to their folder."
+        f"`python -m ldm pack` makes them. Then set {option} to their folder; data=folder reads pictures as they lie."
     )
 
 

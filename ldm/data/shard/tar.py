@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ldm.errors import Refusal
+from ldm.files.pointer import instead_of
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _HIDDEN = re.compile(r"(?:^|/)\.(?!\.?/)[^/]*/")  # a folder; ./ and ../ are none
@@ -43,7 +44,8 @@ def read_headers(path: str | Path) -> Spans:
             samples = _read_members(tar)
             _check_end(path, tar.offset)
     except Exception as error:  # whatever a broken header leads tarfile to
-        raise Damaged(f"is damaged or no plain tar: {_words(str(error)) or type(error).__name__}") from error
+        why = f"is damaged or no plain tar: {_words(str(error)) or type(error).__name__}"
+        raise Damaged(f"{why}.{instead_of(Path(path))}".removesuffix(".")) from error
     _check_count(Path(path), len(samples))
     return samples
 

@@ -116,7 +116,11 @@ def _network(folder: Path, index: Mapping[str, Any]) -> tuple[Network, Config]:
         raise Refusal(f"{folder} is a {kind} with {', '.join(strange)}, which no model here has.")
     config = read_config(folder / known[0].folder / "config.json")
     config["_class_name"] = class_of(index, known[0].folder) or config.get("_class_name")
-    return next((n for n in known if config.get("_class_name") in n.classes), known[-1]), config
+    made = next((n for n in known if config["_class_name"] in n.classes), None)
+    if made is None and config["_class_name"] is not None:
+        classes = ", ".join(name for n in known for name in n.classes)
+        raise Refusal(f"{folder} is a {kind} on a {config['_class_name']}; {classes} are known.")
+    return made or known[-1], config
 
 
 LAYOUT = Diffusers()

@@ -140,7 +140,8 @@ class Autoencoder(protocols.Part):
             raise Refusal(f"{file.path} is a U-Net alone, without what it is told by (a text tower) and its autoencoder.")
         if alone and not inside and "encoder.conv_in.weight" not in file.weights:
             raise Refusal(
-                f"{file.path} is no model in CompVis' or Stability's layout: it begins with {sorted(file.weights)[:3]}."
+                f"{file.path} is no model in CompVis' or Stability's layout: it begins with {sorted(file.weights)[:3]}. A part, "
+                "or one of several pieces, of a model in a folder is read with it: name that folder."
             )
         if not alone and not any(name.startswith(PREFIX) and not name.startswith(LEFT) for name in file.weights):
             return

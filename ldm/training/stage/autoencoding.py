@@ -22,12 +22,21 @@ from ldm.types import Batch, DataModule, Draw
 class Autoencoding(Stage):
     """L1 + L2 + perceptual + KL or codebook + adversary (https://arxiv.org/abs/2112.10752, equation 25).
 
-    `perceptual`: (images, targets) -> distance, or None. Each weight multiplies a mean, over pixels or over latent numbers,
-    where the KL is in nats; L1 has weight 1. So the paper's `kl_weight`, which multiplies a sum beside a sum over pixels, is
-    channels / (3 f^2) of its value here. `log_variance`, where given, is the first value of a learned number s, and the
-    reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on. In
-    training the perceptual distance is the mean over the first `perceptual_share` of a batch's pictures: it takes as long as
-    a small autoencoder.
+    Args:
+        autoencoder: what is trained.
+        perceptual: (images, targets) -> distance; None for none.
+        perceptual_weight: of its mean.
+        kl_weight: of the KL divergence in nats, a mean over latent numbers. The paper's, which multiplies a sum beside a sum
+            over pixels, is channels / (3 f^2) of its value here.
+        l2_weight: of the mean squared error; L1 has weight 1.
+        codebook_weight: of the codebook's terms, of an autoencoder that has one.
+        adversary: a discriminator; None for none.
+        log_variance: the first value of a learned number s, with which the reconstruction's terms count as terms / exp(s) + s;
+            without it they count as they are.
+        augment: (images, draw) -> images, changes those it trains on; None: as they are.
+        perceptual_share: in training the perceptual distance is the mean over the first so much of a batch's pictures, in (0,
+            1]: it takes as long as a small autoencoder.
+        **stage: as in Stage.
     """
 
     trains = "autoencoder"
@@ -56,7 +65,7 @@ class Autoencoding(Stage):
         if not 0 < perceptual_share <= 1:
             raise Refusal(
                 f"training.perceptual_share={perceptual_share}: wanted more than 0, and at most 1; the distance is left out "
-                "by training.perceptual_weight=0 loss=null."
+                "by training.perceptual=null."
             )
         self.measured: dict[str, Any] = {}
         self.resumed: dict[str, Any] | None = None

@@ -22,10 +22,9 @@ from ldm.training.feed import data_of
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.optimizer.mup import MuP, check_optimizer
 from ldm.training.parallel.sharded import whole
-from ldm.training.protocols import Critical, Meets
 from ldm.training.resume import differences, keep_settings, line
 from ldm.training.stage.beside import add_gradients, step_beside
-from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
+from ldm.types import Batch, Cond, Critical, DataModule, Draw, Freezes, Meets, Moments, Objective
 
 EVERY = 100  # batches whose latents are looked at
 INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 64
