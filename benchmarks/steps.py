@@ -73,7 +73,7 @@ def measure(name, size, asked):
             return peer(*theirs, **kwargs).sample[:, : noise.shape[1]]
 
     ours, last = our_step(net, predict_ours, noise), list(net.parameters())[-1].shape
-    return race(ours, their_step(peer, predict_theirs, noise, last), asked.rounds, asked.minutes, asked.device, most)
+    return race(ours, their_step(peer, predict_theirs, noise, last), asked.rounds, asked.minutes, asked.device, most, asked.tell)
 
 
 def our_step(net, predict, noise):

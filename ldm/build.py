@@ -175,8 +175,9 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
     if begins and config.model.init is not None and recipe.get("_target_") != ADAPTED:
         from ldm.interop.begin import begin  # which loads open_clip and torchvision
 
-        weights = _beginning(stage.trains, config.model.init, recipe)
-        print(begin(stage.get_submodule(stage.trains), weights, config.model.init, frozen), flush=True)
+        weights, part = _beginning(stage.trains, config.model.init, recipe), f"{stage.trains}."
+        elsewhere = [name.removeprefix(part) for name in stage.frozen if name.startswith(part)]
+        print(begin(stage.get_submodule(stage.trains), weights, config.model.init, elsewhere), flush=True)
     return stage
 
 

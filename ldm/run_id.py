@@ -7,6 +7,7 @@ files say. `config.identity`, and so config.yaml in the run's folder, keeps the 
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -198,6 +199,8 @@ def searched(overrides: Sequence[Override]) -> Iterator[Path]:
             spec = None
         if spec is None:
             raise Refusal(f"hydra.searchpath={place}: there is no such package here, nor on Python's path (PYTHONPATH).")
+        # Hydra warns of a package without an __init__.py, in which it finds the configs all the same
+        warnings.filterwarnings("ignore", message=rf".*path={re.escape(rest)} is not available")
         yield from map(Path, spec.submodule_search_locations or ())
 
 

@@ -10,7 +10,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, texts
 from ldm.errors import NotFound
 from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
@@ -74,7 +74,7 @@ class Bert(Condition):
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) word ids, cut or padded to the length."""
-        rows = self.tokenizer.encode_batch(list(captions))
+        rows = self.tokenizer.encode_batch(texts(captions))
         if self.training:
             self.cut.count(captions, [bool(row.overflowing) for row in rows])
         return torch.tensor([row.ids for row in rows])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, texts
 from ldm.errors import Refusal
 from ldm.files.weights import came_from, loaded_from
 from ldm.tower.cut import Cut
@@ -90,7 +90,7 @@ class Language(Condition):
         if self.words is None:  # what is reckoned without weights has no words either: as many as may be
             shape = (len(captions), self.length)
             return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
-        rows = self.words.rows(captions)
+        rows = self.words.rows(texts(captions))
         full = [len(row) > self.length for row in rows]
         if self.training or self.cut.always:
             self.cut.count(captions, full)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ldm.embedder import Condition, Weighted
+from ldm.embedder import Condition, Weighted, texts
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, embed_text, load_text_tower, names_of, text_mask, warn_of_cut
@@ -118,7 +118,7 @@ class Text(Condition):
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
-        ids = self.tokenizer(list(captions))
+        ids = self.tokenizer(texts(captions))
         for row, caption in zip(ids, captions):
             if isinstance(caption, Weighted):
                 row.copy_(self._parts(caption, row)[0])

@@ -107,8 +107,11 @@ def _alike(one: Embedder, other: Embedder) -> bool:
     if type(one) is not type(other) or not _is_fixed(other) or one.settings() != other.settings() or one.key != other.key:
         return False
     a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(not x.is_meta and not b[name].is_meta and _equal(x, b[name]) for name, x in a.items())
+    return a.keys() == b.keys() and all(_equal(x, b[name]) for name, x in a.items())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+    """Whether two tensors are the same; those that have no numbers, as of a run that is only planned, by their shape."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta != b.is_meta:
+        return False
+    return a.is_meta or torch.equal(a, b.to(a.device))

@@ -82,7 +82,7 @@ def blocks_of(backbone: Any, first: int | None, last: int | None) -> tuple[int, 
         raise Refusal(
             f"objective=route leaves patches out of a transformer's blocks (backbone=dit); found {type(backbone).__name__}."
         )
-    depth = len(list(backbone.blocks))
+    depth = backbone.depth
     usual = backbone.fuse or (3, -4)
     wanted = [given if given is not None else other for given, other in zip((first, last), usual)]
     one, two = (block + depth + 1 if block < 0 else block for block in wanted)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from ldm.errors import Refusal
 from ldm.training.base import Stage
+from ldm.training.callback.frozen import Frozen, layers_of
 from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import flops, peak_of
+from ldm.training.optimizer.adamw_8bit import BYTES, adamw_8bit
 from ldm.training.parallel.sharded import Sharded
 from ldm.types import Batch, DataModule, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
 SPARE = 2**30  # bytes of a card that CUDA itself takes, and that lie between tensors
-TRAINED = {"weight": 4, "gradient": 4, "AdamW": 8, "average": 4}  # bytes a number, in float32
+TRAINED = {"weight": 4, "gradient": 4, "average": 4}  # bytes a number, in float32
 
 
 def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> str:
@@ -35,6 +38,9 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     batch = data.on_after_batch_transfer(batch, 0)
     sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
     still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
+    if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
+        layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
+        still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
     trained, frozen = (sum(n for trains, n in sizes if trains is which) for which in (True, False))
     work, activations = cost(stage, batch)
     for callback in trainer.callbacks:
@@ -48,7 +54,7 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
     shares = world if isinstance(trainer.strategy, Sharded) else 1
-    states, others = trained * sum(TRAINED.values()) // shares, still
+    states, others = trained * (sum(TRAINED.values()) + moments(stage.optimizer)) // shares, still
     lines = [
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
@@ -65,6 +71,11 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
         f"expected time     {_words(seconds * trainer.max_steps)} for {trainer.max_steps:,} steps, without validation",
     ]
     return "\n".join(lines)
+
+
+def moments(optimizer: Any) -> int:
+    """How many bytes an optimizer keeps of each weight: two moments, of AdamW in float32."""
+    return BYTES if isinstance(optimizer, partial) and optimizer.func is adamw_8bit else 8
 
 
 def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:

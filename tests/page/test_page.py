@@ -31,6 +31,12 @@ from ldm.page.words import command_of, number, strengths, words_of
 ALL = ["text", "label", "boxes", "map", "hole", "depth", "score"]
 
 
+@pytest.fixture(autouse=True)
+def as_installed(monkeypatch):
+    """Commands are printed as `ldm sample ...`, wherever the tests are started."""
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ldm"])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("models")

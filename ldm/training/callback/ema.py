@@ -39,7 +39,7 @@ class EMA(Averaging):
     def move(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Moves the average towards the weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [weight.detach().float() for weight in self.weights]
+        weights = [weight.float() for weight in self.weights]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @property

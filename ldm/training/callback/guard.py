@@ -54,7 +54,7 @@ class Guard(pl.Callback):
         batches, self.batches = self.batches, []
         if scaler_of(trainer) is not None:
             return
-        norm = gradient_norm(optimizer)
+        norm = module.norm = gradient_norm(optimizer)
         if module.is_logged():
             module.log("train/gradient_norm", norm)
         module.spoilt = self._judge(norm)
