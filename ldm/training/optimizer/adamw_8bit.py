@@ -24,6 +24,11 @@ def adamw_8bit(
 ) -> Optimizer:
     """bitsandbytes' AdamW8bit, which calls the hooks of `load_state_dict` as torch's optimizers do.
 
+    Args:
+        params: groups of weights.
+        lr: the learning rate, unless a group has its own.
+        betas, eps, weight_decay: as torch's AdamW has them.
+
     Raises:
         Refusal: bitsandbytes is missing, or finds no library for this machine; weights are shared out.
     """
