@@ -54,18 +54,21 @@ def precompute(config: DictConfig) -> Path:
         end="",
     )
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
-    use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
-    use += [] if data.val_set else ["data.val=null"]
-    use += [f"data.buckets={[list(size) for size in data.sizes]}".replace(" ", "")] if len(data.sizes) > 1 else []
-    use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
-    use += [f"autoencoder.load.path={place}"]
-    use += _kept_words(data, config.keep)
+    use = [*_data_words(data, config.out), "autoencoder=cached", f"autoencoder.channels={autoencoder.channels}"]
+    use += [f"autoencoder.factor={autoencoder.factor}", f"autoencoder.load.path={place}", *_kept_words(data, config.keep)]
     for name, member in members.items():
         save_null(member, Path(config.out) / "text")
         use += _words(name, member, config)
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
     print(shlex.join(use))
     return Path(config.out)
+
+
+def _data_words(data: Any, out: str) -> list[str]:
+    """The settings that read the latents."""
+    val = f"{out}/val" if data.val_set else "null"
+    words = ["data=latents", f"data.train={out}/train", f"data.val={val}", f"data.size={data.size}"]
+    return words + ([f"data.buckets={[list(size) for size in data.sizes]}".replace(" ", "")] if len(data.sizes) > 1 else [])
 
 
 def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:

@@ -37,10 +37,7 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     batch = next(iter(data.ordered("train", batch=1)))
     batch = data.on_after_batch_transfer(batch, 0)
     sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
-    still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
-    if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
-        layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
-        still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
+    still = _frozen_bytes(stage, trainer)
     trained, frozen = (sum(n for trains, n in sizes if trains is which) for which in (True, False))
     work, activations = cost(stage, batch)
     for callback in trainer.callbacks:
@@ -71,6 +68,14 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
         f"expected time     {_words(seconds * trainer.max_steps)} for {trainer.max_steps:,} steps, without validation",
     ]
     return "\n".join(lines)
+
+
+def _frozen_bytes(stage: Stage, trainer: pl.Trainer) -> int:
+    still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
+    if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
+        layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
+        still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
+    return still
 
 
 def moments(optimizer: Any) -> int:

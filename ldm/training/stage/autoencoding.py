@@ -191,7 +191,8 @@ def check_whitens(mean: Tensor, std: Tensor) -> None:
         f"autoencoder.channels={max(len(mean) - len(bad), 1)}" if whole else "pictures that differ there (channel, row, column)"
     )
     raise Refusal(
-        f"Latents that say nothing cannot be whitened: over the training set, {channels}. Train with {mend}, or from another seed."
+        f"Latents that say nothing cannot be whitened: over the training set, {channels}. Train with {mend}, or from another "
+        "seed."
     )
 
 
