@@ -81,7 +81,7 @@ def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:
         if field in data.mixed
     }
     plain = members_of(data.fields, {}, [field for field in keep if field not in mixtures])
-    return [f"'data.fields.{field}={{{shares}}}'" for field, shares in mixtures.items()] + [
+    return [f"data.fields.{field}={{{shares}}}" for field, shares in mixtures.items()] + [
         f"+data.fields.{field}={member}" for field, member in plain.items()
     ]
 
