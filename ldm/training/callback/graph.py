@@ -104,9 +104,9 @@ class Flat(nn.Module):
         super().__init__()
         self.network, self.plain, self.slots = network, plain, slots
 
-    def forward(self, x: Tensor, noise_level: Tensor, *values: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor, *conditions: Tensor) -> Tensor:
         """As the backbone."""
-        return self.plain(x, noise_level, Cond(**dict(zip(self.slots, values))))
+        return self.plain(x, noise_level, Cond(**dict(zip(self.slots, conditions))))
 
 
 def capture(flat: nn.Module, given: tuple[Tensor, ...], cast: torch.dtype | None) -> Callable[..., Tensor]:
