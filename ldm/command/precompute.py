@@ -1,12 +1,14 @@
 """Latents ahead of time:  python precompute.py model=runs/quickstart/autoencoder data=emoji out=runs/quickstart/latents
 
 With condition=[text], settings and all, what the text tower says of the captions is kept as well, for condition=[cached_text];
-with several, such as condition=[text_sd3,t5_sd3], what they say together, as of one text.
+with several, such as condition=[text_sd3,t5_sd3], what they say together, as of one text. keep=[edges] writes further fields
+of the data, +data.fields.edges=edges.png, beside them, cut as the pictures were.
 Under torchrun or srun every process writes shards of its own; started again, it goes on where it stopped.
 """
 
 import json
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ def precompute(config: DictConfig) -> Path:
     splits = ("train", "val") if data.val_set else ("train",)
     for split in splits:
         folder = Path(config.out) / split
-        write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
+        settings = (config.batch, device, config.per_shard, config.half, rank, world, text, list(config.keep))
+        write_latents(autoencoder, data, split, folder, *settings)
     if rank > 0:
         return Path(config.out)
     print(
@@ -56,12 +59,28 @@ def precompute(config: DictConfig) -> Path:
     use += [f"data.buckets={[list(size) for size in data.sizes]}".replace(" ", "")] if len(data.sizes) > 1 else []
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
     use += [f"autoencoder.load.path={place}"]
+    use += _kept_words(data, config.keep)
     for name, member in members.items():
         save_null(member, Path(config.out) / "text")
         use += _words(name, member, config)
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
     print(shlex.join(use))
     return Path(config.out)
+
+
+def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:
+    """The settings that read the fields that were kept."""
+    from ldm.data.batch.keep import members_of
+
+    mixtures = {
+        field: ",".join(f"{data.fields[name]}:{share:g}" for name, share in data.mixed[field].items())
+        for field in keep
+        if field in data.mixed
+    }
+    plain = members_of(data.fields, {}, [field for field in keep if field not in mixtures])
+    return [f"'data.fields.{field}={{{shares}}}'" for field, shares in mixtures.items()] + [
+        f"+data.fields.{field}={member}" for field, member in plain.items()
+    ]
 
 
 def _text_conditions(config: DictConfig, device: Any) -> dict[str, Any]:

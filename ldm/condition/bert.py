@@ -79,15 +79,15 @@ class Bert(Condition):
             self.cut.count(captions, [bool(row.overflowing) for row in rows])
         return torch.tensor([row.ids for row in rows])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of those that the context is too short for."""
-        for prompt, row in zip(asked, self.tokenizer.encode_batch([str(a) for a in asked])):
+        for prompt, row in zip(values, self.tokenizer.encode_batch([str(a) for a in values])):
             if row.overflowing:
                 warn(
                     f"{_length(row)} words do not fit into {self.cut.most}; cut off: the end of {str(prompt)!r}",
                     stacklevel=2,
                 )
-        return [str(a) for a in asked]
+        return [str(a) for a in values]
 
 
 def _length(row: Any) -> int:

@@ -40,6 +40,8 @@ def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any
         raise Refusal(f"data.flip={flip}: wanted the share of pictures that is mirrored, in [0, 1].")
     if (flip or crop != "center") and all(is_array(member) or is_text(member) for member in fields.values()):
         raise Refusal(f"data.flip={flip} data.crop={crop}: data.fields names no pictures, only {fields}.")
+    if (flip or crop != "center") and "moments" in fields:
+        raise Refusal(f"data.flip={flip} data.crop={crop}: the pictures beside latents would be cut otherwise than these were.")
     for name, choices in CHOICES.items():
         if words[name] not in choices:
             raise Refusal(f"data.{name}={words[name]!r}; wanted `{choices[0]}` or `{choices[1]}`.")

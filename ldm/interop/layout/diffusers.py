@@ -48,9 +48,9 @@ def read_folder(folder: Path) -> Bundle:
         Refusal: names what is missing, unknown, or not of this family.
     """
     if not (folder / "model_index.json").is_file():
-        bundle = Bundle(None)
-        for part in (part for part in parts() if part.alone):
-            part.take_folder(folder, {}, bundle)
+        bundle, alone = Bundle(None), [part for part in parts() if part.alone]
+        kind = read_config(folder / "config.json").get("_class_name")
+        next((part for part in alone if kind in part.classes), alone[0]).take_folder(folder, {}, bundle)
         return bundle
     index = read_config(folder / "model_index.json")
     network, config = _network(folder, index)
