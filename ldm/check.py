@@ -60,7 +60,7 @@ def _check_target(node: Mapping[str, Any], allow: Sequence[str], place: str) -> 
             f"{place}._target_={target} is not among what a config may build ({', '.join(allow)}). If you trust that package: "
             f"allow=[{str(target).split('.')[0]}]."
         )
-    referent = _locate(target, place)
+    referent = locate(target, place)
     if not _is_below(f"{getattr(referent, '__module__', '')}.{getattr(referent, '__qualname__', '')}", allow):
         raise Refusal(f"{place}._target_={target} is only imported there from elsewhere; a config may build {', '.join(allow)}.")
     names, open_ended = parameters_of(target, place)
@@ -90,7 +90,7 @@ def parameters_of(target: str, place: str = "") -> tuple[list[str], bool]:
     Raises:
         Refusal: there is no such thing.
     """
-    takers = _takers(_locate(target, place))
+    takers = _takers(locate(target, place))
     parameters = [p for taker in reversed(takers) for p in inspect.signature(taker).parameters.values()]
     names = dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
     return list(names), _is_open(takers[-1])
@@ -100,7 +100,12 @@ def _is_below(name: str, prefixes: Sequence[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _locate(target: str, place: str) -> Any:
+def locate(target: str, place: str) -> Any:
+    """What a dotted path names.
+
+    Raises:
+        Refusal: there is no such thing.
+    """
     module, _, name = target.rpartition(".")
     try:
         referent = importlib.import_module(module)

@@ -44,8 +44,10 @@ def generated() -> dict[str, str]:
 
 def recipes() -> str:
     """Every experiment with its purpose and its command, as its config opens, and what it draws where that was kept."""
-    parts = ["# Recipes\n\nEach is a config in `configs/experiment/`; any of its settings is a word on the command line."]
-    parts += ["The emoji's run on a CPU, in minutes.\n"]
+    parts = [
+        "# Recipes\n\nEach is a config in `configs/experiment/`; any of its settings is a word on the command line. "
+        "The emoji's run on a CPU in minutes.\n"
+    ]
     for path in sorted((ROOT / "configs" / "experiment").rglob("*.yaml"), key=lambda path: (path.parent.name != "emoji", path)):
         name = path.relative_to(ROOT / "configs" / "experiment").with_suffix("").as_posix()
         lines = path.read_text().splitlines()[1:]

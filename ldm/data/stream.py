@@ -43,6 +43,10 @@ class Streamed(Shards):
     def __init__(self, train: Any, shuffle: int = 1000, **shards: Any) -> None:
         super().__init__(train, **shards)
         self.shuffle = shuffle
+        if self.mixed:
+            raise Refusal(
+                f"data.fields mixes {', '.join(self.mixed)}: data=stream draws no captions by position; take data=shards."
+            )
         for name in INDEXED:
             if shards.get(name):
                 raise Refusal(f"data.{name}={shards[name]}: data=stream has no index, which that needs; take data=shards.")

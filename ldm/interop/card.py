@@ -15,8 +15,8 @@ def card(recipe: Mapping[str, Any] | None, layout: str, licence: str, source: st
     Args:
         recipe: of a latent model or an adapter; None for any other.
         layout: of the files, or the library that reads them.
-        licence: of the model, by its short name.
-        source: the folder that it was read from, or nothing.
+        licence: as Hugging Face's model cards name it, such as `mit`, or `unknown`.
+        source: the folder that the model was read from; empty where it was none.
         origin: where the model comes from, a sentence.
     """
     folder = Path(source) if source else Path()

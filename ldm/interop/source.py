@@ -221,7 +221,7 @@ def told_beside(path: Path) -> Mapping[str, Any]:
     if not beside.is_file():
         return {}
     try:
-        held = Config(yaml.safe_load(beside.read_text()), beside)
+        held = Config(yaml.safe_load(beside.read_text(encoding="utf-8-sig")), beside)
     except yaml.YAMLError as error:
         raise Refusal(f"{beside} is not whole YAML ({' '.join(str(error).split())}).") from error
     params = Config(Config(Config(held["model"], beside)["params"], beside), beside)

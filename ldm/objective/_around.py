@@ -1,6 +1,6 @@
 """The base of objectives around another one, `of`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,3 +34,11 @@ class Around(nn.Module):
     def meet(self, model: Any) -> bool:
         """As the other objective does."""
         return isinstance(self.of, Meets) and self.of.meet(model)
+
+
+def within(objective: Objective) -> Iterator[Objective]:
+    """An objective, the one that it is around, and so on."""
+    yield objective
+    while isinstance(objective, Around):
+        objective = objective.of
+        yield objective

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ldm.errors import Refusal
-from ldm.objective._ear import Ear, as_map, block_of
+from ldm.objective._ear import Ear, as_map, block_of, features_of
 from ldm.objective._teacher import WithTeacher
-from ldm.types import Backbone, Batch, Cond, Denoise, Draw, InTraining, Schedule, like, mix
+from ldm.types import Backbone, Batch, Cond, Denoise, Draw, InTraining, Schedule, Widths, like, mix
 
 
 class DMD(WithTeacher):
@@ -36,7 +36,7 @@ class DMD(WithTeacher):
         scale: of the teacher's classifier-free guidance, which the model learns.
         adversarial: weight of the discriminator, which is a part of the critic; 0 leaves it out.
         layer: the block of `fake` on which it stands, 1 is the first; None: the middle one.
-        width: features of that block's hidden states.
+        width: features of that block's hidden states; None: what the teacher has there.
         **parts: time, weight, noise and distance, as in regression: the noise that both look through, and the loss of `fake`.
 
     Raises:
@@ -50,7 +50,7 @@ class DMD(WithTeacher):
         scale: float = 2.0,
         adversarial: float = 0.0,
         layer: int | None = None,
-        width: int = 1,
+        width: int | None = None,
         **parts: Any,
     ) -> None:
         super().__init__(teacher, **parts)
@@ -59,8 +59,17 @@ class DMD(WithTeacher):
         self.steps, self.scale = steps, scale
         self.fake = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
         self.adversarial = adversarial
-        self.judge = Judge(self.fake.backbone, layer, width) if adversarial else None
+        self.layer = layer or len(list(self.fake.backbone.blocks)) // 2 + 1
+        self.judge = Judge(self.fake.backbone, self.layer, width) if adversarial and width is not None else None
         self.critic = ("fake", "judge.head") if adversarial else ("fake",)
+
+    def meet(self, model: Any) -> bool:
+        """Leaves to the model what it has too, and makes the discriminator for the hidden states, where no width is said."""
+        super().meet(model)
+        if self.adversarial and self.judge is None:
+            backbone, widths = self.fake.backbone, self.teacher.conditioner.widths + Widths(vector=self.fake.span)
+            self.judge = Judge(backbone, self.layer, features_of(backbone, self.layer, model.autoencoder.channels, widths))
+        return True
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents, which a discriminator alone looks at -> {"loss": (), "critic": ()}, the former for its
@@ -69,36 +78,36 @@ class DMD(WithTeacher):
         schedule = model.denoiser.schedule
         self.teacher.check_schedule(schedule)
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
-        cond, told = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
+        cond, teacher_cond = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
         t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         noise = self.noise(draw, drawn.detach())
         alpha, sigma = (like(s, x) for s in schedule(t))
         x_t = alpha * drawn + sigma * noise
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.judge is not None):
-            fake = self.fake(x_t, t, told)
-        passed = None if self.judge is None else self.judge(x)
+            fake = self.fake(x_t, t, teacher_cond)
+        passed = None if self.judge is None else self.judge(x, self.fake.backbone)
         with torch.no_grad():
             null = self.teacher.null(model, batch, parts, len(x)) if self.scale != 1 else None
-            real = self.teacher.guided(told, null, self.scale)(x_t, t)
+            real = self.teacher.guided(teacher_cond, null, self.scale)(x_t, t)
             way = direction(drawn, real, fake)
         loss = (drawn - (drawn - way).detach()).square().mean() / 2
         fresh = Draw(mix(draw.seed, 1), draw.position, draw.batch, draw.step)
-        critic = self.each(self.fake, drawn.detach(), told, fresh)[0].mean()
+        critic = self.each(self.fake, drawn.detach(), teacher_cond, fresh)[0].mean()
         if self.judge is None:
             return {"loss": loss, "critic": critic}
-        of_drawn, of_data = self.judge(x), self._of_data(x, told, fresh)
+        of_drawn, of_data = self.judge(x, self.fake.backbone), self._of_data(x, teacher_cond, fresh)
         critic = critic + softplus(of_drawn).mean() + softplus(-of_data).mean()
         caught = ((of_drawn < 0).float().mean() + (of_data > 0).float().mean()) / 2
         return {"loss": loss + self.adversarial * softplus(-passed).mean(), "critic": critic, "caught": caught.detach()}
 
-    def _of_data(self, x: Tensor, told: Cond, draw: Draw) -> Tensor:
+    def _of_data(self, x: Tensor, cond: Cond, draw: Draw) -> Tensor:
         """What the discriminator says of the data through noise, at the times at which it saw what was drawn."""
         schedule = self.fake.schedule
         t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         alpha, sigma = (like(s, x) for s in schedule(t))
-        self.fake(alpha * x + sigma * self.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, told)
-        return self.judge(x)
+        self.fake(alpha * x + sigma * self.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, cond)
+        return self.judge(x, self.fake.backbone)
 
     def _times(self, draw: Draw) -> list[float]:
         """The first so many of the times, as many on every process."""
@@ -109,20 +118,19 @@ class DMD(WithTeacher):
 class Judge(nn.Module):
     """A head on a block of a network: whether what that saw last is data, a logit each patch."""
 
-    def __init__(self, backbone: Backbone, layer: int | None, width: int) -> None:
+    def __init__(self, backbone: Backbone, layer: int, width: int) -> None:
         super().__init__()
-        count = len(list(backbone.blocks))
-        self.width, self.layer, self.ear = width, layer or count // 2 + 1, Ear()
+        self.width, self.layer, self.ear = width, layer, Ear()
         self.ear.put(block_of(backbone, self.layer))
         self.head = nn.Sequential(nn.Conv2d(width, width, 1), nn.SiLU(), nn.Conv2d(width, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W), the shape of what was seen -> (B, 1, h, w)."""
-        hidden = as_map(self.ear.take(), x)
+    def forward(self, x: Tensor, backbone: Backbone) -> Tensor:
+        """x: (B, C, H, W), the shape of what the backbone saw -> (B, 1, h, w)."""
+        hidden = as_map(self.ear.take(), x, backbone)
         if hidden.shape[1] != self.width:
-            found = hidden.shape[1]
+            features = hidden.shape[1]
             raise Refusal(
-                f"Block {self.layer} of fake says {found} features a patch: objective.width={found} (found {self.width})."
+                f"Block {self.layer} of fake says {features} features a patch: objective.width={features} (found {self.width})."
             )
         return self.head(hidden)
 

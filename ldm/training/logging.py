@@ -52,11 +52,11 @@ def wandb_logger(run_id: str, project: str, folder: str, offline: bool = False, 
     """wandb under the run's own id: a resumed run continues the same curve.
 
     Args:
-        run_id: of the run, whose slashes become dashes.
-        project: wandb's.
-        folder: where wandb keeps its files.
-        offline: whether nothing is sent; `wandb sync` sends it later.
-        artifacts: None, `model` or `all`, as in Wandb.
+        run_id: also the name that is shown.
+        project: wandb's, which the run is listed in.
+        folder: where wandb writes what it has yet to send.
+        offline: it sends nothing by itself; `wandb sync` does later.
+        artifacts: `model` for the finished model with its card, `all` for each checkpoint too, None for neither.
 
     Raises:
         Refusal: `artifacts` is another word.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from ldm.data.batch.cut import CROP, SIZES, cut, told
+from ldm.data.batch.mixed import Mixed, draw
 from ldm.data.order.order import Place, generator
 from ldm.data.shard.decode import MAX_BYTES, BadSample, View, decode, is_array, is_image
 from ldm.data.shard.index import Index
@@ -55,6 +56,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __init__(self, index: Index, selection: Selection, fields: Mapping[str, str], size: int) -> None:
         self.index, self.selection, self.fields, self.size = index, selection, dict(fields), size
         self.layouts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # of arrays, by member, as they were last
+        self.mixed: Mixed = {}  # fields of several texts, of which a batch has one for each sample
         self.uneven: set[str] = set()  # members whose arrays are of several lengths
         self._files: Recent[int, FileIO] = Recent(OPEN_FILES, self._open)
         self._maps: Recent[int, memoryview] = Recent(OPEN_FILES, self._map)
@@ -184,6 +186,7 @@ class Loaded(Dataset[dict[str, Any]]):
         if not kept:
             raise Refusal(f"None of {len(places)} samples can be read: {bad[0]} Mend the shards: python -m ldm doctor.")
         batch = {field: column.result(len(kept)) for field, column in columns.items()}
+        batch = draw(batch, self.samples.mixed, [position for position, *_ in kept], self.seed)
         batch |= {"key": [self.samples.index.table(s).key(r) for _, s, r, _ in kept]}
         batch |= {"position": torch.tensor([p for p, *_ in kept], dtype=torch.int64)}
         return batch | self._sizes(kept) | ({"bad": bad} if bad else {})

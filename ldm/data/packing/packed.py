@@ -68,6 +68,12 @@ class Packed:
             self.passed_over[kind] += number
 
 
+def found(packed: Packed) -> str:
+    """-> a sentence about the files of a source without pictures; nothing where there are none."""
+    kinds = "; ".join(f"{count:,} {kind}" for kind, count in packed.passed_over.most_common())
+    return f" Found {kinds}." if kinds else ""
+
+
 def say_left_out(packed: Packed) -> None:
     """Prints what could not be packed, a line each, to stderr."""
     for name, why in packed.skipped:
