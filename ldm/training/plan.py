@@ -2,11 +2,14 @@
 
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import Refusal
 from ldm.training.base import Stage
@@ -17,7 +20,9 @@ from ldm.types import Batch, DataModule, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
 SPARE = 2**30  # bytes of a card that CUDA itself takes, and that lie between tensors
-TRAINED = {"weight": 4, "gradient": 4, "AdamW": 8, "average": 4}  # bytes a number, in float32
+KEPT = {"weight": 4, "AdamW": 8, "average": 4}  # bytes a trained number, in float32, all the time
+ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # scaled_dot_product_attention's, in their order
+GRADIENT, COPY = 4, 2  # bytes of a gradient, which comes as activations go, and of the copy that autocast makes for a step
 
 
 def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> str:
@@ -42,18 +47,20 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
             callback.on_fit_start(trainer, stage)
             whole, (work, kept) = kept, cost(stage, batch)
             kept += (whole - kept) // sum("forward" in vars(module) for module in stage.modules())  # one block's, as it is redone
-    if trainer.precision.startswith(("bf16", "16")):
-        kept //= 2
+    half = trainer.precision.startswith(("bf16", "16"))
+    kept //= 2 if half else 1
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
     shares = world if isinstance(trainer.strategy, Sharded) else 1
-    states, others = trained * sum(TRAINED.values()) // shares, still
+    gradients, copies = (trained * size // shares for size in (GRADIENT, COPY if half else 0))
+    between = gradients if accumulate > 1 else max(gradients - micro * kept, 0)  # of what is not yet, or still, there at the peak
+    states, others = trained * sum(KEPT.values()) // shares + copies + between, still
     lines = [
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
         f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
-        f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, gradients, AdamW "
-        f"and average; {_gib(others)} frozen; {_gib(micro * kept)} activations",
+        f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, AdamW, average "
+        f"{'and copies in 16 bits' if half else 'and gradients'}; {_gib(others)} frozen; {_gib(micro * kept)} activations",
     ]
     if card := re.fullmatch(r"([\d.]+) ?GB", device, re.IGNORECASE):
         return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, kept, stage.batch // world, micro)])
@@ -105,28 +112,45 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
 
 def _kept(stage: Stage, batch: Batch) -> int:
     """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it."""
-    own = {id(p) for p in stage.parameters()}
-    seen: dict[int, Tensor] = {}
+    own = {p.untyped_storage()._cdata for p in stage.parameters()}
+    seen: dict[int, UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own and tensor._base is None:
-            seen[id(tensor)] = tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage
         return tensor
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         for x in inputs:
             if isinstance(x, Tensor):
-                whole = x if x._base is None else x._base
-                seen[id(whole)] = whole
+                keep(x)
 
     hooks = [module.register_forward_pre_hook(enter) for module in stage.modules() if "forward" in vars(module)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Fused(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = stage.losses(batch, Draw(0, batch["position"], stage.batch))
     for hook in hooks:
         hook.remove()
     stage.forget()
     del loss
-    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+class Fused(TorchFunctionMode):
+    """Attention as a GPU's kernels compute it: queries, keys, values and the output are kept, and not a weight for each pair."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None
+    ) -> Any:
+        """As any mode's."""
+        keywords = keywords or {}
+        whole = function is not scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled()  # as mean flows ask
+        if whole or arguments[0].ndim != 4:
+            return function(*arguments, **keywords)
+        given = {**dict(zip(ATTENTION, arguments)), **keywords}
+        asked = {name: given[name] for name in ("attn_mask", "is_causal", "scale") if name in given}
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that the meta device knows
+        return fused(given["query"], given["key"], given["value"], **asked)[0]
 
 
 def _speed(device: str, trainer: pl.Trainer) -> tuple[str, float]:
