@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.errors import Refusal
 from ldm.training.base import Stage
+from ldm.training.callback.bfloat16 import Bfloat16
 from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import flops, peak_of
 from ldm.training.parallel.sharded import Sharded
@@ -41,14 +42,16 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
     still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
     trained, frozen = (sum(n for kept, n in sizes if kept is which) for which in (True, False))
-    work, kept = cost(stage, batch)
+    work, kept, norms = cost(stage, batch)
     for callback in trainer.callbacks:
         if isinstance(callback, Recompute):
             callback.on_fit_start(trainer, stage)
-            whole, (work, kept) = kept, cost(stage, batch)
-            kept += (whole - kept) // sum("forward" in vars(module) for module in stage.modules())  # one block's, as it is redone
+            whole, (work, kept, _) = kept, cost(stage, batch)
+            blocks = sum("forward" in vars(module) for module in stage.modules())
+            kept, norms = kept + (whole - kept) // blocks, norms // blocks  # one block's, as it is redone
     half = trainer.precision.startswith(("bf16", "16"))
-    kept //= 2 if half else 1
+    wide = half and not any(isinstance(callback, Bfloat16) for callback in trainer.callbacks)  # group norms stay float32
+    kept = (kept + wide * norms) // (2 if half else 1)
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
     shares = world if isinstance(trainer.strategy, Sharded) else 1
@@ -96,13 +99,15 @@ def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:
     return f"does not fit      into {size}; {batch // parts} samples at a time do: trainer.accumulate_grad_batches={parts}"
 
 
-def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
-    """batch: of one sample -> FLOPs of training on it, and bytes of activations that the backward pass needs, in float32."""
+def cost(stage: Stage, batch: Batch) -> tuple[int, int, int]:
+    """batch: of one sample -> FLOPs of training on it, bytes of activations that the backward pass needs, in float32, and bytes
+    of what goes into group norms and comes out.
+    """
     device = torch.device("meta")
     try:
         stage.to(device)
         batch = stage.transfer_batch_to_device(batch, device, 0)
-        return flops(stage, batch), _kept(stage, batch)
+        return flops(stage, batch), *_kept(stage, batch)
     except (NotImplementedError, RuntimeError) as error:
         raise Refusal(
             f"plan: {type(stage).__name__} cannot be reckoned without running it ({str(error).splitlines()[0]}). "
@@ -110,8 +115,11 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
         ) from error
 
 
-def _kept(stage: Stage, batch: Batch) -> int:
-    """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it."""
+def _kept(stage: Stage, batch: Batch) -> tuple[int, int]:
+    """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it. And the bytes
+    of what group norms take and give.
+    """
+    norms = 0
     own = {p.untyped_storage()._cdata for p in stage.parameters()}
     seen: dict[int, UntypedStorage] = {}
 
@@ -126,14 +134,19 @@ def _kept(stage: Stage, batch: Batch) -> int:
             if isinstance(x, Tensor):
                 keep(x)
 
-    hooks = [module.register_forward_pre_hook(enter) for module in stage.modules() if "forward" in vars(module)]
+    def pass_norm(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal norms
+        norms += 2 * output.nbytes if output.requires_grad else 0
+
+    hooks = [module.register_forward_hook(pass_norm) for module in stage.modules() if isinstance(module, nn.GroupNorm)]
+    hooks += [module.register_forward_pre_hook(enter) for module in stage.modules() if "forward" in vars(module)]
     with Fused(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = stage.losses(batch, Draw(0, batch["position"], stage.batch))
     for hook in hooks:
         hook.remove()
     stage.forget()
     del loss
-    return sum(storage.nbytes() for storage in seen.values())
+    return sum(storage.nbytes() for storage in seen.values()), norms
 
 
 class Fused(TorchFunctionMode):
