@@ -30,11 +30,11 @@ def run(config: DictConfig) -> float | None:
     folder, numbers = _train(config)
     if config.optimize is None or config.plan or config.coordinates:
         return None
-    kept = folder / "optimized.json"
+    file = folder / "optimized.json"
     if numbers and first():
-        write_text(json.dumps(numbers), kept)
-    if not numbers and kept.is_file():  # a sweeper may try the same settings twice, and the run was finished before
-        numbers = json.loads(kept.read_text(encoding="utf-8"))
+        write_text(json.dumps(numbers), file)
+    if not numbers and file.is_file():  # a sweeper may try the same settings twice, and the run was finished before
+        numbers = json.loads(file.read_text(encoding="utf-8"))
     if config.optimize not in numbers:
         logged = ", ".join(sorted(numbers)) or "nothing, as the run was finished before"
         raise Refusal(f"optimize={config.optimize}: no such number was logged in {folder}; what was: {logged}.")
@@ -120,15 +120,16 @@ def _say_tokens(data: Any, stage: Any) -> None:
 def _planned(config: DictConfig) -> str:
     """What a run will take, with those callbacks that change how much memory it has."""
     from ldm.build import allowed, build, build_stage, chosen
-    from ldm.nn.empty import weightless
+    from ldm.nn.empty import planned
     from ldm.training.callback.bfloat16 import Bfloat16
+    from ldm.training.callback.frozen import Frozen
     from ldm.training.callback.recompute import Recompute
     from ldm.training.plan import plan
 
     nodes = chosen(OmegaConf.to_container(config.callback, resolve=True), "callback").values()
-    count = {f"{kind.__module__}.{kind.__qualname__}" for kind in (Bfloat16, Recompute)}
+    count = {f"{kind.__module__}.{kind.__qualname__}" for kind in (Bfloat16, Frozen, Recompute)}
     trainer = _trainer(config, logger=False, callbacks=[build(node) for node in nodes if node["_target_"] in count])
-    with weightless():  # what is reckoned needs no numbers
+    with planned():  # what is reckoned needs no numbers
         stage = build_stage(config, begins=False)
     return plan(stage, build(config.data, allowed(config)), trainer, str(config.plan))
 

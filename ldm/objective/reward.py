@@ -54,11 +54,11 @@ class Reward(nn.Module):
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W), of which only the shape counts -> {"loss": (), "reward": ()}."""
-        told = model.condition(batch)
+        full = model.condition(batch)
         null = model.condition(batch, only=()) if self.scale != 1 else None
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            x_hat = model.denoiser(x_t, t, told)
+            x_hat = model.denoiser(x_t, t, full)
             if null is None:
                 return x_hat
             x_null = model.denoiser(x_t, t, null)

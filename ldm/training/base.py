@@ -163,13 +163,13 @@ class Stage(pl.LightningModule):
         Raises:
             Refusal: the checkpoint is of another model; names what differs.
         """
-        own = self.state_dict()
-        wrong = [f"{k}: missing" for k in own.keys() - state_dict.keys()]
-        wrong += [f"{k}: not of this model" for k in state_dict.keys() - own.keys()]
+        state = self.state_dict()
+        wrong = [f"{k}: missing" for k in state.keys() - state_dict.keys()]
+        wrong += [f"{k}: not of this model" for k in state_dict.keys() - state.keys()]
         wrong += [
-            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own.keys() & state_dict.keys()
-            if own[k].shape != state_dict[k].shape
+            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(state[k].shape)}"
+            for k in state.keys() & state_dict.keys()
+            if state[k].shape != state_dict[k].shape
         ]
         if wrong:
             few = "; ".join(sorted(wrong)[:5])
@@ -183,7 +183,7 @@ class Stage(pl.LightningModule):
         """Keeps the model's recipe, and the format's number, beside its weights: plain containers only."""
         checkpoint["format"] = FORMAT
         checkpoint["recipe"] = dict(self.recipe)
-        checkpoint["frozen"] = self._frozen_content()
+        checkpoint["frozen"] = self.frozen_content()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the frozen parts, which come from elsewhere, with those that the checkpoint was trained with.
@@ -192,13 +192,13 @@ class Stage(pl.LightningModule):
             Refusal: one is another now; names each.
         """
         before = checkpoint.get("frozen", {})  # of an earlier version that kept none, nothing is known
-        if other := [part for part, now in self._frozen_content().items() if before.get(part, now) != now]:
+        if other := [part for part, now in self.frozen_content().items() if before.get(part, now) != now]:
             raise Refusal(
                 f"The frozen {', '.join(other)}, read from elsewhere, is not what the checkpoint was trained with: its files "
                 "have changed. Put back what was there, or begin another run: run_id=NAME, from these weights with model.init=..."
             )
 
-    def _frozen_content(self) -> dict[str, str]:
+    def frozen_content(self) -> dict[str, str]:
         """Frozen part -> sha256 of its weights, found once. Of a base that adapters are trained on the recipe has it."""
         if self.content is None:
             modules = {} if self.recipe.get("base") else dict(self.named_modules())

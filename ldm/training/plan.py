@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,14 +15,16 @@ from torch.overrides import TorchFunctionMode
 from ldm.errors import Refusal
 from ldm.training.base import Stage
 from ldm.training.callback.bfloat16 import Bfloat16
+from ldm.training.callback.frozen import Frozen, layers_of
 from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import flops, peak_of
+from ldm.training.optimizer.adamw_8bit import BYTES, adamw_8bit
 from ldm.training.parallel.sharded import Sharded
 from ldm.types import Batch, DataModule, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
 SPARE = 2**30  # bytes of a card that CUDA itself takes, and that lie between tensors
-KEPT = {"weight": 4, "AdamW": 8, "average": 4}  # bytes a trained number, in float32, all the time
+KEPT = {"weight": 4, "average": 4}  # bytes a trained number, in float32, all the time
 ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # scaled_dot_product_attention's, in their order
 GRADIENT, COPY = 4, 2  # bytes of a gradient, which comes as activations go, and of the copy that autocast makes for a step
 
@@ -40,33 +43,21 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     batch = next(iter(data.ordered("train", batch=1)))
     batch = data.on_after_batch_transfer(batch, 0)
     sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
-    still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
-    trained, frozen = (sum(n for kept, n in sizes if kept is which) for which in (True, False))
-    work, kept, norms = cost(stage, batch)
-    for callback in trainer.callbacks:
-        if isinstance(callback, Recompute):
-            callback.on_fit_start(trainer, stage)
-            whole, (work, kept, _) = kept, cost(stage, batch)
-            blocks = sum("forward" in vars(module) for module in stage.modules())
-            kept, norms = kept + (whole - kept) // blocks, norms // blocks  # one block's, as it is redone
-    half = trainer.precision.startswith(("bf16", "16"))
-    wide = half and not any(isinstance(callback, Bfloat16) for callback in trainer.callbacks)  # group norms stay float32
-    kept = (kept + wide * norms) // (2 if half else 1)
+    trained, frozen = (sum(n for trains, n in sizes if trains is which) for which in (True, False))
+    work, activations = _reckoned(stage, trainer, batch)
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
-    shares = world if isinstance(trainer.strategy, Sharded) else 1
-    gradients, copies = (trained * size // shares for size in (GRADIENT, COPY if half else 0))
-    between = gradients if accumulate > 1 else max(gradients - micro * kept, 0)  # of what is not yet, or still, there at the peak
-    states, others = trained * sum(KEPT.values()) // shares + copies + between, still
+    states, others = _states(stage, trainer, trained, micro * activations), _still(stage, trainer)
     lines = [
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
         f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
-        f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, AdamW, average "
-        f"{'and copies in 16 bits' if half else 'and gradients'}; {_gib(others)} frozen; {_gib(micro * kept)} activations",
+        f"memory            {_gib(states + others + micro * activations)} a device, estimated: {_gib(states)} weights, AdamW, "
+        f"average and {'copies in 16 bits' if _in_half(trainer) else 'gradients'}; {_gib(others)} frozen; "
+        f"{_gib(micro * activations)} activations",
     ]
     if card := re.fullmatch(r"([\d.]+) ?GB", device, re.IGNORECASE):
-        return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, kept, stage.batch // world, micro)])
+        return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, activations, stage.batch // world, micro)])
     name, speed = _speed(device, trainer)
     seconds = work * stage.batch / (world * speed)
     lines += [
@@ -74,6 +65,47 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
         f"expected time     {_words(seconds * trainer.max_steps)} for {trainer.max_steps:,} steps, without validation",
     ]
     return "\n".join(lines)
+
+
+def moments(optimizer: Any) -> int:
+    """How many bytes an optimizer keeps of each weight: two moments, of AdamW in float32."""
+    return BYTES if isinstance(optimizer, partial) and optimizer.func is adamw_8bit else 8
+
+
+def _reckoned(stage: Stage, trainer: pl.Trainer, batch: Batch) -> tuple[int, int]:
+    """batch: of one sample -> FLOPs of training on it, and bytes of its activations in the trainer's precision."""
+    work, activations, norms = cost(stage, batch)
+    for callback in trainer.callbacks:
+        if isinstance(callback, Recompute):
+            callback.on_fit_start(trainer, stage)
+            whole, (work, activations, _) = activations, cost(stage, batch)
+            blocks = sum("forward" in vars(module) for module in stage.modules())
+            activations, norms = activations + (whole - activations) // blocks, norms // blocks  # one block's, as it is redone
+    if not _in_half(trainer):
+        return work, activations
+    wide = not any(isinstance(callback, Bfloat16) for callback in trainer.callbacks)  # group norms stay float32
+    return work, (activations + wide * norms) // 2
+
+
+def _in_half(trainer: pl.Trainer) -> bool:
+    return trainer.precision.startswith(("bf16", "16"))
+
+
+def _states(stage: Stage, trainer: pl.Trainer, trained: int, activations: int) -> int:
+    """Bytes beside the activations, and beside what is frozen, of so many trained numbers, where a step has most."""
+    shares = trainer.world_size if isinstance(trainer.strategy, Sharded) else 1
+    gradients, copies = (trained * size // shares for size in (GRADIENT, COPY if _in_half(trainer) else 0))
+    there = gradients if trainer.accumulate_grad_batches > 1 else max(gradients - activations, 0)  # as these go, those come
+    return trained * (sum(KEPT.values()) + moments(stage.optimizer)) // shares + copies + there
+
+
+def _still(stage: Stage, trainer: pl.Trainer) -> int:
+    """Bytes of what is frozen."""
+    still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
+    if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
+        layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
+        still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
+    return still
 
 
 def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:

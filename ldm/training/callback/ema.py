@@ -32,8 +32,8 @@ class EMA(Averaging):
     def begin(self, module: pl.LightningModule) -> None:
         """Starts from the weights, or from what a checkpoint brought."""
         for name, weight in trained(module).items():
-            kept = placed_as(self.average.get(name, weight.detach()), weight)
-            self.average[name] = kept.to(weight.device, torch.float32, copy=True)
+            average = placed_as(self.average.get(name, weight.detach()), weight)
+            self.average[name] = average.to(weight.device, torch.float32, copy=True)
         self.weights = list(trained(module).values())
 
     def move(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

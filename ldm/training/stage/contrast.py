@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from ldm.embedder import texts
 from ldm.files.folder import save_tensors, write_text
 from ldm.tower.clip import embed_text, text_mask
 from ldm.tower.cut import Cut
@@ -37,7 +38,7 @@ class Contrast(Stage):
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w), caption -> loss, and top-1 retrieval of captions by pictures within the batch."""
-        ids = self.tokenizer(list(batch["caption"]))
+        ids = self.tokenizer(texts(batch["caption"]))
         if self.training:
             self.cut.count(batch["caption"], (ids[:, -1] != 0).tolist())
         image, text = self.clip.encode_image(batch["image"], True), encode_text(self.clip, ids, self.device)
