@@ -42,12 +42,11 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     data.setup("fit")
     batch = next(iter(data.ordered("train", batch=1)))
     batch = data.on_after_batch_transfer(batch, 0)
-    sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
-    trained, frozen = (sum(n for trains, n in sizes if trains is which) for which in (True, False))
+    trained, frozen, still = numbers(stage, trainer)
     work, activations = _reckoned(stage, trainer, batch)
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
-    states, others = _states(stage, trainer, trained, micro * activations), _still(stage, trainer)
+    states, others = _states(stage, trainer, trained, micro * activations), still
     lines = [
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
@@ -99,13 +98,15 @@ def _states(stage: Stage, trainer: pl.Trainer, trained: int, activations: int) -
     return trained * (sum(KEPT.values()) + moments(stage.optimizer)) // shares + copies + there
 
 
-def _still(stage: Stage, trainer: pl.Trainer) -> int:
-    """Bytes of what is frozen."""
-    still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
+def numbers(stage: Stage, trainer: pl.Trainer) -> tuple[int, int, int]:
+    """-> how many numbers are trained, how many are frozen, and the bytes of the latter."""
+    trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    frozen = [p for p in stage.parameters() if not p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in frozen)
     if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
         layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
-        still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
-    return still
+        size -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
+    return trained, sum(p.numel() for p in frozen), size
 
 
 def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:
