@@ -159,28 +159,30 @@ class DiT(nn.Module):
         """
         time = self.level(sinusoid(noise_level, 256).to(x))
         level = time if self.vector is None else time + self.vector(cond.vector.to(x))
-        told = silu(level)
+        embedding = silu(level)
         h, (rows, columns) = self.patches(x)
         tokens, mask = (None, None) if self.read is None else visible(cond.tokens.to(x), cond.mask)
         tokens = None if self.read is None else self.read(tokens).to(x)
         h, before, mask = self.beside(h, tokens, mask)
         self.before = before
         turn = self.turn(rows, columns, before, h) if self.head_width else None
-        each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
+        each = last = embedding
+        if self.modulate is not None:
+            each, last = self.modulate(embedding), torch.cat((level, level), dim=1)
         h = self.through(h, before, each, turn, tokens, mask)[:, before:]
         h, last = (h, last) if self.head is None else self.refine(x, h, time, (rows, columns))
         h = self.last(h, last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
         return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
     def through(
-        self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
+        self, h: Tensor, before: int, embedding: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """The same behind the blocks, but for a head's, (B, M + N, C); `route` says which patches go through which.
 
         Args:
             h: (B, M + N, C), tokens that stand before the patches, and the patches.
             before: M, how many stand before them.
-            told: (B, C), the noise level and the vector, or with one layer for all blocks (B, 6 C), its shifts, scales and
+            embedding: (B, C), the noise level and the vector, or with one layer for all blocks (B, 6 C), its shifts, scales and
                 gates.
             turn: cosines and sines of the places, (M + N, D) each, or None.
             tokens, mask: (B, L, C) that blocks attend to, and (B, 1, 1, L or M + N), True where attention reads; or None.
@@ -192,7 +194,7 @@ class DiT(nn.Module):
             if route is not None and i == route.first:
                 waiting, places = h, route.places(h, before)
                 h, turn, mask = leave(h, places, turn, mask, self.joint)
-            h = block(h, told, turn, tokens, mask)
+            h = block(h, embedding, turn, tokens, mask)
             if route is not None and i == route.last:
                 if self.fusion is not None:
                     waiting = self.fusion.missing(waiting)
@@ -203,14 +205,14 @@ class DiT(nn.Module):
 
     def refine(self, x: Tensor, h: Tensor, time: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x: (B, C, H, W), what the blocks say of its patches, (B, N, width), and the noise level's embedding, (B, width) -> what
-        the head's blocks say, and what they were told, (B, N, its width) each.
+        the head's blocks say, and its embedding, (B, N, its width) each.
         """
-        told = silu(self.head.join(silu(time[:, None] + h)))
+        embedding = silu(self.head.join(silu(time[:, None] + h)))
         h = self.head.embed(x).to(x).flatten(2).transpose(1, 2)
         turn = rotation(*grid, self.head_turn, h) if self.head_turn else None
         for block in islice(self.blocks, self.depth, None):
-            h = block(h, told, turn, None, None)
-        return h, told
+            h = block(h, embedding, turn, None, None)
+        return h, embedding
 
     def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x: (B, C, H, W) -> patches in their places (B, N, width), and how many rows and columns there are."""
@@ -278,17 +280,17 @@ class Block(nn.Module):
         self.norm_out, self.feed = norm(width), SwiGLU(width) if swiglu else FeedForward(width)
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
         """-> (B, N, C).
 
         Args:
             x: (B, N, C), the patches and what stands beside them.
-            told: (B, C), of each patch (B, N, C), or with a table (B, 6 C).
+            embedding: (B, C), of each patch (B, N, C), or with a table (B, 6 C).
             turn: cosines and sines of the places, (N, D) each, or None.
             tokens: (B, L, C), where it attends to tokens.
             mask: (B, 1, 1, L), or without such attention (B, 1, 1, N), True where it reads; None: everywhere.
         """
-        shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = for_each(self.modulate(told)).chunk(6, dim=-1)
+        shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = for_each(self.modulate(embedding)).chunk(6, dim=-1)
         across = self.attend_tokens is not None
         x = torch.addcmul(x, gate_in, self.attend(modulated(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))
         if self.attend_tokens is not None:
@@ -304,9 +306,9 @@ class Last(nn.Module):
         self.norm, self.modulate = norm(width), Table(2, width) if shared else nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, outward)
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x: (B, N, C), told: (B, C), of each patch (B, N, C), or with a table (B, 2 C) -> (B, N, P)."""
-        shift, scale = for_each(self.modulate(told)).chunk(2, dim=-1)
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, N, C), embedding: (B, C), of each patch (B, N, C), or with a table (B, 2 C) -> (B, N, P)."""
+        shift, scale = for_each(self.modulate(embedding)).chunk(2, dim=-1)
         return self.out(modulated(self.norm(x), shift, scale))
 
 
@@ -318,9 +320,9 @@ class Head(nn.Module):
         self.embed, self.join = nn.Conv2d(channels, width, patch, stride=patch), nn.Linear(inward, width)
 
 
-def for_each(told: Tensor) -> Tensor:
+def for_each(numbers: Tensor) -> Tensor:
     """(B, C), of all patches, or (B, N, C) -> what broadcasts over (B, N, C)."""
-    return told if told.ndim == 3 else told[:, None]
+    return numbers if numbers.ndim == 3 else numbers[:, None]
 
 
 def check_head(head: Sequence[int] | None, rotary: bool) -> None:
@@ -364,9 +366,9 @@ class Table(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(parts, width))
 
-    def forward(self, told: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor) -> Tensor:
         """(B, parts * C) -> the same."""
-        return told + self.table.flatten()
+        return embedding + self.table.flatten()
 
 
 class Caption(nn.Module):

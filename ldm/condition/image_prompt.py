@@ -69,7 +69,7 @@ class ImagePrompt(Condition):
     def forward(self, value: Sequence[Tensor], drop: Tensor) -> Cond:
         """value: (B, 3, h, w) in [-1, 1], and strengths (B) -> tokens: (B, L + 1, D). drop: (B) bool; dropped is what is seen:
         an embedding of zeros, or, of tokens, a picture of the mean colour."""
-        picture, strength = (x.to(self.image_tower.conv1.weight, non_blocking=True) for x in value)
+        picture, strength = (x.to(next(self.project.parameters()), non_blocking=True) for x in value)
         told = (~drop).to(picture, non_blocking=True)
         with torch.no_grad():
             if self.kind == "linear":

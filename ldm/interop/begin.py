@@ -15,6 +15,7 @@ from ldm.interop.find import networks
 from ldm.interop.part._towers import CLIP_FILES
 
 UNSEEN = ("heads", "rotary", "tokens", "axes")  # how a transformer attends, which no tensor shows
+NAMED = 8  # of the tensors that were not taken
 
 
 def weights_for(
@@ -122,5 +123,5 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     return "\n".join(lines)
 
 
-def _few(names: list[str], most: int = 8) -> list[str]:
-    return names if len(names) <= most else [*names[:most], f"... and {len(names) - most} more"]
+def _few(names: list[str]) -> list[str]:
+    return names if len(names) <= NAMED else [*names[:NAMED], f"... and {len(names) - NAMED} more"]

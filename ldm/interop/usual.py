@@ -24,6 +24,7 @@ PIPELINES: dict[str, tuple[int, float]] = {
     "LDMTextToImagePipeline": (50, 1.0),
     "StableDiffusionInstructPix2PixPipeline": (100, 7.5),
     "StableDiffusionUpscalePipeline": (75, 9.0),
+    "StableDiffusionXLInstructPix2PixPipeline": (100, 5.0),
     "StableDiffusionXLPipeline": (50, 5.0),
     "StableDiffusionXLImg2ImgPipeline": (50, 5.0),
 }

@@ -45,14 +45,14 @@ def measure(autoencoder: Trainable, data: DataModule, device: torch.device) -> t
     generator, parts, kl, counts, pictures = torch.Generator().manual_seed(0), [], 0.0, 0, 0
     for batch in data.ordered("val", batch=32):
         images = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)["image"]
-        told = autoencoder.posterior(images)
-        z = told.sample(torch.randn(told.mean.shape, generator=generator))
+        moments = autoencoder.posterior(images)
+        z = moments.sample(torch.randn(moments.mean.shape, generator=generator))
         parts.append(z.transpose(0, 1).flatten(1).float().cpu())
         pictures += len(images)
         if isinstance(autoencoder, Quantised):
             counts = counts + torch.bincount(autoencoder.quantise(z)[1].flatten(), minlength=autoencoder.codes())
-        elif told.std.any():
-            kl += 0.5 * (told.mean.square() + told.std.square() - 1 - 2 * told.std.log()).sum().item()
+        elif moments.std.any():
+            kl += 0.5 * (moments.mean.square() + moments.std.square() - 1 - 2 * moments.std.log()).sum().item()
     if not isinstance(autoencoder, Quantised):
         return torch.cat(parts, 1), {"kl": kl / pictures} if kl else {}
     share = counts.double() / counts.sum()
