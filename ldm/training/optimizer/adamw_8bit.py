@@ -24,6 +24,13 @@ def adamw_8bit(
 ) -> Optimizer:
     """bitsandbytes' AdamW8bit, which calls the hooks of `load_state_dict` as torch's optimizers do.
 
+    Args:
+        params: groups of weights with their settings.
+        lr: the learning rate.
+        betas: of the averages of the gradient and of its square, in [0, 1) each.
+        eps: added to the root of the latter.
+        weight_decay: of each step, times lr.
+
     Raises:
         Refusal: bitsandbytes is missing, or finds no library for this machine; weights are shared out.
     """
