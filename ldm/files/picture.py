@@ -29,6 +29,7 @@ MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacke
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
 NEAR_SRGB = 3  # of 255: profiles that change no colour by more than this are taken for sRGB
 ASIDE = ("__MACOSX", "@eaDir")  # folders that archivers and storage servers fill with copies of their own
+REQUEST, BESIDE = "request.json", re.compile(r"grid\.png|\d{5,}\.\w+\.png")  # what drawing writes beside its pictures
 ORIENTATION = 0x0112  # of EXIF
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps it
 TURNS = {
@@ -56,10 +57,17 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out."""
+    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out.
+
+    In a folder that `ldm sample` drew into, what it wrote beside the pictures is none of them.
+    """
     files = files_in(folder)
+    drawn = {file.parent for file in files if file.name == REQUEST}
+    beside = {file for file in files if file.parent in drawn and BESIDE.fullmatch(file.name)}
+    pictures = [file for file in files if is_picture(file) and file not in beside]
     others = Counter(file.suffix.lower() or file.name for file in files if not is_picture(file))
-    return [folder / file for file in files if is_picture(file)], others
+    others += Counter(file.name for file in beside)
+    return [folder / file for file in pictures], others
 
 
 def left_out(where: str, others: Counter[str]) -> str:

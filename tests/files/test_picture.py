@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.command import pack
 from ldm.data.shard.decode import View, decode
+from ldm.drawing.request import write_pictures
 from ldm.files.lines import read_lines
 from ldm.files.picture import (
     MAX_PIXELS,
@@ -238,6 +239,17 @@ def test_pictures_of_a_folder_in_natural_order(tmp_path):
         "linked/1.jpg",
     ]
     assert others == {".gif": 1, ".txt": 2, "README": 1} and len(files_in(tmp_path)) == 11
+
+
+def test_what_drawing_writes_beside_its_pictures_is_none_of_them(tmp_path):
+    """The grid, and pictures of the conditions; in a folder of other pictures such names are pictures."""
+    images = torch.zeros(2, 3, 4, 4)
+    write_pictures(images, tmp_path / "drawn", {"seed": 0}, {"map": images})
+    pictures, others = pictures_in(tmp_path)
+    assert [p.name for p in pictures] == ["00000.png", "00001.png"]
+    assert others == {".json": 1, "grid.png": 1, "00000.map.png": 1, "00001.map.png": 1}
+    (tmp_path / "drawn" / "request.json").unlink()
+    assert len(pictures_in(tmp_path)[0]) == 5
     padded = [Path(f"x/{i:05d}_{i % 7:02d}.png") for i in range(30)]
     assert sorted(padded, key=natural) == sorted(padded), "with equally many digits, the alphabet's order"
 
