@@ -54,18 +54,23 @@ def precompute(config: DictConfig) -> Path:
         end="",
     )
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
-    use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
-    use += [] if data.val_set else ["data.val=null"]
-    use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")] if len(data.sizes) > 1 else []
+    use = [*_data_words(data, config, splits), *_kept_words(data, config.keep)]
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
     use += [f"autoencoder.load.path={place}"]
-    use += _kept_words(data, config.keep)
     for name, member in members.items():
         save_null(member, Path(config.out) / "text")
         use += _words(name, member, config)
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
     print(" ".join(use))
     return Path(config.out)
+
+
+def _data_words(data: Any, config: DictConfig, splits: Sequence[str]) -> list[str]:
+    """The settings that read the shards."""
+    use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
+    use += [] if data.val_set else ["data.val=null"]
+    buckets = [list(size) for size in data.sizes]
+    return use + ([f"'data.buckets={buckets}'".replace(" ", "")] if len(buckets) > 1 else [])
 
 
 def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:

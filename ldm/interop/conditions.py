@@ -48,8 +48,13 @@ def lacks_null(table: Tensor) -> bool:
 
 
 def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None, edits: bool) -> dict[str, Any]:
-    """What the map channels of a published U-Net of `channels` latent channels are, with its `table` of noise steps if any.
-    `told` names what else it is told; `edits` says that XL's are an edit's, told latents as InstructPix2Pix has them.
+    """What the map channels of a published U-Net are.
+
+    Args:
+        spatial, channels: how many maps, and latent channels, it takes.
+        told: names of what else it is told.
+        table: of noise steps, if it has one.
+        edits: whether XL's are an edit's, told latents as InstructPix2Pix has them.
 
     Raises:
         Refusal: they are none that is known.

@@ -24,6 +24,13 @@ def adamw_8bit(
 ) -> Optimizer:
     """bitsandbytes' AdamW8bit, which calls the hooks of `load_state_dict` as torch's optimizers do.
 
+    Args:
+        params: groups of weights, with what differs in each.
+        lr: the rate, above 0.
+        betas: of the two moments, 0 to below 1.
+        eps: is added to the second moment's root.
+        weight_decay: decoupled, 0 or more.
+
     Raises:
         Refusal: bitsandbytes is missing, or finds no library for this machine; weights are shared out.
     """
