@@ -44,6 +44,9 @@ def main() -> None:
         unknown = [word for word in sys.argv[1:2] if word not in ("-h", "--help")]
         sys.exit(f"\nerror: there is no command `{unknown[0]}`.{nearest(unknown[0], list(COMMANDS))}" if unknown else 0)
     once_a_minute()
+    from ldm.files.process import end_soon
+
+    end_soon()
     sys.exit(import_module(f"ldm.command.{name}").main())
 
 

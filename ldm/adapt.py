@@ -27,6 +27,7 @@ WORDS = re.compile(
     r"(?::(?P<strength>(?!guess\Z)[^:/]+))?(?::(?P<text>(?!guess\Z)[^:/]+))?(?P<guess>:guess)?",
     re.S,
 )
+NAMED = re.compile(r"[^=/:]+=")  # how a word begins that names its adapter
 NAMES = ("name", "word")  # what NAME= means of an adapter
 TEXT = "conditioner."  # where the names of a text's tensors begin
 
@@ -123,8 +124,10 @@ def asked(words: str | Sequence[str] | None) -> list[Asked]:
 def _asked(word: str) -> Asked:
     if Path(word).exists():
         return Asked(word)
-    ends = [i for i in range(len(word), 0, -1) if word[i : i + 1] == ":"]  # a path may have = and : in it
-    place = next((word[:i] for i in ends if Path(word[:i]).exists()), None)
+    named = NAMED.match(word)
+    ends = [len(word), *(i for i in range(len(word), 0, -1) if word[i : i + 1] == ":")]  # a path may have = and : in it
+    parts = (word[begin:end] for begin in (0, *([named.end()] if named else [])) for end in ends)
+    place = next((part for part in parts if part and Path(part).exists()), None)
     found = WORDS.fullmatch(word if place is None else word.replace(place, "there", 1))
     if found is None:
         raise Refusal(

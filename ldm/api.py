@@ -205,7 +205,7 @@ def batches(data: str = "emoji", settings: Sequence[str] = (), split: Literal["t
     module = build.build(config.data, build.allowed(config))
     module.prepare_data()
     module.setup()
-    if not (module.train_set if split == "train" else module.val_set):
+    if split != "train" and not module.val_set:
         raise Refusal(f"data={data} has no {split} samples; name them: data.{split}=PATH.")
     return (module.on_after_batch_transfer(batch, 0) for batch in module.ordered(split, module.batch))
 

@@ -370,7 +370,7 @@ class Draws(Protocol):
 
 @runtime_checkable
 class Freezes(Protocol):
-    """An objective that is a torch module with `frozen` sub-modules: they are neither trained nor in checkpoints."""
+    """An objective or autoencoder, a torch module, with `frozen` sub-modules: they are neither trained nor in checkpoints."""
 
     frozen: tuple[str, ...]
 

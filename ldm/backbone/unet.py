@@ -69,10 +69,10 @@ class UNet(nn.Module):
         super().__init__()
         if len(mult) != len(depth):
             raise Refusal(f"backbone.mult has {len(mult)} levels, backbone.depth has {len(depth)}; give both the same number.")
-        self.width, told = width, 4 * width
-        self.level = mlp(width, told)
-        self.vector = vector(widths.vector, told) if widths.vector else None
-        make = Layers(told, groups, widths.tokens, heads, head_width, scale_shift, res_resample)
+        self.width, embedding = width, 4 * width
+        self.level = mlp(width, embedding)
+        self.vector = vector(widths.vector, embedding) if widths.vector else None
+        make = Layers(embedding, groups, widths.tokens, heads, head_width, scale_shift, res_resample)
 
         def level(i: int, inward: int) -> list[nn.Module]:
             ch = mult[i] * width
@@ -111,9 +111,9 @@ class UNet(nn.Module):
 
     def condition(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Heard:
         """What each stage hears: the noise level and the vector, (B, E), the tokens, (B, L, D), and their mask, (B, 1, 1, L)."""
-        told = self.level(sinusoid(noise_level, self.width).to(x))
-        told = silu(told if self.vector is None else told + self.vector(cond.vector.to(x)))
-        return (told, None, None) if cond.tokens is None else (told, *visible(cond.tokens.to(x), cond.mask))
+        embedding = self.level(sinusoid(noise_level, self.width).to(x))
+        embedding = silu(embedding if self.vector is None else embedding + self.vector(cond.vector.to(x)))
+        return (embedding, None, None) if cond.tokens is None else (embedding, *visible(cond.tokens.to(x), cond.mask))
 
     def down(self, x: Tensor, heard: Heard) -> tuple[Tensor, list[Tensor]]:
         """Encoder and middle: x: (B, C + C', H, W) -> what the middle says, and what each stage of the encoder does."""
@@ -135,13 +135,13 @@ class Layers:
     """Makes the layers of one U-Net, alike on every level.
 
     Args:
-        told: features of the noise level's embedding.
+        embedding: features of the noise level's embedding.
         groups: of GroupNorm.
         tokens: width of a token; 0 where there are none.
         heads, head_width, scale_shift, res_resample: as in `UNet`.
     """
 
-    told: int
+    embedding: int
     groups: int
     tokens: int
     heads: int
@@ -151,7 +151,7 @@ class Layers:
 
     def res(self, inward: int, outward: int, resize: nn.Module | None = None) -> nn.Module:
         """A residual block."""
-        tell = (ScaleShift if self.scale_shift else Shift)(outward, self.told, self.groups)
+        tell = (ScaleShift if self.scale_shift else Shift)(outward, self.embedding, self.groups)
         return ResBlock(inward, outward, self.groups, tell, resize or nn.Identity())
 
     def attention(self, ch: int, depth: int, tokens_only: bool = False) -> list[nn.Module]:
@@ -176,11 +176,11 @@ class Layers:
 class Stage(nn.Sequential):
     """Layers one after another, each told what it listens to. No ModuleList: torch 2.10 and 2.11 shard none of these."""
 
-    def forward(self, x: Tensor, told: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x: (B, C, H, W), told: (B, E), tokens: (B, L, D), mask: (B, 1, 1, L) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x: (B, C, H, W), embedding: (B, E), tokens: (B, L, D), mask: (B, 1, 1, L) -> (B, C', H', W')."""
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, told)
+                x = layer(x, embedding)
             elif isinstance(layer, Transformer):
                 x = layer(x, tokens, mask)
             else:
@@ -205,10 +205,10 @@ class ResBlock(nn.Module):
         self.conv_out = zero(Convolution(outward, outward, 3, padding=1))
         self.skip = nn.Identity() if inward == outward else nn.Conv2d(inward, outward, 1)
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x: (B, C, H, W), told: (B, E) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, C, H, W), embedding: (B, E) -> (B, C', H', W')."""
         h = self.conv_in(self.resize(silu(self.norm_in(x))))
-        return self.skip(self.resize(x)) + self.conv_out(silu(self.tell(h, told)))
+        return self.skip(self.resize(x)) + self.conv_out(silu(self.tell(h, embedding)))
 
 
 class SelfAttention(nn.Module):

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.compose import CONFIGS, check_overrides, prepared, settled
 from ldm.errors import Refusal
+from ldm.files.process import end_soon
 from ldm.files.table import once_a_minute
 
 
@@ -26,6 +27,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                     "error: this is Windows, which has no signals to save a run by, and other rules for files: run it in WSL2"
                 )
             once_a_minute()
+            end_soon()
             if os.getcwd() not in sys.path:  # the user's own packages lie where the command is called, as with `python -m ldm`
                 sys.path.append(os.getcwd())
             try:

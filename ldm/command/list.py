@@ -33,8 +33,8 @@ def main() -> None:
 
 def groups() -> list[str]:
     """What can be listed: config groups, and published models."""
-    found = {path.parent.relative_to(root).as_posix() for root in roots() for path in root.rglob("*.yaml")}
-    return [*sorted(name for name in found - {"."} if not name.startswith(INNER)), MODEL]
+    folders = {path.parent.relative_to(root).as_posix() for root in roots() for path in root.rglob("*.yaml")}
+    return [*sorted(name for name in folders - {"."} if not name.startswith(INNER)), MODEL]
 
 
 def listed(group: str) -> dict[str, str]:
@@ -58,8 +58,8 @@ def models() -> Iterator[tuple[str, str]]:
 
 def roots() -> list[Path]:
     """Where configs lie: ours, and the folder `configs` where the command is called, if there is one."""
-    own = Path("configs").resolve()
-    return [CONFIGS] if own == CONFIGS or not own.is_dir() else [CONFIGS, own]
+    local = Path("configs").resolve()
+    return [CONFIGS] if local == CONFIGS or not local.is_dir() else [CONFIGS, local]
 
 
 def choices(group: str) -> Iterator[tuple[str, str]]:

@@ -39,18 +39,18 @@ QUALITY = 95
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> 0 where every picture was packed, 1 where some could not be read, 2 where there was nothing to pack."""
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     packed = Packed()
     try:
-        pack(Path(asked.source), Path(asked.out), asked.size, asked.per_shard, asked.val, packed)
+        pack(Path(options.source), Path(options.out), options.size, options.per_shard, options.val, packed)
     except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         say_left_out(packed)
     say(packed)
-    print(f"The shards are in {asked.out}; these train on them, one after the other (docs/data.md):")
-    print("\n".join(commands(packed, Path(asked.out), bool(asked.val))))
+    print(f"The shards are in {options.out}; these train on them, one after the other (docs/data.md):")
+    print("\n".join(commands(packed, Path(options.out), bool(options.val))))
     return 1 if packed.skipped else 0
 
 

@@ -61,7 +61,7 @@ def precompute(config: DictConfig) -> Path:
         save_null(member, Path(config.out) / "text")
         use += _words(name, member, config)
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
-    print(" ".join(use))
+    print(shlex.join(use))
     return Path(config.out)
 
 
@@ -70,7 +70,7 @@ def _data_words(data: Any, config: DictConfig, splits: Sequence[str]) -> list[st
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
     use += [] if data.val_set else ["data.val=null"]
     buckets = [list(size) for size in data.sizes]
-    return use + ([f"'data.buckets={buckets}'".replace(" ", "")] if len(buckets) > 1 else [])
+    return use + ([f"data.buckets={buckets}".replace(" ", "")] if len(buckets) > 1 else [])
 
 
 def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:
@@ -83,7 +83,7 @@ def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:
         if field in data.mixed
     }
     plain = members_of(data.fields, {}, [field for field in keep if field not in mixtures])
-    return [f"'data.fields.{field}={{{shares}}}'" for field, shares in mixtures.items()] + [
+    return [f"data.fields.{field}={{{shares}}}" for field, shares in mixtures.items()] + [
         f"+data.fields.{field}={member}" for field, member in plain.items()
     ]
 
@@ -119,18 +119,18 @@ def _words(name: str, text: Any, config: DictConfig) -> list[str]:
     """The settings of condition=[cached_text] that stand for the text condition `name`."""
     from ldm.condition.cached_text import embed
 
-    use = ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
+    use = ["condition=[cached_text]", f"condition.cached_text.path={config.out}/text"]
     use += [] if name == "text" else [f"condition.cached_text.stands_for={name}"]
     use += [] if text.key == "caption" else [f"condition.cached_text.key={text.key}"]
     node = OmegaConf.to_container(config.condition[name], resolve=True)
     settings = {key: _written(value) for key, value in node.items() if key not in OTHERS}
     usual = OmegaConf.load(CONFIGS / "condition" / "cached_text.yaml").cached_text.load._target_
     if node["_target_"] == usual:
-        use += [shlex.quote(f"++condition.cached_text.load.{key}={value}") for key, value in settings.items()]
+        use += [f"++condition.cached_text.load.{key}={value}" for key, value in settings.items()]
     else:
         made = {"_target_": json.dumps(node["_target_"]), "_partial_": "true", "key": json.dumps(text.key), **settings}
         made = ", ".join(f"{key}: {value}" for key, value in made.items())
-        use += ["'~condition.cached_text.load'", shlex.quote(f"+condition.cached_text.load={{{made}}}")]
+        use += ["~condition.cached_text.load", f"+condition.cached_text.load={{{made}}}"]
     return use + [f"+data.fields.{text.key}_{member.split('.')[1]}={member}" for member in embed(text, [""])]
 
 

@@ -33,10 +33,10 @@ def sample(config: DictConfig) -> Tensor:
     rank, world, _ = process()
     model, usual = ready(config)
     plain = OmegaConf.to_container(config, resolve=True)
-    images, told = draw(model, usual, plain, allowed(config), say, share=(rank, world))
+    images, record = draw(model, usual, plain, allowed(config), say, share=(rank, world))
     images = torch.cat(from_all(images))
     if first():
-        write_pictures(images, Path(config.out), told, model.conditioner.show(told["asked"]))
+        write_pictures(images, Path(config.out), record, model.conditioner.show(record["asked"]))
     say(f"{len(images)} pictures are in {config.out}")
     return images
 
@@ -123,12 +123,12 @@ def draw(
     sampler = read_edit(config, model, ask, sampler, size)
     mine = slice(count * share[0] // share[1], count * (share[0] + 1) // share[1])
     part = {field: value[mine] for field, value in ask.items()}
-    told = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
+    record = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
     if not seeds[mine]:
-        return torch.empty(0, 3, *size), told
+        return torch.empty(0, 3, *size), record
     guidance = in_precision(taking_turns(guidance) if config["prompt_weights"] else guidance, config["precision"], device)
     images = draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch)
-    return images, told
+    return images, record
 
 
 main = command("sample")(sample)

@@ -76,13 +76,13 @@ class Subject:
         usual = yaml.safe_load((CONFIGS / "evaluate.yaml").read_text(encoding="utf-8"))
         usual["data"] = yaml.safe_load((CONFIGS / "data" / "usual.yaml").read_text(encoding="utf-8"))
         given = [name for name in SAID if name not in self.config.read and self.config.get(name) != usual[name]]
-        told = [name if isinstance(self.config.get(name), dict) else f"{name}={self.config.get(name)}" for name in given]
+        unread = [name if isinstance(self.config.get(name), dict) else f"{name}={self.config.get(name)}" for name in given]
         why = (
             "images=... are judged as they are"
             if self.config.get("images")
             else f"metric=[{','.join(metrics)}] reads nothing of it"
         )
-        self._say(f"Not used, since {why}: {', '.join(told)}" if told else "")
+        self._say(f"Not used, since {why}: {', '.join(unread)}" if unread else "")
 
     @cached_property
     def place(self) -> Path:
@@ -114,17 +114,17 @@ class Subject:
         Raises:
             NotFound: the data are not there.
         """
-        chosen, own = self.config["data"] == self.node, self.recipe.get("usual", {}).get("data")
+        chosen, usual = self.config["data"] == self.node, self.recipe.get("usual", {}).get("data")
         where = self.node.get("train") or self.node.get("name") or (self.node.get("dataset") or {}).get("_target_", "the emoji")
         if not chosen:
-            why = "as the model was trained on them" if own else "since the model does not say what it was trained on"
+            why = "as the model was trained on them" if usual else "since the model does not say what it was trained on"
             self._say(f"Data: {where} at {self.node.get('size')} px, {why} (data=..., data.train=...).")
         try:  # a model, perhaps a stranger's, chooses among data alone
             data = build(self.node, self.allow if chosen else ("ldm.data", "ldm.tower.counter", *self.config["allow"]))
             data.prepare_data()
             data.setup()
         except FileNotFoundError as error:
-            if chosen or own is None:
+            if chosen or usual is None:
                 raise
             raise NotFound(
                 f"{self.config['model']} was trained on {where}, which cannot be read here: {error} Name where they are now, or "
@@ -176,23 +176,23 @@ class Subject:
         size = (self._size, self._size) if isinstance(self._size, int) else tuple(self._size)
         self._say(far(size, self.recipe.get("usual", {})))
         usual = as_usual(config, self.recipe.get("usual", {}))
-        told = {name: usual[name] for name in ("sampler", "guidance", "batch")}
+        how_drawn = {name: usual[name] for name in ("sampler", "guidance", "batch")}
         if guides := named_content([usual["sampler"], usual["guidance"]]):
-            told["guides"] = guides
+            how_drawn["guides"] = guides
         sampler, guidance = build(usual["sampler"], self.allow), build(usual["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]), config["paste"])
-        return Drawings(self.model, self._requests(), sampler, guidance, *how, {**told, **self._made}, config["conditions"])
+        return Drawings(self.model, self._requests(), sampler, guidance, *how, {**how_drawn, **self._made}, config["conditions"])
 
     def _requests(self) -> Split | Given:
         config, count = self.config, self.config["count"]
-        asked = {**config, "resolution": self._size, "ask": spread(config["ask"])}
+        request = {**config, "resolution": self._size, "ask": spread(config["ask"])}
         if config["prompts"] is not None:
-            ask, lines = read_request({**asked, "count": None, "negative": config["negative"]}, self.model)
+            ask, lines = read_request({**request, "count": None, "negative": config["negative"]}, self.model)
             if count > lines:
                 raise Refusal(f"fewer captions than pictures: count={count}, and prompts={config['prompts']} has {lines} lines.")
             return Given({name: value[:count] for name, value in ask.items()}, count)
         if config["ask"] or not self.model.conditioner.embedders:
-            return Given(*read_request({**asked, "negative": config["negative"]}, self.model))
+            return Given(*read_request({**request, "negative": config["negative"]}, self.model))
         if config["negative"] is not None:
             raise Refusal("negative=... goes with prompts=FILE; the requests of shards have none.")
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))

@@ -10,7 +10,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, texts
 from ldm.errors import NotFound
 from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
@@ -74,20 +74,20 @@ class Bert(Condition):
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) word ids, cut or padded to the length."""
-        rows = self.tokenizer.encode_batch(list(captions))
+        rows = self.tokenizer.encode_batch(texts(captions))
         if self.training:
             self.cut.count(captions, [bool(row.overflowing) for row in rows])
         return torch.tensor([row.ids for row in rows])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of those that the context is too short for."""
-        for prompt, row in zip(asked, self.tokenizer.encode_batch([str(a) for a in asked])):
+        for prompt, row in zip(values, self.tokenizer.encode_batch([str(a) for a in values])):
             if row.overflowing:
                 warn(
                     f"{_length(row)} words do not fit into {self.cut.most}; cut off: the end of {str(prompt)!r}",
                     stacklevel=2,
                 )
-        return [str(a) for a in asked]
+        return [str(a) for a in values]
 
 
 def _length(row: Any) -> int:

@@ -22,8 +22,8 @@ class DepthMap(OfPicture):
         size = [side // self.factor for side in value.shape[2:]]
         depth = interpolate(value.mean(dim=1, keepdim=True), size, mode="bicubic")
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-        told = (2 * depth - low - high) / (high - low).clamp(min=1e-6)
-        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
+        stretched = (2 * depth - low - high) / (high - low).clamp(min=1e-6)
+        return Cond(spatial=stretched * (~drop).to(stretched, non_blocking=True)[:, None, None, None])
 
     def show(self, value: Tensor) -> Tensor:
         """value: as in `forward` -> (B, 3, f * H, f * W)."""

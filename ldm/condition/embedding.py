@@ -39,6 +39,6 @@ class Embedding(OfPicture):
     def forward(self, value: Tensor, drop: Tensor) -> Cond:
         """value: (B, 3, h, w) in [-1, 1], drop: (B) bool -> tokens: (B, 1, E), or vector: (B, E), of unit variance."""
         with torch.no_grad():
-            told = self.tower(preprocess(self.tower, value))
-        told = normalize(told, dim=1) * told.shape[1] ** 0.5 * (~drop).to(told, non_blocking=True)[:, None]
-        return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
+            feature = self.tower(preprocess(self.tower, value))
+        feature = normalize(feature, dim=1) * feature.shape[1] ** 0.5 * (~drop).to(feature, non_blocking=True)[:, None]
+        return Cond(vector=feature) if self.slot == "vector" else Cond(tokens=feature[:, None])

@@ -88,14 +88,14 @@ class Layout(Condition):
             return {self.key: [in_the_cut(record, *cut) for record, cut in zip(records, cuts)]}
         return {self.key: [boxes_of(labels, self.least) for labels in batch["map"].cpu()]} if "map" in batch else {}
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
         """One list of boxes, a list of such lists, or JSON files of either -> N lists of boxes.
 
         Raises:
             Refusal: something else. NotFound: no such file.
         """
-        found = [_from_file(field, a) for a in asked] if asked and isinstance(asked[0], str) else [asked]
-        rows = [row for boxes in found for row in (boxes if _is_of_many(boxes) else [boxes])]
+        lists = [_from_file(field, a) for a in values] if values and isinstance(values[0], str) else [values]
+        rows = [row for boxes in lists for row in (boxes if _is_of_many(boxes) else [boxes])]
         return [[self._checked(box) for box in row] for row in rows]
 
     def input(self, field: str) -> Input:

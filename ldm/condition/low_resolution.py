@@ -75,11 +75,11 @@ class LowResolution(Condition):
         generators = [key_generator(key, position) for key, position in zip(keys, positions)]
         return torch.cat([self.degrade(image[None], self.scale, g) for image, g in zip(batch["image"], generators)])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of small pictures -> (N, 3, height / scale, width / scale) in [-1, 1]; or levels -> (N)."""
         if field == "level":
-            return numbers(field, asked, 0, self.noise)
-        return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
+            return numbers(field, values, 0, self.noise)
+        return read_pictures(field, values, (size[0] // self.scale, size[1] // self.scale))
 
     def input(self, field: str) -> Input | None:
         """A small picture, and a number: how much noise it has."""

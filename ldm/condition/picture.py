@@ -26,5 +26,5 @@ class Picture(OfPicture):
     def forward(self, value: Tensor, drop: Tensor) -> Cond:
         """value: (B, 3, f * H, f * W) in [-1, 1], drop: (B) bool -> spatial: (B, C', H, W), whitened latents or colours."""
         with torch.no_grad():
-            told = self.encode(value).mean if self.how == "encoded" else avg_pool2d(value, self.factor)
-        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
+            maps = self.encode(value).mean if self.how == "encoded" else avg_pool2d(value, self.factor)
+        return Cond(spatial=maps * (~drop).to(maps, non_blocking=True)[:, None, None, None])

@@ -47,12 +47,12 @@ class Semantic(Condition):
                 f"Maps of {tuple(value.shape[1:])} do not divide by the autoencoder's factor {self.factor} (data.size)."
             )
         shares = shares_of(value, self.classes, self.factor)
-        told = shares if self.table is None else torch.einsum("bkhw,kc->bchw", shares, self.table)
-        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
+        maps = shares if self.table is None else torch.einsum("bkhw,kc->bchw", shares, self.table)
+        return Cond(spatial=maps * (~drop).to(maps, non_blocking=True)[:, None, None, None])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of label maps, or folders of them -> (N, height, width) integers."""
-        return read_maps(field, asked, size)
+        return read_maps(field, values, size)
 
     def input(self, field: str) -> Input:
         """A map that is painted."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ldm.embedder import Condition, Weighted
+from ldm.embedder import Condition, Weighted, texts
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, embed_text, load_text_tower, names_of, text_mask, warn_of_cut
@@ -111,14 +111,14 @@ class Text(Condition):
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
         tokens = self._weighed(tokens, captions)
         if self.dropped == "zeros":
-            told = (~drop).to(tokens, non_blocking=True)[:, None]
-            tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
+            heard = (~drop).to(tokens, non_blocking=True)[:, None]
+            tokens, vector = tokens * heard[..., None], vector * heard if self.pooled else None
         vector = vector if self.pooled else None
         return Cond(tokens=tokens, mask=mask, vector=vector) if states else Cond(vector=vector)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
-        ids = self.tokenizer(list(captions))
+        ids = self.tokenizer(texts(captions))
         for row, caption in zip(ids, captions):
             if isinstance(caption, Weighted):
                 row.copy_(self._parts(caption, row)[0])
@@ -186,11 +186,11 @@ class Text(Condition):
         """plain: (L) ids of the caption as one text -> (L) those of its parts, each cut by itself, and their weights."""
         if not hasattr(self.tokenizer, "encode"):
             raise Refusal("prompt_weights=true: this tower's tokenizer does not say which tokens are whose; write plain prompts.")
-        found = [(number, weight) for text, weight in caption.parts for number in self.tokenizer.encode(text)][: len(plain) - 2]
+        pairs = [(number, weight) for text, weight in caption.parts for number in self.tokenizer.encode(text)][: len(plain) - 2]
         ids = torch.full_like(plain, self.tokenizer.padding if self.published else 0)
         weights = torch.ones(len(plain))
-        ids[0], ids[len(found) + 1] = plain[0], plain.max() if self.end is None else self.end
-        for i, (number, weight) in enumerate(found, 1):
+        ids[0], ids[len(pairs) + 1] = plain[0], plain.max() if self.end is None else self.end
+        for i, (number, weight) in enumerate(pairs, 1):
             ids[i], weights[i] = number, weight
         return ids, weights
 
@@ -209,9 +209,9 @@ class Text(Condition):
         mended = weighed * tokens.mean((1, 2), keepdim=True) / weighed.mean((1, 2), keepdim=True)
         return torch.where(heavy, weighed if self.whiten else mended, tokens)
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the tower's context is too short for."""
-        return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
+        return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in values]
 
     def tokens(self, caption: str) -> list[str]:
         """The pieces that a caption is cut into; a learned word's further rows are its own."""
@@ -224,13 +224,14 @@ class Text(Condition):
         Raises:
             Refusal: it reads several, or whitened ones, or has not as many.
         """
-        own = self.__dict__.setdefault("own_layers", self.layers)
+        original = self.__dict__.setdefault("own_layers", self.layers)
         if layers is None:
-            self.layers = own
+            self.layers = original
             return
         count = len(self.tower.transformer.resblocks)
-        if len(own) != 1 or self.whiten or not 1 <= layers <= count:
-            kind = "whitened layers" if self.whiten else f"{len(own)} layers" if len(own) != 1 else f"a tower of {count} layers"
+        if len(original) != 1 or self.whiten or not 1 <= layers <= count:
+            several = f"{len(original)} layers" if len(original) != 1 else f"a tower of {count} layers"
+            kind = "whitened layers" if self.whiten else several
             raise Refusal(f"clip_skip={layers}: this model reads {kind}; clip_skip=null reads what it was trained with.")
         self.layers = (-layers,)
 
@@ -293,11 +294,11 @@ class Texts(Condition):
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, sum of E) or None."""
-        told = [tower(value, drop) for tower in self.towers.values()]
-        vectors = [cond.vector for cond in told if cond.vector is not None]
+        conds = [tower(value, drop) for tower in self.towers.values()]
+        vectors = [cond.vector for cond in conds if cond.vector is not None]
         vector = torch.cat(vectors, dim=1) if vectors else None
-        tokens = torch.cat([cond.tokens for cond in told], dim=2)
-        return Cond(tokens=pad(tokens, (0, self.widths.tokens - tokens.shape[2])), mask=told[0].mask, vector=vector)
+        tokens = torch.cat([cond.tokens for cond in conds], dim=2)
+        return Cond(tokens=pad(tokens, (0, self.widths.tokens - tokens.shape[2])), mask=conds[0].mask, vector=vector)
 
     @property
     def taught(self) -> tuple[str, ...]:
@@ -309,9 +310,9 @@ class Texts(Condition):
         wide = {"width": self.widths.tokens} if self.widths.tokens > sum(t.widths.tokens for t in self.towers.values()) else {}
         return {name: tower.settings() for name, tower in self.towers.items()} | wide
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""
-        return next(iter(self.towers.values())).read(field, asked, size)
+        return next(iter(self.towers.values())).read(field, values, size)
 
 
 def statistics(model: str) -> dict[str, Tensor]:

@@ -48,6 +48,6 @@ class Transcript(Condition):
         mask = text_mask(ids)
         return Cond(tokens=self.transformer(self.words(ids) + self.places, src_key_padding_mask=~mask), mask=mask)
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the context is too short for."""
-        return [warn_of_cut(str(a), self.tokenizer, len(self.places)) for a in asked]
+        return [warn_of_cut(str(a), self.tokenizer, len(self.places)) for a in values]

@@ -22,7 +22,7 @@ def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any
         fields: batch field -> member.
         weights: the shares of the entries of `train`, or None.
         sizes: of the buckets; one where there are none.
-        **words: flip, and those of CHOICES.
+        **words: size, batch, flip, and those of CHOICES.
 
     Raises:
         Refusal: one of them means nothing.
@@ -34,6 +34,10 @@ def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any
             raise Refusal(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
         decoder(member)
     flip, crop = words["flip"], words["crop"]
+    if wrong := [f"data.{name}={words[name]}" for name in ("size", "batch") if words[name] < 1]:
+        raise Refusal(f"{wrong[0]}: wanted 1 or more.")
+    if not 0 <= flip <= 1:
+        raise Refusal(f"data.flip={flip}: wanted the share of pictures that is mirrored, in [0, 1].")
     if (flip or crop != "center") and all(is_array(member) or is_text(member) for member in fields.values()):
         raise Refusal(f"data.flip={flip} data.crop={crop}: data.fields names no pictures, only {fields}.")
     if (flip or crop != "center") and "moments" in fields:

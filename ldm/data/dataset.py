@@ -220,8 +220,8 @@ def value_of(value: Any, member: str, view: View, number: int) -> Any:
         Refusal: it is of another kind than the first sample's.
     """
     field, _, kind = member.rpartition(".")
-    if (found := kind_of(value, "data.dataset", field)) != kind:
-        raise Refusal(f"data.dataset: `{field}` is of kind {found} in one sample and {kind} in the first.")
+    if (actual := kind_of(value, "data.dataset", field)) != kind:
+        raise Refusal(f"data.dataset: `{field}` is of kind {actual} in one sample and {kind} in the first.")
     if is_image(member):
         return cut_picture(value if isinstance(value, Image.Image) else _picture(value), view)
     if kind == "txt":

@@ -22,9 +22,9 @@ from ldm.data.shard.decode import View
 from ldm.data.shards import Split
 from ldm.data.stream import begin, consumed, go_on, joined
 from ldm.errors import NotFound, Refusal, Unreachable
-from ldm.files.process import warn
 from ldm.types import Batch, mix
 
+MEASURED = 100_000  # samples of a stream that stand for all where something is measured over the training set
 FIELDS = {"image": "image", "caption": "text"}
 
 
@@ -93,16 +93,11 @@ class Hub(MapStyle):
 
     @cached_property
     def train_set(self) -> Samples:
-        """The training samples, by number; of a stream, whose are not numbered, all are read onto this machine at first."""
-        if self.streaming:
-            warn(
-                f"data.name={self.name}: training samples are asked for by number, which data.streaming=true cannot give; the "
-                "whole data set is read onto this machine first."
-            )
-        return self._opened("train", self.datasets["train"])
+        """The training samples; those of a stream have no numbers."""
+        return Unnumbered(self) if self.streaming else self._opened("train", self.datasets["train"])
 
     def ordered(self, split: Split, batch: int, rank: int = 0, world: int = 1) -> DataLoader:
-        """As in Shards; of a stream as it comes."""
+        """As in Shards; of a stream the first MEASURED samples as they come, which stand for all."""
         if not self.streaming or split == "val":
             return super().ordered(split, batch, rank, world)
         return DataLoader(Ordered(self, batch, rank, world), batch_size=None, **loading(self.workers, again=False))
@@ -117,6 +112,34 @@ class Hub(MapStyle):
             go_on(self, state_dict)
         else:
             super().load_state_dict(state_dict)
+
+
+class Unnumbered:
+    """What is known of a stream's training samples, which come one after the other: its name, and captions.
+
+    Raises:
+        Refusal: where they are counted, or asked for by number.
+    """
+
+    def __init__(self, data: Hub) -> None:
+        self.data, self.index = data, self
+
+    def fingerprint(self) -> str:
+        """-> the stream's name, in place of a hash."""
+        return f"{self.data.name}, a stream"
+
+    def captions(self, field: str = "caption") -> list[str]:
+        """-> the captions of its first MEASURED samples."""
+        data = self.data
+        member, place, rows = data.fields[field], data.places[field], islice(data._stream(), MEASURED)
+        return [value_of(row[place], member, View(1, 1), mix(data.seed, SAMPLE, i)) for i, row in enumerate(rows)]
+
+    def __len__(self) -> int:
+        raise Refusal(
+            f"data.name={self.data.name}: training samples are asked for by number, and a stream (data.streaming=true) gives "
+            "them as they come. Read them onto this machine, data.streaming=false, all or a part, 'data.split=train[:10000]'; "
+            "evaluate can do without: requests=val reference=val, or prompts=FILE reference=FOLDER."
+        )
 
 
 class Streaming(IterableDataset):
@@ -156,14 +179,14 @@ class Streaming(IterableDataset):
 
 
 class Ordered(IterableDataset):
-    """Every sample of a stream once, in order and square, for one rank; as Once (order.py) shares batches out."""
+    """A stream's first samples once, in order and square, for one rank; as Once (order.py) shares batches out."""
 
     def __init__(self, data: Hub, batch: int, rank: int, world: int) -> None:
         self.make, self.fields, self.places, self.pixels, self.seed = data._stream, data.fields, data.places, data.size, data.seed
         self.batch, self.rank, self.world = batch, rank, world
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        base, stream = 0, iter(self.make())
+        base, stream = 0, islice(self.make(), MEASURED)
         while some := list(islice(stream, self.batch)):
             mine = range(len(some) * self.rank // self.world, len(some) * (self.rank + 1) // self.world)
             if mine:

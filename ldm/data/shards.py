@@ -103,7 +103,7 @@ class Shards:
         self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
         self.window, self.lanes, self.damaged, self.cache, self.on_mismatch = window, lanes, damaged, cache, on_mismatch
         self.sizes = sizes_of(buckets, size)
-        words = {"flip": flip, "crop": crop, "damaged": damaged, "on_mismatch": on_mismatch}
+        words = {"flip": flip, "crop": crop, "damaged": damaged, "on_mismatch": on_mismatch, "size": size, "batch": batch}
         check_settings(train, val, self.fields, weights, self.sizes, **words)
         self.fetch, self.report = Fetch(cache, cache_gb), Report(self.sizes)
         self.bad = BadSamples(max_bad_fraction)

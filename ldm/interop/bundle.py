@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.kl import KL
+from ldm.autoencoder.rae import RAE
 from ldm.autoencoder.vq import VQ
 from ldm.errors import Refusal
 
 VERSION = "0.35.0"  # of diffusers, whose configs are written
 BACKBONE = "denoiser.backbone."
-AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
+AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ, "ldm.autoencoder.rae.RAE": RAE}
 DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
 SHARE = {"_target_": "ldm.denoiser.NoiseTime", "steps": 1000}  # and those of straight paths
 STRAIGHT = {"_target_": "ldm.schedule.Linear", "floor": 1e-6}  # published ones end at 0

@@ -71,7 +71,7 @@ def check(bundle: Bundle, source: str, prediction: str | None) -> None:
         raise Refusal(f"{source} says {says.lower()} by itself; leave --prediction {prediction.lower()} out.")
     network = network_of(bundle)
     stage, channels, wanted = bundle.parts.get("autoencoder"), network.channels(bundle), network.tokens(bundle)
-    if stage is not None and channels is not None and (theirs := stage.settings()["channels"]) != channels:
+    if stage is not None and channels is not None and (theirs := len(stage.weights["mean"])) != channels:
         raise Refusal(f"{source} draws latents of {channels} channels; its autoencoder's have {theirs}, and are another's.")
     for name, made in (item for part in parts() for item in part.tokens(bundle).items()):
         if wanted not in (None, made):

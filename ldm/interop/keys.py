@@ -39,7 +39,9 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         num_class_embeds projection_class_embeddings_input_dim addition_time_embed_dim num_attention_heads num_layers patch_size
         num_embeds_ada_norm sample_size vocab_size hidden_size intermediate_size projection_dim num_hidden_layers
         max_position_embeddings encoder_layers encoder_ffn_dim encoder_attention_heads head_dim d_model layers_per_block
-        attention_head_dim cross_attention_dim image_size""",
+        attention_head_dim cross_attention_dim encoder_hidden_size encoder_patch_size encoder_num_hidden_layers
+        encoder_input_size decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads decoder_intermediate_size
+        image_size""",
     ),
     "whole numbers above 0 in a list": (each(whole), "block_out_channels"),
     "words in a list": (each(lambda x: isinstance(x, str)), "down_block_types up_block_types"),
@@ -53,7 +55,7 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "true or false": (lambda x: type(x) is bool, "add_attention"),
     "a number above 0": (lambda x: real(x) and x > 0, "scaling_factor"),
-    "a number": (real, "shift_factor"),
+    "a number": (real, "shift_factor noise_tau"),
     "numbers in a list": (each(real), "latents_mean latents_std"),
 }
 LISTED = "layers_per_block attention_head_dim num_attention_heads cross_attention_dim".split()  # of UNet2DConditionModel alone
@@ -62,6 +64,7 @@ attn_norm_num_groups vq_embed_dim num_class_embeds projection_class_embeddings_i
 latents_mean latents_std
 """.split()
 NULLS = {"UNet2DModel": "attention_head_dim", "UNet2DConditionModel": "num_attention_heads", "CLIPTextModel": "projection_dim"}
+NULLS["AutoencoderRAE"] = "image_size"
 NULLS |= {f"{name}Transformer2DModel": "out_channels" for name in ("", "DiT", "SD3", "Flux", "PixArt")}
 
 
@@ -198,6 +201,10 @@ T5_USED += " relative_attention_num_buckets relative_attention_max_distance laye
 T5_FREE = "num_decoder_layers dropout_rate initializer_factor decoder_start_token_id task_specific_params"
 T5_FREE += " scale_decoder_outputs output_past n_positions tie_encoder_decoder"
 T5 = {"model_type": ("t5",), "is_gated_act": (True,), "dense_act_fn": ("gelu_new",), "pad_token_id": (0,), "eos_token_id": (1,)}
+RAE_MEANS: dict[str, Any] = {"encoder_type": "dinov2", "encoder_hidden_size": 768, "encoder_patch_size": 14}
+RAE_MEANS |= {"encoder_num_hidden_layers": 12, "encoder_input_size": 224, "decoder_hidden_size": 512}
+RAE_MEANS |= {"decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16, "decoder_intermediate_size": 2048}
+RAE_MEANS |= {"patch_size": 16, "image_size": None, "noise_tau": 0.0, "scaling_factor": 1.0}
 
 CLASSES = {
     "T5EncoderModel": Keys(T5_USED, f"{BOOKS} {T5_FREE}", T5),
@@ -213,6 +220,12 @@ CLASSES = {
         "sample_size force_upcast",
         {**RGB, "norm_type": ("group",), "lookup_from_codebook": (False,)},
         {**STAGE, "latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None},
+    ),
+    "AutoencoderRAE": Keys(
+        " ".join(name for name in RAE_MEANS if name != "encoder_type"),
+        "encoder_norm_mean encoder_norm_std latents_mean latents_std use_encoder_loss",  # tensors say the first four
+        {"encoder_type": ("dinov2", "siglip2", "mae"), "num_channels": (3,), "reshape_to_2d": (True,)},
+        RAE_MEANS,
     ),
     "UNet2DConditionModel": Keys(
         f"{UNET} only_cross_attention cross_attention_dim transformer_layers_per_block attention_head_dim num_attention_heads"

@@ -38,6 +38,7 @@ class Routed(Protocol):
     """A backbone, a torch module, whose `blocks` some patches can skip; isinstance sees no modules from Python 3.12 on."""
 
     patch: int  # latents a side of a patch
+    depth: int  # the blocks that patches can skip: the first so many
     route: Route | None  # of the next calls; None: all patches go through all blocks
     fuse: tuple[int, ...]  # two blocks: the input of the first is joined with the output of the second; or none
 

@@ -78,35 +78,35 @@ class DMD(WithTeacher):
         schedule = model.denoiser.schedule
         self.teacher.check_schedule(schedule)
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
-        cond, told = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
+        cond, teacher_cond = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
         t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         noise = self.noise(draw, drawn.detach())
         alpha, sigma = (like(s, x) for s in schedule(t))
         x_t = alpha * drawn + sigma * noise
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.judge is not None):
-            fake = self.fake(x_t, t, told)
+            fake = self.fake(x_t, t, teacher_cond)
         passed = None if self.judge is None else self.judge(x, self.fake.backbone)
         with torch.no_grad():
             null = self.teacher.null(model, batch, parts, len(x)) if self.scale != 1 else None
-            real = self.teacher.guided(told, null, self.scale)(x_t, t)
+            real = self.teacher.guided(teacher_cond, null, self.scale)(x_t, t)
             way = direction(drawn, real, fake)
         loss = (drawn - (drawn - way).detach()).square().mean() / 2
         fresh = Draw(mix(draw.seed, 1), draw.position, draw.batch, draw.step)
-        critic = self.each(self.fake, drawn.detach(), told, fresh)[0].mean()
+        critic = self.each(self.fake, drawn.detach(), teacher_cond, fresh)[0].mean()
         if self.judge is None:
             return {"loss": loss, "critic": critic}
-        of_drawn, of_data = self.judge(x, self.fake.backbone), self._of_data(x, told, fresh)
+        of_drawn, of_data = self.judge(x, self.fake.backbone), self._of_data(x, teacher_cond, fresh)
         critic = critic + softplus(of_drawn).mean() + softplus(-of_data).mean()
         caught = ((of_drawn < 0).float().mean() + (of_data > 0).float().mean()) / 2
         return {"loss": loss + self.adversarial * softplus(-passed).mean(), "critic": critic, "caught": caught.detach()}
 
-    def _of_data(self, x: Tensor, told: Cond, draw: Draw) -> Tensor:
+    def _of_data(self, x: Tensor, cond: Cond, draw: Draw) -> Tensor:
         """What the discriminator says of the data through noise, at the times at which it saw what was drawn."""
         schedule = self.fake.schedule
         t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         alpha, sigma = (like(s, x) for s in schedule(t))
-        self.fake(alpha * x + sigma * self.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, told)
+        self.fake(alpha * x + sigma * self.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, cond)
         return self.judge(x, self.fake.backbone)
 
     def _times(self, draw: Draw) -> list[float]:
@@ -128,9 +128,9 @@ class Judge(nn.Module):
         """x: (B, C, H, W), the shape of what the backbone saw -> (B, 1, h, w)."""
         hidden = as_map(self.ear.take(), x, backbone)
         if hidden.shape[1] != self.width:
-            found = hidden.shape[1]
+            features = hidden.shape[1]
             raise Refusal(
-                f"Block {self.layer} of fake says {found} features a patch: objective.width={found} (found {self.width})."
+                f"Block {self.layer} of fake says {features} features a patch: objective.width={features} (found {self.width})."
             )
         return self.head(hidden)
 

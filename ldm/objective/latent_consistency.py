@@ -47,9 +47,9 @@ class LatentConsistency(WithTeacher):
         x_t = alpha_t * x + sigma_t * self.noise(draw, x)
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
         with torch.no_grad():
-            told = self.teacher.condition(batch, parts)
+            teacher_cond = self.teacher.condition(batch, parts)
             null = self.teacher.null(model, batch, parts, len(x)) if self.scale != 1 else None
-            there = self.teacher.guided(told, null, self.scale)(x_t, t)
+            there = self.teacher.guided(teacher_cond, null, self.scale)(x_t, t)
             x_s = alpha_s * there + sigma_s * (x_t - alpha_t * there) / sigma_t
             target = model.average.denoiser(x_s, s, again(model, batch, parts))
             target = torch.where(like(s, x) > 0, target, x_s)

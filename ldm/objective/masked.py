@@ -39,17 +39,17 @@ class Masked(Regression):
         first, last = blocks_of(denoiser.backbone, 1, -1)
         if not self.training or not self.rate or (self.until is not None and draw.step >= self.until):
             return super().forward(model, batch, x, cond, draw)
-        kept = kept_of(denoiser.backbone, x, draw, self.rate)
+        places = kept_of(denoiser.backbone, x, draw, self.rate)
         t, noise, alpha, sigma = self.drawn(x, denoiser.schedule, draw)
-        with routed(denoiser.backbone, Route(first, last, kept)):
+        with routed(denoiser.backbone, Route(first, last, places)):
             output = denoiser.output(alpha * x + sigma * noise, t, cond)
-        seen = seen_of(kept, denoiser.backbone.patch, x)
+        seen = seen_of(places, denoiser.backbone.patch, x)
         error = seen * (output - denoiser.prediction.target(x, noise, alpha, sigma))
         return {"loss": self.error(denoiser, error, t).mean() / seen[:1].mean()}
 
 
-def seen_of(kept: Tensor, patch: int, x: Tensor) -> Tensor:
-    """kept: (B, K) places of patches, x: (B, C, H, W) -> (B, 1, H, W), 1 within these patches and 0 elsewhere."""
+def seen_of(places: Tensor, patch: int, x: Tensor) -> Tensor:
+    """places: (B, K) places of patches, x: (B, C, H, W) -> (B, 1, H, W), 1 within these patches and 0 elsewhere."""
     rows, columns = x.shape[2] // patch, x.shape[3] // patch
-    seen = torch.zeros(len(kept), rows * columns).scatter(1, kept, 1.0).unflatten(1, (1, rows, columns))
+    seen = torch.zeros(len(places), rows * columns).scatter(1, places, 1.0).unflatten(1, (1, rows, columns))
     return seen.repeat_interleave(patch, 2).repeat_interleave(patch, 3).to(x, non_blocking=True)

@@ -48,13 +48,13 @@ class Preference(WithTeacher):
         moments = model.encode(batch[self.worse])
         other = moments.sample(draw.normal("posterior/worse", moments.mean.shape[1:]))
         parts = model.conditioner.parts(batch)  # nothing is dropped: a preference is of a request
-        told, heard = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
+        model_cond, teacher_cond = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
         t = self.time_for(x)(draw.stratified("time"), model.denoiser.schedule).to(x, non_blocking=True)
         noise = self.noise(draw, x)
-        own = self.margin(model.denoiser, x, other, told, t, noise)
+        margin = self.margin(model.denoiser, x, other, model_cond, t, noise)
         with torch.no_grad():
-            reference = self.margin(self.teacher.denoiser, x, other, heard, t, noise)
-        logits = -self.beta / 2 * (own - reference)
+            reference = self.margin(self.teacher.denoiser, x, other, teacher_cond, t, noise)
+        logits = -self.beta / 2 * (margin - reference)
         return {"loss": -logsigmoid(logits).mean(), "preferred": (logits > 0).float().mean()}
 
     def margin(self, denoiser: Denoiser, better: Tensor, worse: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Tensor:

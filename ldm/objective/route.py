@@ -68,8 +68,8 @@ def routed(backbone: Routed, route: Route) -> Iterator[None]:
 def kept_of(backbone: Routed, x: Tensor, draw: Draw, rate: float) -> Tensor:
     """x: (B, C, H, W) -> places of the patches that go, ascending: (B, K), K = round((1 - rate) N), on the CPU."""
     count = x.shape[2] // backbone.patch * (x.shape[3] // backbone.patch)
-    kept = max(1, round((1 - rate) * count))
-    return draw.uniform("route", (count,)).argsort(dim=1)[:, :kept].sort(dim=1).values
+    some = max(1, round((1 - rate) * count))
+    return draw.uniform("route", (count,)).argsort(dim=1)[:, :some].sort(dim=1).values
 
 
 def blocks_of(backbone: Any, first: int | None, last: int | None) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def blocks_of(backbone: Any, first: int | None, last: int | None) -> tuple[int, 
         raise Refusal(
             f"objective=route leaves patches out of a transformer's blocks (backbone=dit); found {type(backbone).__name__}."
         )
-    depth = len(list(backbone.blocks))
+    depth = backbone.depth
     usual = backbone.fuse or (3, -4)
     wanted = [given if given is not None else other for given, other in zip((first, last), usual)]
     one, two = (block + depth + 1 if block < 0 else block for block in wanted)

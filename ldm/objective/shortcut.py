@@ -57,7 +57,7 @@ class Shortcut(Regression):
             some = each_slot(cond, lambda value: value[two])
             with torch.no_grad():
                 halves = half_steps(model.average.denoiser, x_t[two], t[two], to[two], some, 1 / self.steps)
-            target = target.index_copy(0, two.to(x.device), halves)
+            target = target.index_copy(0, two.to(x.device, non_blocking=True), halves)
             output = denoiser.output(x_t, t, cond, to)
         return {"loss": self.error(denoiser, output - target, t).mean()}
 

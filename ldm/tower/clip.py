@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.errors import NotFound, Refusal
+from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.called import command_line
 from ldm.files.folder import LOCAL, as_run, load_tensors
-from ldm.nn.empty import is_weightless, weighted, weightless
+from ldm.nn.empty import is_planned, is_weightless, weighted, weightless
 
 
 def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
@@ -30,7 +30,8 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
         option: the setting to name in errors, such as `condition.text`.
 
     Raises:
-        NotFound: a local folder without a CLIP; the message names the command that trains one.
+        NotFound: a local folder without a CLIP; the message names the command that trains one. Unreachable: the weights are
+            not here, and not had.
     """
     folder = Path(model.removeprefix(LOCAL))
     if model.startswith(LOCAL) and not (folder / "open_clip_config.json").is_file():
@@ -41,10 +42,18 @@ def load_clip(model: str, pretrained: str | None, option: str) -> nn.Module:
         )
     import open_clip
 
-    if is_weightless() and not pretrained and ":" not in model:
+    if is_weightless() and (not pretrained or is_planned()) and ":" not in model:
         return open_clip.create_model(model, device="meta").eval().requires_grad_(False)
-    with weighted():
-        clip = open_clip.create_model(model, pretrained=pretrained, device=torch.get_default_device())
+    try:
+        with weighted():
+            clip = open_clip.create_model(model, pretrained=pretrained, device=torch.get_default_device())
+    except RuntimeError as error:
+        if "download" not in str(error):
+            raise
+        raise Unreachable(
+            f"{option}.model={model}: open_clip could not fetch the weights {pretrained} ({' '.join(str(error).split())}) Name "
+            f"another tag or a local file with {option}.pretrained=TAG_OR_FILE."
+        ) from error
     return clip.eval().requires_grad_(False)
 
 

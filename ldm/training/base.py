@@ -59,6 +59,7 @@ class Stage(pl.LightningModule):
         super().__init__()
         self.recipe: Mapping[str, Any]
         self.spoilt: Tensor | None = None  # () bool, whether the update under way is left out; guard.py says it
+        self.norm: Tensor | None = None  # (), the length of its gradient before it is clipped, where guard.py measured it
         self.optimizer, self.rate, self.seed, self.batch = optimizer, rate, seed, batch
         self.recipe, self.frozen, self.groups = {}, tuple(frozen), groups
 
@@ -150,7 +151,7 @@ class Stage(pl.LightningModule):
         scaler = scaler_of(self.trainer)
         if gradient_clip_val and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
-        clip(self.trainer, optimizer)
+        clip(self.trainer, optimizer, self.norm)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds: everything but the frozen parts."""
@@ -162,13 +163,13 @@ class Stage(pl.LightningModule):
         Raises:
             Refusal: the checkpoint is of another model; names what differs.
         """
-        own = self.state_dict()
-        wrong = [f"{k}: missing" for k in own.keys() - state_dict.keys()]
-        wrong += [f"{k}: not of this model" for k in state_dict.keys() - own.keys()]
+        state = self.state_dict()
+        wrong = [f"{k}: missing" for k in state.keys() - state_dict.keys()]
+        wrong += [f"{k}: not of this model" for k in state_dict.keys() - state.keys()]
         wrong += [
-            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own.keys() & state_dict.keys()
-            if own[k].shape != state_dict[k].shape
+            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(state[k].shape)}"
+            for k in state.keys() & state_dict.keys()
+            if state[k].shape != state_dict[k].shape
         ]
         if wrong:
             few = "; ".join(sorted(wrong)[:5])
@@ -219,7 +220,11 @@ def reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def clip(trainer: pl.Trainer, optimizer: Optimizer) -> None:
-    """Clips gradients, unscaled before, by what the trainer says."""
+def clip(trainer: pl.Trainer, optimizer: Optimizer, norm: Tensor | None = None) -> None:
+    """Clips gradients, unscaled before, by what the trainer says. norm: (), the length of all of them, where it is known."""
     how = pl.utilities.GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
-    Precision.clip_gradients(trainer.precision_plugin, optimizer, trainer.gradient_clip_val or 0.0, how)
+    most = trainer.gradient_clip_val or 0.0
+    if norm is None or not most or how != pl.utilities.GradClipAlgorithmType.NORM:
+        Precision.clip_gradients(trainer.precision_plugin, optimizer, most, how)
+        return
+    torch.nn.utils.clip_grads_with_norm_((p for group in optimizer.param_groups for p in group["params"]), most, norm)

@@ -59,7 +59,7 @@ def wandb_logger(run_id: str, project: str, folder: str, offline: bool = False, 
         artifacts: `model` for the finished model with its card, `all` for each checkpoint too, None for neither.
 
     Raises:
-        Refusal: `artifacts` is another word than Wandb knows.
+        Refusal: `artifacts` is another word.
     """
     if artifacts not in KEPT:
         raise Refusal(f"logger.wandb.artifacts={artifacts}: wanted null, model, or all (checkpoints too).")

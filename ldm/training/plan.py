@@ -41,15 +41,16 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
         layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
         still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
-    trained, frozen = (sum(n for kept, n in sizes if kept is which) for which in (True, False))
-    work, kept = cost(stage, batch)
+    trained, frozen = (sum(n for trains, n in sizes if trains is which) for which in (True, False))
+    work, activations = cost(stage, batch)
     for callback in trainer.callbacks:
         if isinstance(callback, Recompute):
             callback.on_fit_start(trainer, stage)
-            whole, (work, kept) = kept, cost(stage, batch)
-            kept += (whole - kept) // sum("forward" in vars(module) for module in stage.modules())  # one block's, as it is redone
+            whole, (work, activations) = activations, cost(stage, batch)
+            blocks = sum("forward" in vars(module) for module in stage.modules())
+            activations += (whole - activations) // blocks  # one block's, as it is redone
     if trainer.precision.startswith(("bf16", "16")):
-        kept //= 2
+        activations //= 2
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
     shares = world if isinstance(trainer.strategy, Sharded) else 1
@@ -58,11 +59,11 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
         f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
-        f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, gradients, AdamW "
-        f"and average; {_gib(others)} frozen; {_gib(micro * kept)} activations",
+        f"memory            {_gib(states + others + micro * activations)} a device, estimated: {_gib(states)} weights, "
+        f"gradients, AdamW and average; {_gib(others)} frozen; {_gib(micro * activations)} activations",
     ]
     if card := re.fullmatch(r"([\d.]+) ?GB", device, re.IGNORECASE):
-        return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, kept, stage.batch // world, micro)])
+        return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, activations, stage.batch // world, micro)])
     name, speed = _speed(device, trainer)
     seconds = work * stage.batch / (world * speed)
     lines += [
@@ -116,11 +117,11 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
 
 def _kept(stage: Stage, batch: Batch) -> int:
     """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it."""
-    own = {id(p) for p in stage.parameters()}
+    weights = {id(p) for p in stage.parameters()}
     seen: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own and tensor._base is None:
+        if id(tensor) not in weights and tensor._base is None:
             seen[id(tensor)] = tensor
         return tensor
 

@@ -48,8 +48,8 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
     try:
         trainer.fit(stage, feed(data), ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
-        kept = newest(folder)
-        how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
+        last = newest(folder)
+        how = "begins anew: no checkpoint was due yet" if last is None else f"goes on from {last}"
         _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
         raise
     except Refusal as error:  # of what the checkpoint holds, by those who load it: the settings are named that differ
@@ -91,8 +91,8 @@ def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, b
 
     begun: the checkpoint that training went on from.
     """
-    if begun is not None and (kept := read_checkpoint(begun, lazily=True))["global_step"] == trainer.global_step:
-        stage.recipe = {**stage.recipe, **kept["recipe"]}
+    if begun is not None and (before := read_checkpoint(begun, lazily=True))["global_step"] == trainer.global_step:
+        stage.recipe = {**stage.recipe, **before["recipe"]}
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
     if not last.exists():
         trainer.save_checkpoint(last, weights_only=False)
@@ -125,7 +125,7 @@ def _check_length(trainer: pl.Trainer) -> None:
         "reload_dataloaders_every_n_epochs": bool(trainer.reload_dataloaders_every_n_epochs),
         "max_steps": trainer.max_steps < 0,
     }
-    wrong = [f"trainer.{name}={getattr(trainer, name)}" for name, found in counted.items() if found]
+    wrong = [f"trainer.{name}={getattr(trainer, name)}" for name, counts in counted.items() if counts]
     if wrong:
         raise Refusal(
             f"{', '.join(wrong)}: training counts optimizer steps, its samples have an order without end, and an epoch cut short "

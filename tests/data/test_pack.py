@@ -13,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from helpers.data import picture, samples
+from helpers.data import ODD, picture, samples
 from ldm.command import doctor, pack
+from ldm.compose import compose_config
 from ldm.data.order.filter import numbers
 from ldm.data.packing.gather import find
 from ldm.data.packing.packed import Packed
@@ -412,15 +413,17 @@ def said_commands(source, out, capsys, *options):
 def test_the_three_commands_are_filled_in(home, tmp_path, capsys):
     for i in range(1, 4):
         write(home / f"{i}.txt", f"number {i}")
-    clip, autoencoder, diffusion = said_commands(home, tmp_path / "my shards", capsys, "--val", "0.1")
+    out = tmp_path / ODD
+    clip, autoencoder, diffusion = said_commands(home, out, capsys, "--val", "0.1")
     assert [c["experiment"] for c in (clip, autoencoder, diffusion)] == ["emoji/clip", "emoji/autoencoder", "emoji/text"]
     assert clip.pop("data.size") == "32" == str(yaml.safe_load(CLIP.read_text())["clip"]["vision_cfg"]["image_size"])
     assert autoencoder["data.size"] == diffusion["data.size"] == "16"
     for command in (clip, autoencoder, diffusion):
-        assert (command["data.train"], command["data.val"]) == tuple(f"{tmp_path}/my shards/{s}" for s in ("train", "val"))
+        data = compose_config("train", [f"{key}={command[key]}" for key in ("data", "data.train", "data.val")]).data
+        assert [command["data.train"], data.train, data.val] == [f"{out}/{split}" for split in ("train", "train", "val")]
         assert command["data"] == "shards"
     assert autoencoder["loss.model"] == diffusion["condition.text.model"] == f"local-dir:runs/{clip['run_id']}"
-    assert diffusion["autoencoder.path"] == f"runs/{autoencoder['run_id']}" and clip["run_id"] == "my-shards/clip"
+    assert diffusion["autoencoder.path"] == f"runs/{autoencoder['run_id']}" and clip["run_id"] == "a-b-c-d-e-f-g-h/clip"
     assert clip["+data.filters.caption_length"] == "[1,null]", "one picture has no caption"
 
 

@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from ldm.command import list as listing
-from ldm.command.list import groups, listed, purpose
 from ldm.evaluation.protocol import write_numbers
 from ldm.files.table import show
 
@@ -20,6 +19,19 @@ def test_a_file_gets_plain_lines(capsys):
     assert capsys.readouterr().out == "name  what\na     [red]the first[/red]\n"
     show(("name", "what", "never said"), [(*row, "") for row in ROWS], headed=True)
     assert capsys.readouterr().out == "name    what\na       [red]the first[/red]\nlonger\n", "a column of nothing is left out"
+
+
+def test_a_purpose_is_a_whole_sentence():
+    assert listing.purpose("# @package _global_\n# One thing,\n# and another. More.\n# python x\n") == "One thing, and another."
+    assert listing.purpose("# Pictures:  python evaluate.py x\n# ROOT: there\n") == "Pictures:  python evaluate.py x"
+    assert listing.purpose("# As it is\n# python train.py x.\n") == "As it is"
+    assert listing.purpose("a: 1\nb:\n  c:\n    _target_: ldm.sampler.ddim.DDIM\n") == ""  # a part's, not its own
+    grid = listing.purpose("_target_: ldm.sampler.grid.Uniform\n")
+    assert grid.startswith("Equal steps in t") and grid.endswith("equation 23).")
+
+
+def test_every_choice_says_what_it_is():
+    assert not [(group, name) for group in listing.groups()[:-1] for name, what in listing.choices(group) if not what]
 
 
 @pytest.mark.parametrize("looks", [True, False])
@@ -44,15 +56,3 @@ def test_numbers_and_groups_are_tables_for_a_person_and_lines_for_a_file(looks, 
     listing.main()
     said = capsys.readouterr().out
     assert ("\u2502" in said) == ("heun" in said or "dpmpp" in said) == looks and "objective/time" in said
-
-
-def test_a_purpose_is_a_whole_sentence():
-    """A config's first line, where a sentence ends there; what a sentence needs, where it does not; no command."""
-    assert purpose("# @package _global_\n# One thing,\n# and another. More.\n# python x\n") == "One thing, and another."
-    assert purpose("# Pictures:  python evaluate.py x\n# ROOT: there\n") == "Pictures:  python evaluate.py x"
-    assert purpose("# As it is\n# python train.py x.\n") == "As it is"
-    assert purpose("a: 1\nb:\n  c:\n    _target_: ldm.sampler.ddim.DDIM\n") == "", "a part's, not its own"
-    grid = purpose("_target_: ldm.sampler.grid.Uniform\n")
-    assert grid.startswith("Equal steps in t") and grid.endswith("equation 23).")
-    rows = {name: said for group in groups() for name, said in listed(group).items()}
-    assert not [name for name, said in rows.items() if not said or said.rstrip().endswith((",", " of", " and"))]

@@ -16,6 +16,7 @@ from ldm.condition.text import Text
 from ldm.conditioner import Conditioner
 from ldm.denoiser import DataTime, Denoiser
 from ldm.model import LatentModel
+from ldm.nn.empty import weightless
 from ldm.objective.dmd import DMD, direction, draw_along
 from ldm.objective.latent_consistency import LatentConsistency
 from ldm.objective.preference import Preference
@@ -189,6 +190,12 @@ def reader(clip_folder, labels=False):
     conditioner = Conditioner({**told, "text": Text(f"local-dir:{clip_folder}", pooled=True)})
     net = MLP(3, conditioner.widths, size=4, width=8, depth=1)
     return LatentModel(Identity(), conditioner, Denoiser(net, Linear(), Flow(), DataTime()))
+
+
+def test_a_plan_counts_a_text_that_both_models_have_once(clip_folder):
+    with weightless():
+        model, objective = reader(clip_folder), LatentConsistency(lambda: reader(clip_folder))
+    assert objective.meet(model) and objective.teacher.shared == ["text"]
 
 
 @pytest.mark.parametrize("labels", [False, True])

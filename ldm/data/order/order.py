@@ -236,8 +236,8 @@ class Once(Sampler[list[Place]]):
         base = 0
         for selection, (height, width) in zip(self.selections, self.sizes):
             for mine in self._shares(len(selection)):
-                found = selection.locate_all(np.arange(mine.start, mine.stop))
-                yield [Place(base + i, *at, height, width) for i, at in zip(mine, found)]
+                places = selection.locate_all(np.arange(mine.start, mine.stop))
+                yield [Place(base + i, *at, height, width) for i, at in zip(mine, places)]
             base += len(selection)
 
     def __len__(self) -> int:

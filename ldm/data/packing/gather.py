@@ -45,8 +45,8 @@ def find(source: Path, packed: Packed) -> list[Row]:
     _refuse_splits(source, pictures, tables)
     rows, listed = [], dict[str, Path]()
     for table in tables.values():
-        rows += (found := read_table(source / table, packed))
-        files = {os.path.abspath(row.file) for row in found if row.file}
+        rows += (named := read_table(source / table, packed))
+        files = {os.path.abspath(row.file) for row in named if row.file}
         if twice := sorted(files & listed.keys()):
             raise Refusal(f"{source / listed[twice[0]]} and {source / table} both name {twice[0]}; keep it in one of them.")
         listed |= dict.fromkeys(files, table)
@@ -70,7 +70,7 @@ def find(source: Path, packed: Packed) -> list[Row]:
 
 def _files(source: Path, packed: Packed) -> list[Path]:
     """All files below a folder but hidden ones, relative to it; a folder that is linked is gone into once, a circle never."""
-    found, seen = [], {os.path.realpath(source)}
+    files, seen = [], {os.path.realpath(source)}
 
     def unreadable(error: OSError) -> None:
         packed.skipped.append((str(error.filename), f"{type(error).__name__}: {error.strerror}"))
@@ -85,8 +85,8 @@ def _files(source: Path, packed: Packed) -> list[Path]:
             entered += [] if path in seen else [name]
             seen.add(path)
         folders[:] = entered
-        found += [Path(folder, name).relative_to(source) for name in names if name not in hidden]
-    return found
+        files += [Path(folder, name).relative_to(source) for name in names if name not in hidden]
+    return files
 
 
 def _tables(source: Path, names: Sequence[Path]) -> dict[Path, Path]:
@@ -107,11 +107,11 @@ def _refuse_splits(source: Path, pictures: Sequence[Path], tables: dict[Path, Pa
     for folder in sorted(inside):
         if match := SPLIT.fullmatch(folder.name.lower()):
             splits[folder.parent][folder.name] = match[1]
-    for parent, found in splits.items():
-        if len(set(found.values())) > 1:
-            lines = "; ".join(shlex.join(["python", "-m", "ldm", "pack", str(source / parent / n), f"OUT/{n}"]) for n in found)
+    for parent, folders in splits.items():
+        if len(set(folders.values())) > 1:
+            lines = "; ".join(shlex.join(["python", "-m", "ldm", "pack", str(source / parent / n), f"OUT/{n}"]) for n in folders)
             raise Refusal(
-                f"{source / parent} holds {', '.join(f'{name}/' for name in found)}: splits of a data set that are no classes, "
+                f"{source / parent} holds {', '.join(f'{name}/' for name in folders)}: splits of a data set that are no classes, "
                 f"and that would be mixed in one. Pack each by itself: {lines}."
             )
 
@@ -122,7 +122,7 @@ def _base(pictures: Sequence[Path]) -> int:
     return len(Path(shared).parts)
 
 
-def _labels(source: Path, pictures: Sequence[Path], told: bool, packed: Packed) -> dict[Path, str]:
+def _labels(source: Path, pictures: Sequence[Path], described: bool, packed: Packed) -> dict[Path, str]:
     """-> picture -> class, the sub-folder that it lies in; empty where sub-folders are no classes, which is said."""
     base = _base(pictures)
     tops = {_readable(name.parts[base]) for name in pictures if len(name.parts) > base + 1}
@@ -130,7 +130,7 @@ def _labels(source: Path, pictures: Sequence[Path], told: bool, packed: Packed) 
         return {}
     stray = sum(len(name.parts) == base + 1 for name in pictures)
     chunks = all(top.isdecimal() and len(top) >= CHUNK for top in tops)
-    why = "captions or records lie beside pictures" if told else ""
+    why = "captions or records lie beside pictures" if described else ""
     why = why or (f"{stray:,} pictures lie outside of them" if stray else "")
     why = why or ("their names are numbers of chunks" if chunks else "")
     if why:
@@ -155,12 +155,12 @@ def _beside(pictures: Sequence[Path], names: Sequence[Path]) -> dict[Path, list[
         if name.suffix.lower() in (*WORDS, RECORD):
             exact[name.with_suffix("")].append(name)
             folded[_folded(name.with_suffix(""))].append(name)
-    found = {name: [*exact[name.with_suffix("")], *exact[name]] for name in pictures}
-    used = {name for files in found.values() for name in files}
-    for name in (name for name, files in found.items() if not files):
+    beside = {name: [*exact[name.with_suffix("")], *exact[name]] for name in pictures}
+    used = {name for files in beside.values() for name in files}
+    for name in (name for name, files in beside.items() if not files):
         loose = [*folded[_folded(name.with_suffix(""))], *folded[_folded(name)]]
-        found[name] = [file for file in loose if file not in used]
-    return found
+        beside[name] = [file for file in loose if file not in used]
+    return beside
 
 
 def _folded(name: Path) -> str:

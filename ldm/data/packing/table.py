@@ -183,7 +183,7 @@ def _parquet(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if picture and not pa.types.is_string(kind := table.schema.field(picture).type) and not pa.types.is_large_string(kind):
         raise Refusal(
             f"{path}: its column {picture} is of the type {kind}; wanted the names of files. Where it holds the pictures "
-            f"themselves, train on them as they are: data=hub data.name=parquet data.data_dir={path.parent}."
+            f"themselves, train on them as they are: data=hf data.name=parquet data.data_dir={path.parent}."
         )
     return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
 

@@ -29,7 +29,7 @@ from ldm.nn.transformer import sinusoidal_positions
 
 ROWS = 1001  # of the class table that diffusers' pipeline wants; it knows no label by its last
 CLASS = "ldm.condition.label.Label"
-OURS = ("rms_norm", "swiglu", "rotary", "norm_heads", "shared", "registers", "fuse")  # which diffusers has not
+OURS = ("rms_norm", "swiglu", "rotary", "norm_heads", "shared", "registers", "fuse", "head")  # which diffusers has not
 
 
 class DiTNetwork(Network):

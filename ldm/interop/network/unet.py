@@ -250,11 +250,6 @@ def _edited(bundle: Bundle, part: Part | None, change: Callable[[Tensor, Tensor]
     return replace(bundle, weights={**bundle.weights, f"{BACKBONE}encoder.0.0.weight": weight})
 
 
-def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a U-Net."""
-    return NETWORK.node(settings)
-
-
 def _params(told: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner(told, "unet_config.params") or inner(told, "network_config.params") or {}
 

@@ -17,7 +17,7 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "VQModel"):
-        raise Refusal(f"{folder} holds a {kind}; AutoencoderKL and VQModel are known.")
+        raise Refusal(f"{folder} holds a {kind}; AutoencoderKL, VQModel and AutoencoderRAE are known.")
     config = check_keys(config, kind, str(folder))
     width, *_ = blocks = config["block_out_channels"]
     down, up, channels = config["down_block_types"], config["up_block_types"], config["latent_channels"]

@@ -32,14 +32,14 @@ class EMA(Averaging):
     def begin(self, module: pl.LightningModule) -> None:
         """Starts from the weights, or from what a checkpoint brought."""
         for name, weight in trained(module).items():
-            kept = placed_as(self.average.get(name, weight.detach()), weight)
-            self.average[name] = kept.to(weight.device, torch.float32, copy=True)
+            average = placed_as(self.average.get(name, weight.detach()), weight)
+            self.average[name] = average.to(weight.device, torch.float32, copy=True)
         self.weights = list(trained(module).values())
 
     def move(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Moves the average towards the weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [weight.detach().float() for weight in self.weights]
+        weights = [weight.float() for weight in self.weights]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @property

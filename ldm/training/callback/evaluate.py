@@ -81,13 +81,13 @@ class Evaluate(pl.Callback):
             return
         self.step, training = step, module.training
         with torch.no_grad(), torch.random.fork_rng(), averaged(trainer, module):
-            told = self._measure(module.eval(), step)
+            numbers = self._measure(module.eval(), step)
         module.train(training)
         for logger in trainer.loggers:
-            logger.log_metrics({f"evaluate/{name}": entry["value"] for name, entry in told.items()}, step=step)
+            logger.log_metrics({f"evaluate/{name}": entry["value"] for name, entry in numbers.items()}, step=step)
         if trainer.is_global_zero:
-            write_numbers(told, self.folder / f"{step:08d}")
-        self._keep_best(trainer, told)
+            write_numbers(numbers, self.folder / f"{step:08d}")
+        self._keep_best(trainer, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run goes on from it."""
@@ -110,8 +110,8 @@ class Evaluate(pl.Callback):
 
         def draw() -> Drawings:
             requests = Split(self.data, self.requests, device, chosen(self.data, self.count, self.requests))
-            told = {"sampler": repr(self.sampler), "guidance": repr(self.guidance), "model": weights}
-            return Drawings(model, requests, self.sampler, self.guidance, self.seed, (self.data.size,) * 2, protocol=told)
+            how = {"sampler": repr(self.sampler), "guidance": repr(self.guidance), "model": weights}
+            return Drawings(model, requests, self.sampler, self.guidance, self.seed, (self.data.size,) * 2, protocol=how)
 
         pictures = {
             "drawing": lambda: use("drawing", draw()),
@@ -126,12 +126,12 @@ class Evaluate(pl.Callback):
         settings = {"ema": True, "code": code_version()}
         return entries(numbers, self.metric, used, settings, {"step": step, "sha256": weights}, corrupt)
 
-    def _keep_best(self, trainer: pl.Trainer, told: Mapping[str, Mapping[str, Any]]) -> None:
+    def _keep_best(self, trainer: pl.Trainer, numbers: Mapping[str, Mapping[str, Any]]) -> None:
         if self.best is None:
             return
-        if self.best not in told:
-            raise Refusal(f"callback.evaluate.best={self.best}: there are the numbers {', '.join(told)}.")
-        value = told[self.best]["value"]
+        if self.best not in numbers:
+            raise Refusal(f"callback.evaluate.best={self.best}: there are the numbers {', '.join(numbers)}.")
+        value = numbers[self.best]["value"]
         sign = 1 if self.mode == "min" else -1
         if self.record is None or sign * value < sign * self.record:
             self.record = value

@@ -29,9 +29,9 @@ class PowerEMA(Averaging):
     def begin(self, module: pl.LightningModule) -> None:
         """Starts from the weights, or from what a checkpoint brought."""
         for std in self.stds:
-            kept = self.averages.get(f"{std:.3f}", {})
+            before = self.averages.get(f"{std:.3f}", {})
             self.averages[f"{std:.3f}"] = {
-                name: placed_as(kept.get(name, weight.detach()), weight).to(weight.device, torch.float32, copy=True)
+                name: placed_as(before.get(name, weight.detach()), weight).to(weight.device, torch.float32, copy=True)
                 for name, weight in trained(module).items()
             }
 
