@@ -91,8 +91,7 @@ def test_a_text_tower_of_the_users_own_is_cached_under_whatever_name(tmp_path, m
     monkeypatch.setattr(command.OmegaConf, "to_container", lambda node, resolve: node)
     words = command._words("mine", tower, config)
     monkeypatch.undo()
-    chosen = shlex.split(" ".join(word for word in words))
-    load = compose_config("train", chosen).condition.cached_text.load
+    load = compose_config("train", shlex.split(shlex.join(words))).condition.cached_text.load
     assert dict(load) == {"_target_": f"{__name__}.Tower", "_partial_": True, "key": "title", "rows": 128}
 
 

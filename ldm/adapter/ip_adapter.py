@@ -116,20 +116,20 @@ class IPAdapter:
         with weightless():
             prompt = self.prompt(width=width, key=self.name)
             heard = {path: KeysAndValues(width, place.q.out_features) for path, place in places.items()}
-        _fill(prompt, {found[1]: x for n, x in tensors.items() if (found := PROMPT.fullmatch(n))})
-        there = {(found[1], found[2]): x for n, x in tensors.items() if (found := ATTENTION.fullmatch(n))}
+        _fill(prompt, {match[1]: x for n, x in tensors.items() if (match := PROMPT.fullmatch(n))})
+        there = {(match[1], match[2]): x for n, x in tensors.items() if (match := ATTENTION.fullmatch(n))}
         if lost := sorted({path for path, _ in there} ^ heard.keys()):
             raise Refusal(f"{len(lost)} attentions are not in both, such as {lost[0]}; it is an IP-Adapter of another U-Net.")
-        for path, own in heard.items():
-            _fill(own, {leaf: x for (place, leaf), x in there.items() if place == path})
-            own.requires_grad_(False).eval()
+        for path, attention in heard.items():
+            _fill(attention, {leaf: x for (place, leaf), x in there.items() if place == path})
+            attention.requires_grad_(False).eval()
         prompt.strength, prompt.rate = strength, prompt.rate or 1.0  # dropped in the null
         self._join(model, prompt.requires_grad_(False).eval(), heard)
 
     def _join(self, model: Any, prompt: Any, heard: Mapping[str, KeysAndValues]) -> None:
         network, copies = _parts(model)
-        for path, own in heard.items():
-            _prompted(network, path).prompts[self.name] = own
+        for path, attention in heard.items():
+            _prompted(network, path).prompts[self.name] = attention
         for part in (network, *copies):  # a ControlNet is told of the text alone
             for path in dict(_attentions(part)):
                 _prompted(part, path).counts.append(prompt.count)
@@ -188,12 +188,12 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         Refusal: they are others, or of other shapes.
     """
-    own = module.state_dict()
-    if lost := sorted({name for name, x in own.items() if x.is_meta} - tensors.keys() | tensors.keys() - own.keys()):
-        raise Refusal(f"{lost[0]} is {'missing' if lost[0] in own else 'of nothing here'}; it is no whole IP-Adapter.")
+    expected = module.state_dict()
+    if lost := sorted({name for name, x in expected.items() if x.is_meta} - tensors.keys() | tensors.keys() - expected.keys()):
+        raise Refusal(f"{lost[0]} is {'missing' if lost[0] in expected else 'of nothing here'}; it is no whole IP-Adapter.")
     for name, x in tensors.items():
-        if x.shape != own[name].shape:
+        if x.shape != expected[name].shape:
             raise Refusal(
-                f"{name} is {tuple(x.shape)} in the IP-Adapter and {tuple(own[name].shape)} here; it is of another U-Net."
+                f"{name} is {tuple(x.shape)} in the IP-Adapter and {tuple(expected[name].shape)} here; it is of another U-Net."
             )
     module.load_state_dict(tensors, strict=False, assign=True)

@@ -8,7 +8,7 @@ Under torchrun or srun every process writes shards of its own; started again, it
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,23 +54,29 @@ def precompute(config: DictConfig) -> Path:
         end="",
     )
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
-    use = [*_data_words(data, config, splits), *_kept_words(data, config.keep)]
-    use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
-    use += [f"autoencoder.load.path={place}"]
-    for name, member in members.items():
+    for member in members.values():
         save_null(member, Path(config.out) / "text")
-        use += _words(name, member, config)
+    use = _use(config, data, autoencoder, place, members)
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
     print(shlex.join(use))
     return Path(config.out)
 
 
-def _data_words(data: Any, config: DictConfig, splits: Sequence[str]) -> list[str]:
-    """The settings that read the shards."""
-    use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
+def _use(config: DictConfig, data: Any, autoencoder: Any, place: Path, members: Mapping[str, Any]) -> list[str]:
+    """The settings with which a model is trained on the latents of the autoencoder that lies in `place`."""
+    use = [
+        "data=latents",
+        *(f"data.{split}={config.out}/{split}" for split in (("train", "val") if data.val_set else ("train",))),
+        f"data.size={data.size}",
+    ]
     use += [] if data.val_set else ["data.val=null"]
-    buckets = [list(size) for size in data.sizes]
-    return use + ([f"data.buckets={buckets}".replace(" ", "")] if len(buckets) > 1 else [])
+    use += [f"data.buckets={[list(size) for size in data.sizes]}".replace(" ", "")] if len(data.sizes) > 1 else []
+    use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
+    use += [f"autoencoder.load.path={place}"]
+    use += _kept_words(data, config.keep)
+    for name, member in members.items():
+        use += _words(name, member, config)
+    return use
 
 
 def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:

@@ -10,9 +10,9 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from ldm.embedder import Condition, texts
+from ldm.embedder import Condition
 from ldm.errors import NotFound
-from ldm.tower.cut import Cut
+from ldm.tower.cut import Cut, texts
 from ldm.types import Cond, Widths
 
 PADDING = "[PAD]"

@@ -70,12 +70,12 @@ class ImagePrompt(Condition):
         """value: (B, 3, h, w) in [-1, 1], and strengths (B) -> tokens: (B, L + 1, D). drop: (B) bool; dropped is what is seen:
         an embedding of zeros, or, of tokens, a picture of the mean colour."""
         picture, strength = (x.to(next(self.project.parameters()), non_blocking=True) for x in value)
-        told = (~drop).to(picture, non_blocking=True)
+        spoken = (~drop).to(picture, non_blocking=True)
         with torch.no_grad():
             if self.kind == "linear":
-                seen = embed_image(self.image_tower, self._normal(picture))[1] * told[:, None]
+                seen = embed_image(self.image_tower, self._normal(picture))[1] * spoken[:, None]
             else:
-                seen = embed_image(self.image_tower, self._normal(picture) * told[:, None, None, None])[0]
+                seen = embed_image(self.image_tower, self._normal(picture) * spoken[:, None, None, None])[0]
         tokens = self.project(seen)
         return Cond(tokens=torch.cat((tokens, strength[:, None, None].expand(-1, 1, tokens.shape[2])), dim=1))
 
@@ -125,8 +125,8 @@ def _tower(model: str | None, pretrained: str | None, config: Mapping[str, Any] 
         raise Refusal(
             f"adapter.ip_adapter.prompt.model={model} sees by a {type(tower).__name__}; a plain transformer was wanted."
         )
-    told = settings(tower)
-    return tower, (told["mean"], told["std"])
+    numbers = settings(tower)
+    return tower, (numbers["mean"], numbers["std"])
 
 
 class Linear(nn.Module):
@@ -181,8 +181,8 @@ class Perceiver(nn.Module):
 
     def forward(self, seen: Tensor, latents: Tensor) -> Tensor:
         """seen: (B, N, C), latents: (B, L, C) -> (B, L, C)."""
-        own = self.norm(latents)
-        told = self.kv(torch.cat((self.norm_seen(seen), own), dim=1)).chunk(2, dim=2)
-        q, k, v = (z.unflatten(-1, (-1, self.WIDTH)).transpose(1, 2) for z in (self.q(own), *told))
+        query = self.norm(latents)
+        both = self.kv(torch.cat((self.norm_seen(seen), query), dim=1)).chunk(2, dim=2)
+        q, k, v = (z.unflatten(-1, (-1, self.WIDTH)).transpose(1, 2) for z in (self.q(query), *both))
         latents = latents + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return latents + self.feed(latents)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ldm.embedder import Condition, texts
+from ldm.embedder import Condition
 from ldm.errors import Refusal
 from ldm.files.weights import came_from, loaded_from
-from ldm.tower.cut import Cut
+from ldm.tower.cut import Cut, texts
 from ldm.tower.language import load_language, load_words, truncated
 from ldm.tower.t5 import T5
 from ldm.types import Cond, Widths

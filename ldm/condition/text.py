@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ldm.embedder import Condition, Weighted, texts
+from ldm.embedder import Condition, Weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, embed_text, load_text_tower, names_of, text_mask, warn_of_cut
-from ldm.tower.cut import Cut
+from ldm.tower.cut import Cut, texts
 from ldm.tower.taught import Rows, Taught
 from ldm.types import Cond, Widths
 

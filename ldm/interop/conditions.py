@@ -48,13 +48,14 @@ def lacks_null(table: Tensor) -> bool:
 
 
 def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None, edits: bool) -> dict[str, Any]:
-    """What the map channels of a published U-Net are.
+    """What the map channels of a published U-Net of `channels` latent channels are, with its `table` of noise steps if any.
 
     Args:
-        spatial, channels: how many maps, and latent channels, it takes.
-        told: names of what else it is told.
-        table: of noise steps, if it has one.
-        edits: whether XL's are an edit's, told latents as InstructPix2Pix has them.
+        spatial: the channels of the maps.
+        channels: of the latents.
+        told: names of what else it is told, such as `text` and `number`.
+        table: (steps, width), an embedding of the noise steps of an upscaler's map; None where it has none.
+        edits: whether the maps of an XL are an edit's, latents as InstructPix2Pix has them.
 
     Raises:
         Refusal: they are none that is known.

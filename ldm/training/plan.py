@@ -36,12 +36,7 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     data.setup("fit")
     batch = next(iter(data.ordered("train", batch=1)))
     batch = data.on_after_batch_transfer(batch, 0)
-    sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
-    still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
-    if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
-        layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
-        still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
-    trained, frozen = (sum(n for trains, n in sizes if trains is which) for which in (True, False))
+    trained, frozen, still = numbers(stage, trainer)
     work, activations = cost(stage, batch)
     for callback in trainer.callbacks:
         if isinstance(callback, Recompute):
@@ -76,6 +71,17 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
 def moments(optimizer: Any) -> int:
     """How many bytes an optimizer keeps of each weight: two moments, of AdamW in float32."""
     return BYTES if isinstance(optimizer, partial) and optimizer.func is adamw_8bit else 8
+
+
+def numbers(stage: Stage, trainer: pl.Trainer) -> tuple[int, int, int]:
+    """-> how many numbers are trained, how many are frozen, and the bytes of the latter."""
+    trained = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+    frozen = [p for p in stage.parameters() if not p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in frozen)
+    if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
+        layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
+        size -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
+    return trained, sum(p.numel() for p in frozen), size
 
 
 def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:

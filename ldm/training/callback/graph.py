@@ -41,7 +41,7 @@ class Graph(pl.Callback):
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}": trainer.accumulate_grad_batches > 1,
             f"callback=[{','.join(others)}] is there too": bool(others),
         }
-        if why := [reason for reason, found in wrong.items() if found]:
+        if why := [reason for reason, holds in wrong.items() if holds]:
             raise Refusal(
                 f"callback=[...,graph] replays the passes of a diffusion model's backbone into the same memory, on one device: "
                 f"{'; '.join(why)}. Leave graph out, or callback=[...,compile] callback.compile.mode=reduce-overhead."
@@ -85,14 +85,14 @@ class Replay:
         """x: (B, C + C', H, W), noise_level: (B) -> (B, C, H, W)."""
         if not (self.fresh and self.network.training and torch.is_grad_enabled()):
             return self.plain(x, noise_level, cond)
-        told = {slot: value for slot in SLOTS if (value := getattr(cond, slot)) is not None}
-        given = tuple(value.to(x.device, non_blocking=True) for value in (x, noise_level, *told.values()))
+        slots = {slot: value for slot in SLOTS if (value := getattr(cond, slot)) is not None}
+        given = tuple(value.to(x.device, non_blocking=True) for value in (x, noise_level, *slots.values()))
         cast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        key = (cast, *told, *((value.shape, value.dtype, value.requires_grad) for value in given))
+        key = (cast, *slots, *((value.shape, value.dtype, value.requires_grad) for value in given))
         if key not in self.graphs:
             if len(self.graphs) == MOST:
                 return self.plain(x, noise_level, cond)
-            self.graphs[key] = capture(Flat(self.network, self.plain, tuple(told)), given, cast)
+            self.graphs[key] = capture(Flat(self.network, self.plain, tuple(slots)), given, cast)
         self.fresh = False
         return self.graphs[key](*given)
 
@@ -104,9 +104,9 @@ class Flat(nn.Module):
         super().__init__()
         self.network, self.plain, self.slots = network, plain, slots
 
-    def forward(self, x: Tensor, noise_level: Tensor, *told: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor, *conditions: Tensor) -> Tensor:
         """As the backbone."""
-        return self.plain(x, noise_level, Cond(**dict(zip(self.slots, told))))
+        return self.plain(x, noise_level, Cond(**dict(zip(self.slots, conditions))))
 
 
 def capture(flat: nn.Module, given: tuple[Tensor, ...], cast: torch.dtype | None) -> Callable[..., Tensor]:

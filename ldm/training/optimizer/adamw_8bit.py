@@ -25,11 +25,11 @@ def adamw_8bit(
     """bitsandbytes' AdamW8bit, which calls the hooks of `load_state_dict` as torch's optimizers do.
 
     Args:
-        params: weights, or groups of them, with what differs in each.
-        lr: the rate, above 0.
-        betas: of the two moments, 0 to below 1.
-        eps: is added to the second moment's root.
-        weight_decay: decoupled, 0 or more.
+        params: weights, or groups of them with their settings.
+        lr: the learning rate.
+        betas: of the averages of the gradient and of its square, in [0, 1) each.
+        eps: added to the root of the latter.
+        weight_decay: of each step, times lr.
 
     Raises:
         Refusal: bitsandbytes is missing, or finds no library for this machine; weights are shared out.

@@ -186,12 +186,13 @@ def check_whitens(mean: Tensor, std: Tensor) -> None:
         return
     whole = mean.ndim == 1
     few = bad if whole else bad[:3]
-    found = "; ".join(f"channel {', '.join(map(str, i))} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in few)
+    channels = "; ".join(f"channel {', '.join(map(str, i))} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in few)
     mend = (
         f"autoencoder.channels={max(len(mean) - len(bad), 1)}" if whole else "pictures that differ there (channel, row, column)"
     )
     raise Refusal(
-        f"Latents that say nothing cannot be whitened: over the training set, {found}. Train with {mend}, or from another seed."
+        f"Latents that say nothing cannot be whitened: over the training set, {channels}. Train with {mend}, or from another "
+        "seed."
     )
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ldm.embedder import texts
 from ldm.files.folder import save_tensors, write_text
 from ldm.tower.clip import embed_text, text_mask
-from ldm.tower.cut import Cut
+from ldm.tower.cut import Cut, texts
 from ldm.training.base import CAPTIONS, Stage
 from ldm.types import Batch, DataModule, Draw
 
