@@ -1,4 +1,4 @@
-"""Samples per CPU-second, beside WebDataset's, and an epoch of 400 million samples:  python benchmarks/data.py
+"""Samples per CPU-second, beside WebDataset's, and an epoch of 400 million samples:  python -m benchmarks.data
 
 One process, one thread, files in the page cache, process time, medians of interleaved rounds. The peer is WebDataset's
 decode("pil") with torchvision's resize, crop and PILToTensor, and WebDataset's decode() of .npy, both batched by 32.

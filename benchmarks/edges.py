@@ -1,4 +1,4 @@
-"""Shards of the emoji with their edges, for a ControlNet to learn from:  python benchmarks/edges.py [measure RUN ...]
+"""Shards of the emoji with their edges, for a ControlNet to learn from:  python -m benchmarks.edges [measure RUN ...]
 
 Without words it writes runs/edges/{train,val} with a member edges.png, white on black, beside each picture and its caption; then
 python train.py experiment=emoji/controlnet run_id=follow. `measure RUN` says how well the edges of held-out pictures are kept

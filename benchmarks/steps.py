@@ -26,18 +26,31 @@ ADAMW = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 1e-2}
 
 def main():
     """Measures what is asked for."""
-    parser = options(__doc__.splitlines()[0], CASES, rounds=15)
+    race_steps(__doc__, CASES, str, measure, ("Training steps", "network"))
+
+
+def race_steps(doc, names, case_of, measure, table):
+    """A benchmark of steps: measures each name that is asked for, prints its row, and keeps it in docs/benchmarks.md.
+
+    Args:
+        doc: whose first line says what the program is for.
+        names: what there is to measure.
+        case_of: a name -> its network's in CASES.
+        measure: (name, size, options) -> the race's result.
+        table: the heading above it, and that of its first column.
+    """
+    parser = options(doc.splitlines()[0], names, rounds=15)
     parser.add_argument("--part", type=int, default=4, help="divides the width")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     asked = parser.parse_args()
     for name in asked.what:
-        size = asked.size or CASES[name].size
+        size = asked.size or CASES[case_of(name)].size
         result = measure(name, size, asked)
         how = f"{setting(asked, size)}, width / {asked.part}{', autocast to bfloat16' * asked.bf16}"
         row = [name, how, *result.cells(), result.speed(asked.batch)]
         print(*row, sep=" | ", flush=True)
         if not asked.dry:
-            put("Training steps", ["network", "setting", *HEAD, "pictures/s"], row, keys=2)
+            put(table[0], [table[1], "setting", *HEAD, "pictures/s"], row, keys=2)
 
 
 def measure(name, size, asked):
@@ -60,7 +73,7 @@ def measure(name, size, asked):
             return peer(*theirs, **kwargs).sample[:, : noise.shape[1]]
 
     ours, last = our_step(net, predict_ours, noise), list(net.parameters())[-1].shape
-    return race(ours, their_step(peer, predict_theirs, noise, last), asked.rounds, asked.minutes, asked.device, most)
+    return race(ours, their_step(peer, predict_theirs, noise, last), asked.rounds, asked.minutes, asked.device, most, asked.tell)
 
 
 def our_step(net, predict, noise):

@@ -1,4 +1,4 @@
-"""A small T5 for the recipes that read one, shrunken:  python benchmarks/t5.py
+"""A small T5 for the recipes that read one, shrunken:  python -m benchmarks.t5
 
 Writes runs/tiny/t5: an encoder of 256 features with random weights, and a tokenizer of the emoji's words. It has
 learned nothing; what it says of a caption depends on the words and their places, by which a backbone tells them apart.

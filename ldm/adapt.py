@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,15 +27,16 @@ WORDS = re.compile(
     r"(?::(?P<strength>(?!guess\Z)[^:/]+))?(?::(?P<text>(?!guess\Z)[^:/]+))?(?P<guess>:guess)?",
     re.S,
 )
+NAMED = re.compile(r"[^=/:]+=")  # how a word begins that names its adapter
 NAMES = ("name", "word")  # what NAME= means of an adapter
 TEXT = "conditioner."  # where the names of a text's tensors begin
 
 
 class Adapter(Protocol):
-    """Something small that is trained beside a finished model, and put to work on it when that draws."""
+    """Something small that is trained beside a finished model, and put to work on it when that draws.
 
-    wraps: bool  # whether it puts itself around the network, and so comes after those that change the network's own weights
-    scales: bool  # whether strengths between 0 and 1 mean something for it
+    It may also be a `Wrapper` or a `Switch`.
+    """
 
     def attach(self, model: LatentModel) -> Sequence[str]:
         """Before training: gives a model, in place, new weights without effect -> the names of what is trained."""
@@ -50,10 +51,41 @@ class Adapter(Protocol):
         """
 
 
+@runtime_checkable
+class Wrapper(Protocol):
+    """An adapter that may put itself around the network."""
+
+    wraps: int  # 0: it does not; 1: around the network, after those that change its own weights; 2: around what is in it, last
+
+
+@runtime_checkable
+class Switch(Protocol):
+    """An adapter that may have no strength."""
+
+    scales: bool  # whether strengths other than 0 and 1 mean something for it
+
+
+def wraps(adapter: Adapter) -> int:
+    """Whether an adapter puts itself around the network, and how late."""
+    return adapter.wraps if isinstance(adapter, Wrapper) else 0
+
+
+def scales(adapter: Adapter) -> bool:
+    """Whether an adapter can be put to work by a fraction."""
+    return not isinstance(adapter, Switch) or adapter.scales
+
+
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks for: a source, its name if it has one, its strength; `text` is the strength of its text, if another;
-    `guess`: a ControlNet in its guess mode."""
+    """What a person asks for by `adapters=`.
+
+    Args:
+        source: a run, a folder, a file, or an address.
+        name: of the adapter, if it is given one.
+        strength: how much of it is put to work; 1 is all.
+        text: the strength of its part for the text tower, if another.
+        guess: a ControlNet draws in its guess mode.
+    """
 
     source: str
     name: str | None = None
@@ -92,8 +124,10 @@ def asked(words: str | Sequence[str] | None) -> list[Asked]:
 def _asked(word: str) -> Asked:
     if Path(word).exists():
         return Asked(word)
-    ends = [i for i in range(len(word), 0, -1) if word[i : i + 1] == ":"]  # a path may have = and : in it
-    place = next((word[:i] for i in ends if Path(word[:i]).exists()), None)
+    named = NAMED.match(word)
+    ends = [len(word), *(i for i in range(len(word), 0, -1) if word[i : i + 1] == ":")]  # a path may have = and : in it
+    parts = (word[begin:end] for begin in (0, *([named.end()] if named else [])) for end in ends)
+    place = next((part for part in parts if part and Path(part).exists()), None)
     found = WORDS.fullmatch(word if place is None else word.replace(place, "there", 1))
     if found is None:
         raise Refusal(
@@ -149,12 +183,11 @@ def attach(model: LatentModel, adapters: Mapping[str, Adapter], rates: Mapping[s
     for name, rate in rates.items():
         if name not in model.conditioner.embedders:
             raise Refusal(f"rates.{name}: the base has no such condition.{nearest(name, list(model.conditioner.embedders))}")
-        if not 0 <= rate <= 1:
-            raise Refusal(f"rates.{name}={rate}: wanted 0 (never dropped) to 1.")
         model.conditioner.embedders[name].rate = rate
+        model.conditioner.check(name, "rates.{}")
     if not adapters:
         return
-    wrapping = [name for name, adapter in adapters.items() if adapter.wraps]
+    wrapping = [name for name, adapter in adapters.items() if wraps(adapter)]
     if wrapping and len(adapters) > 1:
         raise Refusal(f"adapter=[{','.join(adapters)}]: {wrapping[0]} puts itself around the network and is trained alone.")
     model.requires_grad_(False)
@@ -212,17 +245,18 @@ def put_on(model: LatentModel, given: Sequence[Given]) -> None:
         Refusal: one does not fit, or a tensor is of no adapter.
     """
     base = model.state_dict()
+    model.whole += tuple(one.asked.source for one in given if not any(map(scales, one.adapters.values())))
     work = [(one, name, adapter) for one in given for name, adapter in one.adapters.items()]
     for one in given:
         lost = [n for n in one.tensors if not any(adapter.owns(n) for adapter in one.adapters.values())]
         if lost:
             raise Refusal(f"{one.asked.source}: {len(lost)} tensors are of none of its adapters, such as {lost[0]}.")
-        if one.asked.strength not in (0, 1) and not any(adapter.scales for adapter in one.adapters.values()):
+        if one.asked.strength not in (0, 1) and one.asked.source in model.whole:
             raise Refusal(
                 f"adapters={one.asked.source}:{one.asked.strength:g} is a word, which is there or is not: 1 or 0. Prompts weigh "
                 "it: prompt_weights=true prompt='(<word>:0.8)'."
             )
-    for one, name, adapter in sorted(work, key=lambda item: item[2].wraps):
+    for one, name, adapter in sorted(work, key=lambda item: wraps(item[2])):
         tensors = {n: x for n, x in one.tensors.items() if adapter.owns(n)}
         try:
             _apply(model, adapter, tensors, one.asked, base)
@@ -245,7 +279,7 @@ def _apply(model: LatentModel, adapter: Adapter, tensors: Mapping[str, Tensor], 
     if asked.text is None:
         adapter.apply(model, tensors, asked.strength, base)
         return
-    if adapter.wraps:
+    if wraps(adapter):
         raise Refusal(f"a second strength ({asked.text:g}) is that of a text, and this has none.")
     adapter.apply(model, {n: x for n, x in tensors.items() if not n.startswith(TEXT)}, asked.strength, base)
     adapter.apply(model, {n: x for n, x in tensors.items() if n.startswith(TEXT)}, asked.text, base)

@@ -40,14 +40,19 @@ class Conditioner(nn.Module):
         Raises:
             Refusal: as the class.
         """
-        if not 0 <= embedder.rate <= 1:
-            raise Refusal(f"condition.{name}.rate={embedder.rate}: wanted 0 (never dropped) to 1.")
         self.embedders[name] = complete(embedder)
-        if not 0 <= embedder.drop_from <= 1 - embedder.rate:
-            raise Refusal(f"condition.{name}.drop_from={embedder.drop_from}: wanted 0 to 1 - rate, which is {embedder.rate}.")
+        self.check(name)
         self.widths += embedder.widths
         self.fields = tuple(dict.fromkeys((*self.fields, *self.fields_of(embedder))))
         self.hole = self.hole or embedder.hole
+
+    def check(self, name: str, said: str = "condition.{}.rate") -> None:
+        """Raises Refusal where a condition cannot be dropped at its rate, which is `said` so, from where its share begins."""
+        embedder, said = self.embedders[name], said.format(name)
+        if not 0 <= embedder.rate <= 1:
+            raise Refusal(f"{said}={embedder.rate}: wanted 0 (never dropped) to 1.")
+        if not 0 <= embedder.drop_from <= 1 - embedder.rate:
+            raise Refusal(f"condition.{name}.drop_from={embedder.drop_from}: wanted 0 to 1 - rate, and {said}={embedder.rate}.")
 
     def forward(self, batch: Batch, draw: Draw | None = None, only: Sequence[str] | None = None) -> Cond:
         """The fields of B samples -> their `Cond`, the parts in the conditioner's order.

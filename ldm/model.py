@@ -14,7 +14,8 @@ class LatentModel(nn.Module):
     """An autoencoder, frozen; a conditioner; a denoiser of the autoencoder's latents.
 
     trained: the names of what is trained where that is adapters alone, and all else is frozen; None of a model that is trained
-    as a whole. adapters: those that were put to work on it, as plain values (source, strength, sha256).
+    as a whole. adapters: those that were put to work on it, as plain values (source, strength, sha256). whole: the sources of
+    those that are there or are not, at strength 1 or 0.
     """
 
     def __init__(self, autoencoder: Autoencoder, conditioner: Conditioner, denoiser: Denoiser) -> None:
@@ -24,6 +25,7 @@ class LatentModel(nn.Module):
         self.denoiser = denoiser
         self.trained: frozenset[str] | None = None
         self.adapters: tuple[dict[str, Any], ...] = ()
+        self.whole: tuple[str, ...] = ()
 
     def condition(self, request: Batch, only: Sequence[str] | None = None) -> Cond:
         """request: fields, B of each -> its condition.

@@ -7,6 +7,7 @@ files say. `config.identity`, and so config.yaml in the run's folder, keeps the 
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,16 +134,17 @@ def _begun_before(config: DictConfig, overrides: Sequence[Override]) -> str | No
             if saved.identity == config.identity:
                 return run_id
             continue
-        found = [d for d in _differing(path, config) if d[1] is not ABSENT or _says(overrides, d[0])]  # not what is new since
-        if not found:
+        # A setting that is new since then counts only where the command says it.
+        differences = [d for d in _differing(path, config) if d[1] is not ABSENT or _says(overrides, d[0])]
+        if not differences:
             return run_id
-        near.append((len(found), run_id, found))
+        near.append((len(differences), run_id, differences))
     if near:
-        _, run_id, found = min(near, key=lambda run: run[0])
-        few = ", ".join(f"{'.'.join(place)} ({_short(a)} there, {_short(b)} here)" for place, a, b in found[:3])
+        _, run_id, differences = min(near, key=lambda run: run[0])
+        few = ", ".join(f"{'.'.join(place)} ({_short(a)} there, {_short(b)} here)" for place, a, b in differences[:3])
         _say(
             f"{config.runs}/{run_id} was begun by an earlier version of the framework, and differs from this command in "
-            f"{few}{' ...' if len(found) > 3 else ''}. run_id={run_id} goes on with it; this is another run, "
+            f"{few}{' ...' if len(differences) > 3 else ''}. run_id={run_id} goes on with it; this is another run, "
             f"{config.run_id}."
         )
     return None
@@ -197,6 +199,8 @@ def searched(overrides: Sequence[Override]) -> Iterator[Path]:
             spec = None
         if spec is None:
             raise Refusal(f"hydra.searchpath={place}: there is no such package here, nor on Python's path (PYTHONPATH).")
+        # Hydra warns of a package without an __init__.py, in which it finds the configs all the same
+        warnings.filterwarnings("ignore", message=rf".*path={re.escape(rest)} is not available")
         yield from map(Path, spec.submodule_search_locations or ())
 
 

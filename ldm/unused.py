@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.check import is_offered, parameters_of
+from ldm.check import is_offered, locate, parameters_of
 from ldm.errors import Refusal
 from ldm.files.process import first
 from ldm.run_id import FILES
@@ -24,7 +24,17 @@ ADAPTED = "ldm.build.adapted"
 ALTERED = {"data.crop": "center", "data.flip": 0, "data.weights": None}
 READING = tuple(f"data.{name}" for name in "batch workers window lanes on_mismatch shuffle".split())
 SEEDED = ("ldm.data.dataset.", "ldm.data.hub.")  # datasets whose own transforms may be random
+# Weights of what not every training of an autoencoder has: its term, and the value that leaves it out.
+TERMS = {"training.kl_weight": ("kl", 0), "training.codebook_weight": ("codebook", 0)}
+TERMS |= {"training.perceptual_weight": ("perceptual", 0), "training.perceptual_share": ("perceptual", 1)}
 WORD = re.compile(r"\$\{([\w./]+)\}")
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A class of autoencoders that says which terms its loss has, of those that have a weight."""
+
+    terms: tuple[str, ...]
 
 
 def check_used(config: DictConfig, config_name: str, overrides: Sequence[Override], configs: Path) -> None:
@@ -64,6 +74,23 @@ def _check_read(config: DictConfig, said: Sequence[tuple[Override, str]], config
         around = not _is_group(override, configs) and any(one.startswith(f"{place}.") for one in read)
         if not inside and not around and not override.is_delete():
             raise Refusal(f"{_word(override)} changes nothing here: {_why(config, place, configs)}")
+        if place in TERMS and override.value() != TERMS[place][1]:
+            _check_term(config, TERMS[place][0], override)
+
+
+def _check_term(config: DictConfig, term: str, override: Override) -> None:
+    """Raises Refusal where an autoencoder's training has no such term of its loss."""
+    if term == "perceptual":
+        if OmegaConf.select(config, "training.perceptual") is None:
+            raise Refusal(f"{_word(override)} changes nothing here: training.perceptual=null compares no features. Leave it out.")
+        return
+    target = OmegaConf.select(config, "autoencoder._target_")
+    autoencoder = locate(target, "autoencoder")
+    if isinstance(autoencoder, Penalised) and term not in autoencoder.terms:
+        raise Refusal(
+            f"{_word(override)} changes nothing here: {target} has no such term, but {', '.join(autoencoder.terms)}. "
+            "Leave it out."
+        )
 
 
 def _check_in_order(plain: Mapping[str, Any], said: Sequence[tuple[Override, str]], command: str) -> None:
@@ -85,9 +112,9 @@ def _check_in_order(plain: Mapping[str, Any], said: Sequence[tuple[Override, str
             )
         if command == "precompute" and re.fullmatch(r"condition\.\w+\.rate", place):
             idle.append(place)
-    told = [_word(override) for override, place in said if place in idle]
-    if told and first():
-        print(f"Not used, since {command} takes samples once, in order: {', '.join(told)}", flush=True)
+    unread = [_word(override) for override, place in said if place in idle]
+    if unread and first():
+        print(f"Not used, since {command} takes samples once, in order: {', '.join(unread)}", flush=True)
 
 
 def _why(config: DictConfig, place: str, configs: Path) -> str:
@@ -101,8 +128,8 @@ def _why(config: DictConfig, place: str, configs: Path) -> str:
             f"training=finetune takes the {name} of the model that it begins from (model.init={config.model.init}). Leave it "
             "out; training=diffusion trains with another, from the same weights where they fit."
         )
-    told = f" It goes with training={' or training='.join(readers)}." if readers else ""
-    return f"nothing in this training reads `{name}`.{told}"
+    advice = f" It goes with training={' or training='.join(readers)}." if readers else ""
+    return f"nothing in this training reads `{name}`.{advice}"
 
 
 def _read(plain: Mapping[str, Any], roots: Sequence[str]) -> Iterator[str]:
@@ -119,7 +146,7 @@ def _read(plain: Mapping[str, Any], roots: Sequence[str]) -> Iterator[str]:
             node = node.get(key) if isinstance(node, Mapping) else None
         members = node.values() if place in LISTS and isinstance(node, Mapping) else [node]
         chosen = [m for m in members if place not in LISTS or "_target_" in (m or {})]
-        waiting += [found for text in _texts(chosen) for found in WORD.findall(text)]
+        waiting += [word for text in _texts(chosen) for word in WORD.findall(text)]
 
 
 def _texts(node: Any) -> Iterator[str]:

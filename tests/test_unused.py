@@ -12,7 +12,7 @@ from ldm.errors import Refusal
 from ldm.unused import PREVIEWED, READ, check_used
 
 BESIDE = ("training=finetune", "model.init=m", "adapter=[lora]")
-AUTOENCODER, TEXT = ("experiment=emoji/autoencoder",), ("experiment=emoji/text",)
+AUTOENCODER, VQ, TEXT = ("experiment=emoji/autoencoder",), ("experiment=emoji/vq",), ("experiment=emoji/text",)
 composed = cache(lambda name, *words: compose_config(name, words))
 
 
@@ -41,6 +41,13 @@ def check(name, words, *more):
         (AUTOENCODER, "guidance.scale=3", "nothing in this training reads `guidance`"),
         (TEXT, "rates.text=0.5", "goes with training=finetune"),
         (TEXT, "adversary=patchgan", "goes with training=autoencoding"),
+        (AUTOENCODER, "training.codebook_weight=2", "KL has no such term, but kl"),
+        (VQ, "training.kl_weight=1e-3", "VQ has no such term, but codebook"),
+        (
+            (*AUTOENCODER, "training.perceptual=null"),
+            "training.perceptual_share=0.5",
+            "training.perceptual=null compares no features",
+        ),
         (TEXT, "+nonsense=3", "nothing in this training reads `nonsense`"),
         (TEXT, "callback.levels.every=9", "levels is not chosen, so that this changes nothing; say callback=[checkpoint,bar,"),
     ],
@@ -58,6 +65,8 @@ def test_a_command_refuses_it():
 def test_what_is_read_passes():
     check("train", [*TEXT, "parametrization=mup", "coordinates=[32,64]"], "coordinates=[32,64]")
     check("train", BESIDE, "optimizer.lr=1e-3", "rates.text=0.5", "adapter.lora.rank=2", "objective.time.mean=1")
+    check("train", (*AUTOENCODER, "training.perceptual=null"), "training.perceptual_weight=0", "training.kl_weight=1e-3")
+    check("train", VQ, "training.codebook_weight=2", "training.kl_weight=0")
     previews = OmegaConf.create(OmegaConf.to_container(composed("train", *BESIDE), resolve=False))
     previews.callback.drawings = OmegaConf.load(CONFIGS / "callback" / "drawings.yaml").drawings
     check_used(previews, "train", parsed("sampler=heun"), CONFIGS)

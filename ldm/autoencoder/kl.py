@@ -42,6 +42,7 @@ class KL(nn.Module):
     mean: Tensor
     std: Tensor
     count: Tensor
+    terms = ("kl",)  # of the bottleneck, those that have a weight
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class VQ(nn.Module):
     codebook: Tensor
     hits: Tensor
     sums: Tensor
+    terms = ("codebook",)  # of the bottleneck, those that have a weight
 
     def __init__(
         self,

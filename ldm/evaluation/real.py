@@ -18,7 +18,7 @@ from ldm.evaluation.rows import fingerprint
 from ldm.files.content import file_content, files_content
 from ldm.files.lines import read_lines
 from ldm.files.picture import ENDINGS, FORMATS, from_bytes, left_out, open_picture, picture_size, pictures_in, to_srgb, to_tensor
-from ldm.files.process import from_first, rank
+from ldm.files.process import by_first, rank
 from ldm.measure import Rows
 from ldm.types import Batch
 
@@ -52,7 +52,8 @@ class Folder:
         self.path, self.size, self.device, self.limit, self.option = Path(path), size, device, limit, option
         self.files, others = pictures_in(self.path)
         if not self.files:
-            raise NotFound(f"{option}={path}: there are no pictures ({', '.join(ENDINGS)}) in it.")
+            none = f"there are no pictures ({', '.join(ENDINGS)}) in it"
+            raise NotFound(f"{option}={path}: {none if self.path.is_dir() else 'wanted a folder of pictures'}.")
         if others and rank() == 0:
             print(left_out(f"{option}={path}", others))
         self.count, self.captions = len(self.files), captions
@@ -62,7 +63,7 @@ class Folder:
                 f"{few}: prompts has {len(captions)} lines, and {option}={path} {self.count} pictures; line i belongs to "
                 "the i-th picture by name, 2.png before 10.png."
             )
-        content = from_first(files_content(self.files, self.path) if rank() == 0 else None)
+        content = by_first(lambda: files_content(self.files, self.path))
         self.protocol = {"files": content, "count": self.count, "size": size}
         self.protocol |= {} if captions is None else {"captions": fingerprint(list(captions))}
 

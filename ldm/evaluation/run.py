@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm.evaluation.real import Known
 from ldm.evaluation.rows import Seen, Summarised, fingerprint, see
-from ldm.files.process import from_first, rank
+from ldm.files.process import by_first
 from ldm.measure import Estimate, FromMoments, Metric, Reference
 
 Sources = Mapping[str, Callable[[], Any]]
@@ -38,13 +38,14 @@ def measure(
             lost, references = _see(source, judges, folder, batch, f"{doing} {kind} pictures")
             seen |= {(kind, name): reference for name, reference in references.items()}
             corrupt |= {kind: lost} if lost else {}
-    numbers = None
-    if rank() == 0:
-        numbers = {
+
+    def numbers() -> dict[str, dict[str, Any]]:
+        return {
             name: dict(metric.compute(seen[metric.of, key(metric)].rows(), seen.get((metric.against, key(metric)))))
             for name, metric in metrics.items()
         }
-    return from_first(numbers), corrupt
+
+    return by_first(numbers), corrupt
 
 
 def key(metric: Metric) -> str:

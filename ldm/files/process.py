@@ -1,11 +1,16 @@
 """The rank of this process among several, whether torchrun, srun or Lightning started them, and their communication."""
 
+import atexit
 import datetime
+import gc
 import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from ldm.errors import Refusal
 
 # Each launcher's words for a process's number, how many there are, and its number on this machine. A SLURM batch script, which
 # is one process, knows SLURM_PROCID and SLURM_NTASKS; only srun says how many tasks its step has.
@@ -20,6 +25,20 @@ class Process(NamedTuple):
     rank: int
     world: int
     local: int
+
+
+def end_soon() -> None:
+    """Lets this process end without taking its modules apart, which takes a second or two once torch is imported.
+
+    What is garbage then is collected as ever, and all that is to be done at the end is done; modules go with the process.
+    """
+    atexit.unregister(_freeze)
+    atexit.register(_freeze)
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def process() -> Process:
@@ -101,6 +120,28 @@ def from_first(value: Any) -> Any:
     values = [value]
     sys.modules["torch.distributed"].broadcast_object_list(values, src=0)
     return values[0]
+
+
+def by_first(task: Callable[[], Any]) -> Any:
+    """-> what a task gives, on every process. It runs on process 0 alone, and what ends it there ends all.
+
+    Raises:
+        Refusal: on the other processes, what was raised on process 0, where it is raised as it was.
+    """
+    if not met():
+        return task()
+    value, raised = None, None
+    try:
+        value = task() if rank() == 0 else None
+    except Exception as error:  # it is raised below, once the others know
+        raised = error
+    said = str(raised) if isinstance(raised, Refusal) else f"The first process has stopped: {raised!r}"
+    value, failed = from_first((value, None if raised is None else said))
+    if raised is not None:
+        raise raised
+    if failed is not None:
+        raise Refusal(failed)
+    return value
 
 
 def from_all(value: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import Refusal
+from ldm.files.process import warn
 from ldm.types import Batch, Conditioned, Denoise, like
 
 
@@ -19,7 +20,7 @@ class CFG:
     batch.
 
     A request's field `negative.<field>` takes the place of `<field>` in the null condition; conditions without one are dropped
-    there. `rescale`, in [0, 1], works against over-exposure at large scales.
+    there, and one that is not heard is warned of. `rescale`, in [0, 1], works against over-exposure at large scales.
     """
 
     scale: float = 2.0
@@ -29,6 +30,7 @@ class CFG:
         """ask: the request's fields, B of each -> the guided estimate, (x_t, t) -> x_hat."""
         cond = model.condition(ask)
         if self.scale == 1:
+            say_unheard(ask, "guidance.scale=1")
             return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)
         both = cond.stack(model.condition(ask, only=()))
 
@@ -47,6 +49,12 @@ def refuse_negative(ask: Batch, guidance: str) -> None:
             f"guidance={guidance} takes no negative request, and found {negative}: take negative=... out, or use guidance=cfg, "
             "scales or interval."
         )
+
+
+def say_unheard(ask: Batch, setting: str) -> None:
+    """Warns of a negative request that changes nothing, since a guidance needs no null condition at this setting."""
+    if any(field.startswith("negative.") for field in ask):
+        warn(f"The negative request changes nothing at {setting}, which asks for no null condition.")
 
 
 def rescaled(x_hat: Tensor, x_cond: Tensor, rescale: float) -> Tensor:

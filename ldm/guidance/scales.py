@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import Refusal
+from ldm.guidance.cfg import say_unheard
 from ldm.types import Batch, Cond, Conditioned, Denoise
 
 
@@ -35,6 +36,7 @@ class Scales:
     def __call__(self, model: Conditioned, ask: Batch) -> Denoise:
         """ask: the request's fields, B of each -> the guided estimate, (x_t, t) -> x_hat."""
         if all(scale == 1 for scale in self.scales.values()):
+            say_unheard(ask, "guidance.scales of 1")
             cond = model.condition(ask)
             return lambda x_t, t, *to: model.denoiser(x_t, t, cond, *to)
         named, others = list(self.scales), [n for n in model.conditioner.embedders if n not in self.scales]

@@ -10,7 +10,7 @@ from ldm.errors import Refusal
 from ldm.interop.adapters import base_of, is_adapter, merge, read_all, with_towers, write_adapters
 from ldm.interop.convert import LAYOUTS, add_autoencoder, add_words, check, describe, read, write
 from ldm.interop.find import adapter_kinds
-from ldm.interop.hub import HUB, download, push
+from ldm.interop.hub import HUB, here, push
 
 KINDS = {"noise": "Noise", "velocity": "Velocity", "data": "Data", "flow": "Flow"}
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if told.push and told.push.count("/") != 1:
             raise Refusal(f"--push {told.push}: name a repository as ORG/NAME.")
-        source = str(download(told.source)) if told.source.startswith(HUB) else told.source
+        source = str(here(told.source))
         if is_adapter(source):
             _convert_adapter(told)
             return
@@ -57,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _convert_adapter(told: argparse.Namespace) -> None:
-    """An adapter from one layout into another, by the names of its base's weights."""
+    """An adapter from one layout into another, by the names of its base's weights.
+
+    Raises:
+        Refusal: a word that is for whole models.
+    """
+    if unread := [word for word in ("prediction", "autoencoder", "vocabulary", "push", "adapters") if vars(told)[word]]:
+        raise Refusal(f"--{unread[0]}: {told.source} is an adapter, and this is of whole models. Leave it out.")
     base = told.base or base_of(told.source)
     if base is None:
         raise Refusal(f"{told.source} is an adapter, which does not say of which model; name that: --base FOLDER.")

@@ -15,7 +15,7 @@ from ldm.files.folder import read_model, read_recipe, save_model
 from ldm.interop.bundle import Bundle
 from ldm.interop.find import adapter_kinds
 from ldm.interop.foreign import Foreign
-from ldm.interop.hub import HUB, download
+from ldm.interop.hub import HUB, here
 from ldm.interop.protocols import AdapterKind, Read
 
 
@@ -25,7 +25,7 @@ def read_adapter(source: str, name: str | None, recipe: Mapping[str, Any], weigh
     Raises:
         NotFound: nothing is there. Refusal: it is no adapter that is known, or of another model.
     """
-    found = Foreign(download(source) if source.startswith(HUB) else Path(source))
+    found = Foreign(here(source), source if source.startswith(HUB) else None)
     kind = next((kind for kind in adapter_kinds() if kind.recognise(found)), None)
     if kind is None:
         raise Refusal(f"adapters={source} {_instead(found)}")
@@ -44,7 +44,7 @@ def _instead(found: Foreign) -> str:
 
 def is_adapter(source: str) -> bool:
     """Whether a source is an adapter, of a run here or in another layout."""
-    path = download(source) if source.startswith(HUB) else Path(source)
+    path = here(source)
     if _is_ours(path):
         return True
     if not path.exists() or (path.is_dir() and (path / "model_index.json").is_file()):
@@ -58,7 +58,8 @@ def is_adapter(source: str) -> bool:
 
 def base_of(source: str) -> str | None:
     """The folder of the base that a run of adapters names; None of others' files."""
-    return str(read_recipe(Path(source))["base"]["path"]) if _is_ours(Path(source)) else None
+    path = here(source)
+    return str(read_recipe(path)["base"]["path"]) if _is_ours(path) else None
 
 
 def read_any(source: str, bundle: Bundle) -> Read:
@@ -79,10 +80,10 @@ def read_all(source: str, bundle: Bundle) -> dict[str, Read]:
     Raises:
         NotFound: nothing is there. Refusal: it is no adapter, or of another model.
     """
-    if not _is_ours(Path(source)):
+    if not _is_ours(path := here(source)):
         read = read_adapter(source, None, bundle.recipe, bundle.weights)[0]
         return {_member(read): read}
-    recipe, tensors = read_model(Path(source))
+    recipe, tensors = read_model(path)
     if len(recipe["adapters"]) == 1:
         return {name: Read(node, tensors) for name, node in recipe["adapters"].items()}
     kinds = {name: _kind(node) for name, node in recipe["adapters"].items()}
@@ -93,6 +94,14 @@ def read_all(source: str, bundle: Bundle) -> dict[str, Read]:
 
 def write_adapters(source: str, adapters: Mapping[str, Read], bundle: Bundle, base: str, target: Path, layout: str) -> None:
     """Adapters into a layout of theirs, of several into a folder; or, for `ldm`, into a folder like a run's.
+
+    Args:
+        source: where they are from, for errors.
+        adapters: by name, as they were read.
+        bundle: the model that they are of.
+        base: where that lies, for a run's folder.
+        target: file or folder that is written.
+        layout: `ldm`, or one that the kind of adapter has.
 
     Raises:
         Refusal: the layout has no place for one.

@@ -15,6 +15,7 @@ from ldm.interop.find import networks
 from ldm.interop.part._towers import CLIP_FILES
 
 UNSEEN = ("heads", "rotary", "tokens", "axes")  # how a transformer attends, which no tensor shows
+NAMED = 8  # of the tensors that were not taken
 
 
 def weights_for(
@@ -65,6 +66,16 @@ def check_unseen(here: Mapping[str, Any], there: Mapping[str, Any], source: str)
             )
 
 
+def check_still(still: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
+    """Raises Refusal where tensors that come from elsewhere, and stay, are others in the source."""
+    other = [name for name, x in still.items() if name in weights and not torch.equal(x.cpu(), weights[name].to(x.dtype))]
+    if other:
+        raise Refusal(
+            f"model.init={source} has another {other[0]}, which is frozen: its weights learned beside its own alone. For an "
+            f"autoencoder's encoder: autoencoder.weights={source}."
+        )
+
+
 @torch.no_grad()
 def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen: Sequence[str] = ()) -> str:
     """Copies what fits into the module's weights -> the list of what was taken, what is new and what was left.
@@ -76,7 +87,10 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     Raises:
         Refusal: another network, or nothing in common.
     """
-    own = {n: x for n, x in module.state_dict().items() if not any(n.startswith(f"{part}.") for part in frozen)}
+    still = {n: x for n, x in module.state_dict().items() if any(n.startswith(f"{part}.") for part in frozen)}
+    check_still(still, weights, source)
+    own = {n: x for n, x in module.state_dict().items() if n not in still}
+    weights = {n: x for n, x in weights.items() if n not in still}
     taken, grown, other, laid = [], [], [], []
     for name in sorted(own.keys() & weights.keys()):
         here, there = own[name], weights[name]
@@ -109,5 +123,5 @@ def begin(module: nn.Module, weights: Mapping[str, Tensor], source: str, frozen:
     return "\n".join(lines)
 
 
-def _few(names: list[str], most: int = 8) -> list[str]:
-    return names if len(names) <= most else [*names[:most], f"... and {len(names) - most} more"]
+def _few(names: list[str]) -> list[str]:
+    return names if len(names) <= NAMED else [*names[:NAMED], f"... and {len(names) - NAMED} more"]

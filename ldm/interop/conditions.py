@@ -47,9 +47,15 @@ def lacks_null(table: Tensor) -> bool:
     return len(table) == CLASSES + 1 and not table[-1].any()
 
 
-def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None) -> dict[str, Any]:
+def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None, edits: bool) -> dict[str, Any]:
     """What the map channels of a published U-Net of `channels` latent channels are, with its `table` of noise steps if any.
-    `told` names what else it is told.
+
+    Args:
+        spatial: the channels of the maps.
+        channels: of the latents.
+        told: names of what else it is told, such as `text` and `number`.
+        table: (steps, width), an embedding of the noise steps of an upscaler's map; None where it has none.
+        edits: whether the maps of an XL are an edit's, latents as InstructPix2Pix has them.
 
     Raises:
         Refusal: they are none that is known.
@@ -61,12 +67,13 @@ def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None) 
         node = {"_target_": "ldm.condition.upscale.Upscale", "_partial_": True, "steps": steps, "width": width}
         return {"upscale": node}
     known = {1 + channels: ("inpaint", "ldm.condition.inpaint.Inpaint"), 1: ("depth", "ldm.condition.depth_map.DepthMap")}
-    known |= {} if "number" in told else {channels: ("edit", EDIT)}
+    known |= {channels: ("edit", EDIT)} if edits or "number" not in told else {}
     if spatial not in known or not told:
         raise Refusal(
             f"The U-Net takes {spatial} channels beside the {channels} noisy ones{'' if told else ', and no text'}. Whole models "
             f"are known with, beside text: 1 (depth), {1 + channels} (inpainting), {channels} (InstructPix2Pix of Stable "
-            "Diffusion 1 and 2), and 3 with a table of noise steps (upscaling)."
+            "Diffusion 1 and 2; of XL where model_index.json names its pipeline, and not CosXL's), and 3 with a table of noise "
+            "steps (upscaling)."
         )
     name, target = known[spatial]
     return {name: {"_target_": target, "_partial_": True}}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.files.folder import read_json
-from ldm.files.weights import read_weights
+from ldm.files.pieces import read_pieces
 
 # What to do about quantised numbers.
 WHOLE = (
@@ -59,7 +59,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".gguf":
         raise Refusal(f"{path} is GGUF, quantised numbers. {WHOLE}")
-    weights = _joined(path) if path.suffix == ".json" else read_weights(path)
+    weights = read_pieces(path)
     lora = [name for name in weights if any(word in name for word in LORA)]
     if lora:
         raise Refusal(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model: it is put on one by adapters={path}.")
@@ -81,14 +81,3 @@ def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
         kind = str(x.dtype).removeprefix("torch.")
         if x.dtype.itemsize == 1 and x.dtype != torch.bool:
             raise Refusal(f"{path}: {name} is {kind}, quantised numbers. {WHOLE}")
-
-
-def _joined(path: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, which lie beside it."""
-    places = read_config(path)["weight_map"]
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        weights |= open_weights(path.parent / Path(name).name)
-    if lacking := sorted(places.keys() - weights.keys()):
-        raise Refusal(f"{path} tells of {len(lacking)} tensors that its files lack, such as {', '.join(lacking[:3])}.")
-    return weights

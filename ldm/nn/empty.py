@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 REGISTER = nn.Module.register_parameter
+PLANNED = False
 
 
 @contextmanager
@@ -20,6 +21,23 @@ def weighted() -> Iterator[None]:
     """A context within `weightless` in which modules are built with memory again, for those that load their own weights."""
     with _registering(REGISTER):
         yield
+
+
+@contextmanager
+def planned() -> Iterator[None]:
+    """A context, `weightless`, in which no tower reads its published weights either: what is built is only reckoned with."""
+    global PLANNED
+    before, PLANNED = PLANNED, True
+    try:
+        with weightless():
+            yield
+    finally:
+        PLANNED = before
+
+
+def is_planned() -> bool:
+    """Whether what is built is only reckoned with."""
+    return PLANNED
 
 
 def is_weightless() -> bool:

@@ -4,6 +4,7 @@ loss = of + align_weight * align,    align = - mean over patches of cos(projecto
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
 from ldm.errors import Refusal
-from ldm.objective._around import critic_in, frozen_in, meets
-from ldm.objective._ear import Ear, as_map, block_of
+from ldm.objective._around import Around, within
+from ldm.objective._ear import Ear, as_map, block_of, features_of
 from ldm.objective.dmd import DMD
 from ldm.objective.preference import Preference
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Draw, InTraining, Objective, Schedule
+from ldm.objective.regression import Regression
+from ldm.types import Batch, Cond, Draw, InTraining, Objective, Widths
 
 
 class Teacher(Protocol):
@@ -26,7 +27,7 @@ class Teacher(Protocol):
         """images: (B, 3, height, width) in [-1, 1] -> (B, D, h, w), without gradients."""
 
 
-class Align(nn.Module):
+class Align(Around):
     """Another objective, and hidden states of the backbone that, projected, point where the teacher's features of the picture do.
 
     The projector is trained with the model and serves for nothing else: it is neither averaged nor exported. The teacher is
@@ -34,13 +35,15 @@ class Align(nn.Module):
 
     Args:
         teacher: makes the frozen network; `weights`, where given, are the argument of that name.
-        width: features of the hidden states: `backbone.width`, times `backbone.mult` at that level of a U-Net.
+        width: features of the hidden states; None: what the model that it meets has there.
         layer: whose hidden states: 1 is the first of the backbone's blocks. The gradient of `align` reaches those up to it.
         align_weight: of the alignment; 0 leaves it out.
         until: the step from which on it is left out (https://arxiv.org/abs/2505.16792); None: never.
         projector: `mlp` has three layers, as in the paper; `convolution` is one of 3 x 3 (iREPA, https://arxiv.org/abs/2512.10794).
         hidden: features within the `mlp`.
-        of: makes the other objective from `time`, `weight`, `noise` and `distance`.
+        weights: of the teacher, handed to what makes it; None: its own default.
+        of: makes the other objective.
+        **parts: time, weight, noise and distance, of the other objective.
 
     Raises:
         Refusal: there is no such block, or its hidden states have another width; the batch has no pictures, or `of` sees others.
@@ -49,7 +52,7 @@ class Align(nn.Module):
     def __init__(
         self,
         teacher: Callable[..., Teacher],
-        width: int,
+        width: int | None = None,
         layer: int = 8,
         align_weight: float = 0.5,
         until: int | None = None,
@@ -57,24 +60,26 @@ class Align(nn.Module):
         hidden: int = 2048,
         weights: str | None = None,
         of: Callable[..., Objective] = Regression,
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
+        **parts: Any,
     ) -> None:
-        super().__init__()
-        self.of = of(time=time, weight=weight, noise=noise, distance=distance)
+        super().__init__(of, **parts)
         self.teacher = teacher() if weights is None else teacher(weights=weights)
         self.width, self.layer, self.align_weight, self.until = width, layer, align_weight, until
         outward = self.teacher.patches(torch.zeros(1, 3, 32, 32)).shape[1]
         check_sees_the_batch(self.of)
-        self.frozen, self.critic = frozen_in(self.of), critic_in(self.of)
-        self.projector = nn.Conv2d(width, outward, 3, padding=1) if projector == "convolution" else mlp(width, hidden, outward)
+        convolution = partial(nn.Conv2d, out_channels=outward, kernel_size=3, padding=1)
+        self.make = convolution if projector == "convolution" else partial(mlp, hidden=hidden, outward=outward)
+        self.projector = nn.Identity() if width is None else self.make(width)
         self.ear = Ear()
 
     def meet(self, model: Any) -> bool:
-        """As the other objective."""
-        return meets(self.of, model)
+        """Makes the projector for the model's hidden states, where no width is said; -> as the other objective."""
+        if self.width is None:
+            denoiser, channels = model.denoiser, model.autoencoder.channels
+            widths = model.conditioner.widths + Widths(vector=denoiser.span)
+            self.width = features_of(denoiser.backbone, self.layer, channels, widths)
+            self.projector = self.make(self.width)
+        return super().meet(model)
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents of batch's `image` -> what `of` says, with `align` in [-1, 1] in its loss."""
@@ -107,12 +112,13 @@ class Align(nn.Module):
 
 def check_sees_the_batch(of: Objective) -> None:
     """Raises Refusal around an objective whose network does not see the batch's pictures, one a sample."""
-    if isinstance(of, DMD):
+    inside = list(within(of))
+    if any(isinstance(one, DMD) for one in inside):
         raise Refusal(
             "objective=align around dmd: its network sees what it draws from noise itself, and never the batch's pictures, of "
             "which the teacher would tell. Align the model that it begins from, or use objective@objective.of=latent_consistency."
         )
-    if isinstance(of, Preference):
+    if any(isinstance(one, Preference) for one in inside):
         raise Refusal("objective=align around preference: its network sees two pictures of each request, and the teacher one.")
 
 

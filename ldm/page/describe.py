@@ -21,8 +21,8 @@ class Ready:
 def inputs_of(model: LatentModel) -> dict[str, Input]:
     """A model's fields, in order, with how a person writes each."""
     readers = {field: e for e in model.conditioner.embedders.values() for field in model.conditioner.fields_of(e)}
-    found = {field: embedder.input(field) for field, embedder in readers.items()}
-    return {field: one for field, one in found.items() if one is not None}
+    inputs = {field: embedder.input(field) for field, embedder in readers.items()}
+    return {field: one for field, one in inputs.items() if one is not None}
 
 
 def describe(models: Mapping[str, Ready], samplers: Sequence[str], adapters: Sequence[str]) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def describe(models: Mapping[str, Ready], samplers: Sequence[str], adapters: Seq
     fields: dict[str, Input] = {}
     for ready in models.values():
         fields = {**inputs_of(ready.model), **fields}
-    strengths = [{"source": one.source, "strength": one.strength} for one in asked(adapters)]
+    whole = {source for ready in models.values() for source in ready.model.whole}
+    strengths = [{"source": a.source, "strength": a.strength, "whole": a.source in whole} for a in asked(adapters)]
     return {
         "models": [{"name": name, **_usual(ready), "fields": list(inputs_of(ready.model))} for name, ready in models.items()],
         "fields": {field: asdict(one) for field, one in fields.items()},

@@ -1,6 +1,23 @@
-"""A count of the captions that are longer than a text tower's context."""
+"""Captions as a text tower takes them, and a count of those that are longer than its context."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from ldm.errors import Refusal
+
+
+def texts(values: Sequence[Any]) -> list[str]:
+    """B captions, as a batch has them -> the same.
+
+    Raises:
+        Refusal: one is no text, such as a whole record.
+    """
+    if strange := [value for value in values if not isinstance(value, str)]:
+        raise Refusal(
+            f"captions are texts, found a {type(strange[0]).__name__}: {strange[0]!r:.60}. Name the member of the samples that "
+            "holds them: data.fields.caption=txt."
+        )
+    return list(values)
 
 
 class Cut:

@@ -12,7 +12,7 @@ from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.folder import LOCAL, is_part, read_json
 from ldm.files.pieces import patterns_of, read_folder
 from ldm.files.weights import came_from
-from ldm.nn.empty import weighted, weightless
+from ldm.nn.empty import is_planned, weighted, weightless
 from ldm.tower.t5 import COMMON, SIZES, build_t5, encoder_of
 from ldm.tower.words import Words
 
@@ -32,6 +32,7 @@ def load_language(model: str, pretrained: bool, dtype: torch.dtype, option: str)
         NotFound: there is no such folder. Unreachable: the hub cannot be reached. Refusal: the files are of another model, or a
             package is missing.
     """
+    pretrained = pretrained and not is_planned()
     if not pretrained and model in SIZES:
         return _frozen(build_t5(COMMON | SIZES[model], model), dtype)
     folder = folder_of(model, f"{option}.model")
@@ -42,7 +43,7 @@ def load_language(model: str, pretrained: bool, dtype: torch.dtype, option: str)
     with weightless():
         tower = build_t5(config, str(folder / "config.json"))
     if not pretrained:
-        return _frozen(tower.to_empty(device=torch.get_default_device()), dtype)
+        return _frozen(tower if is_planned() else tower.to_empty(device=torch.get_default_device()), dtype)
     weights = encoder_of(read_folder(folder))
     shapes, given = ({name: x.shape for name, x in held.items()} for held in (tower.state_dict(), weights))
     if wrong := sorted({name for name, _ in shapes.items() ^ given.items()}):

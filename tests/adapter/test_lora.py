@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from helpers.language import save_t5
-from ldm.adapt import Asked, asked, attach
+from ldm.adapt import Asked, Given, asked, attach, put_on
 from ldm.adapter.lora import LoRA
 from ldm.build import adapted, build, build_stage, load_model
 from ldm.command.train import of_base, train
@@ -18,6 +18,7 @@ from ldm.compose import compose_config
 from ldm.errors import Refusal
 from ldm.files.base import identity_of
 from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors, with_parts, write_json
+from ldm.interop.adapters import base_of, is_adapter
 from ldm.nn.attention import split_attention
 from ldm.training.saved import read_checkpoint
 
@@ -277,6 +278,43 @@ def test_a_run_draws_alone_beside_others_and_without_peft(base, run, monkeypatch
         adapted(base, {"lora": LoRA()})
 
 
+def test_a_run_on_the_hub_draws_as_the_one_here(base, run, monkeypatch):
+    """As a model and as an adapter; it is known again by its content."""
+    for place in ("ldm.interop.hub.download", "ldm.interop.cache.download"):
+        monkeypatch.setattr(place, lambda source: Path(run))
+    here = load_model(run)
+    for there in (load_model("hf://me/mine"), load_model(base, adapters="hf://me/mine")):
+        assert torch.equal(said(there), said(here)) and there.adapters[0]["sha256"] == here.adapters[0]["sha256"]
+    with pytest.raises(Refusal, match="is at work already"):
+        load_model(run, adapters="hf://me/mine:0.5")
+    assert is_adapter("hf://me/mine") and base_of("hf://me/mine") == base
+
+
+class Plain:
+    """An adapter of one's own with nothing but what it needs."""
+
+    def attach(self, model):
+        return [NAME]
+
+    def owns(self, name):
+        return name == NAME
+
+    def apply(self, model, tensors, strength, base):
+        model.get_parameter(NAME).data = base[NAME] + strength * tensors[NAME]
+
+
+NAME = "denoiser.backbone.out.2.bias"
+
+
+def test_ones_own_adapter_needs_three_methods(base):
+    model, before = load_model(base), load_model(base).get_parameter(NAME)
+    put_on(model, [Given(Asked("mine", strength=0.5), {"plain": Plain()}, {NAME: torch.full_like(before, 2.0)}, "sha")])
+    assert torch.equal(model.get_parameter(NAME), before + 1) and model.whole == ()
+    model = load_model(base)
+    attach(model, {"plain": Plain(), "other": Plain()}, {})
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [NAME]
+
+
 def test_a_run_is_drawn_as_its_base(base, tmp_path):
     """With its sampler, guidance and precision; the size is that of the pictures that it learns from."""
     usual = {"sampler": {"steps": 7}, "guidance": {"scale": 3.0}, "precision": "bf16", "resolution": [8, 8]}
@@ -343,6 +381,12 @@ def test_other_mistakes_are_named(dit, base):
         adapted(dit, {"lora": LoRA(text=True)})
     with pytest.raises(Refusal, match=r"rates\.txt: the base has no such condition\. Did you mean `text`"):
         adapted(base, {}, {"txt": 0.5})
+    model = load_model(base)
+    model.conditioner.embedders["text"].drop_from = 0.05
+    with pytest.raises(Refusal, match=r"condition\.text\.drop_from=0\.05: wanted 0 to 1 - rate, and rates\.text=0\.96"):
+        attach(model, {}, {"text": 0.96})
+    with pytest.raises(Refusal, match=r"rates\.text=1\.5: wanted 0 \(never dropped\) to 1"):
+        attach(model, {}, {"text": 1.5})
     with pytest.raises(Refusal, match="would make it nothing"):
         LoRA(alpha=0)
     with pytest.raises(Refusal, match=r"begins from a model at rest: model\.init=FOLDER"):
@@ -359,7 +403,9 @@ def test_how_adapters_are_asked_for(tmp_path, monkeypatch):
     assert (one.name, one.source, one.strength, one.text) == ("<fox>", "a/b.pt", 0.5, -0.25)
     assert asked("hf://org/name:2")[0].source == "hf://org/name" and asked(None) == [] and asked(["a", "b"])[1].strength == 1
     (tmp_path / "x=y:1").touch()
-    assert asked(str(tmp_path / "x=y:1"))[0].source == str(tmp_path / "x=y:1")
+    place = str(tmp_path / "x=y:1")
+    assert asked(place)[0].source == place
+    assert asked([f"a={place}", f"b={place}:0.5:guess"]) == [Asked(place, "a"), Asked(place, "b", 0.5, guess=True)]
     with pytest.raises(Refusal, match=r"the strength 'strong' is no number"):
         asked("a.safetensors:strong")
     with pytest.raises(Refusal, match="adapters= names nothing"):

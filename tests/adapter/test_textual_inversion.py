@@ -15,8 +15,10 @@ from ldm.drawing.request import read_request
 from ldm.drawing.weights import weighted
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_recipe
+from ldm.page.describe import Ready, describe
 from ldm.training.saved import read_checkpoint
 
+USUAL = {"sampler": {"_target_": "a.b.C"}, "guidance": {}, "resolution": (8, 8)}
 ROWS = "conditioner.embedders.text.tower.token_embedding.rows"
 SPOKEN, PLAIN = ["a <fox>", "two <FOX>, dogs"], ["a red fox", ""]
 KINDS = {"masked": {"pooled": True}, "end": {"padding": 49407, "tokenizer": "clip"}, "zeros": {"padding": 0}}
@@ -137,6 +139,10 @@ def test_a_run_draws_alone_and_beside_others(words, run):
     assert not torch.equal(said(alone, prompts), said(load_model(base), prompts))
     assert torch.equal(said(alone, PLAIN), said(load_model(base), PLAIN))
     assert torch.equal(said(load_model(base, adapters=f"{run}:0"), prompts), said(load_model(base), prompts))
+    assert [one["whole"] for one in describe({"m": Ready(beside, {}, USUAL)}, [], [str(run), "b:0.5"])["adapters"]] == [
+        True,
+        False,
+    ]
     named = load_model(base, adapters=f"<fox>={run}")
     assert torch.equal(said(named, ["a <fox>", "two"]), said(alone, prompts))
     with pytest.warns(UserWarning, match="no prompt holds <fox>, which adapters= taught the model"):

@@ -14,7 +14,7 @@ from ldm.compose import CONFIGS
 ROOT = CONFIGS.parent
 PAGES = ("README.md", "docs/own.md")
 FILE = re.compile(r"`(mine/[\w/]+\.(?:py|yaml))`,?\n\n```\w+\n(.*?)```", re.S)
-COMMAND = re.compile(r"^python (\w+)\.py (.*\[mine\].*[^.])$", re.M)
+COMMAND = re.compile(r"^python (\w+)\.py (.*\[mine\](?:.*\\\n)?.*[^.])$", re.M)
 SMALL = {  # what is added to a page's commands, for them to take no minutes
     "train": ["trainer.max_steps=1", "trainer.accelerator=cpu", "data.batch=4", "data.workers=0", "logger=[]"],
     "sample": ["sampler.steps=1", "out=samples", "resolution=8"],
@@ -23,7 +23,7 @@ SMALL = {  # what is added to a page's commands, for them to take no minutes
 
 
 def commands(page):
-    return [(name, shlex.split(words)) for name, words in COMMAND.findall((ROOT / page).read_text())]
+    return [(name, shlex.split(words.replace("\\\n", ""))) for name, words in COMMAND.findall((ROOT / page).read_text())]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,6 @@ def package(tmp_path_factory):
         for name, text in FILE.findall((ROOT / page).read_text()):
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             (home / name).write_text(text)
-    for folder in (home / "mine", home / "mine" / "configs"):
-        (folder / "__init__.py").touch()
     return home
 
 

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from helpers.finetune import at_rest, command, said, text_of
+from helpers.processes import together, torchrun
 from ldm.build import load_model
 from ldm.command.prior import prior
 from ldm.command.sample import sample
@@ -12,6 +13,7 @@ from ldm.command.train import train
 from ldm.compose import compose_config
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_json, read_recipe
+from ldm.files.process import by_first, meet
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,30 @@ def test_another_model_or_prompt_is_refused(base, five, tmp_path):
     (tmp_path / "y" / "a.txt").touch()
     with pytest.raises(Refusal, match=r"holds other files and no prior\.json"):
         drawn(base, tmp_path / "y")
+
+
+def test_what_the_first_process_refuses_all_do(base, tmp_path):
+    """And what else ends it there the others are told of, instead of losing it."""
+    (tmp_path / "a.txt").touch()
+    failing = iter([None, OSError("no space"), Refusal("not here")])
+
+    def task():
+        meet()
+        for out in (tmp_path, None, None):
+            try:
+                by_first(lambda: raises(error)) if (error := next(failing)) else drawn(base, out)
+            except (Refusal, OSError) as error:
+                print(type(error).__name__, error)
+
+    codes, said = together(task, torchrun(2), tmp_path)
+    assert codes == [0, 0]
+    for lines, second in zip(map(str.splitlines, said), ("OSError no space", "Refusal The first process has stopped: OSError")):
+        assert "holds other files and no prior.json" in lines[0] and lines[1].startswith(second)
+        assert lines[2] == "Refusal not here"
+
+
+def raises(error):
+    raise error
 
 
 def test_dreambooth_trains_beside_them(base, five, tmp_path, capsys):

@@ -84,6 +84,9 @@ def test_a_negative_takes_the_place_of_its_own_condition_alone():
     torch.testing.assert_close(CFG(2.5)(model, asked)(X, T), x_null + 2.5 * (x_cond - x_null), atol=1e-4, rtol=1e-3)
     same = Scales({"a": 2.5, "b": 2.5, "c": 2.5})(model, asked)(X, T)
     torch.testing.assert_close(same, CFG(2.5)(model, asked)(X, T), atol=1e-3, rtol=1e-3)
+    for unheard in (CFG(1.0), Scales({"a": 1.0, "b": 1.0}), Interval(inner=CFG(1.0))):
+        with pytest.warns(UserWarning, match=r"negative request changes nothing at guidance\.scale"):
+            unheard(model, asked)
     assert torch.equal(Interval(low=1e9)(model, asked)(X, T), Unguided()(model, ask)(X, T))
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from helpers.training import adam, diffusion, small, trainer
 from ldm.autoencoder.identity import Identity
 from ldm.backbone.dit import DiT
+from ldm.backbone.mlp import MLP
+from ldm.backbone.unet import UNet
 from ldm.conditioner import Conditioner
 from ldm.denoiser import Denoiser, LogRatio
 from ldm.extractor.clip import Clip
@@ -20,6 +22,7 @@ from ldm.objective.dmd import DMD
 from ldm.objective.latent_consistency import LatentConsistency
 from ldm.objective.preference import Preference
 from ldm.objective.regression import Regression
+from ldm.objective.route import Routing
 from ldm.objective.uncertainty import Uncertainty
 from ldm.prediction import Flow
 from ldm.schedule import Linear
@@ -104,6 +107,44 @@ def test_other_numbers_of_patches_are_brought_together():
     assert -1 <= objective(model, BATCH, BATCH["image"], Cond(), DRAW)["align"] <= 1
 
 
+def test_only_patches_are_compared_where_registers_and_tokens_stand_before_them():
+    """The last tokens of the sequence, whichever samples the registers and the caption have; with routing they are fewer."""
+    torch.manual_seed(0)
+    settings = {"size": 8, "patch": 2, "width": 16, "depth": 4, "heads": 2, "registers": 3, "tokens": "joint"}
+    net, heard = DiT(3, Widths(tokens=8), **settings), []
+    net.blocks[1].register_forward_hook(lambda *call: heard.append(call[-1]))
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.2)
+    model, objective = transformer(), align()
+    model.denoiser.backbone = net
+    cond = Cond(tokens=torch.randn(4, 9, 8), mask=torch.arange(9).expand(4, 9) < 7)
+    said = objective(model, BATCH, BATCH["image"], cond, DRAW)
+    assert heard[0].shape == (4, 3 + 7 + 16, 16)
+    patches = heard[0][:, 10:].transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(said["align"], objective.alignment(patches, Teacher().patches(BATCH["image"])))
+    with pytest.raises(ValueError, match="no feature a patch"):  # 3 + 7 + 8 tokens are more than there are patches
+        align(of=partial(Routing, first=1, last=3))(model, BATCH, BATCH["image"], cond, DRAW)
+    said = align(layer=4, of=partial(Routing, first=1, last=3))(model, BATCH, BATCH["image"], cond, DRAW)
+    assert -1 <= said["align"] <= 1
+
+
+UNET = partial(UNet, 3, Widths(), width=8, mult=(1, 3), res_blocks=1, depth=(0, 0), heads=1, groups=4)
+
+
+@pytest.mark.parametrize("make, layer, wanted", [(None, 2, 16), (UNET, 1, 8), (UNET, 5, 24)], ids=["dit", "unet", "middle"])
+def test_the_width_is_the_models_that_it_meets(make, layer, wanted):
+    model, objective = transformer(), align(width=None, layer=layer)
+    model.denoiser.backbone = model.denoiser.backbone if make is None else make()
+    assert not objective.meet(model) and objective.projector[0].in_channels == wanted
+    assert -1 <= objective(model, BATCH, BATCH["image"], Cond(), DRAW)["align"] <= 1
+    assert not any(p.is_meta for p in model.parameters())
+    with pytest.raises(ValueError, match=r"objective\.layer=99: the backbone has"):
+        align(width=None, layer=99).meet(model)
+    model.denoiser.backbone = MLP(3, Widths(), size=16, width=8)
+    with pytest.raises(ValueError, match=r"objective\.width must be said.*no feature a patch"):
+        align(width=None, layer=1).meet(model)
+
+
 def test_what_does_not_fit_is_named():
     model, x = transformer(), BATCH["image"]
     with pytest.raises(ValueError, match=r"objective\.layer=5: the backbone has 4 blocks"):
@@ -113,13 +154,15 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="latents made ahead of time have no `image`"):
         align()(model, {"moments": x, "position": POSITION}, x, Cond(), DRAW)
     with pytest.raises(ValueError, match="no feature a patch"):
-        as_map(torch.zeros(4, 15, 16), x)
+        as_map(torch.zeros(4, 15, 16), x, model.denoiser.backbone)
 
 
 @pytest.mark.parametrize("of, why", [(DMD, "never the batch's pictures"), (Preference, "two pictures of each request")])
 def test_around_what_sees_other_pictures_it_is_refused(of, why):
     with pytest.raises(ValueError, match=why):
         align(of=partial(of, transformer))
+    with pytest.raises(ValueError, match=why):
+        align(of=partial(Routing, of=partial(of, transformer)))
 
 
 def test_around_a_distillation_it_hears_the_models_own_call():

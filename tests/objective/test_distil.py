@@ -16,6 +16,7 @@ from ldm.condition.text import Text
 from ldm.conditioner import Conditioner
 from ldm.denoiser import DataTime, Denoiser
 from ldm.model import LatentModel
+from ldm.nn.empty import weightless
 from ldm.objective.dmd import DMD, direction, draw_along
 from ldm.objective.latent_consistency import LatentConsistency
 from ldm.objective.preference import Preference
@@ -123,7 +124,7 @@ def test_lcms_loss_of_the_exact_consistency_function_is_the_teachers_step_error(
     for steps in (50, 100):
         objective = LatentConsistency(lambda: Model(Gaussian(Cosine())), steps, scale=1.0)
         t = ((0.3 + 0.4 * DRAW.uniform("t").double()) * 50).ceil() / 50  # a time of both grids
-        objective.regression.time = lambda u, schedule, t=t: t
+        objective.time = lambda u, schedule, t=t: t
         losses.append(objective(Model(ExactConsistency(Cosine())), {}, x, Cond(), DRAW)["loss"].item())
     assert losses[0] / losses[1] == pytest.approx(16, rel=0.2)
 
@@ -168,6 +169,8 @@ def test_a_discriminators_losses_are_the_published_ones():
 def test_a_discriminator_learns_to_tell_and_its_wrong_width_is_named(emoji_root, tmp_path):
     stage = stage_of(DMD(teacher, adversarial=0.1, width=8))
     before = stage.objective.judge.head[0].weight.clone()
+    unsaid = stage_of(DMD(teacher, adversarial=0.1))
+    assert unsaid.objective.judge.head[0].weight.shape == before.shape and len(unsaid.critic) == len(stage.critic)
     fit(stage, emoji_root, tmp_path, 1)
     assert not torch.equal(stage.objective.judge.head[0].weight, before)
     with pytest.raises(ValueError, match=r"of fake says 8 features a patch: objective\.width=8 \(found 4\)"):
@@ -187,6 +190,12 @@ def reader(clip_folder, labels=False):
     conditioner = Conditioner({**told, "text": Text(f"local-dir:{clip_folder}", pooled=True)})
     net = MLP(3, conditioner.widths, size=4, width=8, depth=1)
     return LatentModel(Identity(), conditioner, Denoiser(net, Linear(), Flow(), DataTime()))
+
+
+def test_a_plan_counts_a_text_that_both_models_have_once(clip_folder):
+    with weightless():
+        model, objective = reader(clip_folder), LatentConsistency(lambda: reader(clip_folder))
+    assert objective.meet(model) and objective.teacher.shared == ["text"]
 
 
 @pytest.mark.parametrize("labels", [False, True])

@@ -57,8 +57,9 @@ function buildForm() {
     input.box = make(control ? "label" : "div", { className: "field" }, title, input.element);
     $("fields").append(input.box);
   }
-  about.adapters.forEach(({ source, strength }) => {
-    const slider = make("input", { type: "range", min: Math.min(-1, strength), max: Math.max(2, strength), step: 0.05, value: strength });
+  about.adapters.forEach(({ source, strength, whole }) => {
+    const range = whole ? { min: 0, max: 1, step: 1 } : { min: Math.min(-1, strength), max: Math.max(2, strength), step: 0.05 };
+    const slider = make("input", { type: "range", ...range, value: strength });
     const said = make("output", { textContent: strength });
     slider.addEventListener("input", () => { said.textContent = slider.value; });
     sliders.push(slider);
