@@ -218,7 +218,8 @@ def load_autoencoder(path: str) -> nn.Module:
     if not (folder / "model.safetensors").is_file():
         raise NotFound(
             f"There is no autoencoder in {path} (model.safetensors is missing). Train one first: "
-            f"{command_line('train')} experiment=emoji/autoencoder {as_run(folder)}; or name another: autoencoder.path=FOLDER."
+            f"{command_line('train')} experiment=emoji/autoencoder {as_run(folder)}; or name another: autoencoder.path=FOLDER; "
+            "published ones come by `ldm convert hf://stabilityai/sd-vae-ft-ema FOLDER --to ldm`."
         )
     with weightless():
         autoencoder = build(without_usual(read_recipe(folder))[0], narrowed(UNDER_WAY.get()))

@@ -17,7 +17,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm.compose import compose_config
-from ldm.files.folder import write_json
 from ldm.files.table import once_a_minute
 from ldm.run_id import VOLATILE
 
@@ -67,9 +66,10 @@ def run(minutes: float) -> None:
     numbers, shown = judge(timed)
     seconds["total"] = round(sum(seconds.values()), 1)
     metrics = {**numbers, "seconds": seconds, "minutes": minutes, "steps": steps, **surroundings()}
-    write_json(metrics, HOME / "metrics.json")
+    from ldm.files.folder import write_json
     from ldm.report.quickstart import write_report
 
+    write_json(metrics, HOME / "metrics.json")
     write_report(HOME, metrics, shown)
     print(f"Took {seconds['total']:,.0f} s; every number is in {HOME / 'metrics.json'}. Look at it: {HOME / 'report.html'}")
 
@@ -83,6 +83,8 @@ def recipe_name(experiment: str) -> str:
 
 def set_aside(plan: dict[str, Any]) -> None:
     """Keeps a quickstart of another length or recipe: its folder is renamed, not overwritten or mixed with this one."""
+    from ldm.files.folder import write_json
+
     path = HOME / "plan.json"
     if path.is_file() and (before := json.loads(path.read_text())) != plan:
         aside = HOME.with_name(f"quickstart-{before['minutes']:g}-minutes-{int(path.stat().st_mtime)}")

@@ -38,8 +38,10 @@ def download(source: str) -> Path:
                 hf_hub_download(name, file, local_files_only=True) if file else snapshot_download(name, local_files_only=True)
             )
         except OSError:
-            why = " ".join(str(error).split())
-            raise Unreachable(f"{source} was not fetched before, and is not had now: {why} {_mend(name, file, error)}") from error
+            why = " ".join(str(error).split()).rstrip(".")
+            raise Unreachable(
+                f"{source} was not fetched before, and is not had now: {why}. {_mend(name, file, error)}"
+            ) from error
 
 
 def repository(source: str) -> tuple[str, str]:

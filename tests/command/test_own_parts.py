@@ -61,7 +61,7 @@ def test_readmes_backbone_trains_as_it_is_written(beside, package, capfd):
     assert "not available" not in capfd.readouterr().err
 
 
-def test_ones_own_condition_objective_callback_and_metric(beside, package, capfd):
+def test_ones_own_parts(beside, package, capfd):
     """Trained, asked for when drawing, and measured, by the page's own commands."""
     train, sample, evaluate = commands("docs/own.md")[-3:]
     small = ["callback.counting.every=1", "autoencoder=identity", "backbone=mlp", "backbone.width=8", "data.size=8"]
@@ -69,6 +69,8 @@ def test_ones_own_condition_objective_callback_and_metric(beside, package, capfd
     assert "4 samples were seen" in capfd.readouterr().out
     beside(*sample)
     asked = json.loads((package / "samples" / "request.json").read_text())["asked"]
+    drawn = json.loads((package / "samples" / "request.json").read_text())
+    assert [drawn[part]["_target_"] for part in ("sampler", "guidance")] == ["mine.leap.Leap", "mine.fading.Fading"]
     assert asked == {"brightness": [-0.5, 0.5]} and (package / "samples" / "00001.png").is_file()
     beside(evaluate[0], evaluate[1])
     numbers = json.loads((package / "runs/mine/evaluation/metrics.json").read_text())

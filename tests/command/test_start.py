@@ -21,6 +21,8 @@ def say(name):
     print("after", name, sorted({"torch", "torchvision", "numpy", "pytorch_lightning", "open_clip"} & set(sys.modules)))
 
 runs, data, tiny = sys.argv[1], sys.argv[2:5], sys.argv[5:]
+import ldm.command.quickstart
+print("after the quickstart's import", sorted({"torch", "tqdm"} & set(sys.modules)))
 for name in ("train", "sample", "evaluate", "precompute"):
     with suppress(SystemExit):
         called(import_module(f"ldm.command.{name}").main, "--help")
@@ -57,6 +59,7 @@ def answer(tmp_path_factory, clip_folder, emoji_root):
 
 def test_help_comes_at_once(answer):
     """Nothing heavy is imported before the config is composed."""
+    assert "after the quickstart's import []" in answer, "tqdm reads as it is imported how often it is to print"
     for command in ("train", "sample", "evaluate", "precompute"):
         assert f"after {command} --help []" in answer
     assert answer.count("Choices, GROUP=NAME") == 4 and "sampler: consistency, ddim, ddpm, dpmpp" in answer
