@@ -30,6 +30,7 @@ MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacke
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
 NEAR_SRGB = 3  # of 255: profiles that change no colour by more than this are taken for sRGB
 ASIDE = ("__MACOSX", "@eaDir")  # folders that archivers and storage servers fill with copies of their own
+REQUEST = "request.json"  # what drawing writes beside its pictures, with these:
 SHEET = re.compile(r"grid\.png|\d{5,}\..+\.png")  # of `ldm sample`, beside 00000.png
 ORIENTATION = 0x0112  # of EXIF
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps it
@@ -72,7 +73,7 @@ def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 def sheets(files: Sequence[Path]) -> set[Path]:
     """-> those of some files that `ldm sample` wrote beside the pictures it drew: grid.png, and maps such as 00000.edges.png."""
-    folders = [{file.parent for file in files if file.name == name} for name in ("request.json", "grid.png", "00000.png")]
+    folders = [{file.parent for file in files if file.name == name} for name in (REQUEST, "grid.png", "00000.png")]
     drawn = set.intersection(*folders)
     return {file for file in files if file.parent in drawn and SHEET.fullmatch(file.name)}
 
