@@ -1,6 +1,6 @@
 """A style taught to the emoji model by a LoRA, and what it cost:  python -m benchmarks.blueprint make|measure [RUN ...]
 
-`make` writes 512 training pictures in blue duotone, captioned "... blueprint", into runs/blueprint/pictures and the base's own
+`make` writes 512 training pictures in blue duotone, captioned "... <blueprint>", into runs/blueprint/pictures and the base's own
 drawings of these and 128 other captions into runs/blueprint/prior; then python train.py experiment=emoji/lora; `measure RUN` says
 whether 128 captions of neither come out blue and in their own shape, and what the LoRA did to captions without the word.
 """
@@ -24,7 +24,7 @@ from ldm.files.picture import to_bytes
 HOME, BASE = Path("runs/blueprint"), "runs/quickstart/diffusion"
 DARK, LIGHT = torch.tensor([10.0, 36.0, 99.0]) / 127.5 - 1, torch.tensor([235.0, 245.0, 255.0]) / 127.5 - 1
 GREY = torch.tensor([0.299, 0.587, 0.114])
-WORD = "blueprint"
+WORD = "<blueprint>"  # that the recipe teaches; beginning as "with", which leaves most captions what they are
 INSTANCES, PRIOR, ASKED, FIRST = 512, 128, 128, 160
 CLOSE = 0.1  # of [-1, 1]: the mean distance to the ramp below which a picture counts as blue; photographs have 0.3 and more
 

@@ -19,10 +19,10 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from benchmarks.options import options, prepare, setting
-from benchmarks.page import put
+from benchmarks.options import prepare
 from benchmarks.peers import CASES, pair, unet_settings
-from benchmarks.race import HEAD, race
+from benchmarks.race import race
+from benchmarks.steps import race_steps
 from ldm.adapter.controlnet import ControlNet
 from ldm.adapter.lora import LoRA
 from ldm.condition.hint import Hint
@@ -39,18 +39,7 @@ THEIRS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 def main():
     """Measures what is asked for."""
-    parser = options(__doc__.splitlines()[0], WORK, rounds=15)
-    parser.add_argument("--part", type=int, default=4, help="divides the width")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    asked = parser.parse_args()
-    for name in asked.what:
-        size = asked.size or CASES[NAME].size
-        result = measure(name, size, asked)
-        how = f"{setting(asked, size)}, width / {asked.part}{', autocast to bfloat16' * asked.bf16}"
-        row = [name, how, *result.cells(), result.speed(asked.batch)]
-        print(*row, sep=" | ", flush=True)
-        if not asked.dry:
-            put("Fine-tuning", ["work", "setting", *HEAD, "pictures/s"], row, keys=2)
+    race_steps(__doc__, WORK, lambda name: NAME, measure, ("Fine-tuning", "work"))
 
 
 def measure(name, size, asked):

@@ -31,11 +31,7 @@ def main():
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as runs:
         home, shared = Path(runs) / "quickstart", [f"runs={runs}", f"data.root={runs}/data"]
-        for name in ("clip", "autoencoder"):
-            stage = build_stage(compose_config("train", [f"experiment=emoji/{name}", *shared]))
-            if name == "autoencoder":
-                stage.autoencoder.count += 1  # as if its latents had been measured
-            stage.export(home / name)
+        write_untrained(home, shared)
         options = [f"model={home}/autoencoder", f"out={home}/latents", *shared, "condition=[text]", *TEXT, "half=true"]
         precompute(compose_config("precompute", options))
         latents = ["data=latents", f"runs={runs}", "autoencoder=cached"]
@@ -45,6 +41,15 @@ def main():
             "latents and embeddings": [*latents, *CACHED, *PARTS],
         }
         race({name: steps(compose_config("train", ["experiment=emoji/text", *way])) for name, way in ways.items()}, rounds)
+
+
+def write_untrained(home, shared):
+    """Into the folder `home`, the CLIP and the autoencoder of the emoji's recipes; `shared` are settings of all commands."""
+    for name in ("clip", "autoencoder"):
+        stage = build_stage(compose_config("train", [f"experiment=emoji/{name}", *shared]))
+        if name == "autoencoder":
+            stage.autoencoder.count += 1  # as if its latents had been measured
+        stage.export(home / name)
 
 
 def steps(config):

@@ -20,6 +20,7 @@ def options(purpose, names, rounds):
     parser.add_argument("--compile", action="store_true", help="compile both, and lay both out channels last")
     parser.add_argument("--mode", default="default", help="torch.compile's, such as reduce-overhead (CUDA graphs)")
     parser.add_argument("--dry", action="store_true", help="print, and leave the page alone")
+    parser.set_defaults(tell=None)
     return parser
 
 

@@ -47,12 +47,12 @@ UNETS = {
     "SDXL": Case(Widths(tokens=2048, vector=2816), 128, SDXL),
 }
 DITS = {"DiT-XL/2": Case(Widths(vector=1152), 32, {"width": 1152, "depth": 28, "heads": 16, "learn_range": True})}
-# At their published widths, with a few of their blocks, so that both fit into a machine's memory.
+# At their published widths, with 4 of their blocks, of Flux 1 + 2, so that both fit into a machine's memory.
 STREAMS = {
-    "SD3 (4 blocks)": Case(Widths(tokens=4096, vector=2048), 128, {"depth": 4}),
-    "SD3.5 medium (4 blocks)": Case(Widths(tokens=4096, vector=2048), 128, {"depth": 4, "again": 3, "norm_heads": True}),
-    "Flux (1 + 2 blocks)": Case(Widths(tokens=4096, vector=768), 128, {"depth": 1, "single": 2}),
-    "PixArt (4 blocks)": Case(Widths(tokens=4096), 64, {"size": 64, "depth": 4, "shared": True}),
+    "SD3": Case(Widths(tokens=4096, vector=2048), 128, {"depth": 4}),
+    "SD3.5": Case(Widths(tokens=4096, vector=2048), 128, {"depth": 4, "again": 3, "norm_heads": True}),
+    "Flux": Case(Widths(tokens=4096, vector=768), 128, {"depth": 1, "single": 2}),
+    "PixArt": Case(Widths(tokens=4096), 64, {"size": 64, "depth": 4, "shared": True}),
 }
 CASES = UNETS | DITS | STREAMS
 

@@ -4,6 +4,8 @@ import os
 import sys
 from importlib import import_module
 
+from ldm.files.table import once_a_minute
+
 COMMANDS = {
     "train": "trains one stage: experiment=emoji/text",
     "sample": "draws pictures: model=RUN prompt='[red apple,fox]'",
@@ -41,6 +43,7 @@ def main() -> None:
         print("\n`ldm COMMAND --help` says what a command takes; `ldm list experiment` what can be trained.")
         unknown = [word for word in sys.argv[1:2] if word not in ("-h", "--help")]
         sys.exit(f"\nerror: there is no command `{unknown[0]}`.{nearest(unknown[0], list(COMMANDS))}" if unknown else 0)
+    once_a_minute()
     from ldm.files.process import end_soon
 
     end_soon()

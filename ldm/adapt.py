@@ -27,6 +27,7 @@ WORDS = re.compile(
     r"(?::(?P<strength>(?!guess\Z)[^:/]+))?(?::(?P<text>(?!guess\Z)[^:/]+))?(?P<guess>:guess)?",
     re.S,
 )
+NAMED = re.compile(r"[^=/:]+=")  # how a word begins that names its adapter
 NAMES = ("name", "word")  # what NAME= means of an adapter
 TEXT = "conditioner."  # where the names of a text's tensors begin
 
@@ -54,7 +55,7 @@ class Adapter(Protocol):
 class Wrapper(Protocol):
     """An adapter that may put itself around the network."""
 
-    wraps: bool  # whether it does, and so is trained alone and comes after those that change the network's own weights
+    wraps: int  # 0: it does not; 1: around the network, after those that change its own weights; 2: around what is in it, last
 
 
 @runtime_checkable
@@ -64,9 +65,9 @@ class Switch(Protocol):
     scales: bool  # whether strengths other than 0 and 1 mean something for it
 
 
-def wraps(adapter: Adapter) -> bool:
-    """Whether an adapter puts itself around the network."""
-    return isinstance(adapter, Wrapper) and adapter.wraps
+def wraps(adapter: Adapter) -> int:
+    """Whether an adapter puts itself around the network, and how late."""
+    return adapter.wraps if isinstance(adapter, Wrapper) else 0
 
 
 def scales(adapter: Adapter) -> bool:
@@ -76,8 +77,15 @@ def scales(adapter: Adapter) -> bool:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a person asks for: a source, its name if it has one, its strength; `text` is the strength of its text, if another;
-    `guess`: a ControlNet in its guess mode."""
+    """What a person asks for by `adapters=`.
+
+    Args:
+        source: a run, a folder, a file, or an address.
+        name: of the adapter, if it is given one.
+        strength: how much of it is put to work; 1 is all.
+        text: the strength of its part for the text tower, if another.
+        guess: a ControlNet draws in its guess mode.
+    """
 
     source: str
     name: str | None = None
@@ -116,8 +124,10 @@ def asked(words: str | Sequence[str] | None) -> list[Asked]:
 def _asked(word: str) -> Asked:
     if Path(word).exists():
         return Asked(word)
-    ends = [i for i in range(len(word), 0, -1) if word[i : i + 1] == ":"]  # a path may have = and : in it
-    place = next((word[:i] for i in ends if Path(word[:i]).exists()), None)
+    named = NAMED.match(word)
+    ends = [len(word), *(i for i in range(len(word), 0, -1) if word[i : i + 1] == ":")]  # a path may have = and : in it
+    parts = (word[begin:end] for begin in (0, *([named.end()] if named else [])) for end in ends)
+    place = next((part for part in parts if part and Path(part).exists()), None)
     found = WORDS.fullmatch(word if place is None else word.replace(place, "there", 1))
     if found is None:
         raise Refusal(

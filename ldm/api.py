@@ -21,6 +21,7 @@ from ldm.command.sample import draw as run_draw
 from ldm.command.train import train as run_train
 from ldm.compose import compose_config
 from ldm.drawing.generate import Watch
+from ldm.drawing.precision import hold, precision_of
 from ldm.errors import Refusal
 from ldm.files.device import device_of
 from ldm.files.picture import from_bytes, to_bytes, to_srgb, to_tensor
@@ -120,6 +121,7 @@ class Pipeline:
         given |= {"guidance": None if isinstance(guidance, int | float | str) else guidance}
         config |= {name: value for name, value in given.items() if value is not None}
         config |= {"allow": list(self.allow), "seed": seed, "ask": {**config["ask"], **(ask or {})}}
+        hold(self.model.denoiser.backbone, self.usual, precision_of(config["precision"], self.usual, self.device))
         images, _ = run_draw(self.model, self.usual, config, (*build.ALLOWED, *self.allow), lambda line: None, watch)
         return images if output == "pt" else to_pil(images)
 
@@ -169,8 +171,10 @@ def load(
     recipe = recipe_of(folder)
     if recipe.get("_target_", "").startswith("ldm.autoencoder."):
         return Pipeline(None, build.load_autoencoder(str(folder)).to(place), recipe.get("usual", {}), allow)
-    whole = build.load_model(folder, allow, adapters, base).to(place)
-    return Pipeline(whole, whole.autoencoder, recipe.get("usual", {}), allow)
+    whole, usual = build.load_model(folder, allow, adapters, base), recipe.get("usual", {})
+    hold(whole.denoiser.backbone, usual, precision_of(None, usual, place))
+    whole.to(place)
+    return Pipeline(whole, whole.autoencoder, usual, allow)
 
 
 def train(experiment: str | None = None, settings: Sequence[str] = ()) -> Path:
@@ -201,7 +205,7 @@ def batches(data: str = "emoji", settings: Sequence[str] = (), split: Literal["t
     module = build.build(config.data, build.allowed(config))
     module.prepare_data()
     module.setup()
-    if not (module.train_set if split == "train" else module.val_set):
+    if split != "train" and not module.val_set:
         raise Refusal(f"data={data} has no {split} samples; name them: data.{split}=PATH.")
     return (module.on_after_batch_transfer(batch, 0) for batch in module.ordered(split, module.batch))
 

@@ -120,7 +120,15 @@ def assemble(
 ) -> LatentModel:
     """A latent model of its parts; partials are told what they work on: conditions the autoencoder, the backbone the widths.
 
-    `span`, of a flow map, is the width of what it is told of its second time.
+    Args:
+        autoencoder: the first stage.
+        condition: the conditions by name.
+        backbone: makes the network from `channels` and `widths`.
+        schedule: t -> (alpha, sigma).
+        prediction: what the network says.
+        level: how the network is told the noise level.
+        unit_input: whether x_t is scaled to unit variance before the network sees it.
+        span: of a flow map, the width of what it is told of its second time; 0 for any other.
     """
     conditioner = Conditioner({n: e(autoencoder=autoencoder) if isinstance(e, partial) else e for n, e in condition.items()})
     network = backbone(channels=autoencoder.channels, widths=conditioner.widths + Widths(vector=span))
@@ -167,23 +175,26 @@ def build_stage(config: DictConfig, begins: bool = True) -> Any:
     if begins and config.model.init is not None and recipe.get("_target_") != ADAPTED:
         from ldm.interop.begin import begin  # which loads open_clip and torchvision
 
-        weights = _beginning(stage.trains, config.model.init, recipe)
-        print(begin(stage.get_submodule(stage.trains), weights, config.model.init, frozen), flush=True)
+        weights, part = _beginning(stage.trains, config.model.init, recipe), f"{stage.trains}."
+        elsewhere = [name.removeprefix(part) for name in stage.frozen if name.startswith(part)]
+        print(begin(stage.get_submodule(stage.trains), weights, config.model.init, elsewhere), flush=True)
     return stage
 
 
 def _beginning(part: str, source: str, recipe: Mapping[str, Any]) -> dict:
     """The weights that `model.init` names: of a run that is not exported yet its newest checkpoint, else of a model at rest."""
-    from ldm.interop.begin import weights_for
+    from ldm.interop.begin import check_unseen, weights_for
     from ldm.interop.cache import is_named
 
     source = in_our_layout(source) if is_named(source) else source
     path = Path(source)
     unfinished = path.is_dir() and not any(path.glob("*.safetensors")) and newest(path) is not None
     if unfinished or (path.suffix == ".ckpt" and is_own(path)):
-        return from_checkpoint(path, part)[1]
+        there, weights = from_checkpoint(path, part)
+        check_unseen(recipe, there, source)
+        return weights
     kind = recipe["prediction"]["_target_"].split(".")[-1] if "prediction" in recipe else None
-    return weights_for(part, source, kind)
+    return weights_for(part, source, kind, recipe)
 
 
 def frozen_parts(model: LatentModel) -> list[str]:
@@ -248,9 +259,9 @@ def load_model(
     elif base is not None:
         raise Refusal(f"base={base}: {path} is a whole model and stands on no base.")
     model = _whole(path, recipe, weights, allow)
-    own = model.state_dict()
+    state = model.state_dict()
     mine = {one.sha256 for one in given}
-    for one in [_given(one, recipe, own, allow) for one in asked(adapters)]:
+    for one in [_given(one, recipe, state, allow) for one in asked(adapters)]:
         if one.sha256 in mine:
             raise Refusal(
                 f"adapters={one.asked.source} is at work already, since model={path} is its run: model=BASE with "
@@ -269,9 +280,9 @@ def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, An
         model = build(without_usual(recipe)[0], narrowed(allow))
     if not isinstance(model, LatentModel):
         raise Refusal(f"{path} holds a {type(model).__name__}, not a latent diffusion model; use its diffusion run (model=...).")
-    own, frozen = model.state_dict(), frozen_parts(model)
-    missing = [k for k in own.keys() - weights.keys() if not any(k.startswith(f"{part}.") for part in frozen)]
-    unknown = sorted(weights.keys() - own.keys())
+    state, frozen = model.state_dict(), frozen_parts(model)
+    missing = [k for k in state.keys() - weights.keys() if not any(k.startswith(f"{part}.") for part in frozen)]
+    unknown = sorted(weights.keys() - state.keys())
     if missing or unknown:
         raise Refusal(f"The weights in {path} do not fit its config: missing {sorted(missing)[:3]}, unknown {unknown[:3]}.")
     if not empty:
@@ -280,19 +291,19 @@ def _whole(path: str | Path, recipe: Mapping[str, Any], weights: Mapping[str, An
     return model
 
 
-def _given(one: Asked, recipe: Mapping[str, Any], own: Mapping[str, Any], allow: Sequence[str]) -> Given:
+def _given(one: Asked, recipe: Mapping[str, Any], state: Mapping[str, Any], allow: Sequence[str]) -> Given:
     """An adapter that is asked for, of a run here or in another layout, as a model of that recipe and tensors takes it."""
     from ldm.interop.hub import here
 
     path = here(one.source)
     if path.exists() and holds_ours(path):
-        theirs, tensors = read_at_rest(path)
-        if theirs["_target_"] != ADAPTED:
+        node, tensors = read_at_rest(path)
+        if node["_target_"] != ADAPTED:
             raise Refusal(f"adapters={one.source} is a whole model: model={one.source} draws from it.")
-        return Given(one, _members({"adapters": as_asked(theirs["adapters"], one)}, allow), tensors, content_of(path))
+        return Given(one, _members({"adapters": as_asked(node["adapters"], one)}, allow), tensors, content_of(path))
     from ldm.interop.adapters import read_adapter
 
-    read, sha256 = read_adapter(one.source, one.name, recipe, own)
+    read, sha256 = read_adapter(one.source, one.name, recipe, state)
     print(*(read.said if first() else ()), sep="\n", end="\n" if read.said and first() else "", flush=True)
     nodes = as_asked({read.node["_target_"].split(".")[-2]: read.node}, one)
     return Given(one, _members({"adapters": nodes}, allow), read.tensors, sha256)

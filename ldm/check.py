@@ -90,13 +90,10 @@ def parameters_of(target: str, place: str = "") -> tuple[list[str], bool]:
     Raises:
         Refusal: there is no such thing.
     """
-    referent = locate(target, place)
-    parameters = inspect.signature(referent).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if open_ended:
-        parameters = {**_inherited(referent), **parameters}
-        open_ended = not _inherited(referent)
-    return [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)], open_ended
+    takers = _takers(locate(target, place))
+    parameters = [p for taker in reversed(takers) for p in inspect.signature(taker).parameters.values()]
+    names = dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+    return list(names), _is_open(takers[-1])
 
 
 def _is_below(name: str, prefixes: Sequence[str]) -> bool:
@@ -121,17 +118,29 @@ def locate(target: str, place: str) -> Any:
     return getattr(referent, name)
 
 
-def _inherited(referent: Any) -> dict[str, inspect.Parameter]:
-    """The base class' parameters, where a class passes the rest on to it."""
-    bases = [b for b in getattr(referent, "__bases__", ()) if b.__module__.startswith("ldm.")]
-    return dict(inspect.signature(bases[0]).parameters) if bases else {}
+def _takers(referent: Any) -> list[Any]:
+    """What is built, and the base classes of ours to which each in turn passes on what it takes besides."""
+    takers = [referent]
+    while _is_open(takers[-1]):
+        bases = [base for base in getattr(takers[-1], "__bases__", ()) if base.__module__.startswith("ldm.")]
+        if not bases:
+            break
+        takers.append(bases[0])
+    return takers
+
+
+def _is_open(referent: Any) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(referent).parameters.values())
 
 
 def _hints(referent: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(referent.__init__ if inspect.isclass(referent) else referent)
-    except (NameError, TypeError):
-        return {}
+    hints: dict[str, Any] = {}
+    for taker in reversed(_takers(referent)):
+        try:
+            hints |= typing.get_type_hints(taker.__init__ if inspect.isclass(taker) else taker)
+        except (NameError, TypeError):
+            continue
+    return hints
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -62,11 +62,11 @@ def quote(arguments: Sequence[str], config_name: str = "train") -> list[str]:
     for argument in arguments:
         argument = ADDED.sub(r"\1", OPEN.sub(r"++\1", UNCHOSEN.sub(r"~\1", argument)))
         argument = GRID.sub(r"++\1", argument) if usual else argument
-        found = FREE_TEXT.match(argument)
-        if found is None:
+        match = FREE_TEXT.match(argument)
+        if match is None:
             quoted.append(argument)
             continue
-        key, value = found["key"], found["value"]
+        key, value = match["key"], match["value"]
         if key.startswith("ask."):
             key = f"++{key}"
         name = key.lstrip("+")
@@ -104,8 +104,8 @@ def _in_quotes(value: str) -> str:
     return "'" + re.sub(r"(\\*)'", lambda m: m[1] * 2 + r"\'", re.sub(r"\\+\Z", lambda m: m[0] * 2, value)) + "'"
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return found[1] * 2 + r"\${"
+def _escaped(match: re.Match[str]) -> str:
+    return match[1] * 2 + r"\${"
 
 
 def _is_whole(value: str) -> bool:
@@ -120,8 +120,8 @@ def _is_whole(value: str) -> bool:
 def _is_plain(value: str) -> bool:
     """Whether Hydra reads a number, a truth value or null."""
     try:
-        found = OverridesParser.create().parse_overrides([f"x={value}"])[0]
-        return not found.is_sweep_override() and (found.value() is None or isinstance(found.value(), int | float))
+        override = OverridesParser.create().parse_overrides([f"x={value}"])[0]
+        return not override.is_sweep_override() and (override.value() is None or isinstance(override.value(), int | float))
     except (HydraException, ValueError):
         return False
 
@@ -160,8 +160,8 @@ def _elements(value: str) -> list[str] | None:
 
 def with_local(arguments: Sequence[str]) -> list[str]:
     """Quoted words, and the search path on which a folder `configs` lies where the command is called, if there is one."""
-    own, option = Path("configs"), "hydra.searchpath="
-    if not own.is_dir() or own.resolve() == CONFIGS or any("file://configs" in a for a in arguments if a.startswith(option)):
+    local, option = Path("configs"), "hydra.searchpath="
+    if not local.is_dir() or local.resolve() == CONFIGS or any("file://configs" in a for a in arguments if a.startswith(option)):
         return list(arguments)
     listed = next((a.removeprefix(option).strip("[] ") for a in arguments if a.startswith(option)), "")
     others = [a for a in arguments if not a.startswith(option)]
@@ -272,7 +272,10 @@ def settled(
     """A composed config as a command works with it: choices in place of a recipe's own stand alone, and a run has its name.
 
     Args:
-        swept: the settings that a multirun gives several values. used: as in `compose_config`.
+        config, config_name: as it was composed, and from which file, such as `train`.
+        overrides: the words of the command line.
+        swept: the settings that a multirun gives several values.
+        used: as in `compose_config`.
 
     Raises:
         Refusal: a setting that the command does not read.
@@ -296,10 +299,10 @@ def _options(loader: Any, group: str, more: Sequence[Path] = ()) -> list[str]:
     """
     below = [f"{folder}/{name}" for folder in loader.list_groups(group) for name in _options(loader, f"{group}/{folder}")]
     place = group.split("@")[0]
-    theirs = [
+    others = [
         path.relative_to(root / place).with_suffix("").as_posix() for root in more for path in (root / place).rglob("*.yaml")
     ]
-    return [*(loader.get_group_options(group) or below), *theirs]
+    return [*(loader.get_group_options(group) or below), *others]
 
 
 def _check_choice(override: Override, options: Sequence[str], multirun: bool) -> None:

@@ -151,7 +151,7 @@ def _fitting(maps: Tensor, x: Tensor) -> Tensor:
     if maps.shape[2:] != x.shape[2:]:
         raise Refusal(
             f"The condition's maps are of {tuple(maps.shape[2:])} latent pixels, the latents of {tuple(x.shape[2:])}; give both "
-            "one size (data.size, or size= and the files of ask.*)."
+            "one size (data.size, or resolution= and the files of ask.*)."
         )
     return maps.to(x)
 

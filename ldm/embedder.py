@@ -14,6 +14,20 @@ from ldm.errors import Refusal
 from ldm.types import Batch, Draw, Embedder
 
 
+def texts(values: Sequence[Any]) -> list[str]:
+    """B captions, as a batch has them -> the same.
+
+    Raises:
+        Refusal: one is no text, such as a whole record.
+    """
+    if strange := [value for value in values if not isinstance(value, str)]:
+        raise Refusal(
+            f"captions are texts, found a {type(strange[0]).__name__}: {strange[0]!r:.60}. Name the member of the samples that "
+            "holds them: data.fields.caption=txt."
+        )
+    return list(values)
+
+
 class Weighted(str):
     """A caption as plain text, with the weight of each of its `parts`; `turns` are captions that alternate, one a step.
 

@@ -106,7 +106,7 @@ def content_of(path: Path) -> str:
 
 
 def _newest(path: Path) -> Path:
-    found = newest(path) if path.is_dir() else path
-    if found is None or not found.is_file():
+    checkpoint = newest(path) if path.is_dir() else path
+    if checkpoint is None or not checkpoint.is_file():
         raise NotFound(f"There is no model in {path}: neither model.safetensors nor a good *.ckpt. Name a run with model=FOLDER.")
-    return found
+    return checkpoint

@@ -134,16 +134,17 @@ def _begun_before(config: DictConfig, overrides: Sequence[Override]) -> str | No
             if saved.identity == config.identity:
                 return run_id
             continue
-        found = [d for d in _differing(path, config) if d[1] is not ABSENT or _says(overrides, d[0])]  # not what is new since
-        if not found:
+        # A setting that is new since then counts only where the command says it.
+        differences = [d for d in _differing(path, config) if d[1] is not ABSENT or _says(overrides, d[0])]
+        if not differences:
             return run_id
-        near.append((len(found), run_id, found))
+        near.append((len(differences), run_id, differences))
     if near:
-        _, run_id, found = min(near, key=lambda run: run[0])
-        few = ", ".join(f"{'.'.join(place)} ({_short(a)} there, {_short(b)} here)" for place, a, b in found[:3])
+        _, run_id, differences = min(near, key=lambda run: run[0])
+        few = ", ".join(f"{'.'.join(place)} ({_short(a)} there, {_short(b)} here)" for place, a, b in differences[:3])
         _say(
             f"{config.runs}/{run_id} was begun by an earlier version of the framework, and differs from this command in "
-            f"{few}{' ...' if len(found) > 3 else ''}. run_id={run_id} goes on with it; this is another run, "
+            f"{few}{' ...' if len(differences) > 3 else ''}. run_id={run_id} goes on with it; this is another run, "
             f"{config.run_id}."
         )
     return None

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
+
 # alpha^2 at t = 1 of zero terminal SNR, at most: the smallest positive float16, so that sigma / alpha is finite.
 TERMINAL_ALPHA_BAR = 2.0**-24
 
@@ -42,6 +44,18 @@ class Linear:
     def inverse(self, log_ratio: Tensor) -> Tensor:
         """log(sigma / alpha): (*) -> t: (*)."""
         return ((torch.sigmoid(log_ratio - math.log(self.shift)) - self.floor) / (1 - 2 * self.floor)).clamp(0, 1)
+
+
+def by_dimension(numbers: int, base: int = 4096) -> Linear:
+    """Straight paths with shift = sqrt(numbers / base), for latents of so many numbers (https://arxiv.org/abs/2510.11690, section
+    4.2): the more there are that tell the same, the more noise hides it. `base` is the count for which 1 is right.
+
+    Raises:
+        Refusal: one of them is below 1.
+    """
+    if min(numbers, base) < 1:
+        raise Refusal(f"schedule.numbers={numbers} schedule.base={base}: counts of the latents' numbers, above 0, were wanted.")
+    return Linear(shift=math.sqrt(numbers / base))
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,7 @@ class InTraining(Conditioned, Protocol):
 
 
 class Objective(Protocol):
-    """What is minimised; it may also be a `Freezes`."""
+    """What is minimised; it may also be one that `Freezes`, is `Critical`, or `Meets` the model."""
 
     def __call__(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """-> scalars to log by name, among them `loss`, which is minimised.
@@ -370,9 +370,24 @@ class Draws(Protocol):
 
 @runtime_checkable
 class Freezes(Protocol):
-    """An objective that is a torch module with `frozen` sub-modules: they are neither trained nor in checkpoints."""
+    """An objective or autoencoder, a torch module, with `frozen` sub-modules: they are neither trained nor in checkpoints."""
 
     frozen: tuple[str, ...]
+
+
+@runtime_checkable
+class Critical(Protocol):
+    """An objective, a torch module, some of whose sub-modules learn from the loss `critic` that it gives, and not from `loss`."""
+
+    critic: tuple[str, ...]
+
+
+@runtime_checkable
+class Meets(Protocol):
+    """An objective that meets the model before training, such as one with a second model, which leaves to it what both have."""
+
+    def meet(self, model: Any) -> bool:
+        """-> whether it asks for conditions itself (`model.conditioner`), and need be given none."""
 
 
 def like(scale: Tensor, x: Tensor) -> Tensor:

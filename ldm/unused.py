@@ -112,9 +112,9 @@ def _check_in_order(plain: Mapping[str, Any], said: Sequence[tuple[Override, str
             )
         if command == "precompute" and re.fullmatch(r"condition\.\w+\.rate", place):
             idle.append(place)
-    told = [_word(override) for override, place in said if place in idle]
-    if told and first():
-        print(f"Not used, since {command} takes samples once, in order: {', '.join(told)}", flush=True)
+    unread = [_word(override) for override, place in said if place in idle]
+    if unread and first():
+        print(f"Not used, since {command} takes samples once, in order: {', '.join(unread)}", flush=True)
 
 
 def _why(config: DictConfig, place: str, configs: Path) -> str:
@@ -128,8 +128,8 @@ def _why(config: DictConfig, place: str, configs: Path) -> str:
             f"training=finetune takes the {name} of the model that it begins from (model.init={config.model.init}). Leave it "
             "out; training=diffusion trains with another, from the same weights where they fit."
         )
-    told = f" It goes with training={' or training='.join(readers)}." if readers else ""
-    return f"nothing in this training reads `{name}`.{told}"
+    advice = f" It goes with training={' or training='.join(readers)}." if readers else ""
+    return f"nothing in this training reads `{name}`.{advice}"
 
 
 def _read(plain: Mapping[str, Any], roots: Sequence[str]) -> Iterator[str]:
@@ -146,7 +146,7 @@ def _read(plain: Mapping[str, Any], roots: Sequence[str]) -> Iterator[str]:
             node = node.get(key) if isinstance(node, Mapping) else None
         members = node.values() if place in LISTS and isinstance(node, Mapping) else [node]
         chosen = [m for m in members if place not in LISTS or "_target_" in (m or {})]
-        waiting += [found for text in _texts(chosen) for found in WORD.findall(text)]
+        waiting += [word for text in _texts(chosen) for word in WORD.findall(text)]
 
 
 def _texts(node: Any) -> Iterator[str]:

@@ -198,20 +198,17 @@ def test_test_modules_import_no_test_modules():
         assert not [name for name in names if list((ROOT / "tests").rglob(f"{name}.py"))], f"{path} imports {names}"
 
 
-# Words that name nothing: what was told, found, asked, kept, and whose? These files and rooms have been rid of them.
+# Words that name nothing: what was told, found, asked, kept, and whose? These rooms have not been rid of them yet.
 VAGUE = {"told", "found", "asked", "own", "theirs", "kept"}
-PLAIN = set(
-    """api autoencoder average check conditioner denoiser drawing embedder evaluation extractor files guidance loss metric model
-    nn prediction report sampler schedule swap tower types""".split()
-)
+ROUGH = {"adapt", "data", "interop"}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if room(f) in PLAIN], ids=lambda p: str(p.relative_to(LDM)))
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) not in ROUGH], ids=lambda p: str(p.relative_to(LDM)))
 def test_names_say_what_a_thing_is(path):
     """Variables and parameters; docs/concepts.md has the words."""
     nodes = list(ast.walk(parsed(path)))
-    names = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.arg for n in nodes if isinstance(n, ast.arg)}
-    assert not names & VAGUE
+    names = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    assert not (names | {n.arg for n in nodes if isinstance(n, ast.arg)}) & VAGUE
 
 
 LONG = 4  # parameters that a sentence can name
@@ -254,7 +251,7 @@ def _listed(docstring):
     return [name.lstrip("*") for head in heads for name in head.split(", ")]
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if room(f) in PLAIN], ids=lambda p: str(p.relative_to(LDM)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LDM)))
 def test_long_signatures_describe_each_parameter(path):
     """An `Args:` list names them all; a method that keeps to a Protocol of types.py or measure.py is described there."""
     wrong = []

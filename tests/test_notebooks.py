@@ -55,6 +55,15 @@ def test_notebooks_need_only_the_project(path):
     assert {name.split(".")[0] for name in imported} <= IMPORTS
 
 
+def test_the_notebook_for_colab_asks_for_the_repository(monkeypatch):
+    """Where the project is not installed, and nobody has said where it lies, the first cell says so and does nothing."""
+    first, *_ = (c.source for c in nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4).cells if c.cell_type == "code")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda *words, **_: pytest.fail("something was started"))
+    with pytest.raises(ValueError, match="Write the address of the project's repository into REPOSITORY"):
+        exec(compile(first, "colab.ipynb", "exec"), {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [".", "notebooks"])
 @each_notebook

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.data import ODD
 from ldm.build import load_autoencoder, load_model
 from ldm.command.evaluate import evaluate
 from ldm.command.precompute import precompute
@@ -30,8 +31,8 @@ UNET = ["backbone.width=16", "backbone.groups=4", "backbone.heads=2"]
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory, emoji_root):
-    """runs/quickstart/{clip,autoencoder,latents,diffusion}, a few steps each."""
-    runs = tmp_path_factory.mktemp("runs")
+    """quickstart/{clip,autoencoder,latents,diffusion}, a few steps each, in a folder of a name with signs."""
+    runs = tmp_path_factory.mktemp("runs") / ODD
     shared = [f"runs={runs}", "logger=[csv]", "data.batch=8"]
     emoji = [f"data.root={emoji_root}", *DATA]
     where = "run_id=quickstart/"
@@ -170,11 +171,14 @@ def test_a_compiled_network_draws_the_same(backend, road, tmp_path, monkeypatch)
 
 def test_prompts_from_a_file_negative_and_larger(road, tmp_path):
     home, _, _ = road
-    (tmp_path / "prompts.txt").write_text("a café, at night\n\nlion's [mane] = {0..9}\n", encoding="utf-8")
-    common = [f"model={home}/diffusion", "sampler.steps=2", f"prompts={tmp_path}/prompts.txt", "resolution=64"]
+    (home / "prompts.txt").write_text("a café, at night\n\nlion's [mane] = {0..9}\n", encoding="utf-8")
+    common = [f"model={home}/diffusion", "sampler.steps=2", f"prompts={home}/prompts.txt", "resolution=64"]
     plain = sample(compose_config("sample", [*common, f"out={tmp_path}/a"]))
     negative = sample(compose_config("sample", [*common, f"out={tmp_path}/b", "negative=blurry"]))
     assert plain.shape == (2, 3, 64, 64) and not torch.equal(plain, negative)
+    begun = [f"init={tmp_path}/a/00000.png", f"mask={tmp_path}/a/00001.png", f"out={home}/drawn"]
+    assert sample(compose_config("sample", [*common, *begun])).shape == plain.shape
+    assert (home / "drawn" / "grid.png").is_file()
 
 
 def test_what_cannot_be_asked_is_said(road, tmp_path):
@@ -190,9 +194,10 @@ def test_what_cannot_be_asked_is_said(road, tmp_path):
 def test_evaluate_writes_numbers_and_their_protocol(road, tmp_path):
     home, emoji, _ = road
     runs = f"runs={home.parent}"
-    arguments = [f"model={home}/diffusion", *emoji, f"out={tmp_path}", "count=5", "batch=2", "sampler.steps=2", runs]
+    where = [f"out={tmp_path / ODD}", f"cache={home}/references"]
+    arguments = [f"model={home}/diffusion", *emoji, *where, "count=5", "batch=2", "sampler.steps=2", runs]
     numbers, pictures, _ = evaluate(compose_config("evaluate", arguments))
-    told = json.loads((tmp_path / "metrics.json").read_text())
+    told = json.loads((tmp_path / ODD / "metrics.json").read_text())
     assert {"reconstruction_psnr", "text_match_top1", "clip_retrieval_top1", "clip_score", "fd_clip"} <= set(numbers)
     assert len(pictures["drawing"]) == 5
     assert {k: told[k]["value"] for k in numbers} == numbers

@@ -59,7 +59,7 @@ def runs(tmp_path_factory, clip_folder):
 def test_every_member_builds_once_in_one_recipe(group, runs):
     """Autoencoders that are trained, and what fights them, in the autoencoder's; all else in the text model's."""
     for name in members(group):
-        trained = group == "adversary" or (group == "autoencoder" and name.startswith(("kl", "vq")))
+        trained = group == "adversary" or (group == "autoencoder" and name.startswith(("kl", "vq", "rae")))
         assert build_with("emoji/autoencoder_gan" if trained else "emoji/text", group, name, runs) is None
 
 

@@ -10,6 +10,15 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 COMMAND = re.compile(r"(.*?)(?:((?:python|torchrun) .*?)(?:\s{3,}(.*))?)?")  # words, a command, its figures
+PICTURES = {  # of recipes in docs/: other pages show them too; the others lie in docs/recipes/, by the recipe's name
+    "emoji/autoencoder": "autoencoder.jpg",
+    "emoji/controlnet": "controlnet.png",
+    "emoji/dreambooth": "finetuning.jpg",
+    "emoji/lora": "blueprint.png",
+    "emoji/semantic": "convolutional.png",
+    "emoji/text": "quickstart.png",
+    "emoji/textual_inversion": "finetuning.jpg",
+}
 API = {
     "Python": ["ldm.api"],
     "The theory": ["ldm.types", "ldm.schedule", "ldm.prediction", "ldm.denoiser", "ldm.conditioner", "ldm.model", "ldm.measure"],
@@ -20,20 +29,27 @@ API = {
 @event_priority(50)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that lie elsewhere."""
-    pages = {target: (ROOT / source).read_text().replace("](docs/", "](") for target, source in PAGES.items()}
-    pages |= {"recipes.md": recipes(), "api.md": api()}
-    for name, text in pages.items():
+    for name, text in generated().items():
         files.append(File.generated(config, name, content=text))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         files.append(File(f"notebooks/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
+def generated() -> dict[str, str]:
+    """The pages that are not in docs/, by name."""
+    pages = {target: (ROOT / source).read_text().replace("](docs/", "](") for target, source in PAGES.items()}
+    return pages | {"recipes.md": recipes(), "api.md": api()}
+
+
 def recipes() -> str:
-    """Every experiment with its purpose and its command, as its config opens."""
-    parts = ["# Recipes\n\nEach is a config in `configs/experiment/`; any of its settings is a word on the command line.\n"]
-    for path in sorted((ROOT / "configs" / "experiment").rglob("*.yaml")):
-        name = path.relative_to(ROOT / "configs" / "experiment").with_suffix("")
+    """Every experiment with its purpose and its command, as its config opens, and what it draws where that was kept."""
+    parts = [
+        "# Recipes\n\nEach is a config in `configs/experiment/`; any of its settings is a word on the command line. "
+        "The emoji's run on a CPU in minutes.\n"
+    ]
+    for path in sorted((ROOT / "configs" / "experiment").rglob("*.yaml"), key=lambda path: (path.parent.name != "emoji", path)):
+        name = path.relative_to(ROOT / "configs" / "experiment").with_suffix("").as_posix()
         lines = path.read_text().splitlines()[1:]
         opening = [line[1:].strip() for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
         parts.append(f"## {name}\n")
@@ -42,7 +58,8 @@ def recipes() -> str:
             parts += [text.strip()] if text else []
             parts += [f"\n```bash\n{command}\n```\n"] if command else []
             parts += [f"{figures}\n"] if figures else []
-        parts.append("")
+        picture = PICTURES.get(name, f"recipes/{name.replace('/', '_')}.png")
+        parts.append(f"\n![what {name} draws]({picture})\n" if (ROOT / "docs" / picture).is_file() else "")
     return "\n".join(parts)
 
 

@@ -159,9 +159,9 @@ class ControlNet:
         """
         self._check(model)
         net, hint = Control(_base_of(model), self.guess, self.pool), self._hint(model)
-        own = {found[1]: x for name, x in tensors.items() if (found := NET.fullmatch(name))}
-        _enter(net, own)
-        for module, there in ((net, own), (hint, {found[1]: x for n, x in tensors.items() if (found := HINT.fullmatch(n))})):
+        network = {match[1]: x for name, x in tensors.items() if (match := NET.fullmatch(name))}
+        _enter(net, network)
+        for module, there in ((net, network), (hint, {match[1]: x for n, x in tensors.items() if (match := HINT.fullmatch(n))})):
             _check_shapes(module, there)
             module.load_state_dict(there, assign=True)
         hint.strength = strength
@@ -203,12 +203,12 @@ def _enter(net: Control, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_shapes(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    own = module.state_dict()
-    if lost := sorted(own.keys() ^ tensors.keys()):
-        where = "is not there" if lost[0] in own else "is of nothing here"
+    state = module.state_dict()
+    if lost := sorted(state.keys() ^ tensors.keys()):
+        where = "is not there" if lost[0] in state else "is of nothing here"
         raise Refusal(f"{len(lost)} tensors do not fit this U-Net: {lost[0]} {where}; it is a ControlNet of another.")
     for name, x in tensors.items():
-        if x.shape != own[name].shape:
+        if x.shape != state[name].shape:
             raise Refusal(
-                f"{name} is {tuple(x.shape)} in the ControlNet and {tuple(own[name].shape)} in this U-Net; it is of another."
+                f"{name} is {tuple(x.shape)} in the ControlNet and {tuple(state[name].shape)} in this U-Net; it is of another."
             )

@@ -117,25 +117,25 @@ class LoRA:
         layers = {n: m for n, m in model.named_modules() if n.startswith(places) and isinstance(m, nn.Linear | nn.Conv2d)}
         pattern = rf"(?:{TARGETS[self.targets]})\Z" if self.targets in TARGETS else self.targets
         unreached = tuple(f"{TEXT}{n}.{part}." for n, e in model.conditioner.embedders.items() for part in e.unreached)
-        found = [name for name in layers if re.search(pattern, name) and not name.startswith(unreached)]
-        if self.text and not any(name.startswith(TEXT) for name in found):
-            told = ", ".join(type(e).__name__ for e in model.conditioner.embedders.values()) or "nothing"
+        names = [name for name in layers if re.search(pattern, name) and not name.startswith(unreached)]
+        if self.text and not any(name.startswith(TEXT) for name in names):
+            kinds = ", ".join(type(e).__name__ for e in model.conditioner.embedders.values()) or "nothing"
             raise Refusal(
-                f"adapter.lora.text=true, but no text tower is run here with a gradient (the model is told by {told}): "
+                f"adapter.lora.text=true, but no text tower is run here with a gradient (the model is told by {kinds}): "
                 "condition=[text], not cached_text or a language model, or adapter.lora.text=false."
             )
-        if not found:
+        if not names:
             raise Refusal(
                 f"adapter.lora.targets={self.targets} matches none of the {len(layers)} modules; they are named like "
                 f"{', '.join(list(layers)[1:4])}. There are: {', '.join(TARGETS)}, or a regular expression."
             )
-        resizing = [name for name in found if type(layers[name]).__init__ not in PLAIN]
+        resizing = [name for name in names if type(layers[name]).__init__ not in PLAIN]
         if resizing:
             raise Refusal(f"adapter.lora.targets={self.targets}: {resizing[0]} resizes inside; PEFT cannot wrap it.")
         if self.text and unreached and first():
             left = ", ".join(part.rstrip(".") for part in unreached)
             print(f"adapter.lora: without {left}: no gradient reaches it", flush=True)
-        return found
+        return names
 
     def apply(self, model: nn.Module, tensors: Mapping[str, Tensor], strength: float, base: Mapping[str, Tensor]) -> None:
         """Adds strength x each update to the weights.
@@ -183,12 +183,12 @@ class LoRA:
             module, factor, alpha = NAME.fullmatch(name).groups()
             parts.setdefault(module, {})[factor or alpha] = x
         made = {}
-        for module, found in parts.items():
-            if missing := [factor for factor in ("lora_A", "lora_B") if factor not in found]:
+        for module, factors in parts.items():
+            if missing := [factor for factor in ("lora_A", "lora_B") if factor not in factors]:
                 raise Refusal(f"{module}: {missing[0]} is missing.")
-            rank = len(found["lora_A"])
-            alpha = float(found.get("lora_alpha", rank if self.alpha is None else self.alpha))
-            made[module] = Update(found["lora_A"], found["lora_B"], alpha / rank, found.get("lora_magnitude_vector"))
+            rank = len(factors["lora_A"])
+            alpha = float(factors.get("lora_alpha", rank if self.alpha is None else self.alpha))
+            made[module] = Update(factors["lora_A"], factors["lora_B"], alpha / rank, factors.get("lora_magnitude_vector"))
         return made
 
 

@@ -83,11 +83,11 @@ class TextualInversion:
             text.learn(self.word, rows[name])
 
     def _towers(self, model: Any) -> dict[str, Learner]:
-        found = {name: part for name, part in model.named_modules() if isinstance(part, Learner)}
-        if not found:
-            told = ", ".join(type(e).__name__ for e in model.conditioner.embedders.values()) or "nothing"
+        towers = {name: part for name, part in model.named_modules() if isinstance(part, Learner)}
+        if not towers:
+            kinds = ", ".join(type(e).__name__ for e in model.conditioner.embedders.values()) or "nothing"
             raise Refusal(
-                f"{self.word}: no text tower is run here that could be taught a word (the model is told by {told}): "
+                f"{self.word}: no text tower is run here that could be taught a word (the model is told by {kinds}): "
                 "condition=[text], not cached_text."
             )
-        return found
+        return towers

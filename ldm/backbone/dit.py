@@ -4,6 +4,7 @@ Patches are tokens; every block is scaled, shifted and gated by the noise level 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -35,6 +36,8 @@ class DiT(nn.Module):
     The defaults are DiT-XL/2's for 256 x 256 pixels.
 
     Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
         size: latent height and width that the fixed positions are laid over; at other sizes they are laid over as much, closer
             or wider apart, rows and columns each by itself (as PixArt's are, https://arxiv.org/abs/2310.00426).
         patch: latents of `patch` x `patch` are one token.
@@ -53,6 +56,9 @@ class DiT(nn.Module):
         registers: learnt tokens beside the patches, that mean nothing (https://arxiv.org/abs/2309.16588).
         fuse: two blocks, 1 the first: what enters the one and what leaves the other are joined by a layer, so that the blocks
             between may see few patches in training (SPRINT, https://arxiv.org/abs/2510.21986); a token stands for the others.
+        head: width, blocks and heads of attention of a wider head behind the blocks (DiT^DH, https://arxiv.org/abs/2510.11690,
+            section 5), for latents of many channels: it reads the noisy latents anew, and each patch's scales, shifts and gates
+            are made of what the blocks say of it and the noise level. Without one, the last layer reads the blocks.
 
     Raises:
         Refusal: the heads or the patches do not divide what they should, or nothing says where a patch lies.
@@ -78,8 +84,10 @@ class DiT(nn.Module):
         shared: bool = False,
         registers: int = 0,
         fuse: Sequence[int] | None = None,
+        head: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        check_head(head, rotary)
         if width % heads or size % patch or width % 4 or (rotary and width // heads % 4):
             raise Refusal(
                 f"backbone: width={width} must divide into heads={heads} (with rotary, of a multiple of 4), size={size} into "
@@ -104,8 +112,15 @@ class DiT(nn.Module):
         if registers:
             self.registers = nn.Parameter(torch.zeros(registers, width))
         self.head_width, self.count = width // heads if rotary else 0, registers
-        self.blocks = nn.ModuleList(Block(width, heads, norm, swiglu, norm_heads, across, shared) for _ in range(depth))
-        self.last = Last(width, patch * patch * channels * (2 if learn_range else 1), norm, shared)
+        blocks = [Block(width, heads, norm, swiglu, norm_heads, across, shared) for _ in range(depth)]
+        self.depth, self.head, outward = depth, None, patch * patch * channels * (2 if learn_range else 1)
+        if head is not None:
+            wide, more, shares = head
+            blocks += [Block(wide, shares, norm, swiglu, norm_heads, False, False) for _ in range(more)]
+            self.head = Head(channels + widths.spatial, width, wide, patch)
+            self.head_turn = wide // shares if rotary else 0
+        self.blocks = nn.ModuleList(blocks)
+        self.last = Last(width if head is None else head[0], outward, norm, shared and head is None)
         self.route: Route | None = None
         self.before = 0  # registers and joint tokens, in the last call
         self.fuse = tuple(fuse or ())
@@ -118,8 +133,9 @@ class DiT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        nn.init.xavier_uniform_(self.embed.weight.view(self.embed.weight.shape[0], -1))
-        nn.init.zeros_(self.embed.bias)
+        for embed in (self.embed, *([] if self.head is None else [self.head.embed])):
+            nn.init.xavier_uniform_(embed.weight.view(embed.weight.shape[0], -1))
+            nn.init.zeros_(embed.bias)
         for i in (0, 2):
             nn.init.normal_(self.level[i].weight, std=0.02)
         if self.modulate is not None:
@@ -141,32 +157,44 @@ class DiT(nn.Module):
         Raises:
             Refusal: the patches do not divide the latents.
         """
-        level = self.level(sinusoid(noise_level, 256).to(x))
-        level = level if self.vector is None else level + self.vector(cond.vector.to(x))
-        told = silu(level)
+        time = self.level(sinusoid(noise_level, 256).to(x))
+        level = time if self.vector is None else time + self.vector(cond.vector.to(x))
+        embedding = silu(level)
         h, (rows, columns) = self.patches(x)
         tokens, mask = (None, None) if self.read is None else visible(cond.tokens.to(x), cond.mask)
         tokens = None if self.read is None else self.read(tokens).to(x)
         h, before, mask = self.beside(h, tokens, mask)
         self.before = before
         turn = self.turn(rows, columns, before, h) if self.head_width else None
-        each, last = (told, told) if self.modulate is None else (self.modulate(told), torch.cat((level, level), dim=1))
-        h = self.through(h, before, each, turn, tokens, mask)
-        h = self.last(h[:, before:], last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
+        each = last = embedding
+        if self.modulate is not None:
+            each, last = self.modulate(embedding), torch.cat((level, level), dim=1)
+        h = self.through(h, before, each, turn, tokens, mask)[:, before:]
+        h, last = (h, last) if self.head is None else self.refine(x, h, time, (rows, columns))
+        h = self.last(h, last).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
         return h[..., : self.channels].permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
     def through(
-        self, h: Tensor, before: int, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
+        self, h: Tensor, before: int, embedding: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """h: (B, M + N, C), behind M = `before` tokens the patches -> the same behind all blocks; `route` says who goes where."""
+        """The same behind the blocks, but for a head's, (B, M + N, C); `route` says which patches go through which.
+
+        Args:
+            h: (B, M + N, C), tokens that stand before the patches, and the patches.
+            before: M, how many stand before them.
+            embedding: (B, C), the noise level and the vector, or with one layer for all blocks (B, 6 C), its shifts, scales and
+                gates.
+            turn: cosines and sines of the places, (M + N, D) each, or None.
+            tokens, mask: (B, L, C) that blocks attend to, and (B, 1, 1, L or M + N), True where attention reads; or None.
+        """
         route, dense, early, waiting, places = self.route, (turn, mask), h, h, None
-        for i, block in enumerate(self.blocks, 1):
+        for i, block in enumerate(islice(self.blocks, self.depth), 1):
             if self.fuse and i == self.fuse[0]:
                 early = h
             if route is not None and i == route.first:
                 waiting, places = h, route.places(h, before)
                 h, turn, mask = leave(h, places, turn, mask, self.joint)
-            h = block(h, told, turn, tokens, mask)
+            h = block(h, embedding, turn, tokens, mask)
             if route is not None and i == route.last:
                 if self.fusion is not None:
                     waiting = self.fusion.missing(waiting)
@@ -175,16 +203,27 @@ class DiT(nn.Module):
                 h = self.fusion(early, h)
         return h
 
+    def refine(self, x: Tensor, h: Tensor, time: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """x: (B, C, H, W), what the blocks say of its patches, (B, N, width), and the noise level's embedding, (B, width) -> what
+        the head's blocks say, and its embedding, (B, N, its width) each.
+        """
+        embedding = silu(self.head.join(silu(time[:, None] + h)))
+        h = self.head.embed(x).to(x).flatten(2).transpose(1, 2)
+        turn = rotation(*grid, self.head_turn, h) if self.head_turn else None
+        for block in islice(self.blocks, self.depth, None):
+            h = block(h, embedding, turn, None, None)
+        return h, embedding
+
     def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x: (B, C, H, W) -> patches in their places (B, N, width), and how many rows and columns there are."""
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
-                "data.size or size=)."
+                "data.size or resolution=)."
             )
         h = self.embed(x).to(x)  # under autocast the sums of the blocks stay float32
         rows, columns = h.shape[2:]
-        h = h.flatten(2).transpose(1, 2)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # as the sums of all blocks lie from here on
         if not self.fixed:
             return h, (rows, columns)
         usual = rows == columns == self.side
@@ -214,7 +253,16 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward, each told shift, scale and gate; between them, where asked, attention to the tokens."""
+    """Attention and a feed-forward, each told shift, scale and gate; between them, where asked, attention to the tokens.
+
+    Args:
+        width, heads: features of a token, and heads of attention.
+        norm: makes a norm of so many features.
+        swiglu: a gated feed-forward in the place of GELU's.
+        norm_heads: queries and keys of unit variance.
+        across: whether it attends to tokens.
+        shared: whether it adds a table to what all blocks are told, or has a layer of its own.
+    """
 
     def __init__(
         self,
@@ -232,9 +280,17 @@ class Block(nn.Module):
         self.norm_out, self.feed = norm(width), SwiGLU(width) if swiglu else FeedForward(width)
         self.modulate = Table(6, width) if shared else nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, told: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x: (B, N, C), told: (B, C), or with a table (B, 6 C), tokens: (B, L, C), mask: (B, 1, 1, N or L) -> (B, N, C)."""
-        shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = self.modulate(told)[:, None].chunk(6, dim=-1)
+    def forward(self, x: Tensor, embedding: Tensor, turn: Turn | None, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """-> (B, N, C).
+
+        Args:
+            x: (B, N, C), the patches and what stands beside them.
+            embedding: (B, C), of each patch (B, N, C), or with a table (B, 6 C).
+            turn: cosines and sines of the places, (N, D) each, or None.
+            tokens: (B, L, C), where it attends to tokens.
+            mask: (B, 1, 1, L), or without such attention (B, 1, 1, N), True where it reads; None: everywhere.
+        """
+        shift_in, scale_in, gate_in, shift_out, scale_out, gate_out = for_each(self.modulate(embedding)).chunk(6, dim=-1)
         across = self.attend_tokens is not None
         x = torch.addcmul(x, gate_in, self.attend(modulated(self.norm_in(x), shift_in, scale_in), turn, None if across else mask))
         if self.attend_tokens is not None:
@@ -250,10 +306,34 @@ class Last(nn.Module):
         self.norm, self.modulate = norm(width), Table(2, width) if shared else nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, outward)
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x: (B, N, C), told: (B, C), or with a table (B, 2 C) -> (B, N, P)."""
-        shift, scale = self.modulate(told)[:, None].chunk(2, dim=-1)
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, N, C), embedding: (B, C), of each patch (B, N, C), or with a table (B, 2 C) -> (B, N, P)."""
+        shift, scale = for_each(self.modulate(embedding)).chunk(2, dim=-1)
         return self.out(modulated(self.norm(x), shift, scale))
+
+
+class Head(nn.Module):
+    """How a wider head reads: the noisy latents' patches, and what the blocks say of each."""
+
+    def __init__(self, channels: int, inward: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.embed, self.join = nn.Conv2d(channels, width, patch, stride=patch), nn.Linear(inward, width)
+
+
+def for_each(numbers: Tensor) -> Tensor:
+    """(B, C), of all patches, or (B, N, C) -> what broadcasts over (B, N, C)."""
+    return numbers if numbers.ndim == 3 else numbers[:, None]
+
+
+def check_head(head: Sequence[int] | None, rotary: bool) -> None:
+    """Raises Refusal where these are not a head's width, blocks and heads of attention."""
+    if head is None:
+        return
+    if len(head) != 3 or min(head) < 1 or head[0] % head[2] or (rotary and head[0] // head[2] % 4):
+        raise Refusal(
+            f"backbone.head={list(head)}: wanted its width, blocks and heads of attention, which divide the width (with "
+            "rotary into multiples of 4), such as [2048,2,16]."
+        )
 
 
 class Fusion(nn.Module):
@@ -286,9 +366,9 @@ class Table(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(parts, width))
 
-    def forward(self, told: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor) -> Tensor:
         """(B, parts * C) -> the same."""
-        return told + self.table.flatten()
+        return embedding + self.table.flatten()
 
 
 class Caption(nn.Module):

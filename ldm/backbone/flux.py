@@ -21,6 +21,8 @@ class Flux(nn.Module):
     The defaults are schnell's; dev's has `guided`: 11,901,408,320 parameters with tokens of 4096 and a vector of 768 (and 256).
 
     Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
         patch: latents of `patch` x `patch` are one token.
         width, heads: features of a token, and heads of attention in each block.
         depth, single: blocks of two sequences, and of one.
@@ -74,12 +76,12 @@ class Flux(nn.Module):
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}, which patches of {self.patch} do not divide (backbone.patch, and "
-                "data.size or size=)."
+                "data.size or resolution=)."
             )
-        told, vector = self.level(sinusoid(noise_level, 256).to(x)), cond.vector.to(x)
+        embedding, vector = self.level(sinusoid(noise_level, 256).to(x)), cond.vector.to(x)
         if self.guidance is not None:
-            told, vector = told + self.guidance(vector[:, -256:]), vector[:, :-256]
-        told = silu(told + self.vector(vector))
+            embedding, vector = embedding + self.guidance(vector[:, -256:]), vector[:, :-256]
+        embedding = silu(embedding + self.vector(vector))
         tokens, mask = visible(cond.tokens.to(x), cond.mask)
         h = pixel_unshuffle(x, self.patch)
         rows, columns = h.shape[2:]
@@ -87,8 +89,8 @@ class Flux(nn.Module):
         turn = rotary(places(y.shape[1], rows, columns), self.axes, h)
         mask = None if mask is None else torch.cat((mask, mask.new_ones(len(h), 1, 1, h.shape[1])), dim=3)
         for block in self.blocks:
-            h, y = block(h, y, told, turn, mask)
-        h = self.last(h, told).transpose(1, 2).unflatten(2, (rows, columns))
+            h, y = block(h, y, embedding, turn, mask)
+        h = self.last(h, embedding).transpose(1, 2).unflatten(2, (rows, columns))
         return pixel_shuffle(h, self.patch)
 
 
@@ -102,13 +104,20 @@ class Single(nn.Module):
         self.into, self.out = nn.Linear(width, 7 * width), nn.Linear(5 * width, width)
         self.norm_q, self.norm_k = RMSNorm(width // heads), RMSNorm(width // heads)
 
-    def forward(self, x: Tensor, y: Tensor, told: Tensor, turn: Turn, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x: (B, N, C), y: (B, L, C), told: (B, C), turn: (L + N, D) each, mask: (B, 1, 1, L + N) -> x, y."""
+    def forward(self, x: Tensor, y: Tensor, embedding: Tensor, turn: Turn, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """-> patches and tokens, as they came.
+
+        Args:
+            x, y: (B, N, C) patches, and (B, L, C) tokens.
+            embedding: (B, C), the noise level and the vector.
+            turn: cosines and sines of the places of tokens and patches, (L + N, D) each.
+            mask: (B, 1, 1, L + N), True where attention reads; None: everywhere.
+        """
         both, length = torch.cat((y, x), dim=1), y.shape[1]
-        shift, scale, gate = self.modulate(told)[:, None].chunk(3, dim=-1)
+        shift, scale, gate = self.modulate(embedding)[:, None].chunk(3, dim=-1)
         heads, wide = self.into(modulated(self.norm(both), shift, scale)).split((3 * self.width, 4 * self.width), dim=-1)
-        q, k, v = split(heads, 3, self.heads)
-        read = merge(attention(self.norm_q(q), self.norm_k(k), v, turn, mask))
+        q, k, v = split(heads, 3, self.heads, self.norm_q, self.norm_k)
+        read = merge(attention(q, k, v, turn, mask))
         both = torch.addcmul(both, gate, self.out(torch.cat((read, gelu(wide, approximate="tanh")), dim=-1)))
         return both[:, length:], both[:, :length]
 

@@ -8,7 +8,14 @@ from ldm.types import Cond, Widths
 
 
 class MLP(nn.Module):
-    """x: (B, channels + widths.spatial, size, size) -> (B, channels, size, size); tokens are averaged into the vector."""
+    """x: (B, channels + widths.spatial, size, size) -> (B, channels, size, size); tokens are averaged into the vector.
+
+    Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
+        size: height and width of the latents; others are refused.
+        width, depth: features, and residual blocks.
+    """
 
     def __init__(self, channels: int, widths: Widths, size: int, width: int = 128, depth: int = 3) -> None:
         super().__init__()
@@ -35,12 +42,12 @@ class MLP(nn.Module):
                 f"say backbone.size={x.shape[2]}, data.size through the autoencoder's factor (square pictures, no buckets)."
             )
         angle = noise_level[:, None] * self.freqs
-        told = self.time(torch.cat((angle.cos(), angle.sin()), dim=1))
-        told = told if self.vector is None else told + self.vector(cond.vector)
+        embedding = self.time(torch.cat((angle.cos(), angle.sin()), dim=1))
+        embedding = embedding if self.vector is None else embedding + self.vector(cond.vector)
         if self.tokens is not None:
             weight = 1.0 if cond.mask is None else cond.mask[..., None].float()
-            told = told + self.tokens((cond.tokens * weight).sum(1) / (torch.ones_like(cond.tokens) * weight).sum(1))
+            embedding = embedding + self.tokens((cond.tokens * weight).sum(1) / (torch.ones_like(cond.tokens) * weight).sum(1))
         h = self.inp(x.flatten(1))
         for block in self.blocks:
-            h = h + block(h + told)
+            h = h + block(h + embedding)
         return self.out(h).unflatten(1, self.shape)

@@ -23,6 +23,8 @@ class MMDiT(nn.Module):
     The defaults are Stable Diffusion 3 medium's, 2,028,328,000 parameters with a text of 4096 and a vector of 2048.
 
     Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
         size: latent height and width over which positions are as far apart as patches, one each.
         most: rows and columns of patches at most. Positions are a square of so many, laid over `size`, of which a smaller
             picture takes the middle.
@@ -74,14 +76,15 @@ class MMDiT(nn.Module):
             Refusal: the patches do not divide the latents, or are more than have a position.
         """
         level = self.level(sinusoid(noise_level, 256).to(x))
-        told = silu(level if self.vector is None else level + self.vector(cond.vector.to(x)))
+        embedding = silu(level if self.vector is None else level + self.vector(cond.vector.to(x)))
         tokens, mask = visible(cond.tokens.to(x), cond.mask)
         place, rows, columns = self.places(x)
-        h, y = self.embed(x).flatten(2).transpose(1, 2) + place, self.read(tokens).to(x)  # under autocast sums stay float32
+        h = self.embed(x).flatten(2).transpose(1, 2).contiguous() + place  # as the sums of all blocks lie from here on
+        y = self.read(tokens).to(x)  # under autocast sums stay float32
         mask = None if mask is None else torch.cat((mask, mask.new_ones(len(h), 1, 1, h.shape[1])), dim=3)
         for block in self.blocks:
-            h, y = block(h, y, told, None, mask)
-        h = self.last(h, told).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
+            h, y = block(h, y, embedding, None, mask)
+        h = self.last(h, embedding).unflatten(1, (rows, columns)).unflatten(-1, (self.patch, self.patch, -1))
         return h.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
     def places(self, x: Tensor) -> tuple[Tensor, int, int]:
@@ -91,7 +94,7 @@ class MMDiT(nn.Module):
             raise Refusal(
                 f"The latents are {x.shape[2]}x{x.shape[3]}; patches of {self.patch} must divide them, and there are positions "
                 f"for {self.most * self.patch}x{self.most * self.patch} at most (backbone.patch, backbone.most, and data.size or "
-                "size=)."
+                "resolution=)."
             )
         top, left = (self.most - rows) // 2, (self.most - columns) // 2
         place = self.position.unflatten(0, (self.most, self.most))[top : top + rows, left : left + columns]

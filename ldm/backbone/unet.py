@@ -23,15 +23,27 @@ Heard = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class UNet(nn.Module):
-    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W).
+    """x: (B, channels + widths.spatial, H, W), noise_level: (B), cond -> (B, channels, H, W); 2^(levels - 1) divides H and W.
 
-    Level i works at 1 / 2^i of the size, with width * mult[i] channels and `res_blocks` residual blocks, each followed by
-    depth[i] transformer blocks, or plain attention blocks where there are no tokens to attend to (the paper's unconditional
-    models). Heads: `heads` of them, or channels / head_width where that is given. `groups` is GroupNorm's. `tokens_only`
-    are the levels whose transformers attend to the tokens twice and never to the picture (the x4 upscaler).
-    `scale_shift` lets the noise level scale a residual block's features too, and `res_resample` resizes within residual
-    blocks (LDM-8 of LSUN churches). `vector` makes the way of a vector into the noise level's embedding: an MLP (Stable
-    Diffusion XL), or nothing where it has that width already. The defaults are Stable Diffusion 1's.
+    The defaults are Stable Diffusion 1's.
+
+    Args:
+        channels: of the latents, in and out.
+        widths: of what the conditions say.
+        width: features of the first level.
+        mult: level i, at 1 / 2^i of the size, has width * mult[i] features.
+        res_blocks: residual blocks of each level; the decoder has one more.
+        depth: transformer blocks after each residual block of a level, or, where conditions bring no tokens, plain attention
+            blocks (the paper's unconditional models); 0 for none.
+        middle_depth: the same in the middle.
+        heads: of attention, unless `head_width` is given.
+        head_width: features of a head, of which there are then as many as fit.
+        groups: of GroupNorm; they divide the features of every level.
+        tokens_only: levels whose transformers attend to the tokens twice and never to the picture (the x4 upscaler).
+        scale_shift: whether the noise level also scales the features of a residual block.
+        res_resample: whether residual blocks resize, in the place of convolutions (LDM-8 of LSUN churches).
+        vector: makes the way of the conditions' vector into the noise level's embedding, of 4 * width: an MLP (Stable Diffusion
+            XL), or nothing where it has that width already.
 
     Raises:
         Refusal: `mult` and `depth` differ in length, or a width does not divide into heads.
@@ -57,10 +69,10 @@ class UNet(nn.Module):
         super().__init__()
         if len(mult) != len(depth):
             raise Refusal(f"backbone.mult has {len(mult)} levels, backbone.depth has {len(depth)}; give both the same number.")
-        self.width, told = width, 4 * width
-        self.level = mlp(width, told)
-        self.vector = vector(widths.vector, told) if widths.vector else None
-        make = Layers(told, groups, widths.tokens, heads, head_width, scale_shift, res_resample)
+        self.width, embedding = width, 4 * width
+        self.level = mlp(width, embedding)
+        self.vector = vector(widths.vector, embedding) if widths.vector else None
+        make = Layers(embedding, groups, widths.tokens, heads, head_width, scale_shift, res_resample)
 
         def level(i: int, inward: int) -> list[nn.Module]:
             ch = mult[i] * width
@@ -99,9 +111,9 @@ class UNet(nn.Module):
 
     def condition(self, x: Tensor, noise_level: Tensor, cond: Cond) -> Heard:
         """What each stage hears: the noise level and the vector, (B, E), the tokens, (B, L, D), and their mask, (B, 1, 1, L)."""
-        told = self.level(sinusoid(noise_level, self.width).to(x))
-        told = silu(told if self.vector is None else told + self.vector(cond.vector.to(x)))
-        return (told, None, None) if cond.tokens is None else (told, *visible(cond.tokens.to(x), cond.mask))
+        embedding = self.level(sinusoid(noise_level, self.width).to(x))
+        embedding = silu(embedding if self.vector is None else embedding + self.vector(cond.vector.to(x)))
+        return (embedding, None, None) if cond.tokens is None else (embedding, *visible(cond.tokens.to(x), cond.mask))
 
     def down(self, x: Tensor, heard: Heard) -> tuple[Tensor, list[Tensor]]:
         """Encoder and middle: x: (B, C + C', H, W) -> what the middle says, and what each stage of the encoder does."""
@@ -120,9 +132,16 @@ class UNet(nn.Module):
 
 @dataclass(frozen=True)
 class Layers:
-    """Makes the layers of one U-Net, alike on every level."""
+    """Makes the layers of one U-Net, alike on every level.
 
-    told: int
+    Args:
+        embedding: features of the noise level's embedding.
+        groups: of GroupNorm.
+        tokens: width of a token; 0 where there are none.
+        heads, head_width, scale_shift, res_resample: as in `UNet`.
+    """
+
+    embedding: int
     groups: int
     tokens: int
     heads: int
@@ -132,7 +151,7 @@ class Layers:
 
     def res(self, inward: int, outward: int, resize: nn.Module | None = None) -> nn.Module:
         """A residual block."""
-        tell = (ScaleShift if self.scale_shift else Shift)(outward, self.told, self.groups)
+        tell = (ScaleShift if self.scale_shift else Shift)(outward, self.embedding, self.groups)
         return ResBlock(inward, outward, self.groups, tell, resize or nn.Identity())
 
     def attention(self, ch: int, depth: int, tokens_only: bool = False) -> list[nn.Module]:
@@ -157,11 +176,11 @@ class Layers:
 class Stage(nn.Sequential):
     """Layers one after another, each told what it listens to. No ModuleList: torch 2.10 and 2.11 shard none of these."""
 
-    def forward(self, x: Tensor, told: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x: (B, C, H, W), told: (B, E), tokens: (B, L, D), mask: (B, 1, 1, L) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x: (B, C, H, W), embedding: (B, E), tokens: (B, L, D), mask: (B, 1, 1, L) -> (B, C', H', W')."""
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, told)
+                x = layer(x, embedding)
             elif isinstance(layer, Transformer):
                 x = layer(x, tokens, mask)
             else:
@@ -170,7 +189,14 @@ class Stage(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the noise level; `resize` is what happens to the size before the first."""
+    """Two convolutions around the noise level, beside a shortcut.
+
+    Args:
+        inward, outward: channels of the input and of the output.
+        groups: of the first GroupNorm.
+        tell: module that normalises the features and tells them the noise level.
+        resize: what happens to the size, in both branches.
+    """
 
     def __init__(self, inward: int, outward: int, groups: int, tell: nn.Module, resize: nn.Module) -> None:
         super().__init__()
@@ -179,10 +205,10 @@ class ResBlock(nn.Module):
         self.conv_out = zero(Convolution(outward, outward, 3, padding=1))
         self.skip = nn.Identity() if inward == outward else nn.Conv2d(inward, outward, 1)
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x: (B, C, H, W), told: (B, E) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, C, H, W), embedding: (B, E) -> (B, C', H', W')."""
         h = self.conv_in(self.resize(silu(self.norm_in(x))))
-        return self.skip(self.resize(x)) + self.conv_out(silu(self.tell(h, told)))
+        return self.skip(self.resize(x)) + self.conv_out(silu(self.tell(h, embedding)))
 
 
 class SelfAttention(nn.Module):
@@ -202,7 +228,16 @@ class SelfAttention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map."""
+    """Transformer blocks over the pixels of a feature map.
+
+    Args:
+        channels: of the map.
+        heads: of attention; they divide the channels.
+        first: width of the tokens that the first attention reads; 0: it reads the picture.
+        tokens: width of a token.
+        depth: blocks.
+        groups: of GroupNorm.
+    """
 
     def __init__(self, channels: int, heads: int, first: int, tokens: int, depth: int, groups: int) -> None:
         super().__init__()

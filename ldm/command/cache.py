@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ldm.command.table import show
 from ldm.errors import Refusal
+from ldm.files.table import show
 from ldm.interop.cache import clear, entries, home
 
 
@@ -14,10 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ldm cache", description=__doc__)
     parser.add_argument("doing", nargs="?", choices=["list", "clear"], default="list")
     parser.add_argument("names", nargs="*", help="keys, or what models were brought from: sdxl, hf://ORG/NAME, a file")
-    asked = parser.parse_args(arguments)
-    if asked.doing == "clear":
+    options = parser.parse_args(arguments)
+    if options.doing == "clear":
         try:
-            gone = clear(asked.names)
+            gone = clear(options.names)
         except Refusal as error:
             sys.exit(f"error: {error}")
         print(f"{len(gone)} models are gone from {home()}")

@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ldm completion", description=__doc__.splitlines()[0])
     parser.add_argument("shell", choices=["bash", "query"], help="bash: the script, which zsh reads too")
     parser.add_argument("line", nargs="?", default="", help=argparse.SUPPRESS)
-    asked = parser.parse_args(arguments)
-    if asked.shell == "bash":
+    options = parser.parse_args(arguments)
+    if options.shell == "bash":
         print(SCRIPT.strip())
         return
-    sys.stdout.write("".join(f"{word}\n" for word in completed(asked.line)))
+    sys.stdout.write("".join(f"{word}\n" for word in completed(options.line)))
 
 
 def completed(line: str) -> list[str]:
@@ -69,8 +69,8 @@ def _settings(config_name: str, line: str) -> list[str]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         try:
-            found = BashCompletion(loader)._query(config_name=config_name, line=line)
+            words = BashCompletion(loader)._query(config_name=config_name, line=line)
         except (HydraException, OmegaConfBaseException, ValueError):
             return []  # what stands before it is no line of a command
-    groups = {word for word in found if loader.get_group_options(word) or loader.list_groups(word)}
-    return sorted({f"{word}=" if word in groups else word for word in found if not word.startswith("hydra")})
+    groups = {word for word in words if loader.get_group_options(word) or loader.list_groups(word)}
+    return sorted({f"{word}=" if word in groups else word for word in words if not word.startswith("hydra")})

@@ -23,14 +23,14 @@ def check(config: DictConfig, folder: Path) -> dict[str, float]:
     data.prepare_data()
     data.setup("fit")
     batch = data.on_after_batch_transfer(next(iter(data.ordered("train", batch=min(config.data.batch, 32)))), 0)
-    found = {}
+    sizes = {}
     for width in widths:
         torch.manual_seed(config.seed)
         stage = build_stage(of_width(config, width), begins=False).train()
-        found[width] = coordinates(stage, stage.latent_model().denoiser.backbone, batch)
-    by_block = slopes(found)
-    write_json({"sizes": found, "exponents": by_block}, folder / "coordinates.json")
-    write_text(as_page(found, by_block), folder / "coordinates.html")
+        sizes[width] = coordinates(stage, stage.latent_model().denoiser.backbone, batch)
+    by_block = slopes(sizes)
+    write_json({"sizes": sizes, "exponents": by_block}, folder / "coordinates.json")
+    write_text(as_page(sizes, by_block), folder / "coordinates.html")
     return by_block
 
 
@@ -59,14 +59,14 @@ def said(by_block: dict[str, float], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def as_page(found: dict[int, dict[str, list[float]]], by_block: dict[str, float]) -> str:
+def as_page(sizes: dict[int, dict[str, list[float]]], by_block: dict[str, float]) -> str:
     """Sizes by width, a line each block, at the start and after the last step."""
-    widths, sections = sorted(found), []
+    widths, sections = sorted(sizes), []
     for title, step in (("Hidden states at the start", 0), ("How far the steps have moved them", -1)):
-        series = {name: ([float(w) for w in widths], [found[w][name][step] for w in widths]) for name in by_block}
+        series = {name: ([float(w) for w in widths], [sizes[w][name][step] for w in widths]) for name in by_block}
         shown = {name: line for name, line in series.items() if all(line[1])}
         sections.append((title, curves(shown, "width of the backbone", "mean absolute value", log_y=True)))
-    rows = [[name, f"{slope:+.3f}", *(f"{found[w][name][-1]:.3g}" for w in widths)] for name, slope in by_block.items()]
+    rows = [[name, f"{slope:+.3f}", *(f"{sizes[w][name][-1]:.3g}" for w in widths)] for name, slope in by_block.items()]
     sections.append(("Exponents of the width", table(["", "exponent", *map(str, widths)], rows)))
     lead = "Where a setting is to hold at every width, neither hidden states nor how far a step moves them may grow with it."
     return page("Coordinate check", lead, sections)

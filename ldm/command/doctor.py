@@ -38,6 +38,7 @@ from ldm.data.shard.source import expand, passed_over
 from ldm.data.shard.tar import unread
 from ldm.errors import Refusal
 from ldm.files.folder import write_text
+from ldm.files.table import show
 
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = 24  # pictures in samples.png
@@ -50,21 +51,21 @@ FIELDS = {"image": "jpg", "caption": "txt"}  # where no shard can be asked
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> 0 where all is healthy, 1 where something is broken, 2 where the question was."""
     plt.switch_backend("Agg")
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        check_rules(asked.filters)
-        sizes = sizes_of(asked.buckets, asked.size)
-        asked.out = asked.out or Path("runs", "doctor", Path(asked.shards[0]).absolute().name.removesuffix(".tar"))
-        index = Index(expand(asked.shards, "SHARDS"), damaged="leave_out")
-        print(*(f"passed over: {line}\n" for line in passed_over(asked.shards)), sep="", end="")
-        fields = dict(asked.fields) or _common(index)
-        if asked.repair:
-            claim(asked.repair, index, fields)
-        several = folded(index, _count_members(index), dict(asked.fields).values())
-        report = examine(index, fields, asked.size, asked.filters, sizes, asked.quick, asked.out, several)
-        if asked.repair:
-            kept, lost = repair(index, fields, asked.repair)
-            print(f"{kept:,} whole samples are in {asked.repair}; {lost:,} lines in {asked.repair / LOST} name the others")
+        check_rules(options.filters)
+        sizes = sizes_of(options.buckets, options.size)
+        options.out = options.out or Path("runs", "doctor", Path(options.shards[0]).absolute().name.removesuffix(".tar"))
+        index = Index(expand(options.shards, "SHARDS"), damaged="leave_out")
+        print(*(f"passed over: {line}\n" for line in passed_over(options.shards)), sep="", end="")
+        fields = dict(options.fields) or _common(index)
+        if options.repair:
+            claim(options.repair, index, fields)
+        several = folded(index, _count_members(index), dict(options.fields).values())
+        report = examine(index, fields, options.size, options.filters, sizes, options.quick, options.out, several)
+        if options.repair:
+            whole, lost = repair(index, fields, options.repair)
+            print(f"{whole:,} whole samples are in {options.repair}; {lost:,} lines in {options.repair / LOST} name the others")
     except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,8 +85,13 @@ def examine(
     """Looks at every sample, prints what it finds and writes it into `out`.
 
     Args:
+        index: of the shards.
+        fields: batch field -> member, which every sample should have.
+        size: pixels of what is shown.
+        filters, sizes: of data.filters and data.buckets, of which it is said what they would keep.
         quick: decodes none but those shown.
         several: shards in which samples share a key, and how (folded.py).
+        out: the folder that the report is written into.
     """
     samples = Samples(index, Selection(index.counts), fields, size)
     would_keep = _would_keep(index, fields, filters, sizes) if index.shards and (filters or len(sizes) > 1) else ""
@@ -116,17 +122,21 @@ def examine(
 
 def _unread(index: Index) -> dict[str, list[str]]:
     """shard -> its files without an ending, which are of no sample."""
-    found = {}
+    files = {}
     for shard in index.shards:
         with index.fetch.held(shard) as path:
-            found[shard] = unread(path)
-    return {shard: names for shard, names in found.items() if names}
+            files[shard] = unread(path)
+    return {shard: names for shard, names in files.items() if names}
 
 
 def _common(index: Index) -> dict[str, str]:
     """The members that most samples have, each as a field of its own name."""
-    found = _count_members(index)
-    return {member: member for member, count in found.items() if 2 * count > len(index) and is_known(member)} or FIELDS
+    counts = Counter({member: count for member, count in _count_members(index).items() if is_known(member)})
+    most = [member for member, count in counts.items() if 2 * count > len(index)]
+    pictures = [member for member, _ in counts.most_common() if is_image(member)]
+    if pictures and not any(map(is_image, most)):  # of several names, none of which most have
+        most.append(pictures[0])
+    return {member: member for member in most} or FIELDS
 
 
 def _read_all(samples: Samples) -> dict[str, str]:
@@ -144,18 +154,18 @@ def _read_all(samples: Samples) -> dict[str, str]:
 
 
 def _count_members(index: Index) -> Counter[str]:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for s in range(len(index.shards)):
         table = index.table(s)
-        found += Counter({member: int(table.has(member).sum()) for member in table.members})
-    return found
+        counts += Counter({member: int(table.has(member).sum()) for member in table.members})
+    return counts
 
 
 def _members(index: Index, fields: dict[str, str]) -> dict[str, Any]:
-    found = _count_members(index)
+    counts = _count_members(index)
     silent = sum(int((index.table(s).column("caption_length") == 0).sum()) for s in range(len(index.shards)))
-    lacking = {member: len(index) - found[member] for member in fields.values()}
-    return {"members": dict(found), "lacking": lacking, "empty_captions": silent}
+    lacking = {member: len(index) - counts[member] for member in fields.values()}
+    return {"members": dict(counts), "lacking": lacking, "empty_captions": silent}
 
 
 def _duplicates(index: Index) -> dict[str, Any]:
@@ -181,10 +191,10 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 def _would_keep(index: Index, fields: dict[str, str], filters: dict, sizes: list) -> str:
     silent = {"caption_length": [1, None]} if any(is_text(member) for member in fields.values()) else {}
-    kept, dropped = apply(index, fields, {"complete": True, **silent, **filters})
+    selection, dropped = apply(index, fields, {"complete": True, **silent, **filters})
     lines = [table_of(len(index), dropped)]
     if len(sizes) > 1:
-        parts = assign(index, kept, sizes)
+        parts = assign(index, selection, sizes)
         lines += [f"{h:5d} x {w:<5d} {len(part):12,d}" for (h, w), part in zip(sizes, parts) if len(part)]
     return "\n".join(lines)
 
@@ -202,16 +212,18 @@ def _say(report: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
         print(f"  UNREAD {shard}: {len(names):,} files without an ending are of no sample, such as {names[0]}")
     shown = [f"{member} {count:,}" for member, count in report["members"].items()]
     print("members: " + ", ".join(shown[:MOST]) + (f" and {len(shown) - MOST:,} more" if len(shown) > MOST else ""))
+    if strange := [text for member, text in zip(report["members"], shown) if not is_known(member)]:
+        print(f"  NOT READ, being of no kind that shards hold: {', '.join(strange[:MOST])}")
     for member, count in report["lacking"].items():
         if count:
             print(f"  LACKING {member!r}: {count:,} samples")
     print(
         f"empty captions: {report['empty_captions']:,}; duplicates: {report['duplicates']:,} of {report['hashed']:,} with a hash"
     )
-    print(f"{'':20s} {'least':>10s} {'median':>10s} {'most':>10s}")
-    for name, summary in report["numbers"].items():
-        bars = _bars(columns[name])
-        print(f"{name:20s} {summary['least']:10.4g} {summary['median']:10.4g} {summary['most']:10.4g}  {bars}")
+    shares = ("least", "median", "most")
+    rows = [[name, *(f"{of[share]:10.4g}" for share in shares), _bars(columns[name])] for name, of in report["numbers"].items()]
+    if rows:
+        show(("number", *(f"{share:>10s}" for share in shares), "how many of each"), rows, headed=True)
 
 
 def _bars(values: np.ndarray) -> str:
@@ -289,10 +301,10 @@ def _setting(text: str) -> Any:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    found = _setting(text)
-    if not isinstance(found, dict):
+    setting = _setting(text)
+    if not isinstance(setting, dict):
         raise argparse.ArgumentTypeError(f"{text!r}; wanted {{name: value, ...}}")
-    return found
+    return setting
 
 
 def _field(text: str) -> tuple[str, str]:

@@ -21,8 +21,8 @@ def run(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     if config.compare:
-        from ldm.command.table import show
         from ldm.evaluation.compare import compare
+        from ldm.files.table import show
 
         others = [o for o in HydraConfig.get().overrides.task if o.split("=")[0] not in ("compare", "debug", "allow")]
         if others:
@@ -38,8 +38,8 @@ def run(config: DictConfig) -> None:
 
 def evaluate(config: DictConfig) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
     """Writes OUT/metrics.json, the protocol beside each number; -> numbers, pictures judged, and the metrics that judged."""
-    told, kept, metrics, _ = judge(config)
-    return {name: entry["value"] for name, entry in told.items()}, kept, metrics
+    entries, pictures, metrics, _ = judge(config)
+    return {name: entry["value"] for name, entry in entries.items()}, pictures, metrics
 
 
 def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Any]:
@@ -59,11 +59,11 @@ def judge(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     subject = Subject(plain, out)
     metrics = build(plain["metric"], allowed(plain))
     subject.make(metrics)
-    numbers, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
-    told = entries(numbers, metrics, subject.used, subject.settings, subject.what, corrupt)
-    kept = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}
-    by_first(lambda: (write_numbers(told, out), show(metrics, subject.used, out)))
-    return told, kept, metrics, subject
+    measured, corrupt = measure(metrics, subject.pictures, subject.real, out / "rows", Path(plain["cache"]), plain["batch"])
+    numbers = entries(measured, metrics, subject.used, subject.settings, subject.what, corrupt)
+    pictures = {kind: source.pictures() for kind, source in subject.used.items() if isinstance(source, Kept)}
+    by_first(lambda: (write_numbers(numbers, out), show(metrics, subject.used, out)))
+    return numbers, pictures, metrics, subject
 
 
 def sweep(overrides: Sequence[str], words: str) -> Path:
@@ -74,11 +74,12 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     from ldm.build import build_members
     from ldm.files.folder import write_text
     from ldm.files.process import meet, rank
-    from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page
+    from ldm.files.table import show
+    from ldm.report.sweep import Setting, grid, name_of, settings, sweep_page, sweep_table
     from ldm.training.logging import close, log_picture
 
     meet()
-    chosen, found, captions = settings(words), [], []
+    chosen, rows, captions = settings(words), [], []
     base = compose_config("evaluate", [*overrides, *chosen[0]])
     out = place(base) if base.out else Path(base.runs) / "sweep"
     base = compose_config("evaluate", [*overrides, *chosen[0], f"out={out}"])
@@ -86,16 +87,17 @@ def sweep(overrides: Sequence[str], words: str) -> Path:
     for step, setting in enumerate(chosen):
         if rank() == 0:
             print(f"== {step + 1} of {len(chosen)}: {', '.join(setting)}", flush=True)
-        told, kept, _, subject = judge(compose_config("evaluate", [*overrides, *setting, f"out={out / name_of(setting)}"]))
-        found.append(Setting(setting, told, kept.get("drawing")))
+        numbers, pictures, _, subject = judge(compose_config("evaluate", [*overrides, *setting, f"out={out / name_of(setting)}"]))
+        rows.append(Setting(setting, numbers, pictures.get("drawing")))
         captions = captions or subject.captions(8)
         for logger in loggers:
-            logger.log_metrics({f"sweep/{name}": entry["value"] for name, entry in told.items()}, step=step)
-        if "drawing" in kept:
-            log_picture(loggers, f"sweep/{name_of(setting)}", grid(kept["drawing"]), step)
+            logger.log_metrics({f"sweep/{name}": entry["value"] for name, entry in numbers.items()}, step=step)
+        if "drawing" in pictures:
+            log_picture(loggers, f"sweep/{name_of(setting)}", grid(pictures["drawing"]), step)
     close(loggers)
     if rank() == 0:
-        write_text(sweep_page(found, captions, base.model), out / "report.html")
+        write_text(sweep_page(rows, captions, base.model), out / "report.html")
+        show(*sweep_table(rows), headed=True)
         print(f"Look at it: {out}/report.html")
     return out / "report.html"
 

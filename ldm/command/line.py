@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.compose import CONFIGS, check_overrides, prepared, settled
 from ldm.errors import Refusal
 from ldm.files.process import end_soon
+from ldm.files.table import once_a_minute
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -53,12 +54,6 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         return main
 
     return decorate
-
-
-def once_a_minute() -> None:
-    """Where no terminal is, bars of long work are written once a minute."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "60")  # which tqdm reads as it is imported
 
 
 def _guarded(

@@ -1,9 +1,9 @@
 """Pictures into shards:  python -m ldm pack SOURCE OUT [--size 512] [--val 0.05]
 
 SOURCE is a folder of pictures, each perhaps with a caption beside it (cat.jpg, cat.txt); a folder of class sub-folders; or a
-.csv, .tsv, .jsonl or .json whose rows name a picture and its caption. OUT becomes a folder of shards (OUT/train and OUT/val with
---val). Every picture and row becomes a sample, or is named with the reason; every other file is counted. At the end stand the
-commands that train on the shards.
+.csv, .tsv, .jsonl, .json or .parquet whose rows name a picture and its caption. OUT becomes a folder of shards (OUT/train and
+OUT/val with --val). Every picture and row becomes a sample, or is named with the reason; every other file is counted. At the end
+stand the commands that train on the shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ldm.data.batch.cut import CROP
 from ldm.data.packing.gather import find
-from ldm.data.packing.packed import Packed, Row, commands, say, say_left_out
+from ldm.data.packing.packed import Packed, Row, commands, found, say, say_left_out
 from ldm.data.packing.table import ENDINGS, TABLES
 from ldm.data.shard.decode import MAX_RECORD
 from ldm.data.shard.record import OWN, apart
@@ -39,18 +39,18 @@ QUALITY = 95
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> 0 where every picture was packed, 1 where some could not be read, 2 where there was nothing to pack."""
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     packed = Packed()
     try:
-        pack(Path(asked.source), Path(asked.out), asked.size, asked.per_shard, asked.val, packed)
+        pack(Path(options.source), Path(options.out), options.size, options.per_shard, options.val, packed)
     except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         say_left_out(packed)
     say(packed)
-    print(f"The shards are in {asked.out}; these train on them, one after the other (docs/data.md):")
-    print("\n".join(commands(packed, Path(asked.out), bool(asked.val))))
+    print(f"The shards are in {options.out}; these train on them, one after the other (docs/data.md):")
+    print("\n".join(commands(packed, Path(options.out), bool(options.val))))
     return 1 if packed.skipped else 0
 
 
@@ -62,8 +62,12 @@ def pack(source: Path, out: Path, size: int | None, per_shard: int, val: float, 
     number of its class, where sub-folders are classes.
 
     Args:
+        source: a folder, or a table.
+        out: the folder of the shards.
         size: pixels that the shorter side is brought down to; None keeps it.
         val: the share that is held out, chosen by a hash of the picture: one that is there twice is on one side.
+        per_shard: samples of a shard, at most.
+        packed: counts what was done.
 
     Raises:
         Refusal: no pictures, none that can be read, a table that cannot be read in one way only, or several splits.
@@ -72,7 +76,8 @@ def pack(source: Path, out: Path, size: int | None, per_shard: int, val: float, 
     """
     rows = find(source, packed)
     if not rows:
-        raise Refusal(f"No pictures in {source}: looked for {', '.join(ENDINGS)}, or a {', '.join(TABLES)} that names some.")
+        looked = f"looked for {', '.join(ENDINGS)}, or a {', '.join(TABLES)} that names some"
+        raise Refusal(f"No pictures in {source}: {looked}.{found(packed)}")
     held_out = _held_out(rows, val) if val else set()
 
     def samples(split: str) -> Iterator[dict[str, Any]]:
@@ -89,7 +94,7 @@ def pack(source: Path, out: Path, size: int | None, per_shard: int, val: float, 
         write_shards(samples("val"), out / "val", per_shard)
     if packed.classes:
         named = {number: name for name, number in packed.classes.items()}
-        lines = (f"{named.get(number, '')}\n" for number in range(max(named) + 1))  # line i names class i
+        lines = (f"{' '.join(named.get(number, '').splitlines())}\n" for number in range(max(named) + 1))  # line i: class i
         write_text("".join(lines), out / "classes.txt")
 
 
@@ -143,7 +148,7 @@ def _columns(row: Row, packed: Packed) -> dict[str, Any]:
         try:
             json.dumps(value, allow_nan=False)
             columns[new] = value
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, RecursionError):
             packed.dropped[name] += 1
     return columns
 
@@ -177,7 +182,7 @@ def _is_several(image: Image.Image) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ldm pack", description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="a folder of pictures, of class sub-folders, or a .csv, .tsv, .jsonl or .json")
+    parser.add_argument("source", help="a folder of pictures, of class sub-folders, or a .csv, .tsv, .jsonl, .json or .parquet")
     parser.add_argument("out", help="folder for the shards")
     parser.add_argument(
         "--size", type=_count, default=None, help="pixels the shorter side is brought down to; as it is by default"

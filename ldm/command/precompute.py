@@ -1,12 +1,14 @@
 """Latents ahead of time:  python precompute.py model=runs/quickstart/autoencoder data=emoji out=runs/quickstart/latents
 
 With condition=[text], settings and all, what the text tower says of the captions is kept as well, for condition=[cached_text];
-with several, such as condition=[text_sd3,t5_sd3], what they say together, as of one text.
+with several, such as condition=[text_sd3,t5_sd3], what they say together, as of one text. keep=[edges] writes further fields
+of the data, +data.fields.edges=edges.png, beside them, cut as the pictures were.
 Under torchrun or srun every process writes shards of its own; started again, it goes on where it stopped.
 """
 
 import json
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ def precompute(config: DictConfig) -> Path:
     splits = ("train", "val") if data.val_set else ("train",)
     for split in splits:
         folder = Path(config.out) / split
-        write_latents(autoencoder, data, split, folder, config.batch, device, config.per_shard, config.half, rank, world, text)
+        settings = (config.batch, device, config.per_shard, config.half, rank, world, text, list(config.keep))
+        write_latents(autoencoder, data, split, folder, *settings)
     if rank > 0:
         return Path(config.out)
     print(
@@ -53,15 +56,31 @@ def precompute(config: DictConfig) -> Path:
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
     use = ["data=latents", *(f"data.{split}={config.out}/{split}" for split in splits), f"data.size={data.size}"]
     use += [] if data.val_set else ["data.val=null"]
-    use += [f"'data.buckets={[list(size) for size in data.sizes]}'".replace(" ", "")] if len(data.sizes) > 1 else []
+    use += [f"data.buckets={[list(size) for size in data.sizes]}".replace(" ", "")] if len(data.sizes) > 1 else []
     use += ["autoencoder=cached", f"autoencoder.channels={autoencoder.channels}", f"autoencoder.factor={autoencoder.factor}"]
     use += [f"autoencoder.load.path={place}"]
+    use += _kept_words(data, config.keep)
     for name, member in members.items():
         save_null(member, Path(config.out) / "text")
         use += _words(name, member, config)
     print(f"The latents are in {config.out}{' once the other processes are done' if world > 1 else ''}; train on them with")
-    print(" ".join(use))
+    print(shlex.join(use))
     return Path(config.out)
+
+
+def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:
+    """The settings that read the fields that were kept."""
+    from ldm.data.batch.keep import members_of
+
+    mixtures = {
+        field: ",".join(f"{data.fields[name]}:{share:g}" for name, share in data.mixed[field].items())
+        for field in keep
+        if field in data.mixed
+    }
+    plain = members_of(data.fields, {}, [field for field in keep if field not in mixtures])
+    return [f"'data.fields.{field}={{{shares}}}'" for field, shares in mixtures.items()] + [
+        f"+data.fields.{field}={member}" for field, member in plain.items()
+    ]
 
 
 def _text_conditions(config: DictConfig, device: Any) -> dict[str, Any]:
@@ -95,18 +114,18 @@ def _words(name: str, text: Any, config: DictConfig) -> list[str]:
     """The settings of condition=[cached_text] that stand for the text condition `name`."""
     from ldm.condition.cached_text import embed
 
-    use = ["'condition=[cached_text]'", f"condition.cached_text.path={config.out}/text"]
+    use = ["condition=[cached_text]", f"condition.cached_text.path={config.out}/text"]
     use += [] if name == "text" else [f"condition.cached_text.stands_for={name}"]
     use += [] if text.key == "caption" else [f"condition.cached_text.key={text.key}"]
     node = OmegaConf.to_container(config.condition[name], resolve=True)
     settings = {key: _written(value) for key, value in node.items() if key not in OTHERS}
     usual = OmegaConf.load(CONFIGS / "condition" / "cached_text.yaml").cached_text.load._target_
     if node["_target_"] == usual:
-        use += [shlex.quote(f"++condition.cached_text.load.{key}={value}") for key, value in settings.items()]
+        use += [f"++condition.cached_text.load.{key}={value}" for key, value in settings.items()]
     else:
         made = {"_target_": json.dumps(node["_target_"]), "_partial_": "true", "key": json.dumps(text.key), **settings}
         made = ", ".join(f"{key}: {value}" for key, value in made.items())
-        use += ["'~condition.cached_text.load'", shlex.quote(f"+condition.cached_text.load={{{made}}}")]
+        use += ["~condition.cached_text.load", f"+condition.cached_text.load={{{made}}}"]
     return use + [f"+data.fields.{text.key}_{member.split('.')[1]}={member}" for member in embed(text, [""])]
 
 

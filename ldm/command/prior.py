@@ -46,17 +46,17 @@ def prior(config: DictConfig) -> Path:
     model = load_model(place, allowed(config), config.adapters, config.base).to(device_of(config.device))
     usual = recipe_of(place).get("usual", {})
     size, _ = size_of(plain["resolution"], usual)
-    told = {**as_usual({**plain, **PLAIN}, usual), "resolution": list(size)}
-    kept = {name: value for name, value in told.items() if name not in (*FREE, *PLAIN)} | {"captions": captions}
-    kept |= {"model": str(config.model), "sha256": content_of(place), "adapters": list(model.adapters), "count": config.count}
+    settings = {**as_usual({**plain, **PLAIN}, usual), "resolution": list(size)}
+    record = {name: value for name, value in settings.items() if name not in (*FREE, *PLAIN)} | {"captions": captions}
+    record |= {"model": str(config.model), "sha256": content_of(place), "adapters": list(model.adapters), "count": config.count}
     meet()
-    by_first(lambda: _keep(kept, out))
+    by_first(lambda: _keep(record, out))
     rank, world, _ = process()
     mine = range(config.count * rank // world, config.count * (rank + 1) // world)
     missing = [i for i in mine if not (out / PICTURES / f"{i:05d}.png").is_file()]
     for part in tqdm(_runs(missing, config.batch), desc="drawing", disable=not missing):
         prompts = [captions[i % len(captions)] for i in part]
-        words = {**told, "prompt": prompts, "count": len(part), "seed": config.seed + part[0]}
+        words = {**settings, "prompt": prompts, "count": len(part), "seed": config.seed + part[0]}
         images, _ = draw(model, usual, words, allowed(config), lambda line: None)
         for i, caption, image in zip(part, prompts, images.add(1).div(2).clamp(0, 1)):
             write_text(caption + "\n", out / PICTURES / f"{i:05d}.txt")
@@ -70,12 +70,12 @@ def _captions(config: dict[str, Any]) -> list[str]:
     """The prompts, in turn."""
     from ldm.drawing.request import prompts_of
 
-    if not (found := prompts_of(config)):
+    if not (prompts := prompts_of(config)):
         raise Refusal("prompt='a photo of a dog', or prompts=FILE with one a line, must be said: what the class pictures show.")
-    return found
+    return prompts
 
 
-def _keep(kept: dict[str, Any], out: Path) -> None:
+def _keep(record: dict[str, Any], out: Path) -> None:
     """Says how the pictures are drawn; a longer series of the same goes on.
 
     Raises:
@@ -86,13 +86,13 @@ def _keep(kept: dict[str, Any], out: Path) -> None:
 
     path = out / RECORD
     before = dict(read_json(path)) if path.is_file() else {}
-    changed = [n for n in before if n not in ("count", "model") and before[n] != kept.get(n)]  # a model may have moved
+    changed = [n for n in before if n not in ("count", "model") and before[n] != record.get(n)]  # a model may have moved
     if changed:
-        was = ", ".join(f"{n}: {before[n]!s:.60} (now {kept.get(n)!s:.60})" for n in changed)
+        was = ", ".join(f"{n}: {before[n]!s:.60} (now {record.get(n)!s:.60})" for n in changed)
         raise Refusal(f"out={out} holds class pictures of {before['model']} with other settings, {was}. Name another folder.")
     if not before and any(out.glob("*")):
         raise Refusal(f"out={out} holds other files and no {RECORD}: name a folder of its own.")
-    write_json({**kept, "count": max(kept["count"], before.get("count", 0))}, path)
+    write_json({**record, "count": max(record["count"], before.get("count", 0))}, path)
 
 
 def _runs(numbers: Sequence[int], most: int) -> list[list[int]]:

@@ -16,9 +16,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.command.line import once_a_minute
 from ldm.compose import compose_config
 from ldm.files.folder import write_json
+from ldm.files.table import once_a_minute
 from ldm.run_id import VOLATILE
 
 HOME = Path("runs/quickstart")
@@ -85,9 +85,9 @@ def set_aside(plan: dict[str, Any]) -> None:
     """Keeps a quickstart of another length or recipe: its folder is renamed, not overwritten or mixed with this one."""
     path = HOME / "plan.json"
     if path.is_file() and (before := json.loads(path.read_text())) != plan:
-        kept = HOME.with_name(f"quickstart-{before['minutes']:g}-minutes-{int(path.stat().st_mtime)}")
-        HOME.rename(kept)
-        print(f"The quickstart that was made by another plan ({before['minutes']:g} minutes) is kept in {kept}")
+        aside = HOME.with_name(f"quickstart-{before['minutes']:g}-minutes-{int(path.stat().st_mtime)}")
+        HOME.rename(aside)
+        print(f"The quickstart that was made by another plan ({before['minutes']:g} minutes) is kept in {aside}")
     write_json(plan, path)
 
 
@@ -169,13 +169,13 @@ def judge(timed: Timer) -> tuple[dict[str, float], dict[str, Any]]:
     samples = timed("sample", lambda: sample(prompts))
     data = build(compose_config("train").data)
     rows = chosen(data, config.count)
-    asked = data.on_after_batch_transfer(data.rows("train", rows), 0)
+    requests = data.on_after_batch_transfer(data.rows("train", rows), 0)
     held_out = data.on_after_batch_transfer(data.rows("val", range(len(data.val_set))), 0)["image"]
     shown = {
         "held_out": held_out,
         "reconstructed": pictures["reconstruction"],
-        "captions": asked["caption"],
-        "real": asked["image"],
+        "captions": requests["caption"],
+        "real": requests["image"],
         "drawn": pictures["drawing"],
         "matched": metrics["text_match"].matched.tolist(),
         "prompts": PROMPTS,

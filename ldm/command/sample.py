@@ -33,10 +33,10 @@ def sample(config: DictConfig) -> Tensor:
     rank, world, _ = process()
     model, usual = ready(config)
     plain = OmegaConf.to_container(config, resolve=True)
-    images, told = draw(model, usual, plain, allowed(config), say, share=(rank, world))
+    images, record = draw(model, usual, plain, allowed(config), say, share=(rank, world))
     images = torch.cat(from_all(images))
     if first():
-        write_pictures(images, Path(config.out), told, model.conditioner.show(told["asked"]))
+        write_pictures(images, Path(config.out), record, model.conditioner.show(record["asked"]))
     say(f"{len(images)} pictures are in {config.out}")
     return images
 
@@ -58,6 +58,7 @@ def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
     from ldm.command.usual import check_drawing
     from ldm.drawing.generate import compile_backbone
     from ldm.drawing.offload import offload
+    from ldm.drawing.precision import hold, precision_of
     from ldm.files.device import device_of
     from ldm.rest import at_rest, recipe_of
 
@@ -65,6 +66,7 @@ def ready(config: DictConfig) -> tuple[LatentModel, dict[str, Any]]:
     usual = recipe_of(place).get("usual", {})
     check_drawing(OmegaConf.to_container(config, resolve=True), usual, allowed(config))
     model, device = load_model(place, allowed(config), config.adapters, config.base), device_of(config.device)
+    hold(model.denoiser.backbone, usual, precision_of(config.precision, usual, device))
     if config.tile:
         model.autoencoder = Tiled(model.autoencoder, config.tile, config.tile // 4)
     model = offload(model, device) if config.offload else model.to(device)
@@ -85,6 +87,7 @@ def draw(
     """Draws what a plain config of sample.yaml asks for.
 
     Args:
+        model: what draws.
         usual: how the model is drawn from where the config does not say it (data/usual.py).
         config: what is null in it is as usual. `sampler` and `guidance` may be built already, its pictures may be PIL's.
         allow: the modules that its nodes may be built from.
@@ -120,12 +123,12 @@ def draw(
     sampler = read_edit(config, model, ask, sampler, size)
     mine = slice(count * share[0] // share[1], count * (share[0] + 1) // share[1])
     part = {field: value[mine] for field, value in ask.items()}
-    told = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
+    record = {**config, "seeds": list(seeds), "asked": ask, "adapters": list(model.adapters)}
     if not seeds[mine]:
-        return torch.empty(0, 3, *size), told
+        return torch.empty(0, 3, *size), record
     guidance = in_precision(taking_turns(guidance) if config["prompt_weights"] else guidance, config["precision"], device)
     images = draw_all(model, part, sampler, guidance, seeds[mine], size, config["batch"], config["paste"], watch)
-    return images, told
+    return images, record
 
 
 main = command("sample")(sample)

@@ -14,6 +14,7 @@ from ldm.compose import CONFIGS
 from ldm.data.shard.source import expand
 from ldm.data.shards import Shards
 from ldm.data.usual import far, resolved
+from ldm.drawing.precision import hold
 from ldm.drawing.request import read_request
 from ldm.errors import NotFound, Refusal
 from ldm.evaluation.pictures import Drawings, Given, Kept, Reconstructions, Split, chosen
@@ -33,6 +34,9 @@ SAID = (
     "model images reference requests conditioning conditions prompts ask negative count resolution seed precision paste".split()
 )
 SAID += "corrupt keep adapters base sampler guidance data".split()
+
+
+REFERENCES = "Wanted train, val, a folder of pictures, an .npz, or shards (*.tar)."
 
 
 class Noted(dict):
@@ -72,13 +76,13 @@ class Subject:
         usual = yaml.safe_load((CONFIGS / "evaluate.yaml").read_text(encoding="utf-8"))
         usual["data"] = yaml.safe_load((CONFIGS / "data" / "usual.yaml").read_text(encoding="utf-8"))
         given = [name for name in SAID if name not in self.config.read and self.config.get(name) != usual[name]]
-        told = [name if isinstance(self.config.get(name), dict) else f"{name}={self.config.get(name)}" for name in given]
+        unread = [name if isinstance(self.config.get(name), dict) else f"{name}={self.config.get(name)}" for name in given]
         why = (
             "images=... are judged as they are"
             if self.config.get("images")
             else f"metric=[{','.join(metrics)}] reads nothing of it"
         )
-        self._say(f"Not used, since {why}: {', '.join(told)}" if told else "")
+        self._say(f"Not used, since {why}: {', '.join(unread)}" if unread else "")
 
     @cached_property
     def place(self) -> Path:
@@ -89,7 +93,9 @@ class Subject:
     def model(self) -> Any:
         """The model, on its device."""
         config = self.config
-        return load_model(self.place, self.allow, config["adapters"], config["base"]).to(self.device)
+        model = load_model(self.place, self.allow, config["adapters"], config["base"])
+        hold(model.denoiser.backbone, self.recipe.get("usual", {}), str(config.get("precision")))
+        return model.to(self.device)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -108,17 +114,17 @@ class Subject:
         Raises:
             NotFound: the data are not there.
         """
-        chosen, own = self.config["data"] == self.node, self.recipe.get("usual", {}).get("data")
+        chosen, usual = self.config["data"] == self.node, self.recipe.get("usual", {}).get("data")
         where = self.node.get("train") or self.node.get("name") or (self.node.get("dataset") or {}).get("_target_", "the emoji")
         if not chosen:
-            why = "as the model was trained on them" if own else "since the model does not say what it was trained on"
+            why = "as the model was trained on them" if usual else "since the model does not say what it was trained on"
             self._say(f"Data: {where} at {self.node.get('size')} px, {why} (data=..., data.train=...).")
         try:  # a model, perhaps a stranger's, chooses among data alone
             data = build(self.node, self.allow if chosen else ("ldm.data", "ldm.tower.counter", *self.config["allow"]))
             data.prepare_data()
             data.setup()
         except FileNotFoundError as error:
-            if chosen or own is None:
+            if chosen or usual is None:
                 raise
             raise NotFound(
                 f"{self.config['model']} was trained on {where}, which cannot be read here: {error} Name where they are now, or "
@@ -170,23 +176,23 @@ class Subject:
         size = (self._size, self._size) if isinstance(self._size, int) else tuple(self._size)
         self._say(far(size, self.recipe.get("usual", {})))
         usual = as_usual(config, self.recipe.get("usual", {}))
-        told = {name: usual[name] for name in ("sampler", "guidance", "batch")}
+        how_drawn = {name: usual[name] for name in ("sampler", "guidance", "batch")}
         if guides := named_content([usual["sampler"], usual["guidance"]]):
-            told["guides"] = guides
+            how_drawn["guides"] = guides
         sampler, guidance = build(usual["sampler"], self.allow), build(usual["guidance"], self.allow)
         how = (config["seed"], size, config["conditioning"], str(config["precision"]), config["paste"])
-        return Drawings(self.model, self._requests(), sampler, guidance, *how, {**told, **self._made}, config["conditions"])
+        return Drawings(self.model, self._requests(), sampler, guidance, *how, {**how_drawn, **self._made}, config["conditions"])
 
     def _requests(self) -> Split | Given:
         config, count = self.config, self.config["count"]
-        asked = {**config, "resolution": self._size, "ask": spread(config["ask"])}
+        request = {**config, "resolution": self._size, "ask": spread(config["ask"])}
         if config["prompts"] is not None:
-            ask, lines = read_request({**asked, "count": None, "negative": config["negative"]}, self.model)
+            ask, lines = read_request({**request, "count": None, "negative": config["negative"]}, self.model)
             if count > lines:
                 raise Refusal(f"fewer captions than pictures: count={count}, and prompts={config['prompts']} has {lines} lines.")
             return Given({name: value[:count] for name, value in ask.items()}, count)
         if config["ask"] or not self.model.conditioner.embedders:
-            return Given(*read_request({**asked, "negative": config["negative"]}, self.model))
+            return Given(*read_request({**request, "negative": config["negative"]}, self.model))
         if config["negative"] is not None:
             raise Refusal("negative=... goes with prompts=FILE; the requests of shards have none.")
         return Split(self.data, config["requests"], self.device, chosen(self.data, count, config["requests"]))
@@ -208,17 +214,23 @@ class Subject:
         config, name = self.config, self.config["reference"]
         if name in ("train", "val"):
             return self._split(name)
-        if name.endswith(".npz"):
+        if name.lower().endswith(".npz"):
             return Archive(name, self.device)
         size = self._size if config["images"] is None else config["resolution"]
         if Path(name).is_dir() and not any(Path(name).glob("*.tar")):
             return Folder(name, size, self.device, limit=config["corrupt"], option="reference")
+        try:
+            shards = [name] if Path(name).is_file() else expand(name, "reference")
+        except NotFound as error:
+            raise NotFound(f"reference={name}: nothing is there. {REFERENCES}") from error
+        if not all(shard.split("?")[0].endswith(".tar") for shard in shards):
+            raise Refusal(f"reference={name} is no file of pictures that is read. {REFERENCES}")
         if not isinstance(size, int):
             raise Refusal(
                 f"reference={name} are shards, whose pictures are brought to one size: say resolution=256, or the like."
             )
         fields = {"image": self.node.get("fields", {}).get("image") or "jpg"}
-        return Split(Shards(expand(name, "reference"), fields=fields, size=size), "train", self.device)
+        return Split(Shards(shards, fields=fields, size=size), "train", self.device)
 
     def _kept(self, kind: str, source: Any) -> Any:
         if isinstance(source, Folder):

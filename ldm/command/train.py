@@ -30,11 +30,11 @@ def run(config: DictConfig) -> float | None:
     folder, numbers = _train(config)
     if config.optimize is None or config.plan or config.coordinates:
         return None
-    kept = folder / "optimized.json"
+    file = folder / "optimized.json"
     if numbers and first():
-        write_text(json.dumps(numbers), kept)
-    if not numbers and kept.is_file():  # a sweeper may try the same settings twice, and the run was finished before
-        numbers = json.loads(kept.read_text(encoding="utf-8"))
+        write_text(json.dumps(numbers), file)
+    if not numbers and file.is_file():  # a sweeper may try the same settings twice, and the run was finished before
+        numbers = json.loads(file.read_text(encoding="utf-8"))
     if config.optimize not in numbers:
         logged = ", ".join(sorted(numbers)) or "nothing, as the run was finished before"
         raise Refusal(f"optimize={config.optimize}: no such number was logged in {folder}; what was: {logged}.")
@@ -61,8 +61,10 @@ def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
     from ldm.build import allowed, build, build_members, build_stage
     from ldm.command.usual import drawn_as
     from ldm.data.usual import usual_of
+    from ldm.interop.card import of_run
     from ldm.training.callback.profile import Profile
-    from ldm.training.logging import close
+    from ldm.training.logging import close, give_model
+    from ldm.training.parallel.layout import pays_to_search
     from ldm.training.resume import Changes
     from ldm.training.run import fit, quiet
 
@@ -86,9 +88,11 @@ def _checked(config: DictConfig) -> tuple[Path, dict[str, float]]:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     changes = Changes(OmegaConf.to_yaml(config), _plain(config), lambda path: _plain(OmegaConf.load(path)), folder)
     debug = {"detect_anomaly": True, "devices": 1, "num_nodes": 1, "strategy": "auto"} if config.debug else {}
-    trainer = _trainer(config, callbacks=[changes, *callbacks, *always, *profile], logger=loggers, **debug)
+    search = {"benchmark": pays_to_search(stage)} if config.trainer.get("benchmark") is None else {}
+    trainer = _trainer(config, callbacks=[changes, *callbacks, *always, *profile], logger=loggers, **search, **debug)
     try:
-        fit(stage, data, trainer, folder, config.resume)
+        if fit(stage, data, trainer, folder, config.resume) and trainer.is_global_zero:
+            give_model(loggers, folder, lambda: of_run(folder))
     finally:
         close(loggers)
     return folder, {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -59,13 +59,13 @@ def _filled(said: Any, usual: Mapping[str, Any] | None, default: Mapping[str, An
     if said is not None and not isinstance(said, Mapping):
         return said
     said = {name: value for name, value in (said or {}).items() if value is not None}
-    own = default if usual is None else usual
+    basis = default if usual is None else usual
     grid = said.get("grid") or {}
     if "_target_" not in grid and grid.values():  # settings of the grid that is usual
-        said["grid"] = {**(own.get("grid") or default["grid"]), **{n: value for n, value in grid.items() if value is not None}}
-    if said.get("_target_") not in (None, own["_target_"]):
-        return {**{name: own[name] for name in ("steps", "grid") if name in own}, **said}
-    return {**(own if said.keys() <= {*own, "_target_"} else default), **said}
+        said["grid"] = {**(basis.get("grid") or default["grid"]), **{n: value for n, value in grid.items() if value is not None}}
+    if said.get("_target_") not in (None, basis["_target_"]):
+        return {**{name: basis[name] for name in ("steps", "grid") if name in basis}, **said}
+    return {**(basis if said.keys() <= {*basis, "_target_"} else default), **said}
 
 
 def _plain(file: str) -> dict[str, Any]:

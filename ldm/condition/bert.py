@@ -10,7 +10,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, texts
 from ldm.errors import NotFound
 from ldm.tower.cut import Cut
 from ldm.types import Cond, Widths
@@ -21,8 +21,15 @@ PADDING = "[PAD]"
 class Bert(Condition):
     """A caption -> tokens (B, L, D) of a bidirectional transformer (LDM, 2112.10752, appendix E.2.1 and table 17).
 
-    `vocabulary` is a folder with BERT's uncased `vocab.txt`. Captions are cut or padded to `length` words; the padding is
-    attended to as well, as published. Heads are `head_width` wide, whatever `width` is. A dropped caption is the empty one.
+    Captions are padded to `length`; the padding is attended to as well, as published. A dropped caption is the empty one.
+
+    Args:
+        vocabulary: a folder with BERT's uncased `vocab.txt`.
+        width, depth, heads: features of a token, blocks, and heads of attention.
+        head_width: features of a head, whatever `width` is.
+        length: words of a caption, at most, its two ends among them; what lies behind is cut off.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
 
     Raises:
         NotFound: there is no vocabulary.
@@ -67,20 +74,20 @@ class Bert(Condition):
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) word ids, cut or padded to the length."""
-        rows = self.tokenizer.encode_batch(list(captions))
+        rows = self.tokenizer.encode_batch(texts(captions))
         if self.training:
             self.cut.count(captions, [bool(row.overflowing) for row in rows])
         return torch.tensor([row.ids for row in rows])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of those that the context is too short for."""
-        for prompt, row in zip(asked, self.tokenizer.encode_batch([str(a) for a in asked])):
+        for prompt, row in zip(values, self.tokenizer.encode_batch([str(a) for a in values])):
             if row.overflowing:
                 warn(
                     f"{_length(row)} words do not fit into {self.cut.most}; cut off: the end of {str(prompt)!r}",
                     stacklevel=2,
                 )
-        return [str(a) for a in asked]
+        return [str(a) for a in values]
 
 
 def _length(row: Any) -> int:

@@ -25,9 +25,12 @@ class Embedded(str):
 class CachedText(Condition):
     """Stands in for the text condition that the shards' embeddings were made with (`embed`, `save_null`).
 
-    path: the folder with null.safetensors, what that text says of a dropped caption.
-    load: makes the text itself, the first time that a caption comes without its embedding: a prompt.
-    stands_for: the name of that condition; the same captions are dropped as there.
+    Args:
+        load: makes the text itself, the first time that a caption comes without its embedding: a prompt.
+        path: the folder with null.safetensors, what that text says of a dropped caption.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
+        stands_for: the name of that text among the conditions; the same captions are dropped as there.
 
     Raises:
         NotFound: there is no null.
@@ -44,22 +47,22 @@ class CachedText(Condition):
             )
         self.load, self.key, self.rate, self.stands_for = load, key, rate, stands_for
         self.kept: list[Embedder] = []  # in a list, so that it is no part of this module
-        found = load_tensors(Path(path) / NULL)
-        self.parts = [part for part in PARTS if part in found]
+        null = load_tensors(Path(path) / NULL)
+        self.parts = [part for part in PARTS if part in null]
         for part in self.parts:
-            self.register_buffer(part, found[part], persistent=False)
-        self.widths = Widths(tokens=self.tokens.shape[2], vector=self.vector.shape[1] if "vector" in found else 0)
+            self.register_buffer(part, null[part], persistent=False)
+        self.widths = Widths(tokens=self.tokens.shape[2], vector=self.vector.shape[1] if "vector" in null else 0)
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, E) or None."""
         if not all(isinstance(caption, Embedded) for caption in value):
             return self._text()(value, drop)
-        told = {}
+        slots = {}
         for part in self.parts:
             null = getattr(self, part)
             said = torch.stack([caption.said[part] for caption in value]).to(null)
-            told[part] = torch.where(drop.to(null.device, non_blocking=True).reshape(-1, *(1,) * (said.ndim - 1)), null, said)
-        return Cond(**told)
+            slots[part] = torch.where(drop.to(null.device, non_blocking=True).reshape(-1, *(1,) * (said.ndim - 1)), null, said)
+        return Cond(**slots)
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Any]:
         """The captions with their embeddings, where the batch has these.
@@ -78,9 +81,9 @@ class CachedText(Condition):
             )
         said = {part: self._filled(part, batch[f"{self.key}_{part}"]) for part in self.parts}
         if shapes := [p for p in self.parts if said[p].shape[1:] != getattr(self, p).shape[1:]]:
-            found, here = (tuple(x.shape[1:]) for x in (said[shapes[0]], getattr(self, shapes[0])))
+            there, here = (tuple(x.shape[1:]) for x in (said[shapes[0]], getattr(self, shapes[0])))
             raise Refusal(
-                f"The shards' {shapes[0]} are of shape {found}, the null's of {here}: they are of another text tower "
+                f"The shards' {shapes[0]} are of shape {there}, the null's of {here}: they are of another text tower "
                 "(condition.cached_text.path)."
             )
         captions = [Embedded(caption) for caption in batch.get(self.key, [""] * len(said["tokens"]))]
@@ -88,9 +91,9 @@ class CachedText(Condition):
             caption.said = {part: value[i] for part, value in said.items()}
         return {self.key: captions}
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the tower's context is too short for."""
-        return self._text().read(field, asked, size)
+        return self._text().read(field, values, size)
 
     def original(self) -> Embedder:
         """The text itself, compared with what the shards came with; it is not kept."""
@@ -104,8 +107,8 @@ class CachedText(Condition):
         Raises:
             Refusal: it says something else of a dropped caption.
         """
-        told = _parts(text, [""], drop=True)
-        if list(told) != self.parts or not all(_alike(told[part], getattr(self, part)) for part in told):
+        parts = _parts(text, [""], drop=True)
+        if list(parts) != self.parts or not all(_alike(parts[part], getattr(self, part)) for part in parts):
             raise Refusal(
                 "condition.cached_text.load makes another text than the shards' embeddings were made with: what it says of a "
                 "dropped caption is not their null. Give it the model, layers, padding and so on that made them."
@@ -149,8 +152,8 @@ def save_null(text: Embedder, folder: Path) -> None:
 
 @torch.no_grad()
 def _parts(text: Embedder, captions: Sequence[str], drop: bool) -> dict[str, Tensor]:
-    told = text(captions, torch.full((len(captions),), drop))
-    return {part: getattr(told, part).cpu() for part in PARTS if getattr(told, part) is not None}
+    cond = text(captions, torch.full((len(captions),), drop))
+    return {part: getattr(cond, part).cpu() for part in PARTS if getattr(cond, part) is not None}
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -1,17 +1,13 @@
 """A depth map beside the latents, as Stable Diffusion 2's depth model is told it."""
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ldm.condition._files import read_pictures
-from ldm.embedder import Condition, Input
+from ldm.condition._of_picture import OfPicture
 from ldm.types import Autoencoder, Cond, Widths
 
 
-class DepthMap(Condition):
+class DepthMap(OfPicture):
     """A grey picture -> one map at latent resolution, by bicubic interpolation, then stretched to [-1, 1] picture by picture.
 
     Near is white (inverse depth, as MiDaS tells it). Never dropped, as published: the null sees it as well.
@@ -26,16 +22,8 @@ class DepthMap(Condition):
         size = [side // self.factor for side in value.shape[2:]]
         depth = interpolate(value.mean(dim=1, keepdim=True), size, mode="bicubic")
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-        told = (2 * depth - low - high) / (high - low).clamp(min=1e-6)
-        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
-
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
-        """Files of depth pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""
-        return read_pictures(field, asked, size)
-
-    def input(self, field: str) -> Input:
-        """A picture."""
-        return Input("picture")
+        stretched = (2 * depth - low - high) / (high - low).clamp(min=1e-6)
+        return Cond(spatial=stretched * (~drop).to(stretched, non_blocking=True)[:, None, None, None])
 
     def show(self, value: Tensor) -> Tensor:
         """value: as in `forward` -> (B, 3, f * H, f * W)."""

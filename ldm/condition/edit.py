@@ -11,6 +11,7 @@ class Edit(Picture):
     these, 5 % each, as published.
 
     Args:
+        autoencoder: the model's, which encodes the picture.
         key: the field of the picture.
         rate: how often it is dropped.
         drop_from: where in the number its share begins; the text's begins at 0.

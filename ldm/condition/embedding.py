@@ -1,22 +1,24 @@
 """A picture's embedding in a frozen CLIP: variations of a picture."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ldm.condition._files import read_pictures
-from ldm.embedder import Condition, Input
+from ldm.condition._of_picture import OfPicture
 from ldm.tower.clip import load_clip, preprocess
 from ldm.types import Cond, Widths
 
 
-class Embedding(Condition):
+class Embedding(OfPicture):
     """A picture -> its unit-length CLIP embedding times sqrt(E), as a vector, or as one token of width E. Dropped: zeros.
 
-    `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`.
+    Args:
+        model, pretrained: open_clip's: a name with a tag or a local file; or `local-dir:FOLDER` and None.
+        slot: whether the embedding is one token or a vector.
+        key: the field of the picture.
+        rate: the share of samples for which it is dropped in training, in [0, 1].
     """
 
     frozen = unreached = ("tower",)
@@ -37,18 +39,6 @@ class Embedding(Condition):
     def forward(self, value: Tensor, drop: Tensor) -> Cond:
         """value: (B, 3, h, w) in [-1, 1], drop: (B) bool -> tokens: (B, 1, E), or vector: (B, E), of unit variance."""
         with torch.no_grad():
-            told = self.tower(preprocess(self.tower, value))
-        told = normalize(told, dim=1) * told.shape[1] ** 0.5 * (~drop).to(told, non_blocking=True)[:, None]
-        return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
-
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
-        """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""
-        return read_pictures(field, asked, size)
-
-    def input(self, field: str) -> Input:
-        """A picture."""
-        return Input("picture")
-
-    def show(self, value: Tensor) -> Tensor:
-        """value: as in `forward` -> the same."""
-        return value
+            feature = self.tower(preprocess(self.tower, value))
+        feature = normalize(feature, dim=1) * feature.shape[1] ** 0.5 * (~drop).to(feature, non_blocking=True)[:, None]
+        return Cond(vector=feature) if self.slot == "vector" else Cond(tokens=feature[:, None])

@@ -26,11 +26,13 @@ class Hint(Condition):
     The network sees colours in [0, 1]. A dropped hint has strength 0: the ControlNet says nothing.
 
     Args:
+        autoencoder: the model's, whose factor the features are brought to.
         width: of the features, that of the U-Net's first level.
         key: the field of the picture; its strength is the field `<key>_strength`, a number or a picture (white: 1), for each.
         strength: where the request does not say one.
         channels: between the convolutions, one more than the autoencoder halves; None takes the published ones' first.
         order: of colours, as the ControlNet was trained.
+        rate: the share of samples for which the picture is dropped in training, in [0, 1].
 
     Raises:
         Refusal: it would halve more or less often than the autoencoder.
@@ -89,28 +91,28 @@ class Hint(Condition):
             return {}
         return {strength: torch.full((len(batch[picture]),), self.strength)}
 
-    def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
+    def check(self, values: Mapping[str, Sequence[Any]]) -> None:
         """Refuses a request without a control picture, or with one of another shape than the picture to begin from."""
         picture = self.key[0]
-        if picture not in asked:
+        if picture not in values:
             raise Refusal(f"ask.{picture}=FILE must be said: {picture} is a ControlNet, which follows a picture.")
-        if "init" in asked:
-            check_shapes(asked, picture, "init")
+        if "init" in values:
+            check_shapes(values, picture, "init")
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]; strengths, numbers -> (N), or files of
         pictures -> (N, 1, height, width) in [0, 1]."""
         if field == self.key[0]:
-            pictures = read_pictures(field, asked, size, ground="black")
-            if (times := shrunk(field, asked, size)) > THIN:
+            pictures = read_pictures(field, values, size, ground="black")
+            if (times := shrunk(field, values, size)) > THIN:
                 advice = f"thin lines grow faint: make it {size[1]}x{size[0]}"
                 warn(f"ask.{field}: a picture is scaled down {times:.3g} times, and {advice}.", stacklevel=2)
             if flat := [i for i, picture in enumerate(pictures) if picture.amin() == picture.amax()]:
                 warn(f"ask.{field}: picture {flat[0]} is of one colour, which tells a ControlNet nothing.", stacklevel=2)
             return pictures
-        if any(_is_number(one) for one in asked):
-            return numbers(field, asked)
-        return read_greys(field, asked, size)
+        if any(_is_number(one) for one in values):
+            return numbers(field, values)
+        return read_greys(field, values, size)
 
     def input(self, field: str) -> Input:
         """A picture, and a number: how strongly it is followed."""

@@ -38,8 +38,8 @@ class Inpaint(Condition):
         check_mask(mask, image)
         with torch.no_grad():
             known = self.encode(image * (1 - mask)).mean
-        told = torch.cat((interpolate(mask, known.shape[2:], mode="nearest"), known), dim=1)
-        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
+        maps = torch.cat((interpolate(mask, known.shape[2:], mode="nearest"), known), dim=1)
+        return Cond(spatial=maps * (~drop).to(maps, non_blocking=True)[:, None, None, None])
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:
         """The shards' masks as 0 and 1, or one for each picture, where the batch has pictures and keys but no masks."""
@@ -53,14 +53,14 @@ class Inpaint(Condition):
         made = [random_mask(size, key_generator(key, p)) for key, p in zip(batch["key"], positions)]
         return {mask: torch.stack(made).to(batch[image].device)}
 
-    def check(self, asked: Mapping[str, Sequence[Any]]) -> None:
+    def check(self, values: Mapping[str, Sequence[Any]]) -> None:
         """Refuses a mask of another shape than its picture."""
-        if all(field in asked for field in self.key):
-            check_shapes(asked, *self.key)
+        if all(field in values for field in self.key):
+            check_shapes(values, *self.key)
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files -> pictures (N, 3, height, width) in [-1, 1], or masks (N, 1, height, width), white where to repaint."""
-        return (read_pictures if field == self.key[0] else read_masks)(field, asked, size)
+        return (read_pictures if field == self.key[0] else read_masks)(field, values, size)
 
     def input(self, field: str) -> Input:
         """A picture, and a mask that is painted over it."""

@@ -14,7 +14,14 @@ from ldm.types import Cond, Widths
 class Label(Condition):
     """A class index -> one token (https://arxiv.org/abs/2112.10752, appendix E.2), or a vector (DiT, 2212.09748).
 
-    `classes` is their number, or their names, by which they can then be asked. The table's last row means "no label".
+    The table's last row means "no label".
+
+    Args:
+        classes: their number, or their names, by which they can then be asked for.
+        width: of the token or vector.
+        slot: which of the two it is.
+        key: the field of the class.
+        rate: the share of samples for which it is dropped in training, in [0, 1].
     """
 
     def __init__(
@@ -43,16 +50,16 @@ class Label(Condition):
                 f"Labels from {int(value.min())} to {int(value.max())} were found; this model knows 0 to {nothing - 1} "
                 "(condition.label.classes=...)."
             )
-        told = self.table(value.masked_fill(drop.to(value.device), nothing).to(self.table.weight.device, non_blocking=True))
-        return Cond(vector=told) if self.slot == "vector" else Cond(tokens=told[:, None])
+        rows = self.table(value.masked_fill(drop.to(value.device), nothing).to(self.table.weight.device, non_blocking=True))
+        return Cond(vector=rows) if self.slot == "vector" else Cond(tokens=rows[:, None])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Class numbers, or names or the beginnings of names -> (N) integers.
 
         Raises:
             Refusal: a word that begins no class' name, or several.
         """
-        return torch.tensor([self._number(str(a)) for a in asked])
+        return torch.tensor([self._number(str(a)) for a in values])
 
     def input(self, field: str) -> Input:
         """One of the names where they tell the classes apart, else a number."""
@@ -64,9 +71,9 @@ class Label(Condition):
     def _number(self, word: str) -> int:
         if word.lstrip("-").isdigit():
             return int(word)
-        found = [i for i, name in enumerate(self.names) if name.lower().startswith(word.lower())]
-        exact = [i for i in found if self.names[i].lower() == word.lower()]
-        if len(exact or found) != 1:
+        matches = [i for i, name in enumerate(self.names) if name.lower().startswith(word.lower())]
+        exact = [i for i in matches if self.names[i].lower() == word.lower()]
+        if len(exact or matches) != 1:
             known = ", ".join(self.names) or f"numbers only, 0 to {self.table.num_embeddings - 2}"
-            raise Refusal(f"ask.{self.key}={word} is the beginning of {len(found)} classes' names; there are: {known}.")
-        return (exact or found)[0]
+            raise Refusal(f"ask.{self.key}={word} is the beginning of {len(matches)} classes' names; there are: {known}.")
+        return (exact or matches)[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ldm.embedder import Condition
+from ldm.embedder import Condition, texts
 from ldm.errors import Refusal
 from ldm.files.weights import came_from, loaded_from
 from ldm.tower.cut import Cut
@@ -33,6 +33,8 @@ class Language(Condition):
         tokenizer: where it lies, if not in `model`.
         precision: of the tower's weights.
         pretrained: false leaves its weights random: for what is reckoned, and not run.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
 
     Raises:
         NotFound, Unreachable: the model is not there. Refusal: it is not read here, or has no such layer.
@@ -88,7 +90,7 @@ class Language(Condition):
         if self.words is None:  # what is reckoned without weights has no words either: as many as may be
             shape = (len(captions), self.length)
             return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
-        rows = self.words.rows(captions)
+        rows = self.words.rows(texts(captions))
         full = [len(row) > self.length for row in rows]
         if self.training or self.cut.always:
             self.cut.count(captions, full)
@@ -98,13 +100,13 @@ class Language(Condition):
             ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return ids, torch.arange(self.length) < torch.tensor([[max(1, len(row))] for row in rows])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what is cut off."""
-        for prompt in map(str, asked):
+        for prompt in map(str, values):
             count, behind = truncated(self.words, prompt, self.length)
             if behind:
                 warn(f"{count} tokens do not fit into {self.length}; cut off: {behind!r}", stacklevel=2)
-        return [str(a) for a in asked]
+        return [str(a) for a in values]
 
     def settings(self) -> dict[str, Any]:
         """What, besides its weights, decides what it says."""
@@ -122,6 +124,6 @@ class Silence(Condition):
         """value: B captions, which are not read -> tokens: (B, L, D), zeros."""
         return Cond(tokens=torch.zeros(len(value), self.length, self.widths.tokens))
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts."""
-        return [str(a) for a in asked]
+        return [str(a) for a in values]

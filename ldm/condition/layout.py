@@ -23,8 +23,15 @@ class Layout(Condition):
 
     A box is [class, left, top, right, bottom], the edges in [0, 1] of the picture; the field `boxes` has a list of them for each
     sample. Where the batch lacks it, they are the records' `boxes`, cut and mirrored as the batch says that its pictures were
-    (middle squares, where it has none); or the extents of the labels of a `map`: one box for each label but 0 that covers at
-    least `least` of the picture. Of too many, the largest are told. Dropped, there is no box.
+    (middle squares, where it has none); or the extents of the labels of a `map`, one box for each label but 0.
+
+    Args:
+        classes: how many there are.
+        width, depth, heads: features of a token, blocks, and heads of the transformer.
+        bins: places of an edge, over the picture's side.
+        most: boxes of a picture, at most; of more, the largest are told.
+        least: the share of a map that a label must cover to become a box.
+        rate: the share of samples for which the boxes are dropped in training, in [0, 1]; then there is none.
     """
 
     def __init__(
@@ -81,14 +88,14 @@ class Layout(Condition):
             return {self.key: [in_the_cut(record, *cut) for record, cut in zip(records, cuts)]}
         return {self.key: [boxes_of(labels, self.least) for labels in batch["map"].cpu()]} if "map" in batch else {}
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[list[Box]]:
         """One list of boxes, a list of such lists, or JSON files of either -> N lists of boxes.
 
         Raises:
             Refusal: something else. NotFound: no such file.
         """
-        found = [_from_file(field, a) for a in asked] if asked and isinstance(asked[0], str) else [asked]
-        rows = [row for boxes in found for row in (boxes if _is_of_many(boxes) else [boxes])]
+        lists = [_from_file(field, a) for a in values] if values and isinstance(values[0], str) else [values]
+        rows = [row for boxes in lists for row in (boxes if _is_of_many(boxes) else [boxes])]
         return [[self._checked(box) for box in row] for row in rows]
 
     def input(self, field: str) -> Input:
@@ -148,9 +155,14 @@ def in_the_cut(
     left: int | None = None,
     mirrored: bool = False,
 ) -> list[list[float]]:
-    """A record with `boxes`, in [0, 1] of its `width` and `height` -> the same in the cut; what lies outside goes.
+    """-> the record's boxes as they lie in the cut, in [0, 1] of it; what lies outside goes.
 
-    The cut is the largest of the shape height x width, and scaled to it; `top` and `left` are in pixels of then, None: middle.
+    Args:
+        record: its `boxes` have edges in [0, 1] of the original picture, whose `width` and `height` in pixels stand beside them.
+        height, width: of the cut, the largest part of that shape, after it is scaled to this size; also the original size, if
+            the record has none.
+        top, left: of the cut in the scaled picture, in pixels; None: the middle.
+        mirrored: whether the cut is mirrored.
     """
     sides = record.get("width", width), record.get("height", height)
     scale = min(side / cut for side, cut in zip(sides, (width, height)))

@@ -18,10 +18,16 @@ from ldm.types import Autoencoder, Batch, Cond, Draw, Widths
 class LowResolution(Condition):
     """A picture `scale` times smaller -> its colours beside the latents, brought to their size where they differ.
 
-    Where the batch has no field `low`, it is made from `image` by `degrade(image, scale, generator)`. With `noise` > 0 it is
-    told as sqrt(1 - level^2) low + level normal, the `level` drawn from 0 to `noise` in training, and told as 256 waves
-    (noise-conditioning augmentation, https://arxiv.org/abs/2106.15282, section 4.2); in requests `ask.level`, 0 if not said.
-    A dropped picture is zeros.
+    Where the batch has no field `low`, `degrade` makes it from `image`. With noise it becomes sqrt(1 - level^2) low + level
+    normal, the `level` drawn from 0 to `noise` in training, and is told as 256 waves (noise-conditioning augmentation,
+    https://arxiv.org/abs/2106.15282, section 4.2); in requests it is `ask.level`, 0 if not said.
+
+    Args:
+        autoencoder: the model's, whose factor says how large the latents are.
+        scale: how many times smaller the picture is, a side.
+        degrade: (image (1, 3, h, w) in [-1, 1], scale, generator) -> the small picture.
+        noise: the highest level of noise in training, in [0, 1]; 0 adds none.
+        rate: the share of samples for which the picture is dropped in training, in [0, 1]; then it is zeros.
     """
 
     def __init__(
@@ -69,11 +75,11 @@ class LowResolution(Condition):
         generators = [key_generator(key, position) for key, position in zip(keys, positions)]
         return torch.cat([self.degrade(image[None], self.scale, g) for image, g in zip(batch["image"], generators)])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of small pictures -> (N, 3, height / scale, width / scale) in [-1, 1]; or levels -> (N)."""
         if field == "level":
-            return numbers(field, asked, 0, self.noise)
-        return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
+            return numbers(field, values, 0, self.noise)
+        return read_pictures(field, values, (size[0] // self.scale, size[1] // self.scale))
 
     def input(self, field: str) -> Input | None:
         """A small picture, and a number: how much noise it has."""

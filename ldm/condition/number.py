@@ -45,9 +45,9 @@ class Number(Condition):
             return {name: [usual[name]] * len(batch["position"]) for name in lacking if name in usual and "position" in batch}
         return {name: [_number(usual | r, name) for r in batch["json"]] for name in lacking}
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Numbers -> (N)."""
-        return numbers(field, asked)
+        return numbers(field, values)
 
     def input(self, field: str) -> Input:
         """A number."""

@@ -1,18 +1,16 @@
 """Any other picture of the scene, such as depth or edges, as maps beside the latents."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from ldm.condition._files import read_pictures
-from ldm.embedder import Condition, Input
+from ldm.condition._of_picture import OfPicture
 from ldm.types import Autoencoder, Cond, Widths
 
 
-class Picture(Condition):
+class Picture(OfPicture):
     """A picture -> maps at latent resolution: `encoded` by the model's own autoencoder, or `pooled` by area, channel by channel.
 
     A dropped picture is zeros.
@@ -28,17 +26,5 @@ class Picture(Condition):
     def forward(self, value: Tensor, drop: Tensor) -> Cond:
         """value: (B, 3, f * H, f * W) in [-1, 1], drop: (B) bool -> spatial: (B, C', H, W), whitened latents or colours."""
         with torch.no_grad():
-            told = self.encode(value).mean if self.how == "encoded" else avg_pool2d(value, self.factor)
-        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
-
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
-        """Files of pictures, or folders of them -> (N, 3, height, width) in [-1, 1]."""
-        return read_pictures(field, asked, size)
-
-    def input(self, field: str) -> Input:
-        """A picture."""
-        return Input("picture")
-
-    def show(self, value: Tensor) -> Tensor:
-        """value: as in `forward` -> the same."""
-        return value
+            maps = self.encode(value).mean if self.how == "encoded" else avg_pool2d(value, self.factor)
+        return Cond(spatial=maps * (~drop).to(maps, non_blocking=True)[:, None, None, None])

@@ -15,8 +15,12 @@ from ldm.types import Autoencoder, Cond, Widths
 class Semantic(Condition):
     """A label map -> maps at latent resolution, of each label the share of the area: no thin region vanishes.
 
-    With `width`, each label has a learned vector instead, and a latent pixel the mean of its labels' vectors.
-    A dropped map is zeros.
+    Args:
+        autoencoder: the model's, whose factor says how large the latents are.
+        classes: how many labels there are, 0 to classes - 1.
+        width: of a learned vector for each label, of which a latent pixel is told the mean; None: it is told the shares.
+        key: the field of the map.
+        rate: the share of samples for which the map is dropped in training, in [0, 1]; then it is zeros.
     """
 
     def __init__(
@@ -43,12 +47,12 @@ class Semantic(Condition):
                 f"Maps of {tuple(value.shape[1:])} do not divide by the autoencoder's factor {self.factor} (data.size)."
             )
         shares = shares_of(value, self.classes, self.factor)
-        told = shares if self.table is None else torch.einsum("bkhw,kc->bchw", shares, self.table)
-        return Cond(spatial=told * (~drop).to(told, non_blocking=True)[:, None, None, None])
+        maps = shares if self.table is None else torch.einsum("bkhw,kc->bchw", shares, self.table)
+        return Cond(spatial=maps * (~drop).to(maps, non_blocking=True)[:, None, None, None])
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of label maps, or folders of them -> (N, height, width) integers."""
-        return read_maps(field, asked, size)
+        return read_maps(field, values, size)
 
     def input(self, field: str) -> Input:
         """A map that is painted."""

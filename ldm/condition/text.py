@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ldm.embedder import Condition, Weighted
+from ldm.embedder import Condition, Weighted, texts
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import LOCAL, load_tensors
 from ldm.tower.clip import FIRST_LEARNED, PublishedTokenizer, embed_text, load_text_tower, names_of, text_mask, warn_of_cut
@@ -20,20 +20,24 @@ from ldm.types import Cond, Widths
 class Text(Condition):
     """A caption -> tokens (B, L, D) of the text tower's layers, and its pooled vector.
 
-    `model` and `pretrained` are open_clip's: a name with a tag or a local file, or `local-dir:FOLDER`. `layers` counts hidden
-    states: 0 before the transformer, k after its k-th block, -1 the last; several are joined by width, and with none there are
-    no tokens. `final_norm` puts the tower's last LayerNorm on all but 0. `pooled` adds the text feature as a vector, which is
-    `projected` as for pictures where the tower can, or as it is before that (Flux).
-
-    `padding` is the id behind a caption's end: 0 as open_clip and Stable Diffusion 2 have it, 49407 (the end token) as
-    Stable Diffusion 1 has it; the backbone attends to the padding as well. With None, padding is masked.
-
-    With `whiten`, the channels of each layer, and of the pooled vector, become uncorrelated with zero mean and unit variance over
-    the training captions; the statistics lie beside the tower in `statistics.safetensors` (the `contrast` stage writes them).
-    A dropped caption is the `empty_prompt` (Stable Diffusion 1 and 2), or `zeros` in the place of tokens and vector (XL).
-
-    `tokenizer` cuts captions into tokens: `open_clip`, or `clip`, as published models were trained (`PublishedTokenizer`),
-    which needs a `padding` and knows `learned` words, whose rows follow the tower's 49,408 (textual inversion).
+    Args:
+        model, pretrained: open_clip's: a name with a tag or a local file; or `local-dir:FOLDER` and None.
+        layers: hidden states, 0 before the transformer, k after its k-th block, -1 the last; several are joined by width, and
+            with none there are no tokens.
+        final_norm: whether the tower's last LayerNorm is put on all hidden states but 0.
+        pooled: whether the text feature is told as well, as a vector.
+        padding: the id behind a caption's end: 0 as open_clip and Stable Diffusion 2 have it, 49407 (the end token) as Stable
+            Diffusion 1 has it; the backbone attends to the padding as well. None: padding is masked.
+        whiten: whether the channels of each layer, and of the pooled vector, become uncorrelated with zero mean and unit
+            variance over the training captions; the statistics are `statistics.safetensors` beside the tower (the `contrast`
+            stage writes them).
+        dropped: what a withheld caption says: that of the `empty_prompt` (Stable Diffusion 1 and 2), or `zeros` (XL).
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
+        tokenizer: what cuts captions into tokens: `open_clip`, or `clip`, as published models were trained
+            (`PublishedTokenizer`), which needs a `padding`.
+        learned: words whose rows follow the tower's 49,408 (textual inversion); the tokenizer `clip` knows them.
+        projected: whether the pooled feature is projected as for pictures, where the tower can, or as it is before that (Flux).
 
     Raises:
         Refusal: the tower has no such layer, or fewer rows than words.
@@ -107,14 +111,14 @@ class Text(Condition):
             vector = (vector - self.vector_mean) @ self.vector_mix if self.pooled else None
         tokens = self._weighed(tokens, captions)
         if self.dropped == "zeros":
-            told = (~drop).to(tokens, non_blocking=True)[:, None]
-            tokens, vector = tokens * told[..., None], vector * told if self.pooled else None
+            heard = (~drop).to(tokens, non_blocking=True)[:, None]
+            tokens, vector = tokens * heard[..., None], vector * heard if self.pooled else None
         vector = vector if self.pooled else None
         return Cond(tokens=tokens, mask=mask, vector=vector) if states else Cond(vector=vector)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """B captions -> (B, L) token ids, cut or padded to the tower's context."""
-        ids = self.tokenizer(list(captions))
+        ids = self.tokenizer(texts(captions))
         for row, caption in zip(ids, captions):
             if isinstance(caption, Weighted):
                 row.copy_(self._parts(caption, row)[0])
@@ -182,11 +186,11 @@ class Text(Condition):
         """plain: (L) ids of the caption as one text -> (L) those of its parts, each cut by itself, and their weights."""
         if not hasattr(self.tokenizer, "encode"):
             raise Refusal("prompt_weights=true: this tower's tokenizer does not say which tokens are whose; write plain prompts.")
-        found = [(number, weight) for text, weight in caption.parts for number in self.tokenizer.encode(text)][: len(plain) - 2]
+        pairs = [(number, weight) for text, weight in caption.parts for number in self.tokenizer.encode(text)][: len(plain) - 2]
         ids = torch.full_like(plain, self.tokenizer.padding if self.published else 0)
         weights = torch.ones(len(plain))
-        ids[0], ids[len(found) + 1] = plain[0], plain.max() if self.end is None else self.end
-        for i, (number, weight) in enumerate(found, 1):
+        ids[0], ids[len(pairs) + 1] = plain[0], plain.max() if self.end is None else self.end
+        for i, (number, weight) in enumerate(pairs, 1):
             ids[i], weights[i] = number, weight
         return ids, weights
 
@@ -205,9 +209,9 @@ class Text(Condition):
         mended = weighed * tokens.mean((1, 2), keepdim=True) / weighed.mean((1, 2), keepdim=True)
         return torch.where(heavy, weighed if self.whiten else mended, tokens)
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the tower's context is too short for."""
-        return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in asked]
+        return [warn_of_cut(str(a), self.tokenizer, self.tower.context_length) for a in values]
 
     def tokens(self, caption: str) -> list[str]:
         """The pieces that a caption is cut into; a learned word's further rows are its own."""
@@ -220,13 +224,14 @@ class Text(Condition):
         Raises:
             Refusal: it reads several, or whitened ones, or has not as many.
         """
-        own = self.__dict__.setdefault("own_layers", self.layers)
+        original = self.__dict__.setdefault("own_layers", self.layers)
         if layers is None:
-            self.layers = own
+            self.layers = original
             return
         count = len(self.tower.transformer.resblocks)
-        if len(own) != 1 or self.whiten or not 1 <= layers <= count:
-            kind = "whitened layers" if self.whiten else f"{len(own)} layers" if len(own) != 1 else f"a tower of {count} layers"
+        if len(original) != 1 or self.whiten or not 1 <= layers <= count:
+            several = f"{len(original)} layers" if len(original) != 1 else f"a tower of {count} layers"
+            kind = "whitened layers" if self.whiten else several
             raise Refusal(f"clip_skip={layers}: this model reads {kind}; clip_skip=null reads what it was trained with.")
         self.layers = (-layers,)
 
@@ -289,11 +294,11 @@ class Texts(Condition):
 
     def forward(self, value: Sequence[str], drop: Tensor) -> Cond:
         """value: B captions, drop: (B) bool -> tokens: (B, L, D), mask: (B, L) or None, vector: (B, sum of E) or None."""
-        told = [tower(value, drop) for tower in self.towers.values()]
-        vectors = [cond.vector for cond in told if cond.vector is not None]
+        conds = [tower(value, drop) for tower in self.towers.values()]
+        vectors = [cond.vector for cond in conds if cond.vector is not None]
         vector = torch.cat(vectors, dim=1) if vectors else None
-        tokens = torch.cat([cond.tokens for cond in told], dim=2)
-        return Cond(tokens=pad(tokens, (0, self.widths.tokens - tokens.shape[2])), mask=told[0].mask, vector=vector)
+        tokens = torch.cat([cond.tokens for cond in conds], dim=2)
+        return Cond(tokens=pad(tokens, (0, self.widths.tokens - tokens.shape[2])), mask=conds[0].mask, vector=vector)
 
     @property
     def taught(self) -> tuple[str, ...]:
@@ -305,9 +310,9 @@ class Texts(Condition):
         wide = {"width": self.widths.tokens} if self.widths.tokens > sum(t.widths.tokens for t in self.towers.values()) else {}
         return {name: tower.settings() for name, tower in self.towers.items()} | wide
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the first tower's context is too short for."""
-        return next(iter(self.towers.values())).read(field, asked, size)
+        return next(iter(self.towers.values())).read(field, values, size)
 
 
 def statistics(model: str) -> dict[str, Tensor]:

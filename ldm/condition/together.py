@@ -52,8 +52,8 @@ class Together(Condition):
         each = {name: member.settings() for name, member in self.members.items()}
         return None if None in each.values() else each
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; each member warns of what it cuts off."""
         for member in self.members.values():
-            prompts = member.read(field, asked, size)
+            prompts = member.read(field, values, size)
         return prompts

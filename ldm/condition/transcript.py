@@ -15,7 +15,13 @@ from ldm.types import Cond, Widths
 class Transcript(Condition):
     """A caption -> tokens of a bidirectional transformer over CLIP's byte-pair ids (LDM, 2112.10752, appendix E.2.1, "BERT").
 
-    The paper's: width 1280, depth 32, 77 tokens, over BERT's words. Padding is masked; a dropped caption is the empty one.
+    The paper's is over BERT's words (bert.py). Padding is masked; a dropped caption is the empty one.
+
+    Args:
+        width, depth, heads: features of a token, blocks, and heads of attention; 1280 and 32 are the paper's.
+        length: tokens of a caption, at most, its two ends among them; what lies behind is cut off.
+        key: the field of the captions.
+        rate: the share of samples for which the caption is dropped in training, in [0, 1].
     """
 
     def __init__(
@@ -42,6 +48,6 @@ class Transcript(Condition):
         mask = text_mask(ids)
         return Cond(tokens=self.transformer(self.words(ids) + self.places, src_key_padding_mask=~mask), mask=mask)
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> list[str]:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> list[str]:
         """-> the prompts; warns of what the context is too short for."""
-        return [warn_of_cut(str(a), self.tokenizer, len(self.places)) for a in asked]
+        return [warn_of_cut(str(a), self.tokenizer, len(self.places)) for a in values]

@@ -17,9 +17,16 @@ class Upscale(Condition):
     """A picture `scale` times smaller, noised -> its colours beside the latents, and how noisy it is as a vector.
 
     The noise is that of a `step` of DDPM's table (https://arxiv.org/abs/2006.11239, section 4), as it stands after `step` + 1 of
-    its 1000 steps; the step's row of a table of `steps` rows is the vector (noise conditioning, https://arxiv.org/abs/2106.15282,
-    section 4.2). In training steps 0 to `most` are drawn, and `low` is made from `image`; in requests `ask.step` is 20 if not
-    said. Never dropped, as published. Where `scale` is not the autoencoder's factor, the picture is brought to the latents' size.
+    its 1000 steps; the step's row of a learned table is the vector (noise conditioning, https://arxiv.org/abs/2106.15282, section
+    4.2). In training steps 0 to `most` are drawn, and `low` is made from `image`; in requests `ask.step` is 20 if not said.
+
+    Args:
+        autoencoder: the model's, whose factor says how large the latents are.
+        scale: how many times smaller the picture is, a side; it is brought to the latents' size.
+        steps: rows of the table.
+        most: the last step that is drawn in training.
+        width: of the vector.
+        rate: the share of samples for which both are dropped in training, in [0, 1]; 0 as published.
     """
 
     def __init__(
@@ -40,13 +47,13 @@ class Upscale(Condition):
         if not 0 <= int(step.min()) <= int(step.max()) < self.table.num_embeddings:
             raise Refusal(f"ask.step={step.tolist()}: noise steps are 0 to {self.table.num_embeddings - 1}.")
         table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
-        kept = table[step.cpu()].to(low, non_blocking=True)
-        told = kept.sqrt()[:, None, None, None] * low + (1 - kept).sqrt()[:, None, None, None] * noise.to(low)
+        alpha_bar = table[step.cpu()].to(low, non_blocking=True)
+        noised = alpha_bar.sqrt()[:, None, None, None] * low + (1 - alpha_bar).sqrt()[:, None, None, None] * noise.to(low)
         size = [side * self.scale // self.factor for side in low.shape[2:]]
-        told = told if size == list(low.shape[2:]) else interpolate(told, size, mode="bicubic", antialias=True)
-        heard = (~drop).to(told, non_blocking=True)
+        noised = noised if size == list(low.shape[2:]) else interpolate(noised, size, mode="bicubic", antialias=True)
+        heard = (~drop).to(noised, non_blocking=True)
         vector = self.table(step.to(self.table.weight.device, non_blocking=True))
-        return Cond(spatial=told * heard[:, None, None, None], vector=vector * heard[:, None].to(vector))
+        return Cond(spatial=noised * heard[:, None, None, None], vector=vector * heard[:, None].to(vector))
 
     def derive(self, batch: Batch, draw: Draw | None) -> dict[str, Tensor]:
         """The small picture of `image`, where the batch has none, the step of its noise, and the noise."""
@@ -65,11 +72,11 @@ class Upscale(Condition):
             made["low_noise"] = same if draw is None else draw.normal("low", low.shape[1:])
         return made
 
-    def read(self, field: str, asked: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    def read(self, field: str, values: Sequence[Any], size: tuple[int, int]) -> Tensor:
         """Files of small pictures -> (N, 3, height / scale, width / scale) in [-1, 1]; or steps -> (N) integers."""
         if field == "step":
-            return numbers(field, asked, 0, self.table.num_embeddings - 1).long()
-        return read_pictures(field, asked, (size[0] // self.scale, size[1] // self.scale))
+            return numbers(field, values, 0, self.table.num_embeddings - 1).long()
+        return read_pictures(field, values, (size[0] // self.scale, size[1] // self.scale))
 
     def input(self, field: str) -> Input | None:
         """A small picture, and the step of its noise."""

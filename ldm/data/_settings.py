@@ -15,7 +15,14 @@ CHOICES = {"on_mismatch": ("refuse", "restart_epoch"), "damaged": ("refuse", "le
 
 
 def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any, sizes: Sequence[Any], **words: Any) -> None:
-    """Looks at the settings, each alone and together; `words` are flip and those of CHOICES.
+    """Looks at the settings, each alone and together.
+
+    Args:
+        train, val: where the samples lie.
+        fields: batch field -> member.
+        weights: the shares of the entries of `train`, or None.
+        sizes: of the buckets; one where there are none.
+        **words: size, batch, flip, and those of CHOICES.
 
     Raises:
         Refusal: one of them means nothing.
@@ -27,8 +34,14 @@ def check_settings(train: Any, val: Any, fields: Mapping[str, str], weights: Any
             raise Refusal(f"data.fields.{field}: every batch has `{field}` already; give this field another name.")
         decoder(member)
     flip, crop = words["flip"], words["crop"]
+    if wrong := [f"data.{name}={words[name]}" for name in ("size", "batch") if words[name] < 1]:
+        raise Refusal(f"{wrong[0]}: wanted 1 or more.")
+    if not 0 <= flip <= 1:
+        raise Refusal(f"data.flip={flip}: wanted the share of pictures that is mirrored, in [0, 1].")
     if (flip or crop != "center") and all(is_array(member) or is_text(member) for member in fields.values()):
         raise Refusal(f"data.flip={flip} data.crop={crop}: data.fields names no pictures, only {fields}.")
+    if (flip or crop != "center") and "moments" in fields:
+        raise Refusal(f"data.flip={flip} data.crop={crop}: the pictures beside latents would be cut otherwise than these were.")
     for name, choices in CHOICES.items():
         if words[name] not in choices:
             raise Refusal(f"data.{name}={words[name]!r}; wanted `{choices[0]}` or `{choices[1]}`.")

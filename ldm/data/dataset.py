@@ -114,7 +114,17 @@ class MapStyle(Shards):
 
 
 class Made(Samples):
-    """Samples that a dataset makes when it is asked. places: member -> its place in a sample."""
+    """Samples that a dataset makes when it is asked.
+
+    Args:
+        listing: what is known of the samples.
+        selection: which of them count.
+        fields: batch field -> member.
+        size: pixels.
+        dataset: what makes them.
+        places: member -> its place in a sample.
+        seed: of what the dataset draws at random.
+    """
 
     def __init__(
         self,
@@ -135,7 +145,15 @@ class Made(Samples):
         self.position = position
 
     def read(self, shard: int, row: int, member: str, view: View, out: np.ndarray | None = None) -> Any:
-        """One value of a sample; an error of the dataset's own keeps its traceback."""
+        """One value of a sample; an error of the dataset's own keeps its traceback.
+
+        Args:
+            shard: 0, the one part.
+            row: the sample's number.
+            member: which of its values.
+            view: what of a picture is looked at.
+            out: is not used.
+        """
         key = (self.position, row)
         if self._made is None or self._made[0] != key:
             with seeded(self.seed, self.position):
@@ -144,7 +162,11 @@ class Made(Samples):
         return value_of(value, member, view, mix(self.seed, SAMPLE, self.position))
 
     def copy_array(self, shard: int, row: int, member: str, header: bytes, out: memoryview) -> bool:
-        """Nothing: arrays are no files."""
+        """Copies nothing: arrays are no files.
+
+        Args:
+            shard, row, member, header, out: as in Samples, and not used.
+        """
         return False
 
 
@@ -198,8 +220,8 @@ def value_of(value: Any, member: str, view: View, number: int) -> Any:
         Refusal: it is of another kind than the first sample's.
     """
     field, _, kind = member.rpartition(".")
-    if (found := kind_of(value, "data.dataset", field)) != kind:
-        raise Refusal(f"data.dataset: `{field}` is of kind {found} in one sample and {kind} in the first.")
+    if (actual := kind_of(value, "data.dataset", field)) != kind:
+        raise Refusal(f"data.dataset: `{field}` is of kind {actual} in one sample and {kind} in the first.")
     if is_image(member):
         return cut_picture(value if isinstance(value, Image.Image) else _picture(value), view)
     if kind == "txt":

@@ -49,7 +49,7 @@ class DreamBooth(Folder):
         templates: captions with {} for the prompt: those of textual inversion for an `object` or a `style`, or your own.
         prior: a folder that `ldm prior` wrote, or of pictures with a caption beside each.
         prior_weight: w, the class pictures for each instance picture; 1 where there is a prior.
-        fields, size, batch, seed, workers, crop, flip, max_bad_fraction, on_mismatch: as in Shards.
+        **data: fields, size, batch, seed, workers, crop, flip, max_bad_fraction and on_mismatch, as in Shards.
 
     Raises:
         Refusal: the batch has no room for both, or settings do not go together.
@@ -87,12 +87,12 @@ class DreamBooth(Folder):
         """Checks the samples, and that the class pictures are of the model that is trained."""
         super().setup(stage)
         began = None if self.trainer is None else self.trainer.lightning_module.began
-        told = _record(self.prior)
-        if None not in (began, told.get("sha256")) and told["sha256"] != began:
+        record = _record(self.prior)
+        if None not in (began, record.get("sha256")) and record["sha256"] != began:
             raise Refusal(
-                f"data.prior={self.prior} was drawn by {told['model']} with sha256 {told['sha256'][:12]}, and model.init is "
+                f"data.prior={self.prior} was drawn by {record['model']} with sha256 {record['sha256'][:12]}, and model.init is "
                 f"{began[:12]}: its class pictures are what this model is to keep. Draw them by it, into another folder: ldm "
-                f"prior model=MODEL prompts=FILE count={told['count']} out=FOLDER."
+                f"prior model=MODEL prompts=FILE count={record['count']} out=FOLDER."
             )
 
     @cached_property
@@ -122,12 +122,12 @@ class DreamBooth(Folder):
         return [replace(row, caption=template.replace("{}", caption), label=None) for template in self.templates]
 
     def _class_rows(self) -> list[Row]:
-        folder, told, packed = Path(self.prior), _record(self.prior), Packed()
-        rows = read_rows(folder / PICTURES if told else folder, packed, "data.prior")
-        if told and len(rows) < told["count"]:
+        folder, record, packed = Path(self.prior), _record(self.prior), Packed()
+        rows = read_rows(folder / PICTURES if record else folder, packed, "data.prior")
+        if record and len(rows) < record["count"]:
             raise Refusal(
-                f"data.prior={folder} holds {len(rows)} of the {told['count']} class pictures that were asked of "
-                f"{told['model']}; the ldm prior command that drew them goes on where it stopped."
+                f"data.prior={folder} holds {len(rows)} of the {record['count']} class pictures that were asked of "
+                f"{record['model']}; the ldm prior command that drew them goes on where it stopped."
             )
         if silent := [row.name for row in rows if not row.caption]:
             raise Refusal(
@@ -147,12 +147,12 @@ def _templates(templates: str | Sequence[str] | None, prompt: str | None) -> lis
         return ["{}"]
     if isinstance(templates, str) and templates not in TEMPLATES:
         raise Refusal(f"data.templates={templates}: there are {', '.join(TEMPLATES)}; or a list of your own, each with {{}}.")
-    found = TEMPLATES[templates] if isinstance(templates, str) else list(templates)
+    captions = TEMPLATES[templates] if isinstance(templates, str) else list(templates)
     if prompt is None:
         raise Refusal("data.templates want data.prompt, what they say in the place of {}: such as '<fox>'.")
-    if bad := [template for template in found if "{}" not in template]:
+    if bad := [template for template in captions if "{}" not in template]:
         raise Refusal(f"data.templates: {bad[0]!r} has no {{}} for data.prompt.")
-    return found
+    return captions
 
 
 def _record(prior: str | Path | None) -> dict[str, Any]:

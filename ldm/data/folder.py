@@ -1,9 +1,9 @@
 """A folder of pictures as it lies: captions beside them, a metadata table, or class sub-folders; read as `ldm pack` reads them.
 
-cat.jpg with cat.txt; metadata.jsonl, .csv or .tsv with a column file_name, as in Hugging Face's imagefolder; or a table itself.
-The members that `fields` may name are those of packed shards: jpg (the picture, of any kind), txt (the caption), cls (the number
-of its class) and json (what else is known of it). Batches, order, filters, buckets and resume are those of `data=shards`. Every
-picture is read once to know what is in it, which is kept in the cache.
+cat.jpg with cat.txt; metadata.jsonl, .csv, .tsv or .parquet with a column file_name, as in Hugging Face's imagefolder; or a table
+itself. The members that `fields` may name are those of packed shards: jpg (the picture, of any kind), txt (the caption), cls (the
+number of its class) and json (what else is known of it). Batches, order, filters, buckets and resume are those of `data=shards`.
+Every picture is read once to know what is in it, which is kept in the cache.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ldm.data.batch.listed import Listing
+from ldm.data.batch.mixed import Member
 from ldm.data.batch.samples import Samples
 from ldm.data.order.filter import select
 from ldm.data.packing.gather import find
-from ldm.data.packing.packed import Packed, Row
+from ldm.data.packing.packed import Packed, Row, found
 from ldm.data.packing.table import ENDINGS
 from ldm.data.shard.decode import FORMATS, MAX_BYTES, BadSample, is_image
 from ldm.data.shard.index import Damage
-from ldm.data.shard.record import OWN, apart
+from ldm.data.shard.record import OWN, apart, is_number, number
 from ldm.data.shard.selection import Selection
 from ldm.data.shard.source import listed
 from ldm.data.shards import Shards, Split
@@ -47,7 +48,7 @@ class Folder(Shards):
     """Pictures of folders or tables of captions.
 
     Args:
-        train, val: a folder, a table (.csv, .tsv, .jsonl, .json), or a list of these.
+        train, val: a folder, a table (.csv, .tsv, .jsonl, .json, .parquet), or a list of these.
         damaged: "refuse" rows that name no picture, or two, or "leave_out" them, naming each.
         fields, size, batch, seed, workers, crop, flip, filters, buckets, max_bad_fraction, on_mismatch: as in Shards.
     """
@@ -56,7 +57,7 @@ class Folder(Shards):
         self,
         train: str | Path | Sequence[str | Path],
         val: str | Path | Sequence[str | Path] | None = None,
-        fields: Mapping[str, str | None] | None = None,
+        fields: Mapping[str, Member] | None = None,
         size: int = 256,
         batch: int = 64,
         seed: int = 0,
@@ -107,7 +108,16 @@ class Folder(Shards):
 
 
 class Files(Samples):
-    """Samples whose members are files, and rows of a table. labels: each class' number."""
+    """Samples whose members are files, and rows of a table.
+
+    Args:
+        listing: what is known of the samples.
+        selection: which of them count.
+        fields: batch field -> member.
+        size: pixels.
+        rows: the pictures.
+        labels: each class' number, by name.
+    """
 
     def __init__(
         self,
@@ -162,7 +172,7 @@ def read_rows(source: Path, packed: Packed, option: str) -> list[Row]:
             raise Refusal(f"{option}: {told} Name one of them: {option}={source}/...") from error
         raise
     if not rows:
-        raise NotFound(f"{option}={source}: there are no pictures ({', '.join(ENDINGS)}) in it.")
+        raise NotFound(f"{option}={source}: there are no pictures ({', '.join(ENDINGS)}) in it.{found(packed)}")
     return rows
 
 
@@ -174,10 +184,9 @@ def _listing(source: Any, rows: Sequence[Row], classes: Mapping[str, int]) -> Li
     seen = _seen(list(once)).take([once[file] for file in files])
     numbers = {name: seen[name].to_numpy() for name in ("width", "height")}
     numbers |= {f"original_{side}": numbers[side] for side in ("width", "height")}
-    for column in dict.fromkeys(name for row in rows for name, value in row.columns.items() if _is_number(value)):
-        values = [row.columns.get(column) for row in rows]
+    for column in dict.fromkeys(name for row in rows for name, value in row.columns.items() if is_number(value)):
         named = apart(column, (*OWN, *numbers), {})
-        numbers[named] = np.array([float(v) if _is_number(v) else np.nan for v in values])
+        numbers[named] = np.array([number(row.columns.get(column)) for row in rows])
     hashes = seen["sha256"].to_pylist()
     numbers["hash"] = np.array([int(digest[:16], 16) for digest in hashes], dtype=np.uint64)
     numbers["caption_length"] = np.array([len(row.caption) for row in rows])
@@ -192,7 +201,8 @@ def _listing(source: Any, rows: Sequence[Row], classes: Mapping[str, int]) -> Li
 def _seen(files: Sequence[str]) -> pa.Table:
     """sha256, width and height of each picture, from the cache where none has changed since."""
     stats = [os.stat(file) for file in files]
-    state = digest_of([f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, stats)])
+    looks = [f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}" for stat in stats]
+    state = digest_of([f"{file} {look}" for file, look in zip(files, looks)])
     path = cache_folder() / "folders" / f"{state[:32]}.arrow"
     if not path.is_file():
         with ThreadPoolExecutor(THREADS) as pool:
@@ -214,7 +224,3 @@ def _see(file: str) -> tuple[str, float, float]:
     except ValueError:
         size = (np.nan, np.nan)
     return file_content(file), *map(float, size)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000

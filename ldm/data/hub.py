@@ -20,11 +20,11 @@ from ldm.data.batch.samples import Samples, loading
 from ldm.data.dataset import SAMPLE, MapStyle, value_of
 from ldm.data.shard.decode import View
 from ldm.data.shards import Split
-from ldm.data.stream import joined
+from ldm.data.stream import begin, consumed, go_on, joined
 from ldm.errors import NotFound, Refusal, Unreachable
-from ldm.files.process import warn
 from ldm.types import Batch, mix
 
+MEASURED = 100_000  # samples of a stream that stand for all where something is measured over the training set
 FIELDS = {"image": "image", "caption": "text"}
 
 
@@ -32,9 +32,11 @@ class Hub(MapStyle):
     """A dataset of the hub.
 
     Args:
-        name: ORG/NAME, or one of the library's readers, such as imagefolder. config: which of its configurations.
+        name: ORG/NAME, or one of the library's readers, such as imagefolder.
+        config: which of its configurations.
         split, val_split: such as train and test, or slices, train[:90%].
-        streaming: reads training samples as they come; `shuffle` of them wait in the buffer.
+        streaming: reads training samples as they come.
+        shuffle: so many samples of a stream wait in a buffer, from which the next one is drawn.
         fields: batch field -> column.
         data_dir: where a reader such as imagefolder reads.
         size, batch, seed, workers, crop, flip, on_mismatch: as in Shards.
@@ -85,44 +87,59 @@ class Hub(MapStyle):
         """Endless micro-batches of this device."""
         if not self.streaming:
             return super().train_dataloader()
-        if self.progress.unsaid(self.trainer):
-            self.progress.begin(self.trainer.global_step, self.trainer.global_step)
-        self.progress.begun = True
-        rank, world, accumulate = self.share()
-        if self.batch % (world * accumulate):
-            raise Refusal(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
+        rank, world, accumulate = begin(self)
         drawn = Streaming(self, rank, world, accumulate)
         return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
     @cached_property
     def train_set(self) -> Samples:
-        """The training samples, by number; of a stream, whose are not numbered, all are read onto this machine at first."""
-        if self.streaming:
-            warn(
-                f"data.name={self.name}: training samples are asked for by number, which data.streaming=true cannot give; the "
-                "whole data set is read onto this machine first."
-            )
-        return self._opened("train", self.datasets["train"])
+        """The training samples; those of a stream have no numbers."""
+        return Unnumbered(self) if self.streaming else self._opened("train", self.datasets["train"])
 
     def ordered(self, split: Split, batch: int, rank: int = 0, world: int = 1) -> DataLoader:
-        """As in Shards; of a stream as it comes."""
+        """As in Shards; of a stream the first MEASURED samples as they come, which stand for all."""
         if not self.streaming or split == "val":
             return super().ordered(split, batch, rank, world)
         return DataLoader(Ordered(self, batch, rank, world), batch_size=None, **loading(self.workers, again=False))
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands."""
-        if not self.streaming:
-            return super().state_dict()
-        step = self.trainer.global_step if self.trainer else 0
-        return {"consumed": self.progress.at(step), "step": step}
+        return consumed(self) if self.streaming else super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint stopped; a stream with other samples."""
-        if not self.streaming:
+        if self.streaming:
+            go_on(self, state_dict)
+        else:
             super().load_state_dict(state_dict)
-            return
-        self.progress.begin(state_dict["consumed"] // self.batch, state_dict["step"])
+
+
+class Unnumbered:
+    """What is known of a stream's training samples, which come one after the other: its name, and captions.
+
+    Raises:
+        Refusal: where they are counted, or asked for by number.
+    """
+
+    def __init__(self, data: Hub) -> None:
+        self.data, self.index = data, self
+
+    def fingerprint(self) -> str:
+        """-> the stream's name, in place of a hash."""
+        return f"{self.data.name}, a stream"
+
+    def captions(self, field: str = "caption") -> list[str]:
+        """-> the captions of its first MEASURED samples."""
+        data = self.data
+        member, place, rows = data.fields[field], data.places[field], islice(data._stream(), MEASURED)
+        return [value_of(row[place], member, View(1, 1), mix(data.seed, SAMPLE, i)) for i, row in enumerate(rows)]
+
+    def __len__(self) -> int:
+        raise Refusal(
+            f"data.name={self.data.name}: training samples are asked for by number, and a stream (data.streaming=true) gives "
+            "them as they come. Read them onto this machine, data.streaming=false, all or a part, 'data.split=train[:10000]'; "
+            "evaluate can do without: requests=val reference=val, or prompts=FILE reference=FOLDER."
+        )
 
 
 class Streaming(IterableDataset):
@@ -162,14 +179,14 @@ class Streaming(IterableDataset):
 
 
 class Ordered(IterableDataset):
-    """Every sample of a stream once, in order and square, for one rank; as Once (order.py) shares batches out."""
+    """A stream's first samples once, in order and square, for one rank; as Once (order.py) shares batches out."""
 
     def __init__(self, data: Hub, batch: int, rank: int, world: int) -> None:
         self.make, self.fields, self.places, self.pixels, self.seed = data._stream, data.fields, data.places, data.size, data.seed
         self.batch, self.rank, self.world = batch, rank, world
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        base, stream = 0, iter(self.make())
+        base, stream = 0, islice(self.make(), MEASURED)
         while some := list(islice(stream, self.batch)):
             mine = range(len(some) * self.rank // self.world, len(some) * (self.rank + 1) // self.world)
             if mine:
@@ -184,7 +201,15 @@ class Ordered(IterableDataset):
 def made_of(
     sample: Mapping[str, Any], fields: Mapping[str, str], places: Mapping[str, int | str], seed: int, position: int, view: View
 ) -> dict[str, Any]:
-    """A sample of a stream as a batch has it, its picture seen through `view`."""
+    """A sample of a stream as a batch has it.
+
+    Args:
+        sample: what the library gives.
+        fields: batch field -> kind of member.
+        places: batch field -> column.
+        seed, position: decide what is chosen at random.
+        view: what of its picture is looked at.
+    """
     number = mix(seed, SAMPLE, position)
     values = {f: value_of(sample[places[f]], member, view, number) for f, member in fields.items()}
     sizes = dict(zip(SIZES, told(lambda name: np.nan, view, False)))
@@ -193,6 +218,13 @@ def made_of(
 
 def load(name: str, config: str | None, data_dir: str | None, split: str, streaming: bool = False) -> Any:
     """A dataset by the library `datasets`, with pictures decoded when they are asked for.
+
+    Args:
+        name: ORG/NAME, or a reader.
+        config: which configuration, or None.
+        data_dir: where a reader reads, or None.
+        split: such as train, or train[:90%].
+        streaming: as it comes, or whole on this machine.
 
     Raises:
         Refusal: the library is not installed, or knows no such dataset or split. Unreachable: the hub is not had.

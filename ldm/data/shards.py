@@ -23,6 +23,7 @@ from ldm.data._settings import check_settings
 from ldm.data.batch.ahead import ahead
 from ldm.data.batch.bad import BadSamples
 from ldm.data.batch.latents import check_provenance
+from ldm.data.batch.mixed import Member, apart
 from ldm.data.batch.samples import Loaded, Samples, as_is, loading, to_float
 from ldm.data.order.bucket import Report, Size, sizes_of
 from ldm.data.order.filter import Count, select
@@ -48,7 +49,8 @@ class Shards:
 
     Args:
         train, val: a folder, a tar, a glob, a brace pattern, an address (s3, gs, http), or a list of these.
-        fields: batch field -> member; {"image": "jpg", "caption": "txt"} by default. A field of no member (null) is left out.
+        fields: batch field -> member; {"image": "jpg", "caption": "txt"} by default. A field of no member (null) is left out; of
+            several texts, {"txt": 0.5, "long.txt": 0.5}, each sample has one, drawn by its position.
         size: pixels of pictures and label maps; of the square of the same area where there are buckets.
         batch: samples of one optimizer step, over all devices and micro-batches.
         seed: of the order, and of `crop` and `flip`.
@@ -62,7 +64,8 @@ class Shards:
         lanes: parts of an epoch that are read side by side; as many as there are nodes, each node reads shards of its own.
         damaged: "refuse" damaged shards, or "leave_out" them, naming each.
         max_bad_fraction: training stops when more samples than that cannot be read; fewer are replaced by others and named.
-        cache: folder for remote shards, at most `cache_gb` of them, and for indices that cannot lie beside their shards.
+        cache: folder for remote shards, and for indices that cannot lie beside their shards.
+        cache_gb: remote shards that are kept there, at most, in 10^9 bytes.
         on_mismatch: when a checkpoint was trained with other data, seed or batch: "refuse", or "restart_epoch" to begin its
             epoch anew with these.
 
@@ -75,7 +78,7 @@ class Shards:
         self,
         train: Sources,
         val: Sources | None = None,
-        fields: Mapping[str, str | None] | None = None,
+        fields: Mapping[str, Member] | None = None,
         size: int = 256,
         batch: int = 64,
         seed: int = 0,
@@ -95,12 +98,12 @@ class Shards:
         tokens: Count | None = None,
     ) -> None:
         self.tokens = tokens
-        self.fields = {field: member for field, member in (FIELDS if fields is None else fields).items() if member}
+        self.fields, self.mixed = apart(FIELDS if fields is None else fields)
         self.train, self.val, self.size, self.batch, self.seed, self.workers = train, val, size, batch, seed, workers
         self.crop, self.flip, self.filters, self.weights = crop, flip, dict(filters or {}), weights
         self.window, self.lanes, self.damaged, self.cache, self.on_mismatch = window, lanes, damaged, cache, on_mismatch
         self.sizes = sizes_of(buckets, size)
-        words = {"flip": flip, "crop": crop, "damaged": damaged, "on_mismatch": on_mismatch}
+        words = {"flip": flip, "crop": crop, "damaged": damaged, "on_mismatch": on_mismatch, "size": size, "batch": batch}
         check_settings(train, val, self.fields, weights, self.sizes, **words)
         self.fetch, self.report = Fetch(cache, cache_gb), Report(self.sizes)
         self.bad = BadSamples(max_bad_fraction)
@@ -110,12 +113,12 @@ class Shards:
     @cached_property
     def train_set(self) -> Samples:
         """The training samples; indexes the shards at first."""
-        return self._opened("train", self.train)
+        return self._mixing(self._opened("train", self.train))
 
     @cached_property
     def val_set(self) -> Samples | None:
         """The validation samples, None without data.val."""
-        return None if self.val is None else self._opened("val", self.val)
+        return None if self.val is None else self._mixing(self._opened("val", self.val))
 
     @cached_property
     def steps(self) -> Steps:
@@ -253,6 +256,7 @@ class Shards:
         """sha256, in hex, over the data and their order: where one differs, so do the samples that training sees."""
         first = [[p.position, p.shard, p.row] for p in self.steps(0)[:256]]  # a NumPy that permutes otherwise shows here
         rules = [self.filters, self.fields, self.sizes, self.weights, self.window, self.lanes, self.crop, self.flip, first]
+        rules += [self.mixed] if self.mixed else []
         chosen = [part.content() for part in self._buckets["train"]]  # numbers beside the shards may decide
         return digest_of([self.train_set.index.fingerprint(), *chosen, json.dumps(rules, default=list, sort_keys=True)])
 
@@ -289,6 +293,10 @@ class Shards:
         least = self.batch if split == "train" and pictures else 1  # latents have the size that they have
         selection, self._buckets[split] = select(index, self.fields, self.filters, self.sizes, least, self.tokens)
         return Samples(index, selection, self.fields, self.size)
+
+    def _mixing(self, samples: Samples) -> Samples:
+        samples.mixed = self.mixed
+        return samples
 
     def _split(self, split: Split) -> Samples:
         samples = {"train": self.train_set, "val": self.val_set}[split]

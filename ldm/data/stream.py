@@ -43,6 +43,10 @@ class Streamed(Shards):
     def __init__(self, train: Any, shuffle: int = 1000, **shards: Any) -> None:
         super().__init__(train, **shards)
         self.shuffle = shuffle
+        if self.mixed:
+            raise Refusal(
+                f"data.fields mixes {', '.join(self.mixed)}: data=stream draws no captions by position; take data=shards."
+            )
         for name in INDEXED:
             if shards.get(name):
                 raise Refusal(f"data.{name}={shards[name]}: data=stream has no index, which that needs; take data=shards.")
@@ -58,27 +62,55 @@ class Streamed(Shards):
 
     def train_dataloader(self) -> Iterable[Batch]:
         """Endless micro-batches of this device."""
-        if self.progress.unsaid(self.trainer):
-            self.progress.begin(self.trainer.global_step, self.trainer.global_step)
-        self.progress.begun = True
-        rank, world, accumulate = self.share()
-        if self.batch % (world * accumulate):
-            raise Refusal(f"data.batch={self.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
+        rank, world, accumulate = begin(self)
         drawn = Drawn(self, expand(self.train), rank, self.batch // (world * accumulate), accumulate)
         return ahead(DataLoader(drawn, batch_size=None, **loading(self.workers, again=False)), self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples training has taken."""
-        step = self.trainer.global_step if self.trainer else 0
-        return {"consumed": self.progress.at(step), "step": step}
+        return consumed(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with other draws."""
-        self.progress.begin(state_dict["consumed"] // self.batch, state_dict["step"])
+        go_on(self, state_dict)
+
+
+def begin(data: Shards) -> tuple[int, int, int]:
+    """Begins a stream, whose samples are not numbered -> rank, number of ranks, micro-batches of a step.
+
+    Raises:
+        Refusal: the batch cannot be shared out evenly.
+    """
+    if data.progress.unsaid(data.trainer):
+        data.progress.begin(data.trainer.global_step, data.trainer.global_step)
+    data.progress.begun = True
+    rank, world, accumulate = data.share()
+    if data.batch % (world * accumulate):
+        raise Refusal(f"data.batch={data.batch} must be a multiple of {world} devices x {accumulate} micro-batches.")
+    return rank, world, accumulate
+
+
+def consumed(data: Shards) -> dict[str, Any]:
+    """How many samples of a stream training has taken, and at which step: what a checkpoint keeps."""
+    step = data.trainer.global_step if data.trainer else 0
+    return {"consumed": data.progress.at(step), "step": step}
+
+
+def go_on(data: Shards, state_dict: Mapping[str, Any]) -> None:
+    """Takes over what `consumed` gave: the positions go on, the samples are others."""
+    data.progress.begin(state_dict["consumed"] // data.batch, state_dict["step"])
 
 
 class Drawn(IterableDataset):
-    """Micro-batches of `size` samples for one rank, `accumulate` a step."""
+    """Micro-batches of a stream for one rank.
+
+    Args:
+        data: the settings, and where its shards are fetched.
+        shards: what is drawn from.
+        rank: of this process; each has other draws.
+        size: samples of a micro-batch.
+        accumulate: micro-batches of a step.
+    """
 
     def __init__(self, data: Streamed, shards: Sequence[str], rank: int, size: int, accumulate: int) -> None:
         self.shards, self.fetch, self.leave_out = shards, data.fetch, data.damaged == "leave_out"

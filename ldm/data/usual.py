@@ -56,20 +56,20 @@ def resolved(said: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any
     """
     if said.get("_target_") != f"{__name__}.{Usual.__name__}":
         return dict(said)
-    own = {name: value for name, value in said.items() if value != WORD and name not in ("_target_", "fields")}
+    given = {name: value for name, value in said.items() if value != WORD and name not in ("_target_", "fields")}
     base = dict(usual.get("data") or {"_target_": EMOJI, "size": 32})
-    if "train" in own:
+    if "train" in given:
         base = {**base, "_target_": SHARDS} if base["_target_"] in (EMOJI, DREAMBOOTH) else base
         base = {name: value for name, value in base.items() if name not in OWN}
     fields = {name: member for name, member in said["fields"].items() if member != WORD}
     fields = {**base.get("fields", {"image": "jpg", "caption": "txt"}), **fields}
-    return {**base, **own, "fields": fields}
+    return {**base, **given, "fields": fields}
 
 
 def size_of(resolution: int | Sequence[int] | None, usual: Mapping[str, Any]) -> tuple[tuple[int, int], list[str]]:
     """What is asked for and a model's `usual` -> height and width in pixels to draw, and what is to be said of them."""
-    found = usual.get("resolution") or 32 if resolution is None else resolution
-    sides = [found, found] if isinstance(found, int) else list(found)
+    wanted = usual.get("resolution") or 32 if resolution is None else resolution
+    sides = [wanted, wanted] if isinstance(wanted, int) else list(wanted)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise Refusal(f"resolution={resolution}: wanted pixels, one number, or [height, width].")
     size = (sides[0], sides[1])
@@ -80,10 +80,12 @@ def size_of(resolution: int | Sequence[int] | None, usual: Mapping[str, Any]) ->
 
 def far(size: Sequence[int], usual: Mapping[str, Any]) -> str:
     """size: height and width in pixels -> a line where one is beyond twice, or below half, the model's usual; else ""."""
-    own = usual.get("resolution")
-    if own is None or all(a <= 2 * b and b <= 2 * a for a, b in zip(size, own)):
+    sides = usual.get("resolution")
+    if sides is None or all(a <= 2 * b and b <= 2 * a for a, b in zip(size, sides)):
         return ""
-    return f"{size[0]}x{size[1]} pixels are far from the {own[0]}x{own[1]} that the model was trained at: expect worse pictures."
+    return (
+        f"{size[0]}x{size[1]} pixels are far from the {sides[0]}x{sides[1]} that the model was trained at: expect worse pictures."
+    )
 
 
 def _absolute(source: Any) -> Any:

@@ -5,6 +5,7 @@ x_hat = guidance(model, request), latents = sampler(x_hat, schedule, noise), pic
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,13 @@ from ldm.types import Batch, Denoise, Guidance, Sampler
 
 # Called after each step with its number, from 1, its time t, and x_hat: (B, C, H, W) latents; what it raises stops the drawing.
 Watch = Callable[[int, float, Tensor], None]
+
+
+@runtime_checkable
+class OfOneSize(Protocol):
+    """An autoencoder of pictures of one size alone."""
+
+    side: int  # its latents' height and width
 
 
 @torch.no_grad()
@@ -115,9 +123,14 @@ def latent_shape(model: LatentModel, size: tuple[int, int]) -> tuple[int, int, i
     """size: height, width in pixels -> (C, H, W).
 
     Raises:
-        Refusal: the autoencoder's factor does not divide the size.
+        Refusal: the autoencoder's factor does not divide the size, or it is of another.
     """
     f = model.autoencoder.factor
+    only = model.autoencoder.side * f if isinstance(model.autoencoder, OfOneSize) else None
+    if only is not None and tuple(size) != (only, only):
+        raise Refusal(
+            f"A picture of {size[0]}x{size[1]} pixels was asked for; the autoencoder is of one size (resolution={only})."
+        )
     if size[0] % f or size[1] % f:
         raise Refusal(
             f"A picture of {size[0]}x{size[1]} pixels was asked for; the autoencoder needs multiples of {f} (resolution=...)."

@@ -9,6 +9,7 @@ from typing import Any
 from torchvision.utils import make_grid, save_image
 
 from ldm.files.metrics import shown, write_metrics
+from ldm.files.table import show as table
 from ldm.files.whole import write_whole
 from ldm.measure import Estimate, Metric, Showing
 
@@ -55,10 +56,7 @@ def entries(
 def write_numbers(numbers: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     """Writes OUT/metrics.json, of the entries that `entries` makes, and prints the numbers."""
     write_metrics(numbers, out)
-    for name, entry in numbers.items():
-        print(f"{name:28s} {shown(entry)}")
-        if "note" in entry:
-            print(f"    {entry['note']}")
+    table(("number", "value", "note"), [(name, shown(entry), entry.get("note", "")) for name, entry in numbers.items()])
     print(f"The numbers, each with its protocol, are in {out}/metrics.json", flush=True)
 
 

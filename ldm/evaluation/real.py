@@ -52,7 +52,8 @@ class Folder:
         self.path, self.size, self.device, self.limit, self.option = Path(path), size, device, limit, option
         self.files, others = pictures_in(self.path)
         if not self.files:
-            raise NotFound(f"{option}={path}: there are no pictures ({', '.join(ENDINGS)}) in it.")
+            none = f"there are no pictures ({', '.join(ENDINGS)}) in it"
+            raise NotFound(f"{option}={path}: {none if self.path.is_dir() else 'wanted a folder of pictures'}.")
         if others and rank() == 0:
             print(left_out(f"{option}={path}", others))
         self.count, self.captions = len(self.files), captions

@@ -50,7 +50,7 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise NotFound(f"There is no {path}; its folder is not whole. Export or copy it again.")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise Refusal(f"{path} is not whole JSON ({error}). Export or copy it again.") from error
 

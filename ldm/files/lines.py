@@ -4,6 +4,8 @@ from pathlib import Path
 
 from ldm.errors import NotFound, Refusal
 
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # endings of files that hold more than a line's words
+
 
 def read_lines(path: str | Path, option: str = "prompts") -> list[str]:
     """-> a file's lines, stripped of spaces; a newline at the end of the file begins no further line.
@@ -12,10 +14,12 @@ def read_lines(path: str | Path, option: str = "prompts") -> list[str]:
     beginning is dropped. Errors name the setting `option`.
 
     Raises:
-        NotFound: there is no such file. Refusal: it is not UTF-8.
+        NotFound: there is no such file. Refusal: it is a table, or not UTF-8.
     """
     if not Path(path).is_file():
         raise NotFound(f"{option}={path}: there is no such file; it should hold one prompt a line.")
+    if Path(path).suffix.lower() in TABLES:
+        raise Refusal(f"{option}={path} is a table; wanted a text file with one prompt a line: write its captions into one.")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

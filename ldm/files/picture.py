@@ -22,6 +22,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.errors import Refusal
+from ldm.files.pointer import is_pointer
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of the pictures in a folder
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # of a file that is named; of several pictures in one the first
@@ -29,7 +30,7 @@ MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacke
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
 NEAR_SRGB = 3  # of 255: profiles that change no colour by more than this are taken for sRGB
 ASIDE = ("__MACOSX", "@eaDir")  # folders that archivers and storage servers fill with copies of their own
-REQUEST, BESIDE = "request.json", re.compile(r"grid\.png|\d{5,}\.\w+\.png")  # what drawing writes beside its pictures
+SHEET = re.compile(r"grid\.png|\d{5,}\..+\.png")  # of `ldm sample`, beside 00000.png
 ORIENTATION = 0x0112  # of EXIF
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps it
 TURNS = {
@@ -57,17 +58,20 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out.
-
-    In a folder that `ldm sample` drew into, what it wrote beside the pictures is none of them.
-    """
+    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out."""
     files = files_in(folder)
-    drawn = {file.parent for file in files if file.name == REQUEST}
-    beside = {file for file in files if file.parent in drawn and BESIDE.fullmatch(file.name)}
-    pictures = [file for file in files if is_picture(file) and file not in beside]
+    drawn = sheets(files)
+    pictures = [file for file in files if is_picture(file) and file not in drawn]
     others = Counter(file.suffix.lower() or file.name for file in files if not is_picture(file))
-    others += Counter(file.name for file in beside)
+    others += Counter({"sheets of ldm sample": len(drawn)})
     return [folder / file for file in pictures], others
+
+
+def sheets(files: Sequence[Path]) -> set[Path]:
+    """-> those of some files that `ldm sample` wrote beside the pictures it drew: grid.png, and maps such as 00000.edges.png."""
+    folders = [{file.parent for file in files if file.name == name} for name in ("request.json", "grid.png", "00000.png")]
+    drawn = set.intersection(*folders)
+    return {file for file in files if file.parent in drawn and SHEET.fullmatch(file.name)}
 
 
 def left_out(where: str, others: Counter[str]) -> str:
@@ -98,6 +102,8 @@ def open_picture(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
     Raises:
         ValueError: it is of none of these formats, its header is broken, or it has more than MAX_PIXELS.
     """
+    if is_pointer(data):
+        raise Refusal("a pointer of Git LFS in the place of a picture: `git lfs pull` fetches that")
     with _faults(formats):
         image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.content import file_content, remembered
+from ldm.files.pointer import instead_of
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Where a training's checkpoint has its weights, the first that is there; averages before what is trained.
 NESTS = ("state_dict", "ema", "model_ema", "params_ema", "model", "model_state_dict", "module", "params", "net")
-WORD = "string_to_param"  # where a word's rows lie in an embedding of A1111's
+# Where an embedding of A1111's has a word's rows, and an IP-Adapter its two halves.
+INNER = ("string_to_param", "image_proj", "ip_adapter")
 # What DDP, torch.compile, FSDP and recomputation put into the names of what they wrap.
 WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -110,7 +112,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as held:
             return dict(held.metadata() or {})
     except SafetensorError as error:
-        raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
+        raise _not_whole(path, error) from error
 
 
 def notes_of(path: Path) -> dict[str, str]:
@@ -130,7 +132,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise Refusal(f"{path} is not a whole safetensors file ({error}). Export or copy it again.") from error
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> Refusal:
+    return Refusal(f"{path} is not a whole safetensors file ({error}).{instead_of(path) or ' Export or copy it again.'}")
 
 
 def download(url: str, sha256: str | None = None, instead: str = "") -> dict[str, Tensor]:
@@ -211,7 +217,8 @@ def _loaded(path: Path, name: str, instead: str) -> Any:
     except Exception as error:  # what damaged bytes may raise has no end
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = f"it names {code[1]}" if code else type(error).__name__
-        raise Refusal(f"{name} does not load as plain tensors ({reason}). It is damaged, or holds code.{instead}") from error
+        what = instead_of(path) or f" It is damaged, or holds code.{instead}"
+        raise Refusal(f"{name} does not load as plain tensors ({reason}).{what}") from error
 
 
 def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
@@ -219,8 +226,9 @@ def _unpickle(path: Path, name: str, instead: str) -> dict[str, Tensor]:
     kind = type(held).__name__
     while isinstance(held, dict) and (inner := next((n for n in NESTS if isinstance(held.get(n), dict)), None)) is not None:
         held = held[inner]
-    if isinstance(held, dict) and isinstance(held.get(WORD), dict):
-        held = {f"{WORD}.{inner}": x for inner, x in held[WORD].items()}
+    parts = [part for part in INNER if isinstance(held, dict) and isinstance(held.get(part), dict)]
+    if parts:
+        held = {f"{part}.{inner}": x for part in parts for inner, x in held[part].items()}
     weights = {n: x for n, x in held.items() if isinstance(n, str) and isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not weights:
         raise Refusal(f"{name} holds a {kind} and no tensors by name: it is no model's weights.{instead}")

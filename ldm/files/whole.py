@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ldm.errors import NotWritten
+from ldm.errors import NotWritten, Refusal
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -38,10 +38,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     block, that one is kept.
 
     Raises:
-        OSError: it could not be written.
+        NotWritten: the folder could not be made. OSError: something in it could not be written.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{END}")
-    part.mkdir(parents=True)
+    with saving(path):
+        part.mkdir(parents=True)
     try:
         yield part
         for file in part.rglob("*"):
@@ -85,10 +86,29 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with whole(path) as part:
             write(part)
     except OSError as error:
-        raise NotWritten(
-            f"{path} could not be written ({error.strerror or error}); nothing that was saved before is lost. Free space, or "
-            "choose another place (runs=FOLDER, out=FOLDER)",
-        ) from error
+        raise _not_written(path, error) from error
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """A context in which any OSError that is no refusal is one of writing `path`.
+
+    Raises:
+        NotWritten: there was one.
+    """
+    try:
+        yield
+    except Refusal:
+        raise
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> NotWritten:
+    return NotWritten(
+        f"{path} could not be written ({error.strerror or error}); nothing that was saved before is lost. Free space, or choose "
+        "another place (runs=FOLDER, out=FOLDER)"
+    )
 
 
 def remove_halves(folder: Path, pattern: str) -> None:

@@ -15,7 +15,7 @@ from ldm.files.folder import read_model, read_recipe, save_model
 from ldm.interop.bundle import Bundle
 from ldm.interop.find import adapter_kinds
 from ldm.interop.foreign import Foreign
-from ldm.interop.hub import here
+from ldm.interop.hub import HUB, here
 from ldm.interop.protocols import AdapterKind, Read
 
 
@@ -25,7 +25,7 @@ def read_adapter(source: str, name: str | None, recipe: Mapping[str, Any], weigh
     Raises:
         NotFound: nothing is there. Refusal: it is no adapter that is known, or of another model.
     """
-    found = Foreign(here(source))
+    found = Foreign(here(source), source if source.startswith(HUB) else None)
     kind = next((kind for kind in adapter_kinds() if kind.recognise(found)), None)
     if kind is None:
         raise Refusal(f"adapters={source} {_instead(found)}")
@@ -94,6 +94,14 @@ def read_all(source: str, bundle: Bundle) -> dict[str, Read]:
 
 def write_adapters(source: str, adapters: Mapping[str, Read], bundle: Bundle, base: str, target: Path, layout: str) -> None:
     """Adapters into a layout of theirs, of several into a folder; or, for `ldm`, into a folder like a run's.
+
+    Args:
+        source: where they are from, for errors.
+        adapters: by name, as they were read.
+        bundle: the model that they are of.
+        base: where that lies, for a run's folder.
+        target: file or folder that is written.
+        layout: `ldm`, or one that the kind of adapter has.
 
     Raises:
         Refusal: the layout has no place for one.

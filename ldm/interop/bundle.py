@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.kl import KL
+from ldm.autoencoder.rae import RAE
 from ldm.autoencoder.vq import VQ
 from ldm.errors import Refusal
 
 VERSION = "0.35.0"  # of diffusers, whose configs are written
 BACKBONE = "denoiser.backbone."
-AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ}
+AUTOENCODERS = {"ldm.autoencoder.kl.KL": KL, "ldm.autoencoder.vq.VQ": VQ, "ldm.autoencoder.rae.RAE": RAE}
 DISCRETE = {"_target_": "ldm.denoiser.Timestep", "steps": 1000}  # how published networks are told the noise level
 SHARE = {"_target_": "ldm.denoiser.NoiseTime", "steps": 1000}  # and those of straight paths
 STRAIGHT = {"_target_": "ldm.schedule.Linear", "floor": 1e-6}  # published ones end at 0
@@ -26,10 +27,14 @@ PREDICTIONS = {"epsilon": "Noise", "v_prediction": "Velocity", "sample": "Data"}
 
 @dataclass
 class Part:
-    """A frozen model: how it is built and its weights, and which kind it is: of the file in `part/` that reads and writes it.
+    """A frozen model.
 
-    `scale` is an autoencoder's published scale factor that its source does not say, and that was assumed; `files` is a
-    tokenizer's, as they are, by name.
+    Args:
+        config: how it is built.
+        weights: by our names.
+        kind: the file in `part/` that reads and writes it.
+        scale: an autoencoder's published scale factor that its source does not say, and that was assumed.
+        files: a tokenizer's, as they are, by name.
     """
 
     config: dict[str, Any]
@@ -45,12 +50,17 @@ class Part:
 
 @dataclass
 class Bundle:
-    """`recipe` builds the model, `weights` are what was trained, `parts` the frozen models by their sub-folder.
+    """A latent model in parts.
 
-    Without a recipe it is an autoencoder alone, parts["autoencoder"]; without that part, a network whose autoencoder comes
-    from elsewhere. `grid` is how its source spaces the steps of sampling, where it says so. `words` is the vocab.txt of a BERT.
-    `assumed` is what its source does not say and its family has, in words, and `scale` and `shift` those of the family's latents.
-    `home` is the folder of our layout that it was read from, where its conditions' other files lie.
+    Args:
+        recipe: builds the model; None: it is an autoencoder alone, parts["autoencoder"].
+        weights: what was trained, by our names.
+        parts: the frozen models by their sub-folder; without an autoencoder among them, that comes from elsewhere.
+        grid: how its source spaces the steps of sampling, where it says so.
+        words: the vocab.txt of a BERT.
+        home: the folder of our layout that it was read from, where its conditions' other files lie.
+        assumed: what its source does not say and its family has, in words.
+        scale, shift: those of the latents of its family.
     """
 
     recipe: dict[str, Any] | None
@@ -126,6 +136,11 @@ def recipe_of(
     level: Mapping[str, Any] = DISCRETE,
 ) -> dict[str, Any]:
     """The recipe of a model of the family, whose autoencoder lies in a sub-folder.
+
+    Args:
+        backbone, condition: their nodes; conditions by name.
+        prediction: the class in prediction.py.
+        schedule, level: their nodes.
 
     Raises:
         Refusal: it says noise where the schedule leaves no signal, so that no picture could be read from what it says.

@@ -196,4 +196,4 @@ def _looks(path: Path) -> list[list[Any]]:
     """Names, sizes and times of what a file or folder holds: whether it has changed, without reading it."""
     files = [path, path.with_suffix(".yaml")] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in READ)
     there = [(file, file.stat()) for file in files if file.is_file()]
-    return [[str(file.relative_to(path.parent)), stat.st_size, stat.st_mtime_ns] for file, stat in there]
+    return [[str(file.relative_to(path.parent)), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in there]

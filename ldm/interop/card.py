@@ -5,27 +5,47 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import Refusal
+from ldm.files.folder import read_recipe
 from ldm.files.metrics import NAME, read_metrics, shown
-from ldm.interop.bundle import Bundle
 
 
-def card(bundle: Bundle, layout: str, licence: str, source: str) -> str:
-    """A model card in Markdown; what lies beside the source (config.yaml, evaluation/metrics.json) is told in it."""
+def card(recipe: Mapping[str, Any] | None, layout: str, licence: str, source: str, origin: str = "") -> str:
+    """A model card in Markdown; what lies beside the source (config.yaml, evaluation/metrics.json) is told in it.
+
+    Args:
+        recipe: of a latent model or an adapter; None for any other.
+        layout: of the files, or the library that reads them.
+        licence: as Hugging Face's model cards name it, such as `mit`, or `unknown`.
+        source: the folder that the model was read from; empty where it was none.
+        origin: where the model comes from, a sentence.
+    """
     folder = Path(source) if source else Path()
-    metrics, config = folder / "evaluation" / NAME, folder / "config.yaml"
-    lines = ["---", f"license: {licence}", f"library_name: {layout}", "---", "", f"# {folder.name or 'model'}", ""]
-    lines += [f"Converted from `{source}` to the layout of {layout}." if source else "", ""]
-    if bundle.recipe is not None:
-        lines += [f"- {name}: `{_short(bundle.recipe[name])}`" for name in ("backbone", "schedule", "prediction")]
-        lines += [f"- conditions: {', '.join(bundle.recipe['condition']) or 'none'}"]
+    config = folder / "config.yaml"
+    lines = ["---", f"license: {licence}", f"library_name: {layout}", "---", "", f"# {folder.name or 'model'}", "", origin, ""]
+    if recipe is not None:
+        lines += [f"- {name}: `{_short(recipe[name])}`" for name in ("backbone", "schedule", "prediction") if name in recipe]
+        lines += [f"- conditions: {', '.join(recipe['condition']) or 'none'}"] if "condition" in recipe else []
     lines += ["", "## Training", ""]
     if source and config.is_file():
         lines += ["```yaml", config.read_text().rstrip(), "```"]
     else:
         lines += ["Not recorded with the source."]
     lines += ["", "## Measured", ""]
-    lines += _measured(metrics) if source and metrics.is_file() else ["Nothing was measured."]
+    measured = _newest(folder / "evaluation") if source else None
+    lines += ["Nothing was measured."] if measured is None else _measured(measured)
     return "\n".join(lines) + "\n"
+
+
+def of_run(folder: Path) -> str:
+    """The card of a finished run, whatever its stage trained."""
+    recipe = read_recipe(folder) if (folder / "config.json").is_file() else None
+    return card(recipe, "ldm", "unknown", str(folder), "Trained with ldm.")
+
+
+def _newest(evaluation: Path) -> Path | None:
+    """What an evaluation of the model itself says, or else the last one while it was trained (callback=evaluate)."""
+    there = [evaluation / NAME, *sorted(evaluation.glob(f"*/{NAME}"), reverse=True)]
+    return next(filter(Path.is_file, there), None)
 
 
 def _measured(path: Path) -> list[str]:

@@ -47,9 +47,9 @@ def lacks_null(table: Tensor) -> bool:
     return len(table) == CLASSES + 1 and not table[-1].any()
 
 
-def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None) -> dict[str, Any]:
+def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None, edits: bool) -> dict[str, Any]:
     """What the map channels of a published U-Net of `channels` latent channels are, with its `table` of noise steps if any.
-    `told` names what else it is told.
+    `told` names what else it is told; `edits` says that XL's are an edit's, told latents as InstructPix2Pix has them.
 
     Raises:
         Refusal: they are none that is known.
@@ -61,12 +61,13 @@ def map_node(spatial: int, channels: int, told: Set[str], table: Tensor | None) 
         node = {"_target_": "ldm.condition.upscale.Upscale", "_partial_": True, "steps": steps, "width": width}
         return {"upscale": node}
     known = {1 + channels: ("inpaint", "ldm.condition.inpaint.Inpaint"), 1: ("depth", "ldm.condition.depth_map.DepthMap")}
-    known |= {} if "number" in told else {channels: ("edit", EDIT)}
+    known |= {channels: ("edit", EDIT)} if edits or "number" not in told else {}
     if spatial not in known or not told:
         raise Refusal(
             f"The U-Net takes {spatial} channels beside the {channels} noisy ones{'' if told else ', and no text'}. Whole models "
             f"are known with, beside text: 1 (depth), {1 + channels} (inpainting), {channels} (InstructPix2Pix of Stable "
-            "Diffusion 1 and 2), and 3 with a table of noise steps (upscaling)."
+            "Diffusion 1 and 2; of XL where model_index.json names its pipeline, and not CosXL's), and 3 with a table of noise "
+            "steps (upscaling)."
         )
     name, target = known[spatial]
     return {name: {"_target_": target, "_partial_": True}}

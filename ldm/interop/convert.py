@@ -71,7 +71,7 @@ def check(bundle: Bundle, source: str, prediction: str | None) -> None:
         raise Refusal(f"{source} says {says.lower()} by itself; leave --prediction {prediction.lower()} out.")
     network = network_of(bundle)
     stage, channels, wanted = bundle.parts.get("autoencoder"), network.channels(bundle), network.tokens(bundle)
-    if stage is not None and channels is not None and (theirs := stage.settings()["channels"]) != channels:
+    if stage is not None and channels is not None and (theirs := len(stage.weights["mean"])) != channels:
         raise Refusal(f"{source} draws latents of {channels} channels; its autoencoder's have {theirs}, and are another's.")
     for name, made in (item for part in parts() for item in part.tokens(bundle).items()):
         if wanted not in (None, made):
@@ -92,7 +92,13 @@ def _read(path: Path, prediction: str | None) -> tuple[Bundle, str]:
 
 
 def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", source: str = "") -> None:
-    """Writes a model into a folder, with a model card, or for compvis and dit into a .safetensors file.
+    """Writes a model, and into a folder its model card too.
+
+    Args:
+        bundle: the model.
+        target: a folder, or a .safetensors file for the layouts that are one.
+        layout: such as ldm, diffusers, compvis.
+        licence, source: for the model card; `source` also for errors.
 
     Raises:
         Refusal: the layout has no place for something in it.
@@ -113,7 +119,8 @@ def write(bundle: Bundle, target: Path, layout: str, licence: str = "unknown", s
     if target.is_file():
         raise Refusal(f"{target} is a file; a model in the layout of {layout} is a folder.")
     made.write(bundle, target)
-    write_text(card(bundle, layout, licence, source), target / "README.md")
+    origin = f"Converted from `{source}` to the layout of {layout}." if source else ""
+    write_text(card(bundle.recipe, layout, licence, source, origin), target / "README.md")
 
 
 def describe(bundle: Bundle) -> str:

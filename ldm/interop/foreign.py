@@ -1,31 +1,34 @@
 """An adapter's file or folder that is being read: its tensors, what is said beside them, and which of them were used."""
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from posixpath import dirname, join, normpath
 from typing import Any
 
 from torch import Tensor
 
-from ldm.errors import NotFound, Refusal
+from ldm.errors import NotFound, Refusal, Unreachable
 from ldm.files.content import file_content, files_content
 from ldm.files.folder import read_json
 from ldm.files.weights import PICKLES, notes_of, read_weights
+from ldm.interop.hub import HUB, download, repository
 
 ENDINGS = (".safetensors", *PICKLES)
 
 
 class Foreign:
-    """A file of tensors, or a folder with such files in it.
+    """A file of tensors, or a folder with such files in it; `origin` is its address on the hub, if it is from there.
 
     Raises:
         NotFound: nothing is there. Refusal: there are no tensors in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, origin: str | None = None) -> None:
         if not path.exists():
             raise NotFound(f"adapters={path}: there is nothing there; name a run, a folder or a file ({', '.join(ENDINGS)}).")
-        self.path = path
+        self.path, self.origin = path, origin
         self.files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in ENDINGS)
         stems = {f.stem for f in self.files if f.suffix == ".safetensors"}
         self.files = [f for f in self.files if f.suffix == ".safetensors" or f.stem not in stems]  # the same, older
@@ -76,6 +79,21 @@ class Foreign:
             return dict(json.loads(self.metadata.get(name, "{}")))
         except ValueError as error:
             raise Refusal(f"{self.path}: its metadata {name} are no JSON ({error}).") from error
+
+    def beside(self, place: str, names: Sequence[str]) -> Path | None:
+        """A folder, named from the one where it lies, with these files in it, which are fetched where it is from the hub; None
+        where there is none."""
+        if self.origin is None:
+            folder = (self.path if self.path.is_dir() else self.path.parent) / place
+            return folder if all((folder / name).is_file() for name in names) else None
+        name, file = repository(self.origin)
+        inside = normpath(join(dirname(file), place))
+        if inside.startswith(".."):
+            return None
+        try:
+            return [download(f"{HUB}{name}/{inside}/{each}") for each in names][-1].parent
+        except Unreachable:
+            return None
 
     def sha256(self) -> str:
         """Of the file, or of the folder's files."""

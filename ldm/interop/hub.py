@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ldm.errors import Refusal, Unreachable
+from ldm.files.pieces import KINDS
 
 HUB = "hf://"
 
@@ -76,7 +77,8 @@ def _wanted(files: list[str]) -> list[str]:
     settings = [f for f in whole if f.endswith((".json", ".txt", ".yaml", "spiece.model"))]
 
     def rank(f: str) -> tuple[int, bool]:
-        return (next((i for kind, i in (("non_ema", 3), ("bf16", 2), ("fp16", 1)) if kind in f), 0), f.endswith(".bin"))
+        kinds = (*KINDS, "non_ema")
+        return (next((i for i, kind in enumerate(kinds) if kind and kind in f), 0), f.endswith(".bin"))
 
     best = {folder: min(rank(f) for f in weights if Path(f).parent == folder) for folder in {Path(f).parent for f in weights}}
     return settings + [f for f in weights if rank(f) == best[Path(f).parent]]

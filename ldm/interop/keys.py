@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.errors import Refusal
+from ldm.interop.weights import WHOLE
 
 OFF = (None, False, [], {}, "")  # what a key that is unknown here may say: nothing
 
@@ -38,7 +39,9 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         num_class_embeds projection_class_embeddings_input_dim addition_time_embed_dim num_attention_heads num_layers patch_size
         num_embeds_ada_norm sample_size vocab_size hidden_size intermediate_size projection_dim num_hidden_layers
         max_position_embeddings encoder_layers encoder_ffn_dim encoder_attention_heads head_dim d_model layers_per_block
-        attention_head_dim cross_attention_dim""",
+        attention_head_dim cross_attention_dim encoder_hidden_size encoder_patch_size encoder_num_hidden_layers
+        encoder_input_size decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads decoder_intermediate_size
+        image_size""",
     ),
     "whole numbers above 0 in a list": (each(whole), "block_out_channels"),
     "words in a list": (each(lambda x: isinstance(x, str)), "down_block_types up_block_types"),
@@ -52,7 +55,7 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "true or false": (lambda x: type(x) is bool, "add_attention"),
     "a number above 0": (lambda x: real(x) and x > 0, "scaling_factor"),
-    "a number": (real, "shift_factor"),
+    "a number": (real, "shift_factor noise_tau"),
     "numbers in a list": (each(real), "latents_mean latents_std"),
 }
 LISTED = "layers_per_block attention_head_dim num_attention_heads cross_attention_dim".split()  # of UNet2DConditionModel alone
@@ -61,6 +64,7 @@ attn_norm_num_groups vq_embed_dim num_class_embeds projection_class_embeddings_i
 latents_mean latents_std
 """.split()
 NULLS = {"UNet2DModel": "attention_head_dim", "UNet2DConditionModel": "num_attention_heads", "CLIPTextModel": "projection_dim"}
+NULLS["AutoencoderRAE"] = "image_size"
 NULLS |= {f"{name}Transformer2DModel": "out_channels" for name in ("", "DiT", "SD3", "Flux", "PixArt")}
 
 
@@ -168,6 +172,10 @@ PIXART_MEANS: dict[str, Any] = {"in_channels": 4, "out_channels": 8, "cross_atte
 PIXART_MEANS |= {"patch_size": 2, **dict.fromkeys(("caption_channels", "interpolation_scale", "use_additional_conditions"))}
 CLIP_MEANS = {"vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 512, "hidden_act": "quick_gelu"}
 CLIP_MEANS |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+VISION_USED = "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads image_size patch_size"
+VISION: dict[str, tuple[Any, ...]] = {k: v for k, v in CLIP.items() if k != "eos_token_id"} | {"num_channels": (3,)}
+VISION_MEANS = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12}
+VISION_MEANS |= {"num_attention_heads": 12, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu"}
 # Of tokenizers: what cuts words and what fills up; and what is told about their files, or to calls.
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = "tokenizer_class pad_token model_max_length added_tokens_decoder additional_special_tokens extra_special_tokens"
@@ -187,11 +195,16 @@ local_files_only device_map errors clean_up_tokenization_spaces model_input_name
 truncation truncation_strategy pad_to_multiple_of pad_token_type_id return_tensors legacy add_bos_token add_eos_token
 model_specific_special_tokens
 """
+ALWAYS = "do_lower_case"  # what published configs of CLIP's say, and its class does whatever it is told
 T5_USED = "vocab_size d_model d_kv d_ff num_layers num_heads feed_forward_proj"
 T5_USED += " relative_attention_num_buckets relative_attention_max_distance layer_norm_epsilon"
 T5_FREE = "num_decoder_layers dropout_rate initializer_factor decoder_start_token_id task_specific_params"
 T5_FREE += " scale_decoder_outputs output_past n_positions tie_encoder_decoder"
 T5 = {"model_type": ("t5",), "is_gated_act": (True,), "dense_act_fn": ("gelu_new",), "pad_token_id": (0,), "eos_token_id": (1,)}
+RAE_MEANS: dict[str, Any] = {"encoder_type": "dinov2", "encoder_hidden_size": 768, "encoder_patch_size": 14}
+RAE_MEANS |= {"encoder_num_hidden_layers": 12, "encoder_input_size": 224, "decoder_hidden_size": 512}
+RAE_MEANS |= {"decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16, "decoder_intermediate_size": 2048}
+RAE_MEANS |= {"patch_size": 16, "image_size": None, "noise_tau": 0.0, "scaling_factor": 1.0}
 
 CLASSES = {
     "T5EncoderModel": Keys(T5_USED, f"{BOOKS} {T5_FREE}", T5),
@@ -207,6 +220,12 @@ CLASSES = {
         "sample_size force_upcast",
         {**RGB, "norm_type": ("group",), "lookup_from_codebook": (False,)},
         {**STAGE, "latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None},
+    ),
+    "AutoencoderRAE": Keys(
+        " ".join(name for name in RAE_MEANS if name != "encoder_type"),
+        "encoder_norm_mean encoder_norm_std latents_mean latents_std use_encoder_loss",  # tensors say the first four
+        {"encoder_type": ("dinov2", "siglip2", "mae"), "num_channels": (3,), "reshape_to_2d": (True,)},
+        RAE_MEANS,
     ),
     "UNet2DConditionModel": Keys(
         f"{UNET} only_cross_attention cross_attention_dim transformer_layers_per_block attention_head_dim num_attention_heads"
@@ -245,8 +264,11 @@ CLASSES = {
         PIXART_MEANS,
     ),
     "CLIPTextModel": Keys(CLIP_USED, BOOKS, CLIP, CLIP_MEANS),
+    "CLIPVisionModelWithProjection": Keys(VISION_USED, BOOKS, VISION, VISION_MEANS),
     "LDMBertModel": Keys(BERT_USED, BOOKS, BERT),
-    "CLIPTokenizer": Keys(WORDS, FILES, {**CUT, "bos_token": (BEGIN,), "eos_token": (END,), "unk_token": (END,), **NO_WORDS}),
+    "CLIPTokenizer": Keys(
+        WORDS, f"{FILES} {ALWAYS}", {**CUT, "bos_token": (BEGIN,), "eos_token": (END,), "unk_token": (END,), **NO_WORDS}
+    ),
     "BertTokenizer": Keys(
         "do_lower_case", f"{FILES} model_max_length tokenizer_class bos_token eos_token", {**CUT, **BERT_WORDS}
     ),
@@ -259,6 +281,8 @@ def check_keys(config: Mapping[str, Any], kind: str, place: str) -> dict[str, An
     Raises:
         Refusal: it lacks what must be said, or says something that no reader uses and that is not built here, or of another kind.
     """
+    if quantised := config.get("quantization_config"):
+        raise Refusal(f"{place} is quantised (quantization_config={quantised}). {WHOLE}")
     keys, wrong = CLASSES[kind], []
     whole_config = {**keys.means, **config}
     for name, value in whole_config.items():

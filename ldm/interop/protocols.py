@@ -191,6 +191,7 @@ class Part:
     word: str  # for what was recognised
     folders: tuple[str, ...] = ()  # of diffusers' folders
     alone = False  # whether it is a model by itself
+    classes: tuple[str, ...] = ()  # of diffusers, which are it by itself
 
     def take_file(self, file: File, bundle: Bundle, scale: float) -> None:
         """From a single file."""

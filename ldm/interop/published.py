@@ -13,7 +13,16 @@ import yaml
 
 @dataclass(frozen=True)
 class Published:
-    """One row of published.yaml, which says what each of its words means."""
+    """One row of published.yaml, whose head says more.
+
+    Args:
+        source: where it lies, `hf://ORG/NAME` or an address.
+        licence: under which it stands.
+        gated: whether its licence must be accepted there before.
+        mirror: another place with the same bytes, or None.
+        sha256: of the file, where it is known.
+        usual: how it is drawn from.
+    """
 
     source: str
     licence: str

@@ -57,14 +57,15 @@ MULTI_PP = {"algorithm_type", "final_sigmas_type", "lambda_min_clipped", "varian
 DDIM = EVERY | CLIPPED | THRESHOLD | {"set_alpha_to_one", "rescale_betas_zero_snr"}
 DDPM = EVERY | CLIPPED | THRESHOLD | {"variance_type", "rescale_betas_zero_snr"}
 FEW = DDIM | {"original_inference_steps", "timestep_scaling"}
+LCM, TCD = "LCMScheduler", "TCDScheduler"  # which visit steps of their own; no sampler here draws as the second does
 # What each class takes; a key that it does not take is another's, and has no effect on it.
 TAKES = {
     "DDIMScheduler": DDIM,
     "DDIMParallelScheduler": DDIM,
     "DDPMScheduler": DDPM,
     "DDPMParallelScheduler": DDPM,
-    "LCMScheduler": FEW,
-    "TCDScheduler": FEW,
+    LCM: FEW,
+    TCD: FEW,
     "PNDMScheduler": EVERY | {"skip_prk_steps", "set_alpha_to_one"},
     "EulerDiscreteScheduler": EVERY
     | SIGMAS
@@ -99,16 +100,16 @@ EARLY, LEADING = {"beta_start": 0.00085, "beta_end": 0.012}, {"timestep_spacing"
 USUAL = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "linspace", "steps_offset": 0}
 USUAL |= {"prediction_type": "epsilon", "num_train_timesteps": 1000, "rescale_betas_zero_snr": False, "use_karras_sigmas": False}
 USUAL |= {"set_alpha_to_one": True, "clip_sample": False, "skip_prk_steps": True}
+DISTILLED = {"original_inference_steps": 50, "timestep_scaling": 10.0}
 MEANS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": {**LEADING, "set_alpha_to_one": False, "skip_prk_steps": False},
     **dict.fromkeys(("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), EARLY),
     "DPMSolverSDEScheduler": EARLY,
-    **{name: {**EARLY, **LEADING, "beta_schedule": "scaled_linear"} for name in ("LCMScheduler", "TCDScheduler")},
+    **{name: {**EARLY, **LEADING, "beta_schedule": "scaled_linear", **DISTILLED} for name in (LCM, TCD)},
     **{f"{name}Scheduler": {**LEADING, "clip_sample": True} for name in ("DDIM", "DDIMParallel", "DDPM", "DDPMParallel")},
 }
 MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")  # which spare one step
 MULTISTEP += ("DEISMultistepScheduler", "SASolverScheduler")
-OWN_STEPS = ("LCMScheduler", "TCDScheduler")  # which visit steps that no grid here has
 # Karras' sigmas lie between those of the steps that their spacing visits, and not between the table's ends.
 WITHIN = ("EulerDiscrete", "LMSDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 # Pipelines that change what is said: `steps_offset` is 1 in all three, and the first two do not clip.
@@ -142,7 +143,7 @@ def read_schedule(folder: Path, kind: str | None = None, pipeline: str = "") -> 
     grid, remarks = _grid(means, kind, pipeline, folder)
     if (own := told.get("_class_name", kind)) != kind:
         remarks.append(f"steps: {kind}, as model_index.json says; the scheduler's own config says {own}")
-    if "timestep_spacing" not in said and grid is not None:
+    if "timestep_spacing" not in said and grid is not None and kind != LCM:
         remarks.insert(0, f"steps: {kind} means {means['timestep_spacing']} where timestep_spacing is not said")
     return schedule, prediction, grid, remarks + _drawing(means, kind, pipeline)
 
@@ -173,7 +174,9 @@ def _grid(means: Mapping[str, Any], kind: str, pipeline: str, folder: Path) -> t
         raise Refusal(
             f"{folder} has timestep_spacing={spacing}, steps_offset={offset}; {', '.join(SPACINGS)} and a whole number are known."
         )
-    if kind in OWN_STEPS:
+    if kind == LCM:
+        return _distilled(means, folder), []
+    if kind == TCD:
         return None, [f"steps: a {kind} draws in few steps of its own, as none here does; the model is the same"]
     remarks = []
     if pipeline in FROM_ONE and offset != 1 and spacing == "leading":
@@ -194,9 +197,28 @@ def _grid(means: Mapping[str, Any], kind: str, pipeline: str, folder: Path) -> t
     return " ".join(words), remarks
 
 
+def _distilled(means: Mapping[str, Any], folder: Path) -> str:
+    """The steps of a latent consistency model's scheduler, which heeds neither spacing nor offset.
+
+    Raises:
+        Refusal: it was distilled over no number of the table's steps, or scales them by none.
+    """
+    original, scaling = (means[name] for name in DISTILLED)
+    if type(original) is not int or not 1 <= original <= 1000 or type(scaling) not in (int, float) or not scaling > 0:
+        raise Refusal(
+            f"{folder} has original_inference_steps={original}, timestep_scaling={scaling}; a whole number from 1 to 1000 and "
+            "a number above 0 were wanted."
+        )
+    return "distilled" if original == 50 else f"distilled sampler.grid.original={original}"
+
+
 def stops(told: Mapping[str, Any], kind: str) -> bool:
     """Whether the last step of a scheduler, told so, ends at the first step of the table and not at the data."""
-    return "set_alpha_to_one" in TAKES.get(kind, ()) and not {**USUAL, **MEANS.get(kind, {}), **told}["set_alpha_to_one"]
+    return (
+        kind != LCM
+        and "set_alpha_to_one" in TAKES.get(kind, ())
+        and not {**USUAL, **MEANS.get(kind, {}), **told}["set_alpha_to_one"]
+    )
 
 
 def _drawing(means: Mapping[str, Any], kind: str, pipeline: str) -> list[str]:
@@ -207,7 +229,12 @@ def _drawing(means: Mapping[str, Any], kind: str, pipeline: str) -> list[str]:
     if "clip_sample" in TAKES[kind] and means["clip_sample"] and pipeline not in CLIPS_NOT:
         by = f"by {pipeline}" if pipeline else "there"
         remarks.append(f"{kind}: clip_sample=True: latents are clipped to [-1, 1] {by}, and not here")
-    other = [f"{n}={means[n]}" for n, same in DRAWING.items() if n in TAKES[kind] and n in means and means[n] not in same]
+    used = DISTILLED if kind == LCM else ()
+    other = [
+        f"{n}={means[n]}"
+        for n, same in DRAWING.items()
+        if n in TAKES[kind] and n not in used and n in means and means[n] not in same
+    ]
     return remarks + ([f"{kind}: {', '.join(other)} is its own way of drawing, which is not the model's"] if other else [])
 
 

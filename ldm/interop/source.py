@@ -48,7 +48,15 @@ LEFT += ("cond_stage_model.logit_scale", "low_scale_model.", "depth_model.")
 
 @dataclass
 class File:
-    """`told` is what the yaml beside it says of the model, and `header` what it says of itself; nothing where there is none."""
+    """A single file, and which of its tensors were read.
+
+    Args:
+        path: of the file.
+        weights: its tensors.
+        told: what the yaml beside it says of the model; empty where there is none.
+        header: what the file says of itself.
+        used: the names of the tensors that were read.
+    """
 
     path: Path
     weights: Mapping[str, Tensor]
@@ -213,7 +221,7 @@ def told_beside(path: Path) -> Mapping[str, Any]:
     if not beside.is_file():
         return {}
     try:
-        held = Config(yaml.safe_load(beside.read_text()), beside)
+        held = Config(yaml.safe_load(beside.read_text(encoding="utf-8-sig")), beside)
     except yaml.YAMLError as error:
         raise Refusal(f"{beside} is not whole YAML ({' '.join(str(error).split())}).") from error
     params = Config(Config(Config(held["model"], beside)["params"], beside), beside)

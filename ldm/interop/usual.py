@@ -10,7 +10,7 @@ import yaml
 from ldm.files.folder import read_json
 from ldm.interop.bundle import BACKBONE, Bundle
 from ldm.interop.conditions import EDIT
-from ldm.interop.schedulers import MULTISTEP, stops
+from ldm.interop.schedulers import LCM, MEANS, MULTISTEP, stops
 from ldm.interop.weights import class_of
 
 CFG, GRID, SAMPLER = "ldm.guidance.cfg.CFG", "ldm.sampler.grid.", "ldm.sampler."
@@ -24,10 +24,12 @@ PIPELINES: dict[str, tuple[int, float]] = {
     "LDMTextToImagePipeline": (50, 1.0),
     "StableDiffusionInstructPix2PixPipeline": (100, 7.5),
     "StableDiffusionUpscalePipeline": (75, 9.0),
+    "StableDiffusionXLInstructPix2PixPipeline": (100, 5.0),
     "StableDiffusionXLPipeline": (50, 5.0),
     "StableDiffusionXLImg2ImgPipeline": (50, 5.0),
 }
 USUAL = (50, 7.5)  # of the others, which are Stable Diffusion's
+FEW = (4, 1.0)  # of latent consistency models, whose pipelines' 50 steps and guidance their authors advise against
 SAMPLERS = {
     "DDPMScheduler": "ddpm.DDPM",
     "FlowMatchEulerDiscreteScheduler": "euler.Euler",
@@ -41,6 +43,7 @@ SAMPLERS = {
     "DPMSolverSinglestepScheduler": "dpmpp.DPMpp",
     "DEISMultistepScheduler": "dpmpp.DPMpp",
     "UniPCMultistepScheduler": "unipc.UniPC",
+    LCM: "consistency.Consistency",
 }
 DDIM = "ddim.DDIM"  # of the others: of PNDM too, whose model is the same and whose steps have no sampler here
 FLUX_SIDE = 128  # latents a side, of which its configs say nothing
@@ -66,6 +69,7 @@ def _folder_usual(bundle: Bundle, folder: Path) -> dict[str, Any]:
     steps = _flux_steps(bundle) if _is(bundle, "flux.Flux") else steps
     told = read_json(folder / "scheduler" / "scheduler_config.json")
     kind = class_of(index, "scheduler") or str(told.get("_class_name"))
+    steps, scale = FEW if kind == LCM else (steps, scale)
     usual = {"sampler": _sampler(bundle, steps, told, kind)}
     usual |= {"guidance": _guidance(bundle, scale)}
     network = next((folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir()), None)
@@ -86,7 +90,8 @@ def _sampler(bundle: Bundle, steps: int, told: Mapping[str, Any], kind: str) -> 
         grid["last"] = 0.001
     sde = kind in MULTISTEP and told.get("algorithm_type") == "sde-dpmsolver++"
     name = "dpmpp_sde.DPMppSDE" if sde else SAMPLERS.get(kind, DDIM)
-    return {"_target_": SAMPLER + name, "steps": steps, "grid": grid}
+    scaling = {"scaling": {**MEANS[LCM], **told}["timestep_scaling"]} if kind == LCM else {}
+    return {"_target_": SAMPLER + name, "steps": steps, **scaling, "grid": grid}
 
 
 def _file_usual(bundle: Bundle) -> dict[str, Any]:

@@ -9,8 +9,13 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.files.folder import read_json
-from ldm.files.weights import read_weights
+from ldm.files.pieces import read_pieces
 
+# What to do about quantised numbers.
+WHOLE = (
+    "Take the float32, bfloat16 or float16 file of this model; of one in nf4, int8 or GGUF diffusers makes it: load it there, "
+    "dequantize(), save_pretrained. fp8 files lost what it takes."
+)
 LORA = ("lora_", "_lora.", ".lora.", "hada_w1", "lokr_w1")
 
 
@@ -52,7 +57,9 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         NotFound: nothing is there. Refusal: it is of no kind that is known, damaged, holds code, or holds no whole model.
     """
-    weights = _joined(path) if path.suffix == ".json" else read_weights(path)
+    if path.suffix == ".gguf":
+        raise Refusal(f"{path} is GGUF, quantised numbers. {WHOLE}")
+    weights = read_pieces(path)
     lora = [name for name in weights if any(word in name for word in LORA)]
     if lora:
         raise Refusal(f"{path} is a LoRA ({lora[0]}), an addition to a model and no model: it is put on one by adapters={path}.")
@@ -73,18 +80,4 @@ def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
     for name, x in weights.items():
         kind = str(x.dtype).removeprefix("torch.")
         if x.dtype.itemsize == 1 and x.dtype != torch.bool:
-            raise Refusal(
-                f"{path}: {name} is {kind}, quantised numbers. Take the float32, bfloat16 or float16 file of this model; of one "
-                "in nf4 or int8 diffusers makes it: load it there, dequantize(), save_pretrained. fp8 files lost what it takes."
-            )
-
-
-def _joined(path: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, which lie beside it."""
-    places = read_config(path)["weight_map"]
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        weights |= open_weights(path.parent / Path(name).name)
-    if lacking := sorted(places.keys() - weights.keys()):
-        raise Refusal(f"{path} tells of {len(lacking)} tensors that its files lack, such as {', '.join(lacking[:3])}.")
-    return weights
+            raise Refusal(f"{path}: {name} is {kind}, quantised numbers. {WHOLE}")

@@ -8,22 +8,21 @@ from torch.nn.functional import one_hot
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.metric._features import OfFeatures
 from ldm.types import Batch
 
 
-class ClassAccuracy:
+class ClassAccuracy(OfFeatures):
     """Top-1 accuracy of a linear classifier on an extractor's features: ridge regression onto the classes of the training set.
 
     W = (X^T X + lambda I)^-1 X^T Y, with lambda = ridge * N * the features' mean variance, and no penalty on the bias. `key` is
     the field that holds the class. `right` holds the answers, picture by picture.
     """
 
-    of, against = "drawing", "train"
-
     def __init__(
         self, extractor: Callable[..., Extractor], weights: str | None = None, key: str = "label", ridge: float = 0.1
     ) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
+        super().__init__(extractor, weights, against="train")
         self.key, self.ridge = key, ridge
         self.protocol = {**self.extractor.protocol, "class": key}
 

@@ -7,17 +7,17 @@ coverage = 1 / N * the number of j with a drawing in B_j
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.metric._features import OfFeatures
 from ldm.metric._neighbours import CHUNK, both, radii
-from ldm.types import Batch
 
 
-class DensityCoverage:
+class DensityCoverage(OfFeatures):
     """Density and coverage of an extractor's features.
 
     Between equal distributions, for many pictures of each, the expected density is 1 and the expected coverage 1 - 2^-k. One
@@ -25,26 +25,13 @@ class DensityCoverage:
 
     Args:
         extractor: makes the network whose features are compared.
-        weights: of the extractor, a published name or a local file; None for its own default.
-        of: which pictures are judged, `drawing` or `reconstruction`.
-        against: which real pictures they are compared with, `reference` or `train`.
         k: which neighbour a ball reaches to, at least 1.
+        **features: weights, of and against, as in _features.py.
     """
 
-    def __init__(
-        self,
-        extractor: Callable[..., Extractor],
-        weights: str | None = None,
-        of: str = "drawing",
-        against: str = "reference",
-        k: int = 5,
-    ) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
-        self.of, self.against, self.protocol, self.k = of, against, self.extractor.protocol, k
-
-    def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
-        return self.extractor(images)
+    def __init__(self, extractor: Callable[..., Extractor], k: int = 5, **features: Any) -> None:
+        super().__init__(extractor, **features)
+        self.k = k
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `density`, at least 0, and `coverage` in [0, 1].

@@ -5,44 +5,32 @@ d^2 = ||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of the features' means m and
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Published, Reference, Rows
-from ldm.types import Batch
+from ldm.metric._features import OfFeatures
 
 
-class Frechet:
+class Frechet(OfFeatures):
     """The Fréchet distance of an extractor's features, in float64.
 
     Args:
         extractor: makes the network whose features are compared.
-        weights: of the extractor, a published name or a local file; None for its own default.
         name: what the number is called in metrics.json.
-        of: which pictures are judged, `drawing` or `reconstruction`.
-        against: which real pictures they are compared with, `reference` or `train`.
+        **features: weights, of and against, as in _features.py.
     """
 
-    def __init__(
-        self,
-        extractor: Callable[..., Extractor],
-        weights: str | None = None,
-        name: str = "fid",
-        of: str = "drawing",
-        against: str = "reference",
-    ) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
-        self.name, self.of, self.against, self.protocol = name, of, against, self.extractor.protocol
+    def __init__(self, extractor: Callable[..., Extractor], name: str = "fid", **features: Any) -> None:
+        super().__init__(extractor, **features)
+        self.name = name
 
     def knows(self, statistics: str) -> bool:
         """Whether published statistics, such as `inception`, are of this extractor's features."""
         return isinstance(self.extractor, Published) and self.extractor.statistics == statistics
-
-    def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
-        return self.extractor(images)
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> the distance, at least 0; with a note where the features' covariance cannot be known from so few pictures.

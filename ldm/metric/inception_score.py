@@ -6,31 +6,24 @@ IS = exp E_x[KL(p(y|x) || p(y))]  (https://arxiv.org/abs/1606.03498, section 4)
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
-from ldm.types import Batch
+from ldm.metric._features import OfFeatures
 
 
-class InceptionScore:
+class InceptionScore(OfFeatures):
     """The mean score of `splits` random parts of the pictures.
 
     Their order, drawn with `seed`, and the parts are torch-fidelity's; the logits are those of the classifier without its bias.
     `extractor` makes the network, `weights` are its published name or a local file.
     """
 
-    of, against = "drawing", None
-
     def __init__(
         self, extractor: Callable[..., Extractor], weights: str | None = None, splits: int = 10, seed: int = 2020
     ) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
-        self.protocol, self.splits, self.seed = self.extractor.protocol, splits, seed
-
-    def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
-        return self.extractor(images)
+        super().__init__(extractor, weights, against=None)
+        self.splits, self.seed = splits, seed
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `inception_score`, from 1 to the number of classes, and `inception_score_std`, over the parts.

@@ -4,6 +4,7 @@ MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = (x . y / D + 1)^3  (ht
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,41 +12,33 @@ from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
-from ldm.types import Batch
+from ldm.metric._features import OfFeatures
 
 
-class Kernel:
+class Kernel(OfFeatures):
     """The squared maximum mean discrepancy of an extractor's features, in float64: the mean over random subsets of both sets.
 
     Args:
         extractor: makes the network whose features are compared.
-        weights: of the extractor, a published name or a local file; None for its own default.
         name: what the number is called in metrics.json.
-        of: which pictures are judged, `drawing` or `reconstruction`.
-        against: which real pictures they are compared with, `reference` or `train`.
         subsets: how many are drawn, as torch-fidelity draws them.
         size: pictures of a subset; fewer where there are fewer.
         seed: of the subsets.
+        **features: weights, of and against, as in _features.py.
     """
 
     def __init__(
         self,
         extractor: Callable[..., Extractor],
-        weights: str | None = None,
         name: str = "kid",
-        of: str = "drawing",
-        against: str = "reference",
         subsets: int = 100,
         size: int = 1000,
         seed: int = 2020,
+        **features: Any,
     ) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
-        self.name, self.of, self.against, self.protocol = name, of, against, self.extractor.protocol
+        super().__init__(extractor, **features)
+        self.name = name
         self.subsets, self.size, self.seed = subsets, size, seed
-
-    def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
-        return self.extractor(images)
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `kid`, which may be a little below 0, and `kid_std`, its standard deviation over the subsets.

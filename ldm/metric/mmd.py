@@ -4,6 +4,7 @@ MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = exp(-||x - y||^2 / (2 
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,43 +12,35 @@ from torch.nn.functional import normalize
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
-from ldm.types import Batch
+from ldm.metric._features import OfFeatures
 
 CHUNK = 1000  # rows of a block of the kernel
 
 
-class MMD:
+class MMD(OfFeatures):
     """scale * MMD^2 of an extractor's features, in float64, over all pairs, those of a picture with itself included.
 
     It assumes no normal distribution, and needs fewer pictures than FID.
 
     Args:
         extractor: makes the network whose features are compared.
-        weights: of the extractor, a published name or a local file; None for its own default.
         name: what the number is called in metrics.json.
-        of: which pictures are judged, `drawing` or `reconstruction`.
-        against: which real pictures they are compared with, `reference` or `train`.
         sigma: of the kernel; 10 is CMMD's.
         scale: what MMD^2 is multiplied by; 1000 is CMMD's.
+        **features: weights, of and against, as in _features.py.
     """
 
     def __init__(
         self,
         extractor: Callable[..., Extractor],
-        weights: str | None = None,
         name: str = "cmmd",
-        of: str = "drawing",
-        against: str = "reference",
         sigma: float = 10.0,
         scale: float = 1000.0,
+        **features: Any,
     ) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
-        self.name, self.of, self.against, self.protocol = name, of, against, self.extractor.protocol
+        super().__init__(extractor, **features)
+        self.name = name
         self.sigma, self.scale = sigma, scale
-
-    def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
-        return self.extractor(images)
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> the discrepancy, at least 0.

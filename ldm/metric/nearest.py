@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from ldm.measure import Estimate, Extractor, Reference, Rows
-from ldm.types import Batch
+from ldm.metric._features import OfFeatures
 
 CHUNK = 1000  # rows of a block of similarities
 SHOWN = 16  # pairs in the picture
 
 
-class Nearest:
+class Nearest(OfFeatures):
     """Nearest neighbours by the cosine of an extractor's features.
 
     Authenticity (https://arxiv.org/abs/2102.08921, section 3.3) is the share of drawings that lie farther from their nearest
@@ -22,15 +22,8 @@ class Nearest:
     network, `weights` are its published name or a local file.
     """
 
-    of, against = "drawing", "train"
-
     def __init__(self, extractor: Callable[..., Extractor], weights: str | None = None) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
-        self.protocol = self.extractor.protocol
-
-    def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
-        return self.extractor(images)
+        super().__init__(extractor, weights, against="train")
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `nearest_similarity`, a mean cosine, and `authenticity`, a share in [0, 1]."""

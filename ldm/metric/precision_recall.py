@@ -6,40 +6,26 @@ precision = the share of drawings in the real pictures' manifold, recall = the s
 """
 
 from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from typing import Any
 
 from ldm.errors import Refusal
 from ldm.measure import Estimate, Extractor, Reference, Rows
+from ldm.metric._features import OfFeatures
 from ldm.metric._neighbours import both, radii, within
-from ldm.types import Batch
 
 
-class PrecisionRecall:
+class PrecisionRecall(OfFeatures):
     """Improved precision and recall of an extractor's features; ADM uses Inception's, as the default does.
 
     Args:
         extractor: makes the network whose features are compared.
-        weights: of the extractor, a published name or a local file; None for its own default.
-        of: which pictures are judged, `drawing` or `reconstruction`.
-        against: which real pictures they are compared with, `reference` or `train`.
         k: which neighbour a ball reaches to, at least 1.
+        **features: weights, of and against, as in _features.py.
     """
 
-    def __init__(
-        self,
-        extractor: Callable[..., Extractor],
-        weights: str | None = None,
-        of: str = "drawing",
-        against: str = "reference",
-        k: int = 3,
-    ) -> None:
-        self.extractor = extractor() if weights is None else extractor(weights=weights)
-        self.of, self.against, self.protocol, self.k = of, against, self.extractor.protocol, k
-
-    def look(self, images: Tensor, batch: Batch) -> Rows:
-        """images: (B, 3, h, w) in [-1, 1] -> what the extractor sees."""
-        return self.extractor(images)
+    def __init__(self, extractor: Callable[..., Extractor], k: int = 3, **features: Any) -> None:
+        super().__init__(extractor, **features)
+        self.k = k
 
     def compute(self, rows: Rows, reference: Reference | None) -> Mapping[str, Estimate]:
         """-> `precision` and `recall`, shares in [0, 1].

@@ -38,6 +38,6 @@ def visible(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]
     if mask is None:
         return tokens, None
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        length = int(mask.any(dim=0).numpy().nonzero()[0].max(initial=0)) + 1
+        length = max((i for i, seen in enumerate(mask.any(dim=0).tolist(), 1) if seen), default=1)
         tokens, mask = tokens[:, :length], mask[:, :length]
     return tokens, mask[:, None, None]

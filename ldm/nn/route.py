@@ -39,6 +39,7 @@ class Routed(Protocol):
     """A backbone, a torch module, whose blocks some patches can skip."""
 
     patch: int  # latents a side of a patch
+    depth: int  # the blocks that patches can skip: the first so many
     blocks: Iterable[nn.Module]
     route: Route | None  # of the next calls; None: all patches go through all blocks
     fuse: tuple[int, ...]  # two blocks: the input of the first is joined with the output of the second; or none

@@ -28,8 +28,7 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> queries, keys and values (B, heads, N, D)."""
-        q, k, v = split(self.qkv(x), 3, self.heads)
-        return self.norm_q(q), self.norm_k(k), v
+        return split(self.qkv(x), 3, self.heads, self.norm_q, self.norm_k)
 
 
 class Stream(nn.Module):

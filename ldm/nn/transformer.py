@@ -67,8 +67,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turn: Turn | None = None, mask: Tensor | None = None) -> Tensor:
         """x: (B, N, C), turn: rotary positions, mask: (B, 1, 1, N) bool, True where x may be attended to -> (B, N, C)."""
-        q, k, v = split(self.qkv(x), 3, self.heads)
-        q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = split(self.qkv(x), 3, self.heads, self.norm_q, self.norm_k)
         if turn is not None:
             q, k = apply_rotary(q, *turn), apply_rotary(k, *turn)
         return self.out(merge(scaled_dot_product_attention(q, k, v, mask)))
@@ -85,13 +84,17 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """x: (B, N, C), tokens: (B, L, C), mask: (B, 1, 1, L) bool, True where they may be attended to -> (B, N, C)."""
-        (q,), (k, v) = split(self.q(x), 1, self.heads), split(self.kv(tokens), 2, self.heads)
-        return self.out(merge(scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v, mask)))
+        (q,), (k, v) = split(self.q(x), 1, self.heads, self.norm_q), split(self.kv(tokens), 2, self.heads, self.norm_k)
+        return self.out(merge(scaled_dot_product_attention(q, k, v, mask)))
 
 
-def split(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, N, parts * C) -> the parts, such as queries, keys and values, by head: (B, heads, N, C / heads) each."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+def split(x: Tensor, parts: int, heads: int, *norms: nn.Module) -> tuple[Tensor, ...]:
+    """(B, N, parts * C) -> the parts, such as queries, keys and values, by head: (B, heads, N, C / heads) each.
+
+    `norms` are those of the first parts, which come before the heads change places with the tokens: so whole tokens are read.
+    """
+    each = x.unflatten(-1, (parts, heads, -1)).unbind(2)
+    return tuple((norms[i](part) if i < len(norms) else part).transpose(1, 2) for i, part in enumerate(each))
 
 
 def merge(x: Tensor) -> Tensor:

@@ -1,31 +1,39 @@
-"""What an objective around another one, `of`, hands on of it: its frozen modules, its critic, and that it meets the model."""
+"""The base of objectives around another one, `of`."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from ldm.types import Freezes, Objective
+from torch import Tensor, nn
 
-
-@runtime_checkable
-class Critical(Protocol):
-    """An objective with modules that learn from the loss `critic`."""
-
-    critic: tuple[str, ...]  # their names
+from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE
+from ldm.types import Critical, Draw, Freezes, Meets, Objective, Schedule
 
 
-@runtime_checkable
-class Meets(Protocol):
-    """An objective that meets the model before training."""
+class Around(nn.Module):
+    """It hands on what the other one has: its frozen modules, its critic, and that it meets the model.
+
+    Args:
+        of: makes the other objective from the four parts.
+        time, weight, noise, distance: these parts, as in regression.
+    """
+
+    def __init__(
+        self,
+        of: Callable[..., Objective],
+        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
+        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
+        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
+        distance: Callable[[Tensor], Tensor] = SQUARE,
+    ) -> None:
+        parts = {"time": time, "weight": weight, "noise": noise, "distance": distance}
+        super().__init__()
+        self.of = of(**parts)
+        self.frozen = tuple(f"of.{part}" for part in self.of.frozen) if isinstance(self.of, Freezes) else ()
+        self.critic = tuple(f"of.{part}" for part in self.of.critic) if isinstance(self.of, Critical) else ()
 
     def meet(self, model: Any) -> bool:
-        """-> whether it asks for conditions itself, and need be given none."""
-
-
-@runtime_checkable
-class Around(Protocol):
-    """An objective around another one."""
-
-    of: Objective
+        """As the other objective does."""
+        return isinstance(self.of, Meets) and self.of.meet(model)
 
 
 def within(objective: Objective) -> Iterator[Objective]:
@@ -34,18 +42,3 @@ def within(objective: Objective) -> Iterator[Objective]:
     while isinstance(objective, Around):
         objective = objective.of
         yield objective
-
-
-def frozen_in(of: Objective) -> tuple[str, ...]:
-    """The names of the other's frozen modules."""
-    return tuple(f"of.{part}" for part in of.frozen) if isinstance(of, Freezes) else ()
-
-
-def critic_in(of: Objective) -> tuple[str, ...]:
-    """The names of the other's critic."""
-    return tuple(f"of.{part}" for part in of.critic) if isinstance(of, Critical) else ()
-
-
-def meets(of: Objective, model: Any) -> bool:
-    """Lets the other meet the model -> whether it asks for conditions itself."""
-    return isinstance(of, Meets) and of.meet(model)

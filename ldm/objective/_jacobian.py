@@ -10,10 +10,16 @@ from ldm.types import Cond, Denoiser
 def along(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, step: tuple[Tensor, Tensor], to: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x_t: (B, C, H, W), t: (B), to: (B) or None, step: a direction of x_t and one of t.
+    """-> the network's output (B, C, H, W), whose gradients reach the weights, and its derivative in a direction, which has none.
 
-    -> the network's output (B, C, H, W), whose gradients reach the weights, and its derivative in that direction, which has none.
     Attention is computed by its formula there: no other kernel has forward derivatives (pytorch/pytorch issue 117206).
+
+    Args:
+        denoiser: whose network it is.
+        x_t, t: (B, C, H, W) and (B), the place.
+        cond: the network's condition there.
+        step: the direction, one of x_t and one of t.
+        to: (B), the time that a flow map goes to, or None.
     """
     with sdpa_kernel(SDPBackend.MATH):
         output, change = torch.func.jvp(lambda x, t: denoiser.output(x, t, cond, to), (x_t, t), step)

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from ldm.errors import Refusal
 from ldm.objective._cond import each_slot
+from ldm.objective.regression import Regression
 from ldm.types import Batch, Cond, Denoise, Embedder, InTraining, Schedule
-
-FROZEN = ("teacher.denoiser", "teacher.conditioner")  # of an objective that has one as `teacher`
 
 
 class Teacher(nn.Module):
@@ -30,10 +29,10 @@ class Teacher(nn.Module):
 
     def meet(self, model: Any) -> None:
         """Leaves those texts to the model that it has too, and does not train."""
-        own, others = self.conditioner.embedders, model.conditioner.embedders
-        self.shared = [name for name in self.rates if name in others and _alike(own[name], others[name])]
+        embedders, others = self.conditioner.embedders, model.conditioner.embedders
+        self.shared = [name for name in self.rates if name in others and _alike(embedders[name], others[name])]
         for name in self.shared:
-            del own[name]
+            del embedders[name]
 
     def condition(self, batch: Batch, parts: Mapping[str, Cond]) -> Cond:
         """What the teacher's conditions say of the batch; parts: what the model's say of it, by name."""
@@ -48,11 +47,11 @@ class Teacher(nn.Module):
         silent |= {name: parts[name] for name in self.shared if not self.rates[name]}
         return self._with(self.conditioner.parts(batch, only=()), silent)
 
-    def guided(self, told: Cond, null: Cond | None, scale: float) -> Denoise:
+    def guided(self, cond: Cond, null: Cond | None, scale: float) -> Denoise:
         """Its estimate by classifier-free guidance; at scale 1, which needs no null, of its condition alone."""
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            x_hat = self.denoiser(x_t, t, told)
+            x_hat = self.denoiser(x_t, t, cond)
             if scale == 1:
                 return x_hat
             x_null = self.denoiser(x_t, t, null)
@@ -60,8 +59,8 @@ class Teacher(nn.Module):
 
         return denoise
 
-    def _with(self, own: Mapping[str, Cond], shared: Mapping[str, Cond]) -> Cond:
-        return sum((shared[name] if name in self.shared else own[name] for name in self.rates), Cond())
+    def _with(self, parts: Mapping[str, Cond], shared: Mapping[str, Cond]) -> Cond:
+        return sum((shared[name] if name in self.shared else parts[name] for name in self.rates), Cond())
 
     def check_schedule(self, schedule: Schedule) -> None:
         """Raises Refusal where the model's is another."""
@@ -70,6 +69,26 @@ class Teacher(nn.Module):
                 f"The teacher's schedule is {self.denoiser.schedule} and the model's {schedule}: learn on the teacher's "
                 "(schedule=...)."
             )
+
+
+class WithTeacher(Regression):
+    """The base of objectives with a teacher, which is in no checkpoint.
+
+    Args:
+        teacher: loads a finished model of the same latents.
+        **parts: as in regression.
+    """
+
+    frozen = ("teacher.denoiser", "teacher.conditioner")
+
+    def __init__(self, teacher: Callable[[], Any], **parts: Any) -> None:
+        super().__init__(**parts)
+        self.teacher = Teacher(teacher)
+
+    def meet(self, model: Any) -> bool:
+        """Leaves the texts that both have to the model; conditions are asked for here."""
+        self.teacher.meet(model)
+        return True
 
 
 def again(model: InTraining, batch: Batch, parts: Mapping[str, Cond]) -> Cond:

@@ -13,7 +13,7 @@ def together(position: Tensor, *values: Tensor) -> tuple[list[Tensor], Tensor]:
     of gradient accumulation is a batch of its own.
     """
     count, here = len(position), 0
-    position = position.to(values[0].device)
+    position = position.to(values[0].device, non_blocking=True)
     if torch.is_grad_enabled() and world() > 1:
         here = rank() * count
         position, *values = (_gathered(value.detach().contiguous()) for value in (position, *values))

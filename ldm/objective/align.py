@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
 from ldm.errors import Refusal
-from ldm.objective._around import critic_in, frozen_in, meets, within
+from ldm.objective._around import Around, within
 from ldm.objective._ear import Ear, as_map, block_of, features_of
 from ldm.objective.dmd import DMD
 from ldm.objective.preference import Preference
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Backbone, Batch, Cond, Draw, InTraining, Objective, Schedule, Widths
+from ldm.objective.regression import Regression
+from ldm.types import Backbone, Batch, Cond, Draw, InTraining, Objective, Widths
 
 
 class Teacher(Protocol):
@@ -27,7 +27,7 @@ class Teacher(Protocol):
         """images: (B, 3, height, width) in [-1, 1] -> (B, D, h, w), without gradients."""
 
 
-class Align(nn.Module):
+class Align(Around):
     """Another objective, and hidden states of the backbone that, projected, point where the teacher's features of the picture do.
 
     The projector is trained with the model and serves for nothing else: it is neither averaged nor exported. The teacher is
@@ -42,7 +42,9 @@ class Align(nn.Module):
         until: the step from which on it is left out (https://arxiv.org/abs/2505.16792); None: never.
         projector: `mlp` has three layers, as in the paper; `convolution` is one of 3 x 3 (iREPA, https://arxiv.org/abs/2512.10794).
         hidden: features within the `mlp`.
-        of: makes the other objective from `time`, `weight`, `noise` and `distance`.
+        weights: of the teacher, handed to what makes it; None: its own default.
+        of: makes the other objective.
+        **parts: time, weight, noise and distance, of the other objective.
 
     Raises:
         Refusal: there is no such block, or its hidden states have another width; the batch has no pictures, or `of` sees others.
@@ -59,18 +61,13 @@ class Align(nn.Module):
         hidden: int = 2048,
         weights: str | None = None,
         of: Callable[..., Objective] = Regression,
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
+        **parts: Any,
     ) -> None:
-        super().__init__()
-        self.of = of(time=time, weight=weight, noise=noise, distance=distance)
+        super().__init__(of, **parts)
         self.teacher = teacher() if weights is None else teacher(weights=weights)
         self.width, self.layer, self.align_weight, self.until = width, layer, align_weight, until
         outward = self.teacher.patches(torch.zeros(1, 3, 32, 32)).shape[1]
         check_sees_the_batch(self.of)
-        self.frozen, self.critic = frozen_in(self.of), critic_in(self.of)
         convolution = partial(nn.Conv2d, out_channels=outward, kernel_size=3, padding=1)
         self.make = convolution if projector == "convolution" else partial(mlp, hidden=hidden, outward=outward)
         self.projector = nn.Identity() if width is None else self.make(width)
@@ -83,7 +80,7 @@ class Align(nn.Module):
             widths = model.conditioner.widths + Widths(vector=denoiser.span)
             self.width = features_of(denoiser.backbone, self.layer_of(denoiser.backbone), channels, widths)
             self.projector = self.make(self.width)
-        return meets(self.of, model)
+        return super().meet(model)
 
     def layer_of(self, backbone: Backbone) -> int:
         """Which block of the backbone is compared, which is settled when that is first known."""

@@ -20,12 +20,11 @@ from torch.nn.functional import softplus
 
 from ldm.errors import Refusal
 from ldm.objective._ear import Ear, as_map, block_of, features_of
-from ldm.objective._teacher import FROZEN, Teacher
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
+from ldm.objective._teacher import WithTeacher
 from ldm.types import Backbone, Batch, Cond, Denoise, Draw, InTraining, Schedule, Widths, like, mix
 
 
-class DMD(nn.Module):
+class DMD(WithTeacher):
     """Draws by the model's own `steps` and moves what it drew. Drawn by sampler=consistency.
 
     The model begins from the teacher (`model.init`), as `fake` does. `fake` is the critic: it has an optimizer of its own, is in
@@ -38,40 +37,35 @@ class DMD(nn.Module):
         adversarial: weight of the discriminator, which is a part of the critic; 0 leaves it out.
         layer: the block of `fake` on which it stands, 1 is the first; None: the middle one.
         width: features of that block's hidden states; None: what the teacher has there.
-        time, weight, noise, distance: as in regression; of the times and of the noise that both look through, and of fake's loss.
+        **parts: time, weight, noise and distance, as in regression: the noise that both look through, and the loss of `fake`.
 
     Raises:
         Refusal: less than one step, a teacher of another schedule, or another width than the discriminator's.
     """
-
-    frozen = FROZEN
 
     def __init__(
         self,
         teacher: Callable[[], Any],
         steps: int = 4,
         scale: float = 2.0,
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
         adversarial: float = 0.0,
         layer: int | None = None,
         width: int | None = None,
+        **parts: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(teacher, **parts)
         if steps < 1:
             raise Refusal(f"objective.steps={steps}: at least one step makes a picture.")
-        self.teacher, self.steps, self.scale = Teacher(teacher), steps, scale
+        self.steps, self.scale = steps, scale
         self.fake = copy.deepcopy(self.teacher.denoiser).requires_grad_(True)
-        self.regression, self.adversarial = Regression(time, weight, noise, distance), adversarial
+        self.adversarial = adversarial
         self.layer = layer or len(list(self.fake.backbone.blocks)) // 2 + 1
         self.judge = Judge(self.fake.backbone, self.layer, width) if adversarial and width is not None else None
         self.critic = ("fake", "judge.head") if adversarial else ("fake",)
 
     def meet(self, model: Any) -> bool:
         """Leaves to the model what it has too, and makes the discriminator for the hidden states, where no width is said."""
-        self.teacher.meet(model)
+        super().meet(model)
         if self.adversarial and self.judge is None:
             backbone, widths = self.fake.backbone, self.teacher.conditioner.widths + Widths(vector=self.fake.span)
             self.judge = Judge(backbone, self.layer, features_of(backbone, self.layer, model.autoencoder.channels, widths))
@@ -84,35 +78,35 @@ class DMD(nn.Module):
         schedule = model.denoiser.schedule
         self.teacher.check_schedule(schedule)
         parts = model.conditioner.parts(batch)  # nothing is dropped: guidance is learned
-        cond, told = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
+        cond, teacher_cond = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
         drawn = draw_along(lambda x_t, t: model.denoiser(x_t, t, cond), schedule, self._times(draw), x, draw)
-        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
-        noise = self.regression.noise(draw, drawn.detach())
+        t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        noise = self.noise(draw, drawn.detach())
         alpha, sigma = (like(s, x) for s in schedule(t))
         x_t = alpha * drawn + sigma * noise
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.judge is not None):
-            fake = self.fake(x_t, t, told)
+            fake = self.fake(x_t, t, teacher_cond)
         passed = None if self.judge is None else self.judge(x, self.fake.backbone)
         with torch.no_grad():
             null = self.teacher.null(model, batch, parts, len(x)) if self.scale != 1 else None
-            real = self.teacher.guided(told, null, self.scale)(x_t, t)
+            real = self.teacher.guided(teacher_cond, null, self.scale)(x_t, t)
             way = direction(drawn, real, fake)
         loss = (drawn - (drawn - way).detach()).square().mean() / 2
         fresh = Draw(mix(draw.seed, 1), draw.position, draw.batch, draw.step)
-        critic = self.regression.each(self.fake, drawn.detach(), told, fresh)[0].mean()
+        critic = self.each(self.fake, drawn.detach(), teacher_cond, fresh)[0].mean()
         if self.judge is None:
             return {"loss": loss, "critic": critic}
-        of_drawn, of_data = self.judge(x, self.fake.backbone), self._of_data(x, told, fresh)
+        of_drawn, of_data = self.judge(x, self.fake.backbone), self._of_data(x, teacher_cond, fresh)
         critic = critic + softplus(of_drawn).mean() + softplus(-of_data).mean()
         caught = ((of_drawn < 0).float().mean() + (of_data > 0).float().mean()) / 2
         return {"loss": loss + self.adversarial * softplus(-passed).mean(), "critic": critic, "caught": caught.detach()}
 
-    def _of_data(self, x: Tensor, told: Cond, draw: Draw) -> Tensor:
+    def _of_data(self, x: Tensor, cond: Cond, draw: Draw) -> Tensor:
         """What the discriminator says of the data through noise, at the times at which it saw what was drawn."""
         schedule = self.fake.schedule
-        t = self.regression.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
         alpha, sigma = (like(s, x) for s in schedule(t))
-        self.fake(alpha * x + sigma * self.regression.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, told)
+        self.fake(alpha * x + sigma * self.noise(Draw(mix(draw.seed, 2), draw.position, draw.batch), x), t, cond)
         return self.judge(x, self.fake.backbone)
 
     def _times(self, draw: Draw) -> list[float]:
@@ -134,9 +128,9 @@ class Judge(nn.Module):
         """x: (B, C, H, W), the shape of what the backbone saw -> (B, 1, h, w)."""
         hidden = as_map(self.ear.take(), x, backbone)
         if hidden.shape[1] != self.width:
-            found = hidden.shape[1]
+            features = hidden.shape[1]
             raise Refusal(
-                f"Block {self.layer} of fake says {found} features a patch: objective.width={found} (found {self.width})."
+                f"Block {self.layer} of fake says {features} features a patch: objective.width={features} (found {self.width})."
             )
         return self.head(hidden)
 
@@ -147,7 +141,15 @@ def direction(drawn: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def draw_along(denoise: Denoise, schedule: Schedule, times: Sequence[float], x: Tensor, draw: Draw) -> Tensor:
-    """x: (B, C, H, W), the shape -> the estimate at the last of the times, by sampler=consistency; gradients of that alone."""
+    """-> the estimate at the last of the times, (B, C, H, W), by sampler=consistency; gradients reach that one alone.
+
+    Args:
+        denoise: (x_t, t) -> x_hat.
+        schedule: of the noise that is added before each step.
+        times: falling, the first is where pure noise lies.
+        x: (B, C, H, W), of which the shape counts.
+        draw: the numbers of the noise.
+    """
     x_hat = x
     for i, time in enumerate(times):
         t = torch.full((len(x),), time, device=x.device, dtype=x.dtype)

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ldm.errors import Refusal
-from ldm.objective._teacher import FROZEN, Teacher
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Denoiser, Draw, InTraining, Schedule, like
+from ldm.objective._teacher import WithTeacher
+from ldm.types import Batch, Cond, Denoiser, Draw, InTraining, like
 
 
-class Preference(nn.Module):
+class Preference(WithTeacher):
     """Tunes a finished model (`model.init`) on pairs: `image` is the better picture, the field `worse` the other.
 
     At the reference the loss is log 2. The reference is in no checkpoint.
@@ -28,32 +27,15 @@ class Preference(nn.Module):
         teacher: loads the reference: the model that training begins from.
         beta: how dearly the model's distance from the reference is paid for; 2000 and 5000 in the paper.
         worse: the batch field of the other picture, such as `+data.fields.worse=worse.jpg`.
-        time, weight, noise, distance: as in regression.
+        **parts: time, weight, noise and distance, as in regression.
 
     Raises:
         Refusal: the batch has no such field, or the reference has another schedule.
     """
 
-    frozen = FROZEN
-
-    def __init__(
-        self,
-        teacher: Callable[[], Any],
-        beta: float = 5000.0,
-        worse: str = "worse",
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
-    ) -> None:
-        super().__init__()
-        self.teacher, self.beta, self.worse = Teacher(teacher), beta, worse
-        self.regression = Regression(time, weight, noise, distance)
-
-    def meet(self, model: Any) -> bool:
-        """Leaves to the model what it has too."""
-        self.teacher.meet(model)
-        return True
+    def __init__(self, teacher: Callable[[], Any], beta: float = 5000.0, worse: str = "worse", **parts: Any) -> None:
+        super().__init__(teacher, **parts)
+        self.beta, self.worse = beta, worse
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W), latents of the better pictures -> {"loss": (), "preferred": ()}, the latter the share of pairs won."""
@@ -66,19 +48,26 @@ class Preference(nn.Module):
         moments = model.encode(batch[self.worse])
         other = moments.sample(draw.normal("posterior/worse", moments.mean.shape[1:]))
         parts = model.conditioner.parts(batch)  # nothing is dropped: a preference is of a request
-        told, heard = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
-        t = self.regression.time_for(x)(draw.stratified("time"), model.denoiser.schedule).to(x, non_blocking=True)
-        noise = self.regression.noise(draw, x)
-        own = self.margin(model.denoiser, x, other, told, t, noise)
+        model_cond, teacher_cond = sum(parts.values(), Cond()), self.teacher.condition(batch, parts)
+        t = self.time_for(x)(draw.stratified("time"), model.denoiser.schedule).to(x, non_blocking=True)
+        noise = self.noise(draw, x)
+        margin = self.margin(model.denoiser, x, other, model_cond, t, noise)
         with torch.no_grad():
-            reference = self.margin(self.teacher.denoiser, x, other, heard, t, noise)
-        logits = -self.beta / 2 * (own - reference)
+            reference = self.margin(self.teacher.denoiser, x, other, teacher_cond, t, noise)
+        logits = -self.beta / 2 * (margin - reference)
         return {"loss": -logsigmoid(logits).mean(), "preferred": (logits > 0).float().mean()}
 
     def margin(self, denoiser: Denoiser, better: Tensor, worse: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Tensor:
-        """better, worse, noise: (B, C, H, W), t: (B) -> how much larger the error of the better one is: (B)."""
+        """-> how much larger the error of the better picture is: (B).
+
+        Args:
+            denoiser: the model's, or the reference's.
+            better, worse: (B, C, H, W) clean latents.
+            cond: their condition.
+            t, noise: (B), and (B, C, H, W); the same for both.
+        """
         x, t, noise = torch.cat((better, worse)), t.repeat(2), noise.repeat(2, 1, 1, 1)
         alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
         output = denoiser.output(alpha * x + sigma * noise, t, cond.stack(cond))
-        errors = self.regression.error(denoiser, output - denoiser.prediction.target(x, noise, alpha, sigma), t)
+        errors = self.error(denoiser, output - denoiser.prediction.target(x, noise, alpha, sigma), t)
         return errors[: len(better)] - errors[len(better) :]

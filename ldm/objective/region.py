@@ -3,37 +3,30 @@
 E weight(t) mean over places of region distance(output - target)
 """
 
-from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ldm.errors import Refusal
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Draw, InTraining, Schedule
+from ldm.objective.regression import Regression
+from ldm.types import Batch, Cond, Draw, InTraining
 
 
-class Region(nn.Module):
+class Region(Regression):
     """Regression, each place of which counts as much as the field `mask` is white there; the parts are as in regression.
 
     The field is a picture of the same size, or a label map, of which 0 counts nothing. A mask that is black in most places makes
     the loss, and its gradient, so much smaller.
     """
 
-    def __init__(
-        self,
-        mask: str = "mask",
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
-    ) -> None:
-        super().__init__()
-        self.regression, self.mask = Regression(time, weight, noise, distance), mask
+    def __init__(self, mask: str = "mask", **parts: Any) -> None:
+        super().__init__(**parts)
+        self.mask = mask
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> {"loss": ()}."""
-        return {"loss": self.regression.each(model.denoiser, x, cond, draw, self.region(batch, x))[0].mean()}
+        return {"loss": self.each(model.denoiser, x, cond, draw, self.region(batch, x))[0].mean()}
 
     def region(self, batch: Batch, x: Tensor) -> Tensor:
         """The batch's masks, (B, 3, h, w) in [-1, 1] or labels (B, h, w) -> (B, 1, H, W) in [0, 1], by area.

@@ -14,7 +14,16 @@ PLAIN, NORMAL, SQUARE, LOGIT_NORMAL = Plain(), Normal(), Square(), LogitNormal()
 
 
 class Regression(nn.Module):
-    """E_t weight(t) distance(output - target), with t drawn by `time` and x_t made with `noise`."""
+    """E_t weight(t) distance(output - target), with t drawn by `time` and x_t made with `noise`.
+
+    Objectives that compare the network's output with another target inherit these four parts, and what is computed of them.
+
+    Args:
+        time: numbers in [0, 1), (B), one in each of B equal intervals, and the schedule -> times in [0, 1]: (B).
+        weight: alpha, sigma and the prediction's gain, (B, 1, 1, 1) each -> how much each sample counts (weight.py).
+        noise: the step's random numbers and x: (B, C, H, W) -> noise of x's shape, unit normal or nearly so.
+        distance: an error, (B, C, H, W) -> what it costs at each place, of the same shape.
+    """
 
     def __init__(
         self,
@@ -31,13 +40,23 @@ class Regression(nn.Module):
         return {"loss": self.each(model.denoiser, x, cond, draw)[0].mean()}
 
     def each(self, denoiser: Denoiser, x: Tensor, cond: Cond, draw: Draw, region: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x: (B, C, H, W) clean latents -> each sample's weighted loss: (B), its log(sigma / alpha): (B). `region` as below."""
-        t = self.time_for(x)(draw.stratified("time"), denoiser.schedule).to(x, non_blocking=True)
-        noise = self.noise(draw, x)
-        alpha, sigma = (like(s, x) for s in denoiser.schedule(t))
+        """-> each sample's weighted loss: (B), and its log(sigma / alpha): (B).
+
+        Args:
+            denoiser: what is trained.
+            x, cond: (B, C, H, W) clean latents, and their condition.
+            draw: the random numbers of this step.
+            region: (B, 1, H, W), how much each place counts; None: all alike.
+        """
+        t, noise, alpha, sigma = self.drawn(x, denoiser.schedule, draw)
         output = denoiser.output(alpha * x + sigma * noise, t, cond)
         target = denoiser.prediction.target(x, noise, alpha, sigma)
         return self.error(denoiser, output - target, t, region), (sigma / alpha).log().flatten()
+
+    def drawn(self, x: Tensor, schedule: Schedule, draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x: (B, C, H, W) clean latents -> t: (B), noise: (B, C, H, W), alpha and sigma: (B, 1, 1, 1), of this step."""
+        t = self.time_for(x)(draw.stratified("time"), schedule).to(x, non_blocking=True)
+        return t, self.noise(draw, x), *(like(s, x) for s in schedule(t))
 
     def time_for(self, x: Tensor) -> Callable[[Tensor, Schedule], Tensor]:
         """x: (B, C, H, W) -> the times for latents of its size."""

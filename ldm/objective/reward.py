@@ -54,11 +54,11 @@ class Reward(nn.Module):
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W), of which only the shape counts -> {"loss": (), "reward": ()}."""
-        told = model.condition(batch)
+        full = model.condition(batch)
         null = model.condition(batch, only=()) if self.scale != 1 else None
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            x_hat = model.denoiser(x_t, t, told)
+            x_hat = model.denoiser(x_t, t, full)
             if null is None:
                 return x_hat
             x_null = model.denoiser(x_t, t, null)
@@ -70,12 +70,20 @@ class Reward(nn.Module):
 
 
 def draw_last(denoise: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, noise: Tensor, steps: int, last: int) -> Tensor:
-    """noise: (B, C, H, W), unit normal -> what sampler=ddim draws in so many steps, with gradients of the last ones alone."""
+    """-> what sampler=ddim draws: (B, C, H, W).
+
+    Args:
+        denoise: (x_t, t) -> x_hat.
+        schedule: of the paths.
+        noise: (B, C, H, W), unit normal.
+        steps: at equal distances in t, from 1 to 0.
+        last: so many steps at the end have gradients.
+    """
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    x = torch.hypot(*schedule(times[0])).to(noise) * noise
-    for i, (t, s) in enumerate(pairwise(times)):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = ((value.to(noise) for value in schedule(time)) for time in (t, s))
+    start, *levels = (value.to(noise, non_blocking=True) for value in (torch.hypot(*schedule(times[0])), times, *schedule(times)))
+    x = start * noise
+    for i, ((t, alpha_t, sigma_t), (_, alpha_s, sigma_s)) in enumerate(pairwise(zip(*levels))):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - last):
-            x_hat = denoise(x, t.to(noise))
+            x_hat = denoise(x, t)
             x = alpha_s * x_hat + sigma_s / sigma_t * (x - alpha_t * x_hat)
     return x

@@ -9,23 +9,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.errors import Refusal
 from ldm.nn.route import Route, Routed
-from ldm.objective._around import critic_in, frozen_in, meets
-from ldm.objective.regression import LOGIT_NORMAL, NORMAL, PLAIN, SQUARE, Regression
-from ldm.types import Batch, Cond, Draw, InTraining, Objective, Schedule
+from ldm.objective._around import Around
+from ldm.objective.regression import Regression
+from ldm.types import Batch, Cond, Draw, InTraining, Objective
 
 
-class Routing(nn.Module):
+class Routing(Around):
     """Another objective, while some patches take the short way.
 
     Args:
         rate: the share of the patches that wait, in [0, 1); 0 leaves all as it is.
         first, last: blocks, 1 is the first and -1 the last; None: those of `backbone.fuse`, else 3 and -4.
         until: the step from which on all patches go (SPRINT ends so); None: never.
-        of: makes the other objective from `time`, `weight`, `noise` and `distance`.
+        of: makes the other objective.
+        **parts: time, weight, noise and distance, of the other objective.
 
     Raises:
         Refusal: a share outside [0, 1), a backbone whose blocks take no fewer patches, or no such blocks.
@@ -38,20 +39,11 @@ class Routing(nn.Module):
         last: int | None = None,
         until: int | None = None,
         of: Callable[..., Objective] = Regression,
-        time: Callable[[Tensor, Schedule], Tensor] = LOGIT_NORMAL,
-        weight: Callable[[Tensor, Tensor, Tensor], Tensor] = PLAIN,
-        noise: Callable[[Draw, Tensor], Tensor] = NORMAL,
-        distance: Callable[[Tensor], Tensor] = SQUARE,
+        **parts: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(of, **parts)
         check_rate(rate)
-        self.of = of(time=time, weight=weight, noise=noise, distance=distance)
         self.rate, self.first, self.last, self.until = rate, first, last, until
-        self.frozen, self.critic = frozen_in(self.of), critic_in(self.of)
-
-    def meet(self, model: Any) -> bool:
-        """As the other objective."""
-        return meets(self.of, model)
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents -> what `of` says."""
@@ -76,8 +68,8 @@ def routed(backbone: Routed, route: Route) -> Iterator[None]:
 def kept_of(backbone: Routed, x: Tensor, draw: Draw, rate: float) -> Tensor:
     """x: (B, C, H, W) -> places of the patches that go, ascending: (B, K), K = round((1 - rate) N), on the CPU."""
     count = x.shape[2] // backbone.patch * (x.shape[3] // backbone.patch)
-    kept = max(1, round((1 - rate) * count))
-    return draw.uniform("route", (count,)).argsort(dim=1)[:, :kept].sort(dim=1).values
+    some = max(1, round((1 - rate) * count))
+    return draw.uniform("route", (count,)).argsort(dim=1)[:, :some].sort(dim=1).values
 
 
 def blocks_of(backbone: Any, first: int | None, last: int | None) -> tuple[int, int]:
@@ -90,7 +82,7 @@ def blocks_of(backbone: Any, first: int | None, last: int | None) -> tuple[int, 
         raise Refusal(
             f"objective=route leaves patches out of a transformer's blocks (backbone=dit); found {type(backbone).__name__}."
         )
-    depth = len(list(backbone.blocks))
+    depth = backbone.depth
     usual = backbone.fuse or (3, -4)
     wanted = [given if given is not None else other for given, other in zip((first, last), usual)]
     one, two = (block + depth + 1 if block < 0 else block for block in wanted)

@@ -36,8 +36,14 @@ class BySize:
     """Logit-normal, with more noise for larger pictures: on straight paths its mean grows by mu as sigma / alpha grows by
     exp(mu), the shift of SD3's equation 23.
 
-    mu grows with the number of patches, `low` at `few` of them, `high` at `many`, as `sampler.grid=by_size` has it for drawing:
-    0.5 and 1.15 are Flux dev's, 0 and log(3) at 256 and 1024 pixels Stable Diffusion 3's. `patch` latents a side are one.
+    It is what `sampler.grid=by_size` has for drawing: 0.5 and 1.15 are Flux dev's, 0 and log(3) at 256 and 1024 pixels Stable
+    Diffusion 3's.
+
+    Args:
+        mean, std: of the normal distribution before the shift.
+        low, high: the shift mu at `few` and at `many` patches; between and beyond it is linear in their number.
+        few, many: numbers of patches.
+        patch: so many latents a side are one patch.
     """
 
     mean: float = 0.0

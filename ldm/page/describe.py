@@ -21,8 +21,8 @@ class Ready:
 def inputs_of(model: LatentModel) -> dict[str, Input]:
     """A model's fields, in order, with how a person writes each."""
     readers = {field: e for e in model.conditioner.embedders.values() for field in model.conditioner.fields_of(e)}
-    found = {field: embedder.input(field) for field, embedder in readers.items()}
-    return {field: one for field, one in found.items() if one is not None}
+    inputs = {field: embedder.input(field) for field, embedder in readers.items()}
+    return {field: one for field, one in inputs.items() if one is not None}
 
 
 def describe(models: Mapping[str, Ready], samplers: Sequence[str], adapters: Sequence[str]) -> dict[str, Any]:

@@ -43,7 +43,15 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Commands:
-    """What the page does by other rooms' hands, as command/sample.py and command/usual.py have it: `ldm sample` in parts."""
+    """What the page does by other rooms' hands, `ldm sample` in parts: of command/sample.py, command/usual.py, data/usual.py.
+
+    Args:
+        check: refuses a config of sample.yaml that cannot be drawn.
+        ready: loads what a config names -> the model, and how it is usually drawn from.
+        draw: as command/sample.py's.
+        as_usual: a plain config and how the model is usually drawn from -> the config without nulls.
+        size_of: as data/usual.py's.
+    """
 
     check: Callable[[DictConfig], None]
     ready: Callable[[DictConfig], tuple[LatentModel, Mapping[str, Any]]]
@@ -60,6 +68,7 @@ class Session:
         adapters: what `adapters=` takes, put on each of them.
         base: other words of sample.yaml, in all drawings.
         out: the folder: `given/` for uploads, by their hash, and one folder a drawing.
+        commands: how it loads and draws.
     """
 
     def __init__(
@@ -184,7 +193,16 @@ class Session:
 
 
 class Watch:
-    """Tells each step of a drawing, and shows the estimates on the way, for no more than a fifth of the time."""
+    """Tells each step of a drawing, and shows the estimates on the way, for no more than a fifth of the time.
+
+    Args:
+        model: what draws, whose autoencoder shows the estimates.
+        count: pictures of the drawing.
+        batch: pictures at a time.
+        steps: of each batch, if it is known.
+        tell: is told each step.
+        stopped: whether to leave off.
+    """
 
     def __init__(
         self, model: LatentModel, count: int, batch: int, steps: int | None, tell: Tell, stopped: Callable[[], bool]

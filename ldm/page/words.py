@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ldm.check import nearest
 from ldm.compose import spoken
 from ldm.embedder import Input
 from ldm.errors import Refusal
+from ldm.files.called import command_line
 
 # What a page may ask for: word, least, most, whether it is an integer.
 NUMBERS = {
@@ -76,8 +76,7 @@ def asked_of(said: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def command_of(words: Sequence[str]) -> str:
     """Words of sample.yaml -> the command, as a shell takes it and as this one was called."""
-    program = "ldm" if Path(sys.argv[0]).name == "ldm" else "python -m ldm"
-    return f"{program} sample {' '.join(map(_quoted, words))}"
+    return f"{command_line('sample')} {' '.join(map(_quoted, words))}"
 
 
 def strengths(adapters: Sequence[str], said: Sequence[Any]) -> list[str]:
@@ -94,6 +93,12 @@ def strengths(adapters: Sequence[str], said: Sequence[Any]) -> list[str]:
 
 def number(name: str, value: Any, low: float | None, high: float | None, whole: bool = False) -> int | float:
     """A number that was sent, within its bounds.
+
+    Args:
+        name: of it, for errors.
+        value: what was sent.
+        low, high: its bounds, both allowed; None for none.
+        whole: only integers are wanted.
 
     Raises:
         Refusal: it is none.

@@ -59,6 +59,7 @@ pre code { display: block; user-select: all; -webkit-user-select: all; cursor: c
 .legend i { display: inline-block; width: .75rem; height: .75rem; border-radius: 3px; margin-right: .4rem }
 svg { width: 100%; max-width: 44rem; height: auto; display: block }
 """
+PREVIEWS = 4
 HUES = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#eeca3b", "#9d755d")
 GREY = "#808893"  # an axis of this grey is readable on white and on black
 
@@ -161,10 +162,10 @@ def read_curves(run: Path) -> Curves:
     return {name: (sorted(points), [points[s] for s in sorted(points)]) for name, points in values.items()}
 
 
-def previews(run: Path, most: int = 4) -> str:
-    """-> HTML with at most `most` of the pictures in RUN/previews/<step>.png: the first, some in between, the last."""
+def previews(run: Path) -> str:
+    """-> HTML with at most PREVIEWS of the pictures in RUN/previews/<step>.png: the first, some in between, the last."""
     files = sorted(run.glob("previews/*.png"))
-    count = min(most, len(files))
+    count = min(PREVIEWS, len(files))
     chosen = [files[round(i * (len(files) - 1) / max(count - 1, 1))] for i in range(count)]
     cells = "".join(
         f"<figure>{_img(file.read_bytes(), 2, f'step {int(file.stem)}')}<figcaption>step {int(file.stem):,}</figcaption></figure>"

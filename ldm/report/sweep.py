@@ -69,22 +69,18 @@ def sweep_page(results: Sequence[Setting], captions: Sequence[str], model: str |
 
     `captions` are those of the first pictures, in order; `model`, what was measured where no setting says it.
     """
-    numbers = list(dict.fromkeys(name for setting in results for name in setting.numbers))
-    names = [name for name in results[0].values if len({s.values[name] for s in results}) > 1] or list(results[0].values)
-    best = pareto(results, *_axes(numbers))
-    rows = [
-        [*(_short(s.values[n]) for n in names), *(shown(s.numbers[n]) for n in numbers), "best" if i in best else ""]
-        for i, s in enumerate(results)
-    ]
+    names, numbers = _columns(results)
+    header, rows = sweep_table(results)
     count = next(iter(results[0].numbers.values()))["protocol"]["count"]
     low, high = _axes(numbers)
-    lines = [f"Best: no other setting is as good in both {high} and {low}, and better in one."] if best else []
+    front = f"Best: no other setting is as good in both {high} and {low}, and better in one."
+    lines = [front] if any(row[-1] for row in rows) else []
     lines += dict.fromkeys(e["note"] for s in results for e in s.numbers.values() if "note" in e)
     return page(
         "Latent diffusion: a sweep",
         f"{len(results)} settings, {count:,} pictures of each, the same requests and seeds for all.",
         [
-            ("Numbers", table([*names, *numbers, ""], rows) + f'<p class="soft"><br>{"<br>".join(lines)}</p>'),
+            ("Numbers", table(header, rows) + f'<p class="soft"><br>{"<br>".join(lines)}</p>'),
             ("Quality against agreement with the request", _trade(results, names, numbers)),
             ("Over each setting", _over(results, names, numbers)),
             ("Pictures", _walls(results, names, captions)),
@@ -92,6 +88,17 @@ def sweep_page(results: Sequence[Setting], captions: Sequence[str], model: str |
             ("Go on from here", code(_commands(results, numbers, model))),
         ],
     )
+
+
+def sweep_table(results: Sequence[Setting]) -> tuple[list[str], list[list[str]]]:
+    """-> a header and a row for each setting: its values that differ, its numbers, and whether it is on the Pareto front."""
+    names, numbers = _columns(results)
+    best = pareto(results, *_axes(numbers))
+    rows = [
+        [*(_short(s.values[n]) for n in names), *(shown(s.numbers[n]) for n in numbers), "best" if i in best else ""]
+        for i, s in enumerate(results)
+    ]
+    return [*names, *numbers, ""], rows
 
 
 def pareto(results: Sequence[Setting], low: str | None, high: str | None) -> set[int]:
@@ -122,6 +129,12 @@ def _commands(results: Sequence[Setting], numbers: Sequence[str], model: str | N
         "# in the browser",
         f"python -m ldm draw {said[0]}",
     ]
+
+
+def _columns(results: Sequence[Setting]) -> tuple[list[str], list[str]]:
+    """-> the settings that differ, or all where none does, and the numbers."""
+    names = [name for name in results[0].values if len({s.values[name] for s in results}) > 1] or list(results[0].values)
+    return names, list(dict.fromkeys(name for setting in results for name in setting.numbers))
 
 
 def _axes(numbers: Sequence[str]) -> tuple[str | None, str | None]:

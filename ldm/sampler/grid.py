@@ -39,7 +39,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Shifted:
-    """Equal steps in t from 1 to the shifted 1 / total, all shifted (equation 23 above), then `last`: diffusers' for SD3.
+    """Equal steps in t from 1 to the shifted 1 / total, all shifted (SD3's equation 23), then `last`: diffusers' for SD3.
 
     The lowest time is shifted twice, as in diffusers' FlowMatchEulerDiscreteScheduler.
     """
@@ -172,6 +172,25 @@ class Linspace:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """Evenly chosen ones of the `original` steps that a latent consistency model was distilled over, from the last; then `last`
+    (https://arxiv.org/abs/2310.04378, section 4.3; diffusers' LCMScheduler).
+
+    Of a table of `total` these are the steps i * (total // original) - 1, for i = 1 ... original.
+    """
+
+    total: int = 1000
+    original: int = 50
+    last: float = 0.0
+
+    def __call__(self, steps: int, schedule: Schedule) -> Tensor:
+        """-> (steps + 1) times, float64."""
+        _check(steps, self.original)
+        i = self.original - (torch.arange(steps, dtype=torch.float64) * (self.original / steps)).floor()
+        return _at(i * (self.total // self.original) - 1, self.total, self.last)
+
+
+@dataclass(frozen=True)
 class Listed:
     """Times of your own, from the first to the last. Their number decides the steps, not the sampler's `steps`.
 
@@ -203,7 +222,7 @@ def _check(steps: int, most: float = math.inf) -> None:
     if steps < 1:
         raise Refusal(f"sampler.steps={steps}: at least one step is wanted.")
     if steps > most:
-        raise Refusal(f"sampler.steps={steps}: this grid has room for {most} (sampler.grid.total); use sampler/grid=uniform.")
+        raise Refusal(f"sampler.steps={steps}: this grid has room for {most} (sampler.grid); use sampler/grid=uniform.")
 
 
 def _at(n: Tensor, total: int, last: float) -> Tensor:

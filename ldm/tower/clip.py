@@ -95,6 +95,22 @@ def blank_text_tower(config: Mapping[str, Any]) -> nn.Module:
     return clip
 
 
+def blank_image_tower(config: Mapping[str, Any]) -> nn.Module:
+    """open_clip's model_cfg -> its image tower, a transformer, frozen, with random weights."""
+    import open_clip
+
+    gelu = config.get("quick_gelu", False)
+    clip = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], NO_TEXT, quick_gelu=gelu).eval().requires_grad_(False)
+    return clip.visual
+
+
+def is_plain(visual: nn.Module) -> bool:
+    """Whether an image tower is a transformer of a class token and patches, whose class token is the picture's embedding."""
+    from open_clip.transformer import VisionTransformer
+
+    return isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "tok"
+
+
 def named_text_tower(model: str, pretrained: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """open_clip's name and tag -> the name's model_cfg, and its text tower's weights by name."""
     import open_clip
@@ -178,6 +194,8 @@ def names_of(word: str, count: int) -> list[str]:
 
 
 NO_VISION = {"image_size": 1, "patch_size": 1, "layers": 0, "width": 1, "head_width": 1}
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the colours that OpenAI's CLIP saw
 
 
 def preprocess(visual: nn.Module, images: Tensor) -> Tensor:
@@ -212,6 +230,15 @@ def embed_text(tower: nn.Module, ids: Tensor, end: int | None = None, projected:
         hidden.append(block(hidden[-1], attn_mask=tower.attn_mask))
     pooled = tower.ln_final(hidden[-1])[torch.arange(len(ids)), _ends(ids, end)]
     return hidden, pooled @ tower.text_projection if projected and tower.text_projection is not None else pooled
+
+
+def embed_image(tower: nn.Module, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """pictures: (B, 3, h, w), as the tower was trained -> the tokens that its last block but one puts out, (B, 1 + N, D), the
+    class token first, and the pictures' embedding, (B, E)."""
+    at = len(tower.transformer.resblocks) - 2
+    seen = tower.forward_intermediates(pictures, indices=[at], output_fmt="NLC", output_extra_tokens=True)
+    tokens = torch.cat((seen["image_intermediates_prefix"][0], seen["image_intermediates"][0]), dim=1)
+    return tokens, seen["image_features"]
 
 
 def text_mask(ids: Tensor, end: int | None = None) -> Tensor:

@@ -43,9 +43,9 @@ def weights_of(profiles: Sequence[Profile], wanted: Profile) -> tuple[Tensor, fl
     with_wanted = torch.tensor([_product(a, wanted) for a in profiles], dtype=torch.float64)
     # The minimal-norm answer of a matrix whose snapshots resemble each other: no large weights of opposite sign.
     weights = torch.linalg.lstsq(inner, with_wanted[:, None], driver="gelsd", rcond=1e-12).solution[:, 0]
-    own = _product(wanted, wanted)
-    left = own - 2 * weights @ with_wanted + weights @ inner @ weights
-    return weights, max(left.item() / own, 0.0) ** 0.5
+    norm = _product(wanted, wanted)
+    left = norm - 2 * weights @ with_wanted + weights @ inner @ weights
+    return weights, max(left.item() / norm, 0.0) ** 0.5
 
 
 def reconstruct(folder: Path, std: float, step: int | None = None) -> tuple[dict[str, Tensor], float]:
@@ -54,8 +54,8 @@ def reconstruct(folder: Path, std: float, step: int | None = None) -> tuple[dict
     Raises:
         NotFound: there are no snapshots. Refusal: none so late, or no profile has that std.
     """
-    found = [(path, re.fullmatch(r"step-(\d+)-std-([\d.]+)", path.stem)) for path in sorted(folder.glob("*.safetensors"))]
-    snapshots = [(path, (int(match[1]), exponent(float(match[2])))) for path, match in found if match]
+    files = [(path, re.fullmatch(r"step-(\d+)-std-([\d.]+)", path.stem)) for path in sorted(folder.glob("*.safetensors"))]
+    snapshots = [(path, (int(match[1]), exponent(float(match[2])))) for path, match in files if match]
     if not snapshots:
         raise NotFound(f"There are no snapshots in {folder}; train with callback=[checkpoint,ema,bar,power_ema].")
     last = max(step for _, (step, _) in snapshots)
@@ -83,17 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="the folder of the new model")
     parser.add_argument("--std", type=float, required=True, help="the relative length: 0.05 to 0.15 are usual")
     parser.add_argument("--step", type=int, help="where the average ends; the last step by default")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        average, error = reconstruct(asked.run / "averages", asked.std, asked.step)
-        recipe, weights = read_model(asked.run)
+        average, error = reconstruct(options.run / "averages", options.std, options.step)
+        recipe, weights = read_model(options.run)
         unknown = sorted(average.keys() - weights.keys())
         if unknown:
-            raise Refusal(f"The snapshots in {asked.run} are of another model; it does not know {unknown[:3]}.")
-        save_model(weights | average, with_parts(from_parts(recipe, asked.run), asked.out), asked.out)
+            raise Refusal(f"The snapshots in {options.run} are of another model; it does not know {unknown[:3]}.")
+        save_model(weights | average, with_parts(from_parts(recipe, options.run), options.out), options.out)
     except Refusal as wrong:
         sys.exit(f"error: {wrong}")
-    print(f"The average of std {asked.std:g} is in {asked.out}; its profile is met to {error:.1%}.")
+    print(f"The average of std {options.std:g} is in {options.out}; its profile is met to {error:.1%}.")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,15 @@ CAPTIONS = 1000  # after so many it is said how many a text tower cuts
 class Stage(pl.LightningModule):
     """One stage of training. A subclass says its losses and what it exports.
 
-    `batch` is the number of samples in the global batch. `frozen` names the parts that a checkpoint leaves out, because
-    they come from elsewhere; `groups` says what the optimizer does otherwise for some weights (groups.py); `recipe`, set by
-    build.py, is the plain config that builds the exported model again.
+    `recipe`, set by build.py, is the plain config that builds the exported model again.
+
+    Args:
+        optimizer: makes it from groups of weights.
+        rate: update, from 0 -> what every group's learning rate is multiplied by.
+        seed: of all random numbers.
+        batch: samples of the global batch.
+        frozen: the parts that a checkpoint leaves out, because they come from elsewhere.
+        groups: what the optimizer does otherwise for some weights (groups.py).
     """
 
     trains: str = "model"  # the part that is exported: weights and settings of it can be taken from elsewhere (model.init)
@@ -53,6 +59,7 @@ class Stage(pl.LightningModule):
         super().__init__()
         self.recipe: Mapping[str, Any]
         self.spoilt: Tensor | None = None  # () bool, whether the update under way is left out; guard.py says it
+        self.norm: Tensor | None = None  # (), the length of its gradient before it is clipped, where guard.py measured it
         self.optimizer, self.rate, self.seed, self.batch = optimizer, rate, seed, batch
         self.recipe, self.frozen, self.groups = {}, tuple(frozen), groups
 
@@ -144,7 +151,7 @@ class Stage(pl.LightningModule):
         scaler = scaler_of(self.trainer)
         if gradient_clip_val and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
-        clip(self.trainer, optimizer)
+        clip(self.trainer, optimizer, self.norm)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint holds: everything but the frozen parts."""
@@ -156,13 +163,13 @@ class Stage(pl.LightningModule):
         Raises:
             Refusal: the checkpoint is of another model; names what differs.
         """
-        own = self.state_dict()
-        wrong = [f"{k}: missing" for k in own.keys() - state_dict.keys()]
-        wrong += [f"{k}: not of this model" for k in state_dict.keys() - own.keys()]
+        state = self.state_dict()
+        wrong = [f"{k}: missing" for k in state.keys() - state_dict.keys()]
+        wrong += [f"{k}: not of this model" for k in state_dict.keys() - state.keys()]
         wrong += [
-            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(own[k].shape)}"
-            for k in own.keys() & state_dict.keys()
-            if own[k].shape != state_dict[k].shape
+            f"{k}: {tuple(state_dict[k].shape)} instead of {tuple(state[k].shape)}"
+            for k in state.keys() & state_dict.keys()
+            if state[k].shape != state_dict[k].shape
         ]
         if wrong:
             few = "; ".join(sorted(wrong)[:5])
@@ -176,7 +183,7 @@ class Stage(pl.LightningModule):
         """Keeps the model's recipe, and the format's number, beside its weights: plain containers only."""
         checkpoint["format"] = FORMAT
         checkpoint["recipe"] = dict(self.recipe)
-        checkpoint["frozen"] = self._frozen_content()
+        checkpoint["frozen"] = self.frozen_content()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compares the frozen parts, which come from elsewhere, with those that the checkpoint was trained with.
@@ -185,13 +192,13 @@ class Stage(pl.LightningModule):
             Refusal: one is another now; names each.
         """
         before = checkpoint.get("frozen", {})  # of an earlier version that kept none, nothing is known
-        if other := [part for part, now in self._frozen_content().items() if before.get(part, now) != now]:
+        if other := [part for part, now in self.frozen_content().items() if before.get(part, now) != now]:
             raise Refusal(
                 f"The frozen {', '.join(other)}, read from elsewhere, is not what the checkpoint was trained with: its files "
                 "have changed. Put back what was there, or begin another run: run_id=NAME, from these weights with model.init=..."
             )
 
-    def _frozen_content(self) -> dict[str, str]:
+    def frozen_content(self) -> dict[str, str]:
         """Frozen part -> sha256 of its weights, found once. Of a base that adapters are trained on the recipe has it."""
         if self.content is None:
             modules = {} if self.recipe.get("base") else dict(self.named_modules())
@@ -213,7 +220,11 @@ def reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def clip(trainer: pl.Trainer, optimizer: Optimizer) -> None:
-    """Clips gradients, unscaled before, by what the trainer says."""
+def clip(trainer: pl.Trainer, optimizer: Optimizer, norm: Tensor | None = None) -> None:
+    """Clips gradients, unscaled before, by what the trainer says. norm: (), the length of all of them, where it is known."""
     how = pl.utilities.GradClipAlgorithmType(trainer.gradient_clip_algorithm or "norm")
-    Precision.clip_gradients(trainer.precision_plugin, optimizer, trainer.gradient_clip_val or 0.0, how)
+    most = trainer.gradient_clip_val or 0.0
+    if norm is None or not most or how != pl.utilities.GradClipAlgorithmType.NORM:
+        Precision.clip_gradients(trainer.precision_plugin, optimizer, most, how)
+        return
+    torch.nn.utils.clip_grads_with_norm_((p for group in optimizer.param_groups for p in group["params"]), most, norm)

@@ -14,8 +14,8 @@ from ldm.types import Batch, Draw
 STEPS = 4
 
 
-def coordinates(stage: Stage, network: nn.Module, batch: Batch, steps: int = STEPS) -> dict[str, list[float]]:
-    """Trains a stage for some steps on one batch, at its full rate -> by block and `output`, sizes after each step: 1 + `steps`.
+def coordinates(stage: Stage, network: nn.Module, batch: Batch) -> dict[str, list[float]]:
+    """Trains a stage for STEPS steps on one batch, at its full rate -> by block and `output`, sizes after each step: 1 + STEPS.
 
     The first is the mean absolute value of the network's hidden states at the start, the others those of their changes since.
     """
@@ -27,13 +27,13 @@ def coordinates(stage: Stage, network: nn.Module, batch: Batch, steps: int = STE
         group["lr"] *= group["scale"]
     first: dict[str, Tensor] = {}
     sizes: dict[str, list[float]] = {}
-    for step in range(steps + 1):
+    for step in range(STEPS + 1):
         loss = stage.losses(batch, Draw(stage.seed, batch["position"], stage.batch))["loss"]
         for name, value in heard.items():
             moved = value - first[name] if step else value
             sizes.setdefault(name, []).append(moved.abs().mean().item())
         first = first or dict(heard)
-        if step < steps:
+        if step < STEPS:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -42,12 +42,12 @@ def coordinates(stage: Stage, network: nn.Module, batch: Batch, steps: int = STE
     return sizes
 
 
-def slopes(found: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, float]:
+def slopes(sizes: Mapping[int, Mapping[str, Sequence[float]]]) -> dict[str, float]:
     """Sizes by width and block -> by block, the exponent s of the last step's change ~ width^s, by least squares; 0 transfers."""
-    widths = sorted(found)
+    widths = sorted(sizes)
     x = torch.tensor([math.log(width) for width in widths], dtype=torch.float64)
     last = {
-        name: [found[width][name][-1] for width in widths] for name in found[widths[0]] if all(name in found[w] for w in widths)
+        name: [sizes[width][name][-1] for width in widths] for name in sizes[widths[0]] if all(name in sizes[w] for w in widths)
     }
     return {name: _slope(x, torch.tensor(values, dtype=torch.float64).clamp(min=1e-30).log()) for name, values in last.items()}
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 
 from ldm.errors import Refusal
 from ldm.training.base import Stage
+from ldm.training.callback.frozen import Frozen, layers_of
 from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import flops, peak_of
+from ldm.training.optimizer.adamw_8bit import BYTES, adamw_8bit
 from ldm.training.parallel.sharded import Sharded
 from ldm.types import Batch, DataModule, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
 SPARE = 2**30  # bytes of a card that CUDA itself takes, and that lie between tensors
-TRAINED = {"weight": 4, "gradient": 4, "AdamW": 8, "average": 4}  # bytes a number, in float32
+TRAINED = {"weight": 4, "gradient": 4, "average": 4}  # bytes a number, in float32
 
 
 def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> str:
@@ -35,28 +38,32 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     batch = data.on_after_batch_transfer(batch, 0)
     sizes = [(p.requires_grad, p.numel()) for p in stage.parameters()]
     still = sum(p.numel() * p.element_size() for p in stage.parameters() if not p.requires_grad)
-    trained, frozen = (sum(n for kept, n in sizes if kept is which) for which in (True, False))
-    work, kept = cost(stage, batch)
+    if any(isinstance(callback, Frozen) for callback in trainer.callbacks):
+        layers = [stage.latent_model().get_submodule(name) for name in layers_of(stage.latent_model())]
+        still -= sum(p.numel() * (p.element_size() - 2) for layer in layers for p in layer.parameters(recurse=False))
+    trained, frozen = (sum(n for trains, n in sizes if trains is which) for which in (True, False))
+    work, activations = cost(stage, batch)
     for callback in trainer.callbacks:
         if isinstance(callback, Recompute):
             callback.on_fit_start(trainer, stage)
-            whole, (work, kept) = kept, cost(stage, batch)
-            kept += (whole - kept) // sum("forward" in vars(module) for module in stage.modules())  # one block's, as it is redone
+            whole, (work, activations) = activations, cost(stage, batch)
+            blocks = sum("forward" in vars(module) for module in stage.modules())
+            activations += (whole - activations) // blocks  # one block's, as it is redone
     if trainer.precision.startswith(("bf16", "16")):
-        kept //= 2
+        activations //= 2
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
     shares = world if isinstance(trainer.strategy, Sharded) else 1
-    states, others = trained * sum(TRAINED.values()) // shares, still
+    states, others = trained * (sum(TRAINED.values()) + moments(stage.optimizer)) // shares, still
     lines = [
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
         f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
-        f"memory            {_gib(states + others + micro * kept)} a device, estimated: {_gib(states)} weights, gradients, AdamW "
-        f"and average; {_gib(others)} frozen; {_gib(micro * kept)} activations",
+        f"memory            {_gib(states + others + micro * activations)} a device, estimated: {_gib(states)} weights, "
+        f"gradients, AdamW and average; {_gib(others)} frozen; {_gib(micro * activations)} activations",
     ]
     if card := re.fullmatch(r"([\d.]+) ?GB", device, re.IGNORECASE):
-        return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, kept, stage.batch // world, micro)])
+        return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, activations, stage.batch // world, micro)])
     name, speed = _speed(device, trainer)
     seconds = work * stage.batch / (world * speed)
     lines += [
@@ -66,12 +73,20 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     return "\n".join(lines)
 
 
+def moments(optimizer: Any) -> int:
+    """How many bytes an optimizer keeps of each weight: two moments, of AdamW in float32."""
+    return BYTES if isinstance(optimizer, partial) and optimizer.func is adamw_8bit else 8
+
+
 def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:
     """Whether a run fits into a card, and else how it would.
 
     Args:
-        memory: of the card, in bytes. fixed: bytes of weights and states. each: of a sample's activations. batch: samples of a
-            device and step. micro: samples at a time.
+        memory: of the card, in bytes.
+        fixed: bytes of weights and states.
+        each: bytes of a sample's activations.
+        batch: samples of a device and step.
+        micro: samples at a time.
     """
     room = memory - SPARE - fixed
     most, size = int(room // max(each, 1)), f"{memory / 2**30:g} GB, of which {_gib(SPARE)} are left to CUDA"
@@ -102,11 +117,11 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
 
 def _kept(stage: Stage, batch: Batch) -> int:
     """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it."""
-    own = {id(p) for p in stage.parameters()}
+    weights = {id(p) for p in stage.parameters()}
     seen: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in own and tensor._base is None:
+        if id(tensor) not in weights and tensor._base is None:
             seen[id(tensor)] = tensor
         return tensor
 

@@ -57,21 +57,6 @@ class AdversarialLoss(Protocol):
 
 
 @runtime_checkable
-class Critical(Protocol):
-    """An objective, a torch module, some of whose modules learn from the loss `critic` that it gives, and not from `loss`."""
-
-    critic: tuple[str, ...]  # their names
-
-
-@runtime_checkable
-class Meets(Protocol):
-    """An objective that meets the model before training, such as one with a second model, which leaves to it what both have."""
-
-    def meet(self, model: Any) -> bool:
-        """-> whether it asks for conditions itself (`model.conditioner`), and need be given none."""
-
-
-@runtime_checkable
 class Average(Protocol):
     """A callback that keeps a running average of what is trained, and gives it as `average` in its `state_dict`."""
 

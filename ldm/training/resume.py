@@ -39,7 +39,6 @@ FATES = (
     ("*", HOLDS),
 )
 FILES = ("path", "model", "weights", "pretrained", "vocabulary")
-MISSING = object()
 Config = tuple[Mapping[str, Any], Mapping[str, Any]]  # as it is written, and with its interpolations resolved
 Change = tuple[str, Any, Any]  # a setting's name, its value before and now
 
@@ -80,9 +79,9 @@ class Changes(pl.Callback):
         if self.checkpoint is None or not trainer.is_global_zero:
             return
         before = config_of(self.checkpoint)
-        told = {UNUSED: "is not used: the weights are the checkpoint's", HOLDS: f"holds from step {trainer.global_step} on"}
+        words = {UNUSED: "is not used: the weights are the checkpoint's", HOLDS: f"holds from step {trainer.global_step} on"}
         lines = [
-            f"{line(change)}, {told.get(fate(change[0])) or same_files(*change)}"
+            f"{line(change)}, {words.get(fate(change[0])) or same_files(*change)}"
             for change in self.changes
             if fate(change[0]) != FREE
         ]
@@ -92,9 +91,9 @@ class Changes(pl.Callback):
             print("\n  ".join(["Changed since the checkpoint:", *lines]), flush=True)
         if self.folder.absolute() not in self.checkpoint.absolute().parents:
             lines.append(f"goes on from {self.checkpoint}")
-        kept = [] if before is None else [row for row in before.read_text().splitlines() if row.startswith("# step ")]
+        rows = [] if before is None else [row for row in before.read_text().splitlines() if row.startswith("# step ")]
         head = [f"# step {trainer.global_step}: {' '.join(one.splitlines())}" for one in lines]
-        self.due = "\n".join([*kept, *head, self.text])
+        self.due = "\n".join([*rows, *head, self.text])
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Writes config.yaml."""
@@ -123,16 +122,16 @@ class Changes(pl.Callback):
 
 def fate(name: str) -> str:
     """HOLDS, FREE or UNUSED, or why the setting cannot change."""
-    return next(told for patterns, told in FATES if any(fnmatchcase(name, pattern) for pattern in patterns.split()))
+    return next(verdict for patterns, verdict in FATES if any(fnmatchcase(name, pattern) for pattern in patterns.split()))
 
 
 def refuse(changes: list[Change], checkpoint: Path) -> None:
     """Raises ValueError where some of the changes cannot be, with the reason of each."""
     refused = [change for change in changes if fate(change[0]) not in (HOLDS, FREE, UNUSED) and not same_files(*change)]
     if refused:
-        found = "; ".join(f"{line(change)}, but {fate(change[0])}" for change in refused)
+        reasons = "; ".join(f"{line(change)}, but {fate(change[0])}" for change in refused)
         raise Refusal(
-            f"A run that goes on cannot change {found}. Go on with the value before, or begin another run: run_id=NAME (or "
+            f"A run that goes on cannot change {reasons}. Go on with the value before, or begin another run: run_id=NAME (or "
             f"resume=never), from these weights with model.init={checkpoint}."
         )
 
@@ -148,8 +147,8 @@ def differences(before: Config, now: Config) -> Iterator[Change]:
 def chosen(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the settings of members that were not chosen."""
     lists = {group: config.get(group) or {} for group in ("callback", "always", "condition", "adapter", "logger")}
-    kept = {group: {n: v for n, v in lists[group].items() if isinstance(v, str) or "_target_" in (v or {})} for group in lists}
-    return {**{name: value for name, value in config.items() if name != "identity"}, **kept}
+    members = {group: {n: v for n, v in lists[group].items() if isinstance(v, str) or "_target_" in (v or {})} for group in lists}
+    return {**{name: value for name, value in config.items() if name != "identity"}, **members}
 
 
 def _differences(place: str, raw: Any, raw_now: Any, old: Any, new: Any) -> Iterator[Change]:
@@ -171,10 +170,10 @@ def default(node: Mapping[str, Any], name: str) -> Any:
     """What a node that does not say it gets of its class for a setting; None where there is no default."""
     module, _, called = str(node.get("_target_", "")).rpartition(".")
     try:
-        found = inspect.signature(getattr(importlib.import_module(module), called)).parameters[name].default
+        usual = inspect.signature(getattr(importlib.import_module(module), called)).parameters[name].default
     except (ValueError, TypeError, KeyError, ImportError, AttributeError):
         return None
-    return None if found is inspect.Parameter.empty else list(found) if isinstance(found, tuple) else found
+    return None if usual is inspect.Parameter.empty else list(usual) if isinstance(usual, tuple) else usual
 
 
 def line(change: Change) -> str:
@@ -207,9 +206,9 @@ def keep_settings(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, A
     Raises:
         Refusal: the checkpoint is of another optimizer, or of other groups of weights.
     """
-    own, theirs = optimizer.param_groups, state["param_groups"]
-    sizes, wanted = ([len(group["params"]) for group in groups] for groups in (theirs, own))
-    names, known = ({name for group in groups for name in group} for groups in (theirs, own))
+    present, saved = optimizer.param_groups, state["param_groups"]
+    sizes, wanted = ([len(group["params"]) for group in groups] for groups in (saved, present))
+    names, known = ({name for group in groups for name in group} for groups in (saved, present))
     if sizes != wanted or (names - known and known - names):
         raise Refusal(
             f"The checkpoint's optimizer is another than this run's {type(optimizer).__name__}: its groups have {sizes} "
@@ -217,8 +216,9 @@ def keep_settings(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, A
             f"{', '.join(sorted(known - {'params'}))}. "
             "Go on with the optimizer and groups it was trained with (config.yaml in its run), or begin another run: run_id=NAME."
         )
-    kept = [{**{k: v for k, v in mine.items() if k != "params"}, "params": group["params"]} for mine, group in zip(own, theirs)]
-    return {**state, "param_groups": kept}
+    settings = ({k: v for k, v in group.items() if k != "params"} for group in present)
+    merged = [{**mine, "params": group["params"]} for mine, group in zip(settings, saved)]
+    return {**state, "param_groups": merged}
 
 
 class Rates(LambdaLR):

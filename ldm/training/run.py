@@ -21,8 +21,15 @@ from ldm.training.saved import newest, read_checkpoint, resume_from
 from ldm.types import DataModule
 
 
-def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> None:
-    """Trains `stage` on `data` up to the trainer's max_steps and leaves the exported model in `folder`.
+def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resume: str = "auto") -> bool:
+    """Trains a stage up to the trainer's max_steps and leaves the exported model in the folder; -> whether it got there.
+
+    Args:
+        stage: what is trained, and exported at the end.
+        data: what it is trained on.
+        trainer: Lightning's, whose max_steps is the length.
+        folder: of the run.
+        resume: `auto` for the newest intact checkpoint of the folder, `never`, or a path.
 
     Raises:
         Refusal: the checkpoint to resume from is damaged or of another model; its run's settings are others, and cannot be;
@@ -41,8 +48,8 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
     try:
         trainer.fit(stage, feed(data), ckpt_path=None if checkpoint is None else os.fspath(checkpoint), weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
-        kept = newest(folder)
-        how = "begins anew: no checkpoint was due yet" if kept is None else f"goes on from {kept}"
+        last = newest(folder)
+        how = "begins anew: no checkpoint was due yet" if last is None else f"goes on from {last}"
         _say(trainer, f"\nStopped at step {trainer.global_step}. The same command {how}.")
         raise
     except Refusal as error:  # of what the checkpoint holds, by those who load it: the settings are named that differ
@@ -59,8 +66,9 @@ def fit(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, resum
         next(c for c in trainer.callbacks if isinstance(c, Preempt)).requeue(stop.code, trainer.is_global_zero)
         sys.exit(stop.code)
     if trainer.interrupted or trainer.global_step < trainer.max_steps:
-        return
+        return False
     _finish(stage, data, trainer, folder, checkpoint)
+    return True
 
 
 def quiet() -> None:
@@ -83,8 +91,8 @@ def _finish(stage: Stage, data: DataModule, trainer: pl.Trainer, folder: Path, b
 
     begun: the checkpoint that training went on from.
     """
-    if begun is not None and (kept := read_checkpoint(begun, lazily=True))["global_step"] == trainer.global_step:
-        stage.recipe = {**stage.recipe, **kept["recipe"]}
+    if begun is not None and (before := read_checkpoint(begun, lazily=True))["global_step"] == trainer.global_step:
+        stage.recipe = {**stage.recipe, **before["recipe"]}
     last = folder / "checkpoints" / f"step-{trainer.global_step:08d}.ckpt"
     if not last.exists():
         trainer.save_checkpoint(last, weights_only=False)
@@ -117,7 +125,7 @@ def _check_length(trainer: pl.Trainer) -> None:
         "reload_dataloaders_every_n_epochs": bool(trainer.reload_dataloaders_every_n_epochs),
         "max_steps": trainer.max_steps < 0,
     }
-    wrong = [f"trainer.{name}={getattr(trainer, name)}" for name, found in counted.items() if found]
+    wrong = [f"trainer.{name}={getattr(trainer, name)}" for name, counts in counted.items() if counts]
     if wrong:
         raise Refusal(
             f"{', '.join(wrong)}: training counts optimizer steps, its samples have an order without end, and an epoch cut short "

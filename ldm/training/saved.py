@@ -84,10 +84,10 @@ def resume_from(resume: str, folder: Path) -> Path | None:
         return newest(folder)
     if not Path(resume).exists():
         raise NotFound(f"resume={resume}: there is no such file. Use auto, never, or a path to a .ckpt file.")
-    found = newest(Path(resume)) if Path(resume).is_dir() else Path(resume)
-    if found is None:
+    checkpoint = newest(Path(resume)) if Path(resume).is_dir() else Path(resume)
+    if checkpoint is None:
         raise NotFound(f"resume={resume}: there is no good checkpoint in this folder. Use auto, never, or a path to a .ckpt.")
-    return found
+    return checkpoint
 
 
 def mapped(value: Any, change: Callable[[str, Tensor], Any], place: str = "") -> Any:

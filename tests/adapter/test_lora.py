@@ -403,7 +403,9 @@ def test_how_adapters_are_asked_for(tmp_path, monkeypatch):
     assert (one.name, one.source, one.strength, one.text) == ("<fox>", "a/b.pt", 0.5, -0.25)
     assert asked("hf://org/name:2")[0].source == "hf://org/name" and asked(None) == [] and asked(["a", "b"])[1].strength == 1
     (tmp_path / "x=y:1").touch()
-    assert asked(str(tmp_path / "x=y:1"))[0].source == str(tmp_path / "x=y:1")
+    place = str(tmp_path / "x=y:1")
+    assert asked(place)[0].source == place
+    assert asked([f"a={place}", f"b={place}:0.5:guess"]) == [Asked(place, "a"), Asked(place, "b", 0.5, guess=True)]
     with pytest.raises(Refusal, match=r"the strength 'strong' is no number"):
         asked("a.safetensors:strong")
     with pytest.raises(Refusal, match="adapters= names nothing"):

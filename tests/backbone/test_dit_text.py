@@ -3,14 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import pixel_unshuffle, silu
 
 from helpers.modern import exactly, gradients_of, ours_of, their_pixart
 from ldm.backbone.dit import DiT
+from ldm.nn.sinusoid import sinusoid
 from ldm.types import Cond, Widths
 
 MODERN = {"rms_norm": True, "swiglu": True, "rotary": True, "norm_heads": True, "fixed": False, "registers": 3}
 KINDS = {"cross": {}, "joint": {"tokens": "joint"}, "shared": {"shared": True}}
 KINDS |= {f"modern {kind}": {**settings, **MODERN} for kind, settings in KINDS.items()}
+KINDS["head"] = {"rotary": True, "registers": 2, "head": [48, 1, 3]}
 
 
 def small(settings, loud=True):
@@ -63,8 +66,8 @@ def test_it_starts_as_the_identity_and_every_weight_learns(kind):
     net, seen = small(kind, loud=False), []
     for block in net.blocks:
         block.register_forward_hook(lambda _, given, made: seen.append(torch.equal(given[0], made)))
-    assert not net(*ask()).any() and seen == [True, True]
-    for _ in range(3):  # from its start on, as in training: no branch stays silent behind another
+    assert not net(*ask()).any() and seen == [True] * len(net.blocks)
+    for _ in range(5 if "head" in kind else 3):  # from its start on, as in training: no branch stays silent behind another
         (net(*ask()) - ask()[0]).square().sum().backward()
         with torch.no_grad():
             silent = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -96,6 +99,23 @@ def test_a_sample_does_not_see_its_batch_at_any_size(kind):
         torch.testing.assert_close(both[1:], net(x[1:], t[1:], one))
 
 
+def test_a_head_reads_the_latents_anew_and_the_blocks_say_how():
+    """DiT^DH (2510.11690, section 5), its own block the identity: norm(E x) (1 + scale) + shift, both of silu(J silu(t + h))."""
+    net, heard = small({"head": [48, 1, 3], "rotary": True}), []
+    for p in net.blocks[2].modulate.parameters():
+        nn.init.zeros_(p)
+    net.blocks[1].register_forward_hook(lambda *call: heard.append(call[-1]))
+    x, t, cond = ask()
+    out, (h,) = net(x, t, cond), heard
+    time = net.level(sinusoid(t, 256).double())
+    shift, scale = net.last.modulate(silu(net.head.join(silu(time[:, None] + h)))).chunk(2, dim=2)
+    read = net.last.norm(net.head.embed(x).flatten(2).transpose(1, 2))
+    wanted = net.last.out(read * (1 + scale) + shift).transpose(1, 2)
+    torch.testing.assert_close(
+        pixel_unshuffle(out, 2).unflatten(1, (3, 4)).flatten(3), wanted.unflatten(1, (4, 3)).transpose(1, 2)
+    )
+
+
 def test_rotary_positions_alone_tell_distances_and_no_places():
     """In a row of patches of equal content, none can tell which one it is; but which lies beside which is heard."""
     net = small({**MODERN, "registers": 0})
@@ -122,6 +142,7 @@ def test_a_rectangle_of_as_many_patches_has_positions_of_its_own():
         ({"fixed": False}, "backbone.rotary=true"),
         ({"tokens": "both"}, "backbone.tokens=both: cross or joint"),
         ({"size": 7}, "into patches of 2"),
+        ({"head": [48, 2, 5]}, r"backbone.head=\[48, 2, 5\]: wanted its width, blocks and heads"),
     ],
 )
 def test_what_it_cannot_be_is_said(settings, words):

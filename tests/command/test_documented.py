@@ -19,7 +19,7 @@ COMMAND = re.compile(
 
 def commands(text):
     """The commands in some lines, each with its words; without a line's comment, and the `...` that stands for more."""
-    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+    for line in re.sub(r"\\\n\s*", "", text).replace(" && ", "\n").splitlines():
         if found := COMMAND.search(line):
             words = [word for word in shlex.split(found[3], comments=True) if not word.endswith("...")]
             yield found[1] or found[2], words

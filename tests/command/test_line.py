@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from helpers.command import called
+from helpers.data import ODD
 from ldm.build import NARROW, build
 from ldm.command import precompute, sample, train
 from ldm.compose import CONFIGS, FREE_TEXT, _is_whole, _listed, check_overrides, compose_config, prepared, quote
@@ -142,8 +143,8 @@ NUMBERS = {"data.weights"}  # shares of data sets
 
 
 def test_every_key_of_the_configs_that_takes_a_path_is_free_text():
-    """Those that hold a path now, and those of a name that takes one somewhere."""
-    met = set()
+    """Those that hold a path now, and those of a name that takes one somewhere; whatever its signs, the path arrives."""
+    met, keys = set(), set()
     for file in CONFIGS.rglob("*.yaml"):
         nodes = [(file.parent.name if file.parent != CONFIGS else "", OmegaConf.to_container(OmegaConf.load(file)))]
         while nodes:
@@ -154,10 +155,16 @@ def test_every_key_of_the_configs_that_takes_a_path_is_free_text():
                     nodes += [(name, value)] if key not in ("hydra", "defaults") else []
                 elif isinstance(value, str) and re.search(r"\$\{(runs|folder|out)\}|^~/|^local-dir:|^runs/", value):
                     met.add(name)
+                    keys.add(name)
                     assert FREE_TEXT.match(f"{name}=x"), name
                 elif key in PLACES and name not in NUMBERS and not isinstance(value, dict):
+                    keys.add(name)
                     assert FREE_TEXT.match(f"{name}=x"), name
     assert {"condition.text.model", "logger.csv.save_dir"} <= met
+    keys.remove("run_id")  # of which other settings may be part
+    place = f"/x/{ODD}${{i}}"
+    wrong = {name for name in keys if parsed(f"{name}={place}").value().replace(r"\${", "${") != place}
+    assert len(keys) > 50 and not wrong
 
 
 def test_what_commands_of_before_added_is_set():

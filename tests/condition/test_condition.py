@@ -54,6 +54,11 @@ def test_last_layer_and_pooled_vector_are_open_clips(text, clip_folder):
     assert cond.mask.sum(1).tolist() == [(i > 0).sum().item() for i in ids]
 
 
+def test_captions_that_are_no_texts_are_refused_by_name(text):
+    with pytest.raises(ValueError, match=r"found a dict: \{'caption': 'a'\}\. Name the member .* data\.fields\.caption=txt"):
+        text(["a", {"caption": "a"}], no(2))
+
+
 def test_a_dropped_caption_is_the_empty_prompt(text):
     told = text(NAMES, torch.tensor([False, True, False]))
     empty = text(["", "", ""], no(3))

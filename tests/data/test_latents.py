@@ -1,5 +1,6 @@
 """Latents ahead of time: what they hold, what they are refused with, and that training on them is training on the pictures."""
 
+import io
 import json
 import shlex
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from helpers.data import picture
 from helpers.language import save_t5, their_t5
@@ -300,3 +302,42 @@ def test_two_texts_are_kept_together(home, capsys):
         assert told.tokens.shape == wanted.tokens.shape == (4, 12 + 9, 32)
         for part in ("tokens", "mask", "vector"):
             torch.testing.assert_close(getattr(told, part)[~dropped], getattr(wanted, part)[~dropped], rtol=1e-5, atol=1e-5)
+
+
+def test_further_fields_go_along(home, tmp_path, capsys):
+    """A control picture cut as its picture was, a label map and every text of a mixture are what they were beside pictures."""
+    sample = {"jpg": picture(size=(32, 16), colour=(9, 200, 30)), "txt": "a fox", "long.txt": "a red fox, in snow"}
+    stripes = np.tile(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (16, 1, 3))
+    sample |= {"edges.jpg": encoded(stripes, "PNG"), "map.png": encoded(stripes[..., 0] // 8, "PNG")}
+    write_shards(({"__key__": f"{i:03d}", **sample} for i in range(4)), tmp_path / "pictures")
+    fields = ["data.fields.caption={txt:0.5,long.txt:0.5}", "+data.fields.edges=edges.jpg", "+data.fields.map=map.png"]
+    words = ["data=shards", f"data.train={tmp_path}/pictures", "data.size=16", f"model={home}/quickstart/autoencoder", *fields]
+    config = compose_config("precompute", [*words, f"out={tmp_path}/out", "keep=[edges,map,caption]", "data.workers=0"])
+    precompute(config)
+    said = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert {"data.fields.caption={txt:0.5,long.txt:0.5}", "+data.fields.edges=edges.png", "+data.fields.map=map.png"} <= set(said)
+    told = {"caption": {"txt": 0.5, "long.txt": 0.5}, "map": "map.png"}
+    online = Shards(tmp_path / "pictures", fields={"image": "jpg", **told, "edges": "edges.jpg"}, size=16, batch=4)
+    ahead = Shards(tmp_path / "out" / "train", fields={"moments": "moments.npy", **told, "edges": "edges.png"}, size=16, batch=4)
+    net = build({"_target_": "ldm.build.load_autoencoder", "path": f"{home}/quickstart/autoencoder"})
+    check_provenance(ahead, Stage(net))
+    first, other = (data.on_after_batch_transfer(next(iter(data.ordered("train", 4)))) for data in (online, ahead))
+    assert torch.equal(first["edges"], other["edges"]) and torch.equal(first["map"], other["map"])
+    assert first["caption"] == other["caption"] and "image" not in other
+    with pytest.raises(ValueError, match="made with another autoencoder"):
+        check_provenance(ahead, Stage(KL(channels=2, width=8, mult=(1, 2), res_blocks=1, groups=4)))
+    with pytest.raises(ValueError, match="the pictures beside latents would be cut otherwise"):
+        Shards(tmp_path, fields={"moments": "moments.npy", "edges": "edges.png"}, flip=0.5)
+    out = (net, online, "train", tmp_path / "out" / "train", 4, "cpu")
+    with pytest.raises(ValueError, match=r"keep=\[depth\]: data\.fields names image, caption.*add \+data\.fields\.depth=MEMBER"):
+        write_latents(*out, keep=["depth"])
+    with pytest.raises(ValueError, match="embeddings are of one caption"):
+        write_latents(*out, text=(object(), None))
+    with pytest.raises(ValueError, match=r"other latents: keep .*edges"):
+        write_latents(*out)
+
+
+def encoded(pixels, form):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from helpers.data import picture, samples
+from helpers.data import ODD, picture, samples
 from ldm.command import doctor, pack
+from ldm.compose import compose_config
 from ldm.data.order.filter import numbers
 from ldm.data.packing.gather import find
 from ldm.data.packing.packed import Packed
@@ -224,6 +226,20 @@ def test_sub_folders_are_classes_and_numbers_stay_themselves(tmp_path):
     assert {row.label for row in find(tmp_path / "one", Packed())} == {"a", "b"}, "what all share is no class"
 
 
+def test_numbers_before_a_class_are_no_words_of_its_captions(tmp_path):
+    """Kohya's folders say how often a picture is repeated; those of birds are numbered."""
+    for names, captions in (
+        (("10_sks dog", "1_dog"), {"sks dog", "dog"}),
+        (("001.Sooty_Gull", "002.Kite"), {"Sooty Gull", "Kite"}),
+        (("2 cats", "3 cats"), {"2 cats", "3 cats"}),
+        (("3_a", "b"), {"3 a", "b"}),
+    ):
+        packed = Packed()
+        rows = find(put(tmp_path / names[0], *(f"{name}/0.jpg" for name in names)), packed)
+        assert {row.caption for row in rows} == captions and {row.label for row in rows} == {*names}
+        assert bool(packed.notes) == (captions in ({"sks dog", "dog"}, {"Sooty Gull", "Kite"}))
+
+
 @pytest.mark.parametrize(
     ("names", "why"),
     [
@@ -294,6 +310,49 @@ def test_what_lies_beside_a_picture_is_its_own_in_any_case(tmp_path):
     assert "e.TXT and e.txt lie beside it" in faults[0] and "f.json is no JSON object" in faults[1]
 
 
+def test_accents_may_be_spelt_as_another_system_does(tmp_path):
+    """macOS writes e and an accent for one letter."""
+    put(tmp_path, "caf\u00e9.jpg", "\u00fcber.jpg")
+    write(tmp_path / "cafe\u0301.txt", "a caf\u00e9")
+    assert captions(tmp_path)[0][0] == ("caf\u00e9.jpg", "a caf\u00e9")
+    rows = [{"file_name": name, "text": name[0]} for name in ("cafe\u0301.jpg", "u\u0308ber.jpg", "caf\u00e9.jpg")]
+    good, faults, _ = captions(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [caption for _, caption in good] == ["c", "u", "c"] and not faults
+
+
+def test_parquet_is_a_table_like_others(home, tmp_path):
+    """As imagefolder takes it; one that holds the pictures themselves is read elsewhere."""
+    when = datetime(2026, 1, 1, tzinfo=UTC)
+    columns = {"file_name": ["0.jpg", "1.jpg", None], "text": ["a", None, "c"], "n": [1.5, None, 3.0], "when": [when] * 3}
+    pq.write_table(pa.table(columns), home / "metadata.parquet")
+    good, faults, packed = captions(home)
+    assert good == [("0.jpg", "a"), ("1.jpg", "")] and "row 3 of metadata.parquet: it names no picture" in faults[0]
+    assert packed.passed_over == {"pictures that no row of metadata.parquet names": 2}
+    assert pack.main([str(home), str(tmp_path / "out")]) == 1
+    assert [s["record"].get("n", "-") for s in packed_records(tmp_path / "out")] == [1.5, None]
+    within = pa.table({"image": [{"bytes": b"x", "path": "0.jpg"}], "text": ["a"]})
+    pq.write_table(within, tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=rf"column image is of the type struct.*data\.data_dir={tmp_path}"):
+        captions(tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match="cannot be read as Parquet"):
+        captions(write(tmp_path / "1.parquet", "x"))
+
+
+def test_what_a_source_without_pictures_holds_is_said(tmp_path, capsys):
+    write_shards(samples(1), tmp_path / "in")
+    assert pack.main([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "Found 1 .tar: no picture; shards are read as they are, by data=shards; 1 .json" in capsys.readouterr().err
+    coco = {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [{"image_id": 1, "caption": "a"}]}
+    assert pack.main([str(write(tmp_path / "coco.json", json.dumps(coco))), str(tmp_path / "out")]) == 2
+    assert "of COCO's annotations write such a list" in capsys.readouterr().err
+
+
+def test_shards_that_cannot_be_written_are_one_line(home, tmp_path, capsys):
+    write(tmp_path / "file", "x")
+    assert pack.main([str(home), str(tmp_path / "file" / "out")]) == 2
+    assert "out could not be written (Not a directory)" in capsys.readouterr().err
+
+
 def test_every_other_file_is_counted(tmp_path):
     home = put(tmp_path / "in", "a/0.png", "b/0.png")
     for name in (
@@ -311,9 +370,13 @@ def test_every_other_file_is_counted(tmp_path):
         write(home / name, "x")
     (home / "c").symlink_to(home / "a")
     (home / "a" / "up").symlink_to("..")
+    for name in ("drawn/00000.png", "drawn/00000.edges.png", "drawn/grid.png", "drawn/request.json"):
+        write(home / name, "x")
     packed = Packed()
-    assert [row.name for row in find(home, packed)] == ["a/0.png", "b/0.png"]
+    assert [row.name for row in find(home, packed)] == ["a/0.png", "b/0.png", "drawn/00000.png"]
     assert packed.passed_over == {
+        "sheets that `ldm sample` wrote beside its pictures": 2,
+        ".json beside no picture": 1,
         "hidden files and folders": 5,
         "folders that are read already, by another link": 2,
         ".npz: no picture that is read": 1,
@@ -350,15 +413,17 @@ def said_commands(source, out, capsys, *options):
 def test_the_three_commands_are_filled_in(home, tmp_path, capsys):
     for i in range(1, 4):
         write(home / f"{i}.txt", f"number {i}")
-    clip, autoencoder, diffusion = said_commands(home, tmp_path / "my shards", capsys, "--val", "0.1")
+    out = tmp_path / ODD
+    clip, autoencoder, diffusion = said_commands(home, out, capsys, "--val", "0.1")
     assert [c["experiment"] for c in (clip, autoencoder, diffusion)] == ["emoji/clip", "emoji/autoencoder", "emoji/text"]
     assert clip.pop("data.size") == "32" == str(yaml.safe_load(CLIP.read_text())["clip"]["vision_cfg"]["image_size"])
     assert autoencoder["data.size"] == diffusion["data.size"] == "16"
     for command in (clip, autoencoder, diffusion):
-        assert (command["data.train"], command["data.val"]) == tuple(f"{tmp_path}/my shards/{s}" for s in ("train", "val"))
+        data = compose_config("train", [f"{key}={command[key]}" for key in ("data", "data.train", "data.val")]).data
+        assert [command["data.train"], data.train, data.val] == [f"{out}/{split}" for split in ("train", "train", "val")]
         assert command["data"] == "shards"
     assert autoencoder["loss.model"] == diffusion["condition.text.model"] == f"local-dir:runs/{clip['run_id']}"
-    assert diffusion["autoencoder.path"] == f"runs/{autoencoder['run_id']}" and clip["run_id"] == "my-shards/clip"
+    assert diffusion["autoencoder.path"] == f"runs/{autoencoder['run_id']}" and clip["run_id"] == "a-b-c-d-e-f-g-h/clip"
     assert clip["+data.filters.caption_length"] == "[1,null]", "one picture has no caption"
 
 
@@ -384,6 +449,10 @@ def test_parquet_beside_json_is_seen(tmp_path):
     assert clean.column("aesthetic").tolist() == [7, 1, 2] and clean.column("new").tolist() == [0, 1, 2]
     pq.write_table(pa.Table.from_pylist([{"key": "other", "new": 1}]), tmp_path / "00000.parquet")
     with pytest.raises(ValueError, match=r"00000\.parquet whose column `key` names none of its samples"):
+        Index(expand(tmp_path))
+    twice = [{"key": "000000001", "new": 1}, {"key": "000000001", "new": 2}, {"key": None}, {"key": None}]
+    pq.write_table(pa.Table.from_pylist(twice), tmp_path / "00000.parquet")
+    with pytest.raises(ValueError, match=r"00000\.parquet with 1 keys of several rows, such as 000000001"):
         Index(expand(tmp_path))
 
 

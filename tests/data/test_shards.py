@@ -183,6 +183,12 @@ def test_augmentation_follows_the_position(folder):
     assert torch.equal(images(0), images(0, workers=2))
 
 
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"batch": 0}, {"flip": 2.0}, {"flip": -0.1}, {"crop": "centre"}], ids=str)
+def test_settings_that_mean_nothing_are_refused_before_anything_is_read(wrong, tmp_path):
+    with pytest.raises(ValueError, match=rf"data\.{next(iter(wrong))}=.*wanted"):
+        Shards(tmp_path / "none", **wrong)
+
+
 # ---- mixtures
 
 

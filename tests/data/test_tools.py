@@ -252,6 +252,19 @@ def test_the_doctor_asks_for_what_most_samples_have(tmp_path, capsys):
     assert doctor.main([str(tmp_path / "npy"), "--out", str(tmp_path / "y")]) == 0
 
 
+def test_the_doctor_names_pictures_that_no_training_reads(tmp_path, capsys, undrawn):
+    """Of several endings, none of which most samples have, and of endings that shards do not hold."""
+    forms = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    write_shards(({"__key__": key, key: picture(form), "txt": "a"} for key, form in forms.items()), tmp_path / "a")
+    assert doctor.main([str(tmp_path / "a"), "--quick", "--out", str(tmp_path / "x")]) == 1
+    assert "LACKING 'jpg': 2 samples" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name in ("0.tif", "0.txt"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert doctor.main([str(tmp_path / "00000.tar"), "--quick", "--out", str(tmp_path / "x")]) == 0
+    assert "NOT READ, being of no kind that shards hold: tif 1" in capsys.readouterr().out
+
+
 @pytest.fixture
 def undrawn(monkeypatch):
     """The doctor without its pictures, which take the time."""
@@ -270,8 +283,9 @@ def test_the_doctor_counts_what_training_would_refuse(tmp_path, capsys, undrawn)
 
 
 def test_the_doctor_answers_wrong_questions(tmp_path, capsys):
+    (tmp_path / "00000.TAR").touch()
     assert doctor.main([str(tmp_path), "--out", str(tmp_path / "x")]) == 2
-    assert "No shards" in capsys.readouterr().err
+    assert "No shards" in (said := capsys.readouterr().err) and "not read, as it is no *.tar in this folder: 00000.TAR" in said
     write_shards(samples(1), tmp_path / "a")
     for wrong, said in (
         ("--filters {watermark: [null, 0.5]}", "watermark: 1 of 1 samples"),

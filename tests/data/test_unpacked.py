@@ -15,6 +15,7 @@ from ldm.build import build
 from ldm.command.pack import pack
 from ldm.command.train import train
 from ldm.compose import compose_config
+from ldm.data import hub as hub_module
 from ldm.data.dataset import MapStyle
 from ldm.data.folder import Folder
 from ldm.data.hub import Hub
@@ -335,16 +336,19 @@ def test_a_stream_has_whole_batches_at_the_positions_of_training(library):
     assert Hub("org/name", streaming=True, workers=4).workers == 1  # the library shares streams out by their files
 
 
-def test_a_stream_is_gone_over_in_order_as_it_comes(library):
-    """By nobody's number: what measures all pictures once reads no whole data set, and sees what the map-style one shows."""
+def test_a_stream_is_gone_over_in_order_as_it_comes(library, monkeypatch):
+    """By nobody's number: what measures all pictures once sees what the map-style one shows, of a long stream its beginning."""
     stream, whole = (opened(Hub("org/name", size=8, batch=4, streaming=streaming)) for streaming in (True, False))
     for rank in (0, 1):
         for a, b in zip(stream.ordered("train", 4, rank, 2), whole.ordered("train", 4, rank, 2), strict=True):
             assert torch.equal(a["image"], b["image"]) and torch.equal(a["position"], b["position"])
             assert a["caption"] == b["caption"]
-    assert "train_set" not in vars(stream)
-    with pytest.warns(UserWarning, match=r"asked for by number, which data\.streaming=true cannot give"):
-        assert len(stream.train_set) == COUNT
+    assert stream.train_set.captions() == whole.train_set.captions() and len(whole.train_set) == COUNT
+    assert stream.train_set.index.fingerprint() == "org/name, a stream"
+    with pytest.raises(Refusal, match=r"asked for by number, .* onto this machine, data\.streaming=false, all or a part"):
+        len(stream.train_set)
+    monkeypatch.setattr(hub_module, "MEASURED", 5)
+    assert len(stream.train_set.captions()) == 5 and sum(len(batch["caption"]) for batch in stream.ordered("train", 4)) == 5
 
 
 @pytest.mark.skipif(find_spec("datasets") is not None, reason="the library is here")

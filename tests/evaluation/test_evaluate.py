@@ -21,6 +21,7 @@ from ldm.compose import compose_config
 from ldm.conditioner import Conditioner
 from ldm.data.emoji import Emoji
 from ldm.data.usual import size_of
+from ldm.errors import Refusal
 from ldm.evaluation import rows as rows_module
 from ldm.evaluation.pictures import Given, Split, another, chosen, unconditional
 from ldm.evaluation.real import Archive, Folder
@@ -327,6 +328,10 @@ def test_statistics_alone_do_for_inception_alone(home, folders):
     (folders / "torn.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"no whole \.npz"):
         judge(home, folders, f"reference={folders}/torn.npz")
+    np.savez(folders / "few.npz", arr_0=np.zeros((3, 8, 8), np.uint8))
+    (folders / "few.npz").rename(folders / "FEW.NPZ")
+    with pytest.raises(ValueError, match=r"FEW\.NPZ: arr_0 is uint8 of shape \(3, 8, 8\)"):
+        judge(home, folders, f"reference={folders}/FEW.NPZ")
 
 
 class Colours:
@@ -362,8 +367,18 @@ def test_given_statistics_stand_for_the_pictures_and_are_asked_first(folders):
 def test_what_is_missing_is_said(home, folders):
     with pytest.raises(ValueError, match="model=RUN_OR_FOLDER must be said, or images=FOLDER"):
         run("metric=[frechet_clip]", f"runs={home}")
-    with pytest.raises(FileNotFoundError, match="there are no pictures"):
-        judge(home, folders, f"images={folders}/nowhere")
+    (folders / "empty").mkdir()
+    (folders / "list.csv").write_text("image,caption\n000.png,a\n")
+    for words, said in (
+        ("images={}/nowhere", "wanted a folder of pictures"),
+        ("images={}/real/000.png", "wanted a folder of pictures"),
+        ("images={}/empty", "there are no pictures"),
+        ("reference={}/nowhere", r"nothing is there\. Wanted train, val, a folder of pictures, an \.npz"),
+        ("reference={}/real/000.png", r"no file of pictures that is read\. Wanted"),
+        ("prompts={}/list.csv", "is a table; wanted a text file"),
+    ):
+        with pytest.raises(Refusal, match=said):
+            judge(home, folders, words.format(folders))
     with pytest.raises(ValueError, match="Reconstruction is measured with a model"):
         judge(home, folders, "metric=[reconstruction]")
 
@@ -443,6 +458,9 @@ def test_a_sweep_draws_each_setting_once_and_reports_all(command, tmp_path, caps
     words = "sampler=ddim guidance.scale=1,2"
     page = sweep([*command, "metric=[frechet_clip,class_accuracy]", "logger=[tensorboard]"], words)
     text = page.read_text(encoding="utf-8")
+    header, *rows, _ = capsys.readouterr().out.splitlines()[-4:]
+    assert header.split() == ["guidance.scale", "fd_clip", "class_accuracy", "class_accuracy_real"]
+    assert [row[0] for row in rows] == ["1", "2"]
     assert page == tmp_path / "out" / "report.html" and "http" not in text.replace("http://www.w3.org", "")
     assert (
         "Quality against agreement with the request" in text

@@ -160,6 +160,11 @@ def test_no_code_is_run_and_what_is_no_weights_says_so(tmp_path, monkeypatch):
     ):
         with pytest.raises(Refusal, match=words):
             read_weights(tmp_path / name)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
+    for name in ("a.safetensors", "page.pth"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(Refusal, match="It is a pointer of Git LFS in the place of the file: `git lfs pull`"):
+            read_weights(tmp_path / name)
     with pytest.raises(NotFound, match=r"metric\.x\.weights=none\.pth: there is no such file"):
         read_weights(tmp_path.joinpath("none.pth").relative_to(tmp_path), option="metric.x.weights")
 

@@ -13,7 +13,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.command import pack
 from ldm.data.shard.decode import View, decode
-from ldm.drawing.request import write_pictures
 from ldm.files.lines import read_lines
 from ldm.files.picture import (
     MAX_PIXELS,
@@ -210,6 +209,8 @@ def test_what_is_no_picture_is_an_error_of_one_kind():
     for data in (b"", b"GIF89a", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0\0\0\x20ftypheic", bomb, png[:60], png[:-30]):
         with pytest.raises(ValueError, match=r"."):
             to_srgb(open_picture(data))
+    with pytest.raises(ValueError, match="git lfs pull"):
+        open_picture(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
 
 
 def test_bytes_go_to_numbers_and_back():
@@ -239,17 +240,12 @@ def test_pictures_of_a_folder_in_natural_order(tmp_path):
         "linked/1.jpg",
     ]
     assert others == {".gif": 1, ".txt": 2, "README": 1} and len(files_in(tmp_path)) == 11
-
-
-def test_what_drawing_writes_beside_its_pictures_is_none_of_them(tmp_path):
-    """The grid, and pictures of the conditions; in a folder of other pictures such names are pictures."""
-    images = torch.zeros(2, 3, 4, 4)
-    write_pictures(images, tmp_path / "drawn", {"seed": 0}, {"map": images})
-    pictures, others = pictures_in(tmp_path)
-    assert [p.name for p in pictures] == ["00000.png", "00001.png"]
-    assert others == {".json": 1, "grid.png": 1, "00000.map.png": 1, "00001.map.png": 1}
-    (tmp_path / "drawn" / "request.json").unlink()
-    assert len(pictures_in(tmp_path)[0]) == 5
+    for name in ("d/00000.png", "d/00001.png", "d/00001.edges.png", "d/grid.png", "d/request.json", "e/grid.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    drawn, more = pictures_in(tmp_path)
+    assert {p.relative_to(tmp_path).as_posix() for p in {*drawn} - {*pictures}} == {"d/00000.png", "d/00001.png", "e/grid.png"}
+    assert more - others == {".json": 1, "sheets of ldm sample": 2}
     padded = [Path(f"x/{i:05d}_{i % 7:02d}.png") for i in range(30)]
     assert sorted(padded, key=natural) == sorted(padded), "with equally many digits, the alphabet's order"
 
@@ -262,6 +258,10 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert read_lines(path) == ["a"]
     path.write_bytes(b"")
     assert read_lines(path) == []
+    for ending in (".csv", ".JSONL", ".json", ".tsv", ".parquet"):
+        path.with_suffix(ending).write_bytes(b"image,caption\n")
+        with pytest.raises(ValueError, match=r"prompts=.* is a table; wanted a text file with one prompt a line"):
+            read_lines(path.with_suffix(ending))
     path.write_bytes("a".encode("utf-16"))
     with pytest.raises(ValueError, match=r"prompts=.*no text in UTF-8"):
         read_lines(path)

@@ -10,6 +10,7 @@ from PIL import Image
 from ldm.training.feed import feed
 
 COUNT = 10
+ODD = """a=b, [c] {d} 'e' "f" $g (h) é"""  # a folder's name with all signs that mean something to Hydra, shells and globs
 
 
 def picture(form="JPEG", mode="RGB", size=(16, 16), colour=None, **options):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, LCMScheduler, UniPCMultistepScheduler
 from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError
 from omegaconf import OmegaConf
 from PIL import Image
@@ -184,10 +184,14 @@ def test_without_conditions_there_is_no_guidance(tmp_path):
     [
         (UniPCMultistepScheduler, "unipc.UniPC", {"_target_": "ldm.sampler.grid.Leading", "spare": 1}),
         (EulerAncestralDiscreteScheduler, "euler_ancestral.EulerAncestral", {"_target_": "ldm.sampler.grid.Leading"}),
+        (EulerAncestralDiscreteScheduler, "euler_ancestral.EulerAncestral", {"_target_": "ldm.sampler.grid.Trailing"}),
+        (LCMScheduler, "consistency.Consistency", {"_target_": "ldm.sampler.grid.Distilled"}),
     ],
 )
 def test_the_scheduler_says_the_sampler(theirs, tmp_path, scheduler, sampler, grid):
-    told = scheduler.from_config(theirs[1]["sd1"].scheduler.config, timestep_spacing="leading", steps_offset=1)
+    """Turbo's too, whose spacing is trailing, and a latent consistency model's, in four steps without guidance."""
+    spacing = "trailing" if "Trailing" in grid["_target_"] else "leading"
+    told = scheduler.from_config(theirs[1]["sd1"].scheduler.config, timestep_spacing=spacing, steps_offset=1)
     for part in (theirs[0] / "sd1").iterdir():
         (tmp_path / part.name).symlink_to(part)
     (tmp_path / "scheduler").unlink()
@@ -196,7 +200,10 @@ def test_the_scheduler_says_the_sampler(theirs, tmp_path, scheduler, sampler, gr
     (tmp_path / "model_index.json").unlink()
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     usual = usual_of(read(str(tmp_path))[0], tmp_path)
-    assert usual["sampler"] == {"_target_": f"ldm.sampler.{sampler}", "steps": 50, "grid": grid}
+    lcm = scheduler is LCMScheduler
+    steps = {"steps": 4, "scaling": 10.0} if lcm else {"steps": 50}
+    assert usual["sampler"] == {"_target_": f"ldm.sampler.{sampler}", **steps, "grid": grid}
+    assert usual["guidance"]["scale"] == (1.0 if lcm else 7.5)
 
 
 def test_half_precision_is_kept_and_drawn_in_on_a_gpu(theirs, tmp_path):
@@ -217,6 +224,12 @@ def test_half_precision_is_kept_and_drawn_in_on_a_gpu(theirs, tmp_path):
     model = ldm.load(folder, device="cpu")
     whole, rounded = (model.draw("a", steps=2, settings=[f"precision={p}"], output="pt") for p in ("32", "bf16"))
     assert rounded.dtype == torch.float32 and 0 < (whole - rounded).abs().mean() < 0.1
+    matrix = model.model.denoiser.backbone.middle[0].conv_in.weight
+    half = model.draw("a", steps=2, settings=["precision=16"], output="pt")
+    assert matrix.dtype == torch.float16 and (whole - half).abs().mean() < 0.02, "kept as in the file"
+    invert = {"init": ldm.api.to_pil(whole)[0], "settings": ["source=a", "sampler=ddim", "precision=16"], "strength": 1.0}
+    assert len(model.draw("b", steps=2, **invert)) == 1 and matrix.dtype == torch.float16
+    assert torch.equal(model.draw("a", steps=2, output="pt"), whole) and matrix.dtype == torch.float32
 
 
 # ---- names, and the hub

@@ -105,6 +105,14 @@ def test_variants_as_diffusers_writes_them(folders, tmp_path, kind, ending):
     assert same(read(str(tmp_path / "a"))[0], plain)
 
 
+def test_a_mark_and_lines_of_windows_are_no_part_of_settings(folders, tmp_path):
+    """As editors there save them."""
+    shutil.copytree(folders / "sd1", tmp_path / "a")
+    for path in (tmp_path / "a").rglob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert same(read(str(tmp_path / "a"))[0], read(str(folders / "sd1"))[0])
+
+
 def test_a_file_without_its_autoencoder_takes_the_one_that_is_named(files, tmp_path, monkeypatch, capsys):
     """Its scale is the autoencoder's own, or, where that does not say it, the family's of the network."""
     weights = {n: x for n, x in load_tensors(files / "xl.safetensors").items() if not n.startswith("first_stage_model.")}

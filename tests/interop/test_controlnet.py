@@ -15,7 +15,7 @@ from ldm.files.folder import load_tensors, read_json, save_tensors, write_json
 from ldm.guidance.cfg import CFG
 from ldm.guidance.within import Within
 from ldm.interop.__main__ import main
-from ldm.interop.adapter.controlnet import _ties
+from ldm.interop.adapter.controlnet import ties_of
 from ldm.interop.convert import read, write
 from ldm.interop.find import network_of
 from ldm.interop.tie import give
@@ -109,7 +109,7 @@ def test_gradients_are_theirs(made):
         result.square().mean().backward()
     ours = {name: p.grad for part in parts for name, p in part.named_parameters()}
     theirs = {name: p.grad for name, p in of.edges.named_parameters()}
-    found = give(_ties(network_of(bundle), bundle, False, 6), ours)
+    found = give(ties_of(network_of(bundle), bundle, False, 6), ours)
     assert found.keys() == theirs.keys()
     largest = max(float(grad.abs().max()) for grad in theirs.values())
     assert all((found[name] - grad).abs().max() < 1e-5 * largest for name, grad in theirs.items())

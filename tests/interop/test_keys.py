@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig
-from transformers import BertTokenizer, CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, T5Config
+from transformers import BertTokenizer, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig, PreTrainedTokenizerBase, T5Config
 
 from helpers.family import their_pipeline, their_tokenizer
 from ldm.build import load_model
@@ -26,6 +26,7 @@ from ldm.interop.part._transformers import open_clip_config
 from ldm.interop.part.bert import diffusers_settings
 
 OF_TRANSFORMERS = {"CLIPTextModel": CLIPTextConfig(), "T5EncoderModel": T5Config(feed_forward_proj="gated-gelu")}
+OF_TRANSFORMERS |= {"CLIPVisionModelWithProjection": CLIPVisionConfig()}
 CONFIGS = {"LDMBertModel": LDMBertConfig, "Transformer2DModel": diffusers.DiTTransformer2DModel}
 CONFIGS |= {"CLIPTokenizer": CLIPTokenizer, "BertTokenizer": BertTokenizer}
 

@@ -9,7 +9,7 @@ import torch
 from ldm.errors import Refusal
 from ldm.files.folder import write_json
 from ldm.interop.schedulers import DRAWING, GRID, MEANS, MODEL, REFUSED, SILENT, TAKES, USUAL, read_schedule
-from ldm.sampler.grid import Karras, Leading, Linspace, Trailing
+from ldm.sampler.grid import Distilled, Karras, Leading, Linspace, Trailing
 from ldm.schedule import ScaledLinear
 
 ODD = (None, "x", [], {}, -1, 1.5, [1], float("nan"))
@@ -47,7 +47,8 @@ def test_every_key_of_a_scheduler_is_known(kind, tmp_path):
     schedule, says, grid, remarks = read_schedule(tmp_path)
     assert schedule["_target_"].endswith({"linear": "DDPM", "scaled_linear": "ScaledLinear"}[theirs["beta_schedule"]])
     assert says == "Noise" and (schedule["beta_start"], schedule["beta_end"]) == (theirs["beta_start"], theirs["beta_end"])
-    assert grid is None or f"{kind} means {grid.split()[0]}" in remarks[0]
+    assert grid in (None, "distilled") or f"{kind} means {grid.split()[0]}" in remarks[0]
+    assert kind != "LCMScheduler" or (grid, remarks) == ("distilled", [])
     write_json({"_class_name": kind, "use_karras_sigmas": True, "thresholding": True}, path)
     _, _, again, remarks = read_schedule(tmp_path)
     assert again == ("karras" if "use_karras_sigmas" in theirs else grid)
@@ -65,8 +66,8 @@ def test_every_key_of_a_scheduler_is_known(kind, tmp_path):
                 assert key in str(error) or "betas" in str(error)
 
 
-GRIDS = {"leading": Leading, "linspace": Linspace, "trailing": Trailing, "karras": Karras}
-SAME = sorted(n for n in TAKES if n not in ("LCMScheduler", "TCDScheduler", "PNDMScheduler", *OPTIONAL) and "KDPM2" not in n)
+GRIDS = {"leading": Leading, "linspace": Linspace, "trailing": Trailing, "karras": Karras, "distilled": Distilled}
+SAME = sorted(n for n in TAKES if n not in ("TCDScheduler", "PNDMScheduler", *OPTIONAL) and "KDPM2" not in n)
 
 
 @pytest.mark.parametrize("kind", SAME)
@@ -75,6 +76,7 @@ def test_steps_are_those_of_the_scheduler(kind, tmp_path):
     theirs = keys_of(SPELT[kind])
     table = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     told = [{"timestep_spacing": s, "steps_offset": o} for s in ("leading", "linspace", "trailing") for o in (0, 1, 2)]
+    told += [{"original_inference_steps": 25}, {"original_inference_steps": 37}]
     told += [{"use_karras_sigmas": True, "timestep_spacing": "linspace"}, {}]
     for said in told:
         if said.keys() - theirs.keys():
@@ -89,6 +91,13 @@ def test_steps_are_those_of_the_scheduler(kind, tmp_path):
         visited = peer.timesteps.double().unique().flip(0)
         ours = grid(7, schedule)[:-1] * 1000 - 1
         torch.testing.assert_close(ours, visited, atol=0.51, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [{"original_inference_steps": 0}, {"timestep_scaling": "x"}, {"original_inference_steps": 1.5}])
+def test_a_consistency_scheduler_of_no_steps_is_refused(wrong, tmp_path):
+    write_json({"_class_name": "LCMScheduler", **wrong}, tmp_path / "scheduler_config.json")
+    with pytest.raises(Refusal, match="a whole number from 1 to 1000 and a number above 0"):
+        read_schedule(tmp_path)
 
 
 def test_steps_that_no_grid_here_has_are_said(tmp_path):

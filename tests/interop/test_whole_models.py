@@ -22,7 +22,7 @@ from ldm.interop.__main__ import main
 from ldm.interop.bundle import BACKBONE, Bundle, recipe_of
 from ldm.interop.convert import read, write
 from ldm.interop.network import dit
-from ldm.interop.network.unet import unet_node
+from ldm.interop.network.unet import NETWORK
 from ldm.interop.tie import give
 from ldm.nn.layers import identity
 from ldm.sampler.ddim import DDIM
@@ -266,7 +266,7 @@ def test_class_to_picture_travels_in_a_single_file(tmp_path):
         "conditioner.embedders.label.table.weight": torch.randn(10, 12)
     }
     bundle = Bundle(
-        recipe_of(unet_node(settings), {"label": label}, "Noise", schedule), weights, read(str(tmp_path / "vq"))[0].parts
+        recipe_of(NETWORK.node(settings), {"label": label}, "Noise", schedule), weights, read(str(tmp_path / "vq"))[0].parts
     )
     write(bundle, tmp_path / "one.safetensors", "compvis")
     assert load_tensors(tmp_path / "one.safetensors")["cond_stage_model.embedding.weight"].shape == (10, 12)

@@ -124,7 +124,7 @@ def test_lcms_loss_of_the_exact_consistency_function_is_the_teachers_step_error(
     for steps in (50, 100):
         objective = LatentConsistency(lambda: Model(Gaussian(Cosine())), steps, scale=1.0)
         t = ((0.3 + 0.4 * DRAW.uniform("t").double()) * 50).ceil() / 50  # a time of both grids
-        objective.regression.time = lambda u, schedule, t=t: t
+        objective.time = lambda u, schedule, t=t: t
         losses.append(objective(Model(ExactConsistency(Cosine())), {}, x, Cond(), DRAW)["loss"].item())
     assert losses[0] / losses[1] == pytest.approx(16, rel=0.2)
 

@@ -140,7 +140,7 @@ def test_the_shortest_steps_of_a_shortcut_are_told_as_none():
 
 def test_a_shortcuts_steps_lie_on_grids_of_powers_of_two():
     draw = Draw(0, POSITION, COUNT)
-    t, to, two = Shortcut(Uniform(), share=0.25, steps=128).times(draw, Linear(), torch.zeros(1, 1, 2, 2))
+    t, to, two = Shortcut(time=Uniform(), share=0.25, steps=128).times(draw, Linear(), torch.zeros(1, 1, 2, 2))
     long = (t - to)[two]
     assert len(two) == COUNT // 4 and not (t - to)[~torch.isin(POSITION, two)].any()
     assert sorted(long.unique().tolist()) == [2.0**-k for k in range(6, -1, -1)]
@@ -154,8 +154,8 @@ def test_a_shortcut_without_steps_is_plain_flow_matching_to_the_bit():
     net = Denoiser(MLP(1, Widths(vector=8), size=2, width=16), Linear(), Flow(), DataTime(), span=8)
     x, draw = torch.randn(64, 1, 2, 2), Draw(0, torch.arange(64), 64)
     plain = Regression(Uniform())(Model(net), {}, x, Cond(), draw)["loss"]
-    assert torch.equal(Shortcut(Uniform(), share=0.0)(Model(net), {}, x, Cond(), draw)["loss"], plain)
-    assert Shortcut(Uniform())(Model(net), {}, x, Cond(), draw)["loss"] != plain
+    assert torch.equal(Shortcut(time=Uniform(), share=0.0)(Model(net), {}, x, Cond(), draw)["loss"], plain)
+    assert Shortcut(time=Uniform())(Model(net), {}, x, Cond(), draw)["loss"] != plain
 
 
 def two_bumps(count, generator):
@@ -168,7 +168,7 @@ def spread(count):
     return torch.special.ndtri((torch.arange(count) + 0.5) / count)
 
 
-FEW_STEPS = {"mean_flow": MeanFlow(Uniform(), share=0.75, power=0.0), "shortcut": Shortcut(Uniform(), steps=16)}
+FEW_STEPS = {"mean_flow": MeanFlow(time=Uniform(), share=0.75, power=0.0), "shortcut": Shortcut(time=Uniform(), steps=16)}
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_with_one_time_it_is_plain_flow_matching_to_the_bit():
     net = Denoiser(MLP(1, Widths(vector=8), size=2, width=16), Linear(), Flow(), DataTime(), span=8)
     x, draw = torch.randn(64, 1, 2, 2), Draw(0, torch.arange(64), 64)
     plain = Regression(Uniform())(Model(net), {}, x, Cond(), draw)["loss"]
-    said = MeanFlow(Uniform(), share=0.0, power=0.0)(Model(net), {}, x, Cond(), draw)
+    said = MeanFlow(time=Uniform(), share=0.0, power=0.0)(Model(net), {}, x, Cond(), draw)
     assert torch.equal(said["loss"], plain) and torch.equal(said["error"], plain)
     t, velocity = torch.rand(64), torch.randn_like(x)
     assert torch.equal(mean_velocity(net, x, t, t, Cond(), velocity)[1], velocity)
@@ -231,7 +231,7 @@ def test_with_one_time_it_is_plain_flow_matching_to_the_bit():
 
 def test_two_times_are_drawn_in_order_for_the_share_that_has_them():
     draw = Draw(0, POSITION, COUNT)
-    t, to = MeanFlow(Uniform(), share=0.25).times(draw, Linear(), torch.zeros(COUNT, 3, 4, 4))
+    t, to = MeanFlow(time=Uniform(), share=0.25).times(draw, Linear(), torch.zeros(COUNT, 3, 4, 4))
     assert (to <= t).all() and (to < t).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
@@ -251,7 +251,7 @@ NETS = {
 
 @pytest.mark.parametrize("make", NETS.values(), ids=NETS)
 def test_the_derivative_through_every_backbone_is_the_finite_difference(make, monkeypatch):
-    """In float64, to 1e-6 of its size, in x and t at once; and gradients reach the weights."""
+    """In float64, to 1e-6 of its size, in x and t at once, with texts of different lengths; and gradients reach the weights."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # waves are float32 otherwise
     torch.manual_seed(0)
     net = make().double()
@@ -260,7 +260,8 @@ def test_the_derivative_through_every_backbone_is_the_finite_difference(make, mo
     denoiser = Denoiser(net, Linear(), Flow(), DataTime(), span=8)
     x, direction = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
     t, to = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), torch.tensor([0.1, 0.2, 0.9], dtype=torch.float64)
-    cond = Cond(tokens=torch.randn(3, 5, 6, dtype=torch.float64))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]).bool()
+    cond = Cond(tokens=torch.randn(3, 5, 6, dtype=torch.float64), mask=mask)
     output, change = along(denoiser, x, t, cond, (direction, torch.ones_like(t)), to)
     with torch.no_grad():
         e = 1e-5
@@ -303,7 +304,7 @@ def test_a_consistency_function_draws_in_one_step_and_in_two():
 def test_consistency_training_leans_on_the_data_first_and_on_the_network_later():
     torch.manual_seed(0)
     net = Model(Denoiser(MLP(1, Widths(), size=2, width=16), Cosine(), Velocity(), DataTime()))
-    x, objective = torch.randn(64, 1, 2, 2), Consistency(Uniform(), warmup=10)
+    x, objective = torch.randn(64, 1, 2, 2), Consistency(time=Uniform(), warmup=10)
     lengths = [objective(net, {}, x, Cond(), Draw(0, torch.arange(64), 64, step))["tangent"] for step in (0, 5, 10, 20)]
     assert lengths[2] == lengths[3] and len({round(length.item(), 6) for length in lengths}) == 3
 

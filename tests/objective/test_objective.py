@@ -10,8 +10,10 @@ from torch import nn
 
 from ldm.backbone.dit import DiT
 from ldm.build import build
+from ldm.check import check_nodes, parameters_of
 from ldm.compose import CONFIGS, compose_config
 from ldm.denoiser import DataTime, Denoiser, LogRatio
+from ldm.errors import Refusal
 from ldm.objective.distance import Huber, Square
 from ldm.objective.noise import Normal, Offset
 from ldm.objective.regression import Regression
@@ -107,7 +109,7 @@ def test_times_have_the_distribution_they_say():
 def test_uncertainty_begins_plain_and_is_best_at_the_log_of_the_loss():
     """Then the loss is 1 + E log(regression), and no gradient is left."""
     net, plain = denoiser(Linear(), Flow()), Regression(Uniform())
-    uncertain = Uncertainty(Uniform()).double()
+    uncertain = Uncertainty(time=Uniform()).double()
     each, _ = plain.each(net, X, Cond(), DRAW)
     said = uncertain(model(net), {}, X, Cond(), DRAW)
     torch.testing.assert_close(said["loss"], each.mean())
@@ -120,7 +122,7 @@ def test_uncertainty_begins_plain_and_is_best_at_the_log_of_the_loss():
 
 
 def test_uncertainty_learns_the_level_of_the_loss():
-    net, uncertain = denoiser(Linear(), Flow()), Uncertainty(Uniform()).double()
+    net, uncertain = denoiser(Linear(), Flow()), Uncertainty(time=Uniform()).double()
     optimizer = torch.optim.LBFGS(uncertain.head.parameters(), max_iter=50)
 
     def closure():
@@ -130,7 +132,7 @@ def test_uncertainty_learns_the_level_of_the_loss():
         return loss
 
     optimizer.step(closure)
-    each, log_ratio = uncertain.regression.each(net, X, Cond(), DRAW)
+    each, log_ratio = uncertain.each(net, X, Cond(), DRAW)
     assert (uncertain.u(log_ratio) - each.log()).abs().mean() < 0.2
 
 
@@ -180,7 +182,7 @@ def test_every_objective_is_a_scalar_and_the_same_in_parts(name, clip_folder, tm
 BEFORE = {  # of flow and velocity, in float64, as they were when objectives were given the denoiser alone
     "plain": (lambda: Regression(), 2.2417580427577386, 1.226076358469606),
     "parts": (lambda: Regression(LogNormal(), MinSNR(), Offset(), Huber()), 0.05004235212072003, 0.05955954000732361),
-    "uncertain": (lambda: Uncertainty(Uniform()).double(), 2.242855604373268, 1.2197556055125274),
+    "uncertain": (lambda: Uncertainty(time=Uniform()).double(), 2.242855604373268, 1.2197556055125274),
 }
 
 
@@ -194,11 +196,18 @@ def test_losses_stay_what_they_were(make, flow, velocity):
 
 def test_parts_are_chosen_by_name_and_unknown_ones_refused():
     chosen = ["objective/weight=min_snr", "objective/noise=offset", "objective/time=log_normal", "objective/distance=huber"]
-    built = build(compose_config("train", ["objective=uncertainty", *chosen, "objective.weight.gamma=3"]).objective)
-    parts = built.regression
+    parts = build(compose_config("train", ["objective=uncertainty", *chosen, "objective.weight.gamma=3"]).objective)
     assert (parts.weight, parts.noise, parts.time, parts.distance) == (MinSNR(3), Offset(), LogNormal(), Huber())
     with pytest.raises(ValueError, match="objective/weight=max_snr"):
         compose_config("train", ["objective/weight=max_snr"])
+
+
+@pytest.mark.parametrize("target", ["region.Region", "dmd.DMD", "align.Align"])
+def test_inherited_parts_are_settings_and_nothing_else_is(target):
+    names, open_ended = parameters_of(f"ldm.objective.{target}")
+    assert {"time", "weight", "noise", "distance"} < set(names) and not open_ended
+    with pytest.raises(Refusal, match="Did you mean `noise`"):
+        check_nodes({"_target_": f"ldm.objective.{target}", "nois": 1}, ["ldm"])
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "objective").glob("*/*.yaml")), ids=lambda p: f"{p.parent.stem}={p.stem}")

@@ -46,7 +46,7 @@ def test_it_is_diffusers_formula(schedule, prediction):
     """research_projects/diffusion_dpo/train_diffusion_dpo.py, from `model_losses` to `loss`, on the same tensors."""
     model, objective = pair(schedule, prediction)
     x = torch.cat((IMAGES[0], IMAGES[1]))
-    t = objective.regression.time(DRAW.stratified("time"), schedule).repeat(2)
+    t = objective.time(DRAW.stratified("time"), schedule).repeat(2)
     noise = DRAW.normal("noise", x.shape[1:]).repeat(2, 1, 1, 1)
     alpha, sigma = (like(s, x) for s in schedule(t))
     target, losses = prediction.target(x, noise, alpha, sigma), []
@@ -66,7 +66,7 @@ def test_with_coupled_noise_the_reference_sees_what_the_model_sees(monkeypatch):
     monkeypatch.setattr(_together, "world", lambda: 2)
     monkeypatch.setattr(_together, "_gathered", lambda value: torch.cat((value, value + 1)))
     model, objective = pair(moved=0.0)
-    objective.regression.noise = Coupled()
+    objective.noise = Coupled()
     assert objective(model, BATCH, IMAGES[0], None, DRAW)["loss"].item() == pytest.approx(math.log(2), rel=1e-5)
 
 

@@ -156,8 +156,7 @@ def test_masked_training_neither_sees_nor_judges_what_is_left_out():
     assert seen.mean() == 0.5 and seen.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)).unique().tolist() == [0, 1]
     losses = [objective(model(backbone), {}, x, Cond(), DRAW)["loss"] for x in (X, torch.where(seen > 0, X, 100.0))]
     assert torch.equal(*losses)
-    part = objective.regression
-    t, noise = part.time(DRAW.stratified("time"), Linear()), part.noise(DRAW, X)
+    t, noise = objective.time(DRAW.stratified("time"), Linear()), objective.noise(DRAW, X)
     with routed(backbone, Route(1, 4, kept)):
         output = model(backbone).denoiser.output((1 - t[:, None, None, None]) * X + t[:, None, None, None] * noise, t, Cond())
     error = (output - (noise - X)).square()[(seen > 0).expand_as(X)]

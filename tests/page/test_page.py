@@ -23,11 +23,18 @@ from ldm.command.sample import sample
 from ldm.compose import CONFIGS, compose_config, quote
 from ldm.embedder import Condition, Input
 from ldm.errors import Refusal
+from ldm.files.called import command_line
 from ldm.files.folder import save_model
 from ldm.page.session import Stopped
 from ldm.page.words import command_of, number, strengths, words_of
 
 ALL = ["text", "label", "boxes", "map", "hole", "depth", "score"]
+
+
+@pytest.fixture(autouse=True)
+def as_installed(monkeypatch):
+    """Commands are printed as `ldm sample ...`, wherever the tests are started."""
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ldm"])
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +78,9 @@ def given():
 
 def again(command, out):
     """Draws as a person would who copies the command -> the files."""
-    program, words = command.split(" sample ", 1)
-    assert program in ("ldm", "python -m ldm")
-    sample(compose_config("sample", [*shlex.split(words), f"out={out}"]))
+    called = f"{command_line('sample')} "
+    assert command.startswith(called)
+    sample(compose_config("sample", [*shlex.split(command.removeprefix(called)), f"out={out}"]))
     return [path.read_bytes() for path in sorted(Path(out).glob("[0-9][0-9][0-9][0-9][0-9].png"))]
 
 
@@ -175,7 +182,7 @@ def test_any_text_survives_the_command():
     for i in range(400):
         text = "".join(chance.choice(signs) for _ in range(i % 12))
         words = words_of({"prompt": text, "negative": text}, {}, {"caption": Input("text")}, [])
-        typed = shlex.split(command_of(words).split(" sample ", 1)[1])
+        typed = shlex.split(command_of(words).removeprefix(f"{command_line('sample')} "))
         values = OmegaConf.create({o.key_or_group: o.value() for o in parser.parse_overrides(quote(typed))})
         flat = " ".join("".join(" " if sign in "\n\t\x00\u2028" else sign for sign in text).split())
         assert " ".join(values.prompt.split()) == flat and (flat == "" or values.negative == values.prompt)
@@ -292,7 +299,9 @@ def test_the_command_is_called_as_this_one_was(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/ldm"])
     assert command_of(["prompt=a fox", "seed=0", "negative="]) == "ldm sample prompt='a fox' seed=0 negative="
     monkeypatch.setattr(sys, "argv", ["ldm/__main__.py"])
-    assert command_of(["seed=0"]).startswith("python -m ldm sample")
+    assert command_of(["seed=0"]) == "python -m ldm sample seed=0"
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    assert command_of(["seed=0"]) == "python sample.py seed=0"
     assert number("x", 3, None, None) == 3 and torch.get_default_dtype() == torch.float32
 
 

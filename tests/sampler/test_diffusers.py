@@ -15,13 +15,14 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from ldm.denoiser import Denoiser, Timestep
 from ldm.prediction import Data, Flow, Noise, Velocity
 from ldm.sampler._noise import Streams
+from ldm.sampler.consistency import Consistency
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.ddpm import DDPM as Ancestral
 from ldm.sampler.dpmpp import DPMpp
 from ldm.sampler.dpmpp_sde import DPMppSDE
 from ldm.sampler.euler import Euler
 from ldm.sampler.euler_ancestral import EulerAncestral
-from ldm.sampler.grid import BySize, Karras, Leading, Linspace, Listed, Shifted, Trailing
+from ldm.sampler.grid import BySize, Distilled, Karras, Leading, Linspace, Listed, Shifted, Trailing
 from ldm.sampler.heun import Heun
 from ldm.sampler.unipc import UniPC
 from ldm.schedule import DDPM, Linear, ScaledLinear
@@ -36,6 +37,7 @@ GRIDS = {
     "trailing": (Trailing(), {"timestep_spacing": "trailing"}),
     "linspace": (Linspace(), {"timestep_spacing": "linspace"}),
 }
+TURBO = {"timestep_spacing": "trailing", "steps_offset": 1}  # of sd-turbo and sdxl-turbo, as their cards say
 X = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -172,6 +174,7 @@ def test_unipc_of_other_orders(p):
         ),
         (diffusers.DDIMScheduler, {"clip_sample": False, "steps_offset": 1}, {"eta": 0.7}, DDIM(STEPS, 0.7, Leading())),
         (diffusers.EulerAncestralDiscreteScheduler, {}, {}, EulerAncestral(STEPS, grid=Linspace())),
+        (diffusers.EulerAncestralDiscreteScheduler, TURBO, {}, EulerAncestral(STEPS, grid=Trailing())),
         (
             diffusers.DPMSolverMultistepScheduler,
             {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
@@ -179,7 +182,7 @@ def test_unipc_of_other_orders(p):
             DPMppSDE(STEPS, Trailing()),
         ),
     ],
-    ids=["ddpm", "ddpm_large", "ddim_eta", "euler_ancestral", "dpmpp_sde"],
+    ids=["ddpm", "ddpm_large", "ddim_eta", "euler_ancestral", "turbo", "dpmpp_sde"],
 )
 def test_stochastic_samplers_given_the_same_noise(peer, only, step, sampler, monkeypatch):
     """diffusers draws for the whole batch; here it is handed what each picture's own seed says."""
@@ -187,6 +190,22 @@ def test_stochastic_samplers_given_the_same_noise(peer, only, step, sampler, mon
     monkeypatch.setattr(f"{peer.__module__}.randn_tensor", lambda shape, **_: draw(X))
     scheduler = peer(**SCALED, **only, prediction_type="v_prediction")
     torch.testing.assert_close(ours(sampler, "v_prediction", X), theirs(scheduler, X, **step), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps, original, scaling", [(1, 50, 10.0), (4, 50, 10.0), (7, 37, 10.0), (4, 1000, 0.01)])
+def test_a_latent_consistency_models_steps(steps, original, scaling, prediction, monkeypatch):
+    """diffusers' LCMScheduler in float64, given each picture's noise; 0.01 and 1000 steps make its boundary count."""
+    draw = Streams(range(len(X)))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda shape, **_: draw(X))
+    told = {"original_inference_steps": original, "timestep_scaling": scaling, "prediction_type": prediction}
+    scheduler, x = diffusers.LCMScheduler(**SCALED, **told), X
+    scheduler.alphas_cumprod = SCHEDULE((torch.arange(1000, dtype=torch.float64) + 1) / 1000)[0] ** 2
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(Network()(x, t.double(), None), t, x).prev_sample
+    drawn = ours(Consistency(steps, scaling, Distilled(original=original)), prediction, X)
+    torch.testing.assert_close(drawn, x, atol=1e-6, rtol=1e-6)  # its boundary is of float32
 
 
 @pytest.mark.parametrize("steps", [1, 10, 28])

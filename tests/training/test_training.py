@@ -29,8 +29,10 @@ from ldm.autoencoder.kl import KL, kl_divergence
 from ldm.condition.text import Text
 from ldm.denoiser import Denoiser, LogRatio
 from ldm.drawing.generate import generate
-from ldm.files.folder import load_tensors, save_tensors, write_text
+from ldm.files.folder import load_tensors, save_model, save_tensors, write_text
+from ldm.files.metrics import write_metrics
 from ldm.guidance.cfg import CFG
+from ldm.interop.card import of_run
 from ldm.loss.features import Features
 from ldm.objective.regression import Regression
 from ldm.objective.time import LogitNormal
@@ -40,7 +42,7 @@ from ldm.schedule import Linear
 from ldm.tower.cut import Cut
 from ldm.training.callback.checkpoint import WholeCheckpointIO, checkpoint_callback
 from ldm.training.callback.ema import EMA
-from ldm.training.logging import close, wandb_logger
+from ldm.training.logging import close, give_model, wandb_logger
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.optimizer.muon import Muon, orthogonal
 from ldm.training.optimizer.rate import Constant, Cosine, InverseSqrt
@@ -513,12 +515,49 @@ def test_regression_of_silence_is_the_targets_power():
     assert sum(parts) / 4 == pytest.approx(loss, rel=1e-5)
 
 
-def test_each_job_of_a_multirun_has_a_wandb_run_of_its_own(tmp_path):
+def test_each_job_of_a_multirun_has_a_wandb_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    save_model({"x": torch.ones(3)}, {"_target_": "any"}, tmp_path / "model")
     for name in ("emoji/text-1", "emoji/text-2"):
-        logger = wandb_logger(name, "ldm", str(tmp_path), offline=True)
+        logger = wandb_logger(name, "ldm", str(tmp_path), offline=True, artifacts="model")
         logger.log_hyperparams({"seed": 1})
         assert logger.experiment.id == name.replace("/", "-")
+        give_model([logger], tmp_path / "model", lambda: "# A card")
         close([logger])
+        (kept,) = tmp_path.rglob(f"*{logger.experiment.id}.wandb")
+        said = kept.read_bytes()
+        words = (f"model-{logger.experiment.id}", "model.safetensors", "README.md", "# A card")
+        assert all(word.encode() in said for word in words)
+
+
+@pytest.mark.parametrize("artifacts", [None, "model", "all"])
+def test_wandb_is_given_checkpoints_and_the_model_on_request(artifacts, emoji_root, tmp_path, monkeypatch):
+    """By a stand-in for wandb's run: what is given, and that nothing is unless it was asked for."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb"))
+    given = []
+    logger = wandb_logger("emoji/text-1", "ldm", str(tmp_path), artifacts=artifacts)
+    logger._experiment = SimpleNamespace(id="emoji-text-1", log=lambda numbers: None, log_artifact=given.append)
+    saving = checkpoint_callback(str(tmp_path / "checkpoints"), every=2)
+    stage, folder = diffusion(), tmp_path / "run"
+    assert fit(stage, small(emoji_root), trainer(folder, 4, logger=[logger], callbacks=[saving]), folder)
+    (folder / "previews").mkdir()
+    (folder / "previews" / "1.png").write_bytes(b"no part of the model")
+    (folder / "config.yaml").write_text("seed: 3\n")
+    (folder / "evaluation" / "0004").mkdir(parents=True)
+    entry = {"value": 2.5, "error": None, "protocol": {"count": 7}}
+    write_metrics({"fid": entry}, folder / "evaluation" / "0004")
+    give_model([logger], folder, lambda: of_run(folder))
+    told = {artifact.name: sorted(artifact.manifest.entries) for artifact in given}
+    model = {"model-emoji-text-1": ["README.md", "config.json", "model.safetensors"]}
+    assert told == {None: {}, "model": model, "all": {**model, "checkpoint-emoji-text-1": ["step-00000004.ckpt"]}}[artifacts]
+    assert len(given) == {None: 0, "model": 1, "all": 3}[artifacts], "the checkpoints of steps 2 and 4"
+    if given:
+        assert all(word in given[-1].description for word in ("# run", "seed: 3", "**fid: 2.5**", "license: unknown"))
+
+
+def test_what_wandb_cannot_be_given_is_refused():
+    with pytest.raises(ValueError, match=r"logger\.wandb\.artifacts=yes: wanted null, model, or all"):
+        wandb_logger("a", "ldm", "runs", artifacts="yes")
 
 
 class Overflowing(Identity):

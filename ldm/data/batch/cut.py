@@ -17,7 +17,15 @@ middle = cache(View)  # the views that are not random
 
 
 def cut(position: int, height: int, width: int, crop: str, flip: float, seed: int) -> View:
-    """What of a picture is looked at, a function of (seed, position): `crop` "center" or "random", `flip` the share mirrored."""
+    """What of a picture is looked at, a function of (seed, position).
+
+    Args:
+        position: the sample's place in training.
+        height, width: pixels of the result.
+        crop: "center" or "random".
+        flip: the share of the samples that are mirrored, in [0, 1].
+        seed: of both.
+    """
     if crop == "center" and not flip:
         return middle(height, width)
     v, u, mirror = generator(seed, position, AUGMENT).random(3).tolist()

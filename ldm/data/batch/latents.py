@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.data.batch.keep import kept_of, members_of
 from ldm.data.batch.samples import CROP, SIZES, Loaded, Samples
 from ldm.data.order.order import Place
-from ldm.data.shard.decode import BadSample, View, is_array, is_image
+from ldm.data.shard.decode import BadSample, View, is_array, is_image, is_text
 from ldm.data.shard.source import expand
 from ldm.data.shard.write import write_shard
 from ldm.errors import TOO_LARGE, Refusal
@@ -52,20 +53,38 @@ def write_latents(
     rank: int = 0,
     world: int = 1,
     text: tuple[Embedder, Embed] | None = None,
+    keep: Sequence[str] = (),
 ) -> None:
-    """Encodes a split of a data module into shards; goes on where it stopped. Rank r writes shard r, r + world, ...
+    """Encodes a split of a data module into shards; goes on where it stopped.
 
-    A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text`, a tower and how it
-    embeds, says of its caption, as float32 or float16, of a masked text only the spoken tokens; its caption and label; its
-    record, with the sizes that SDXL is told.
-    With data.buckets each is encoded in its bucket's size.
+    A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text` says of its caption, of a
+    masked text only the spoken tokens; its caption and label, and the fields `keep` (keep.py); its record, with the sizes that
+    SDXL is told. With data.buckets each is encoded in its bucket's size.
+
+    Args:
+        autoencoder: what encodes.
+        data, split: the samples, `train` or `val`.
+        folder: where the shards lie; a file that is there whole is not written again.
+        batch: samples that are encoded at a time.
+        device: where.
+        per_shard: samples of a shard, at most.
+        half: float16 in the place of float32.
+        rank, world: this process, and how many there are: it writes shard rank, rank + world, ...
+        text: a text and how it embeds captions; None keeps no embeddings.
+        keep: further fields of the data that go along.
 
     Raises:
         Refusal: the folder holds latents of something else.
     """
     samples = {"train": data.train_set, "val": data.val_set}[split]
+    members = members_of(data.fields, samples.mixed, keep)
+    if text and samples.mixed:
+        raise Refusal(
+            f"data.fields mixes {', '.join(samples.mixed)}, drawn anew each time a sample comes, and embeddings are of one "
+            "caption: leave condition=[...] out, and keep the texts (keep=[caption])."
+        )
     record = {**about(autoencoder, half, text and text[0]), **shape_of(data), "pictures": samples.index.fingerprint()}
-    _claim(folder, record | {"count": len(samples), "filters": data.filters, "per_shard": per_shard})
+    _claim(folder, record | {"count": len(samples), "filters": data.filters, "per_shard": per_shard, "keep": members or None})
     numbers = range(rank, math.ceil(len(samples) / per_shard), world)
     for number in tqdm(numbers, desc=f"{split} latents", unit="shard", disable=rank > 0):
         path = folder / f"{number:05d}.tar"
@@ -73,7 +92,7 @@ def write_latents(
             remove_halves(folder, path.name)
             rows = range(number * per_shard, min((number + 1) * per_shard, len(samples)))
             places = _places(*data.parts(split), rows, batch)
-            write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text), path)
+            write_shard(_encoded(autoencoder, data, Loaded(samples), places, device, half, text, members), path)
 
 
 def about(autoencoder: nn.Module, half: bool = False, text: Embedder | None = None) -> dict[str, Any]:
@@ -94,7 +113,8 @@ def check_provenance(data: DataModule, stage: Any) -> None:
         Refusal: another autoencoder or text tower made them, they are of another size or precision, or are not all there.
     """
     model, members = stage.latent_model() if isinstance(stage, Draws) else None, data.fields.values()
-    if model is None or any(is_image(member) for member in members) or not any(is_array(member) for member in members):
+    pictures = "moments" not in data.fields and any(is_image(member) for member in members)
+    if model is None or pictures or not any(is_array(member) for member in members):
         return
     autoencoder = model.autoencoder.original() if isinstance(model.autoencoder, StandIn) else model.autoencoder
     here = {**shape_of(data), "autoencoder": weights_hash(autoencoder) if list(autoencoder.parameters()) else None}
@@ -182,6 +202,7 @@ def _encoded(
     device: Any,
     half: bool,
     text: tuple[Embedder, Embed] | None,
+    members: Mapping[str, str],
 ) -> Iterator[dict[str, Any]]:
     seen: Counter[str] = Counter()
     for chosen in places:
@@ -194,7 +215,8 @@ def _encoded(
         rows = [{"moments.npy": x} for x in torch.cat((moments.mean, moments.std), dim=1).cpu()]
         said = [{} for _ in rows] if text is None else text[1](fields[text[0].key])
         for i, (key, position) in enumerate(zip(fields["key"], fields["position"].tolist())):
-            kept = _rest(loaded.samples, *at[position])
+            kept = _rest(loaded.samples, *at[position], [member for member in members.values() if is_text(member)])
+            kept |= kept_of(fields, members, i)
             kept["json"] = {**kept.get("json", {}), **_sizes(fields, i)}
             seen[key] += 1  # another folder's sample may have the same
             name = key if seen[key] == 1 else f"{key}-{seen[key]}"
@@ -202,10 +224,10 @@ def _encoded(
             yield {"__key__": name, **kept, **{member: x.cpu().numpy() for member, x in arrays.items()}}
 
 
-def _rest(samples: Samples, shard: int, row: int) -> dict[str, Any]:
-    """Caption, class and record, those that there are and that can be read."""
+def _rest(samples: Samples, shard: int, row: int, texts: Sequence[str]) -> dict[str, Any]:
+    """Caption, class, record and further texts, those that there are and that can be read."""
     kept = {}
-    for member in REST:
+    for member in (*REST, *texts):
         if samples.index.table(shard).span(row, member)[0] >= 0:
             try:
                 kept[member] = samples.read(shard, row, member, View(1, 1))

@@ -18,6 +18,7 @@ class Listing:
 
     Args:
         name: of the part, for errors.
+        keys: of the samples.
         members: member -> (N) bool, which samples have it.
         numbers: what is known of the samples, (N) each, NaN where it is not; `caption_length` and `hash` as in index.py.
         content: sha256 over all that the samples hold.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from ldm.data.batch.cut import CROP, SIZES, cut, told
+from ldm.data.batch.mixed import Mixed, draw
 from ldm.data.order.order import Place, generator
 from ldm.data.shard.decode import MAX_BYTES, BadSample, View, decode, is_array, is_image
 from ldm.data.shard.index import Index
@@ -55,6 +56,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __init__(self, index: Index, selection: Selection, fields: Mapping[str, str], size: int) -> None:
         self.index, self.selection, self.fields, self.size = index, selection, dict(fields), size
         self.layouts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}  # of arrays, by member, as they were last
+        self.mixed: Mixed = {}  # fields of several texts, of which a batch has one for each sample
         self.uneven: set[str] = set()  # members whose arrays are of several lengths
         self._files: Recent[int, FileIO] = Recent(OPEN_FILES, self._open)
         self._maps: Recent[int, memoryview] = Recent(OPEN_FILES, self._map)
@@ -83,7 +85,13 @@ class Samples(Dataset[dict[str, Any]]):
         return [self.read(shard, row, self.fields[field], view) for shard, row in places]
 
     def read(self, shard: int, row: int, member: str, view: View, out: np.ndarray | None = None) -> Any:
-        """One member, decoded; a picture perhaps into `out`.
+        """One member, decoded.
+
+        Args:
+            shard, row: the sample's place in the index.
+            member: which of its members.
+            view: what of a picture is looked at.
+            out: uint8 (height, width, 3), where a picture may be laid.
 
         Raises:
             BadSample: it cannot be read.
@@ -91,7 +99,14 @@ class Samples(Dataset[dict[str, Any]]):
         return decode(member, self._bytes(shard, row, member), view, self.where(shard, row), out)
 
     def copy_array(self, shard: int, row: int, member: str, header: bytes, out: memoryview) -> bool:
-        """Copies an array out of the mapped shard, once; -> whether it has the header that was expected of it."""
+        """Copies an array out of the mapped shard, once -> whether it has the expected header.
+
+        Args:
+            shard, row: the sample's place in the index.
+            member: which of its members.
+            header: what its .npy file is expected to begin with.
+            out: as many bytes as the array has.
+        """
         offset, size = self.index.table(shard).span(row, member)
         mapped, begin, end = self._maps[shard], offset + len(header), offset + size
         if offset < 0 or end - begin != len(out) or end > len(mapped) or bytes(mapped[offset:begin]) != header:
@@ -133,8 +148,10 @@ class Loaded(Dataset[dict[str, Any]]):
     """Places -> a batch, what a DataLoader asks for.
 
     Args:
+        samples: what is read.
         others: for training, the selection that a bad sample is replaced from, by its picture's size; None leaves it out.
-        crop, flip: where pictures are cut, and the share of them that is mirrored; functions of (seed, position).
+        crop, flip: where pictures are cut, and the share of them that is mirrored.
+        seed: of both, and of what replaces a bad sample, by position.
     """
 
     def __init__(
@@ -169,6 +186,7 @@ class Loaded(Dataset[dict[str, Any]]):
         if not kept:
             raise Refusal(f"None of {len(places)} samples can be read: {bad[0]} Mend the shards: python -m ldm doctor.")
         batch = {field: column.result(len(kept)) for field, column in columns.items()}
+        batch = draw(batch, self.samples.mixed, [position for position, *_ in kept], self.seed)
         batch |= {"key": [self.samples.index.table(s).key(r) for _, s, r, _ in kept]}
         batch |= {"position": torch.tensor([p for p, *_ in kept], dtype=torch.int64)}
         return batch | self._sizes(kept) | ({"bad": bad} if bad else {})

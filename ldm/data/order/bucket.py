@@ -54,14 +54,14 @@ def sizes_of(buckets: str | Sequence[Size] | Mapping[str, Any] | None, size: int
 
 def generate(size: int, step: int, ratio: float) -> list[Size]:
     """Sides in multiples of `step`, as large as the area size^2 allows, the longer at most `ratio` times the shorter."""
-    found = set()
+    sizes = set()
     for short in range(step, size + 1, step):
         long = int(size * size / short) // step * step
         if short <= long <= ratio * short:
-            found |= {(short, long), (long, short)}
-    if not found:
+            sizes |= {(short, long), (long, short)}
+    if not sizes:
         raise Refusal(f"data.buckets: no sides in multiples of step={step} fit size={size} and ratio={ratio}.")
-    return sorted(found)
+    return sorted(sizes)
 
 
 def assign(index: Index, selected: Selection, sizes: Sequence[Size], least: int = 1) -> list[Selection]:
@@ -74,11 +74,11 @@ def assign(index: Index, selected: Selection, sizes: Sequence[Size], least: int 
     """
     rows = [selected.rows_of(s) for s in range(len(index.shards))]
     ratios = []
-    for s, kept in enumerate(rows):
+    for s, chosen in enumerate(rows):
         table = index.table(s)
-        ratios.append(np.log(table.column("width")[kept] / table.column("height")[kept]))
+        ratios.append(np.log(table.column("width")[chosen] / table.column("height")[chosen]))
         if np.isnan(ratios[-1]).any():
-            key = table.key(int(kept[np.isnan(ratios[-1]).argmax()]))
+            key = table.key(int(chosen[np.isnan(ratios[-1]).argmax()]))
             raise Refusal(
                 f"data.buckets needs the width and height of every picture; sample {key!r} in {index.shards[s]} does not say "
                 "them, in its record or its header. Leave such samples out: +data.filters.width=[1,null] "
@@ -109,7 +109,7 @@ class Report:
         self.epoch = epoch
         use = {f"{h}x{w}": (n, count) for (h, w), n, count in zip(self.sizes, steps.use(epoch), steps.counts) if count}
         if trainer.is_global_zero:
-            told = ", ".join(f"{size} {n:,} ({count:,} pictures)" for size, (n, count) in use.items())
-            print(f"Epoch {epoch} of data.buckets, batches of each height x width: {told}", flush=True)
+            batches = ", ".join(f"{size} {n:,} ({count:,} pictures)" for size, (n, count) in use.items())
+            print(f"Epoch {epoch} of data.buckets, batches of each height x width: {batches}", flush=True)
         for logger in trainer.loggers:
             logger.log_metrics({f"data/bucket/{size}": n for size, (n, _) in use.items()}, step=trainer.global_step)

@@ -49,9 +49,17 @@ def select(
     least: int = 1,
     count: Count | None = None,
 ) -> tuple[Selection, list[Selection]]:
-    """What the rules keep of an index; -> all of it, and its parts, one for each size.
+    """What the rules keep of an index -> all of it, and its parts, one for each size.
 
     What was found is kept beside the index, since it takes a look at every sample.
+
+    Args:
+        index: of the samples.
+        fields: batch field -> member, which each sample must have.
+        rules: data.filters.
+        sizes: of the buckets.
+        least: samples that a bucket must have, or its pictures go into another one.
+        count: counts the tokens of captions, where a rule asks for them.
 
     Raises:
         Refusal: a rule is none, a number is not known, or samples lack what `fields` names.
@@ -111,7 +119,7 @@ def apply(
     ranges = {name: rule for name, rule in rules.items() if name not in WORDS}
     dropped = {f"{name}: [{low}, {high}]": 0 for name, (low, high) in ranges.items()}
     dropped |= {f"{word}: true": 0 for word in ("complete", "unique") if rules.get(word)}
-    kept, lacking, silent, hashes = [], [0, ""], [0, ""], []
+    selected, lacking, silent, hashes = [], [0, ""], [0, ""], []
     for s in range(len(index.shards)):
         table = index.table(s)
         keep = np.ones(int(index.counts[s]), dtype=bool)
@@ -129,13 +137,13 @@ def apply(
         _note(lacking, keep & ~whole, table, index.shards[s])
         if any(is_text(member) for member in fields.values()):
             _note(silent, keep & (table.column("caption_length") == 0), table, index.shards[s])
-        kept.append(keep.nonzero()[0])
-        hashes.append(table.column("hash")[kept[-1]] if rules.get("unique") else None)
+        selected.append(keep.nonzero()[0])
+        hashes.append(table.column("hash")[selected[-1]] if rules.get("unique") else None)
     _refuse(index, fields, lacking, silent)
     if rules.get("unique"):
-        kept, dropped["unique: true"] = _first_of_each(kept, hashes, rules.get("missing", "refuse"))
-    everything = sum(map(len, kept)) == len(index)
-    return Selection(index.counts) if everything else Selection.of(kept), dropped
+        selected, dropped["unique: true"] = _first_of_each(selected, hashes, rules.get("missing", "refuse"))
+    everything = sum(map(len, selected)) == len(index)
+    return Selection(index.counts) if everything else Selection.of(selected), dropped
 
 
 def _tokens(index: Index, shard: int, fields: Mapping[str, str], count: Count | None) -> np.ndarray:
@@ -176,7 +184,7 @@ def _passes(
     return np.where(unknown, missing == "keep", inside)
 
 
-def _first_of_each(kept: list[np.ndarray], hashes: list[np.ndarray], missing: str) -> tuple[list[np.ndarray], int]:
+def _first_of_each(selected: list[np.ndarray], hashes: list[np.ndarray], missing: str) -> tuple[list[np.ndarray], int]:
     joined = np.concatenate(hashes)
     unknown = joined == 0
     if unknown.any() and missing == "refuse":
@@ -187,15 +195,15 @@ def _first_of_each(kept: list[np.ndarray], hashes: list[np.ndarray], missing: st
     first = np.zeros(len(joined), dtype=bool)
     first[np.unique(joined, return_index=True)[1]] = True
     keep = np.where(unknown, missing == "keep", first)
-    parts = np.split(keep, np.cumsum([len(rows) for rows in kept])[:-1])
-    return [rows[part] for rows, part in zip(kept, parts)], int((~keep).sum())
+    parts = np.split(keep, np.cumsum([len(rows) for rows in selected])[:-1])
+    return [rows[part] for rows, part in zip(selected, parts)], int((~keep).sum())
 
 
-def _note(found: list, rows: np.ndarray, table: Table, shard: str) -> None:
+def _note(count: list, rows: np.ndarray, table: Table, shard: str) -> None:
     """Counts, and keeps where the first one lies."""
     if rows.any():
-        found[1] = found[1] or f"sample {table.key(int(rows.argmax()))!r} in {shard}"
-        found[0] += int(rows.sum())
+        count[1] = count[1] or f"sample {table.key(int(rows.argmax()))!r} in {shard}"
+        count[0] += int(rows.sum())
 
 
 def _refuse(index: Index, fields: Mapping[str, str], lacking: list, silent: list) -> None:

@@ -42,6 +42,7 @@ class Stream:
 
     Args:
         selection: what to read.
+        seed: of the order.
         window: shards whose samples are mixed.
         lanes: parts of an epoch that are read side by side, n in lane n % lanes; each has windows of its own.
         number: tells data sets with the same seed apart.
@@ -129,6 +130,8 @@ class Steps:
         streams: one for each bucket.
         sizes: their height and width in pixels.
         counts: their samples.
+        batch: samples of a step, over all ranks.
+        seed: of the order of buckets.
 
     Raises:
         Refusal: there are no samples.
@@ -184,6 +187,9 @@ class Batches(Sampler[list[Place]]):
     """Endless micro-batches for one rank: its part of each global batch, in `accumulate` pieces.
 
     Args:
+        steps: the order.
+        rank, world: this process, and how many there are.
+        accumulate: micro-batches of a step.
         start: the first optimizer step; where an earlier run stopped.
 
     Raises:
@@ -211,7 +217,12 @@ class Batches(Sampler[list[Place]]):
 class Once(Sampler[list[Place]]):
     """Every sample of some selections once, in order, for one rank; `position` counts up over them.
 
-    `batch` samples at a time are shared out among the ranks. The last ones are as well, so that no sample is there twice.
+    Args:
+        selections: one for each bucket.
+        sizes: their height and width in pixels.
+        batch: samples at a time, over all ranks, among which they are shared out; the last ones are as well, so that none is
+            there twice.
+        rank, world: this process, and how many there are.
     """
 
     def __init__(
@@ -225,8 +236,8 @@ class Once(Sampler[list[Place]]):
         base = 0
         for selection, (height, width) in zip(self.selections, self.sizes):
             for mine in self._shares(len(selection)):
-                found = selection.locate_all(np.arange(mine.start, mine.stop))
-                yield [Place(base + i, *at, height, width) for i, at in zip(mine, found)]
+                places = selection.locate_all(np.arange(mine.start, mine.stop))
+                yield [Place(base + i, *at, height, width) for i, at in zip(mine, places)]
             base += len(selection)
 
     def __len__(self) -> int:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.data.packing.packed import Packed, Row
 from ldm.data.packing.table import CAPTIONS, ENDINGS, TABLES, named, parse, read_table, read_text, text_of
 from ldm.errors import NotFound, Refusal
-from ldm.files.picture import is_hidden, natural
+from ldm.files.picture import is_hidden, natural, sheets
 
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")  # a table of the pictures in its folder, and below
+METADATA = tuple(
+    f"metadata{ending}" for ending in (".jsonl", ".csv", ".tsv", ".parquet")
+)  # a table of the pictures in its folder, and below
 WORDS, RECORD = (".txt", ".caption"), ".json"  # what may lie beside a picture
 SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval)([^a-z].*)?")  # test, train2017, val_images
+NUMBERED = re.compile(r"\d+[_.]+(?=\S)")  # 10_sks dog, 001.albatross
 CHUNK = 5  # digits of a sub-folder that is one of many parts, as 00000 is, and no class
 
 
@@ -35,13 +39,14 @@ def find(source: Path, packed: Packed) -> list[Row]:
         _count_unnamed(rows, source, packed)
         return rows
     names = sorted(_files(source, packed), key=natural)
-    pictures = [name for name in names if name.suffix.lower() in ENDINGS]
+    drawn = sheets(names)
+    pictures = [name for name in names if name.suffix.lower() in ENDINGS and name not in drawn]
     tables = _tables(source, names)
     _refuse_splits(source, pictures, tables)
     rows, listed = [], dict[str, Path]()
     for table in tables.values():
-        rows += (found := read_table(source / table, packed))
-        files = {os.path.abspath(row.file) for row in found if row.file}
+        rows += (named := read_table(source / table, packed))
+        files = {os.path.abspath(row.file) for row in named if row.file}
         if twice := sorted(files & listed.keys()):
             raise Refusal(f"{source / listed[twice[0]]} and {source / table} both name {twice[0]}; keep it in one of them.")
         listed |= dict.fromkeys(files, table)
@@ -57,14 +62,15 @@ def find(source: Path, packed: Packed) -> list[Row]:
     for name in names:
         if name not in used:
             covered = next((tables[folder] for folder in name.parents if folder in tables), None)
-            packed.count(_kind(name, covered))
+            packed.count("sheets that `ldm sample` wrote beside its pictures" if name in drawn else _kind(name, covered))
     labels = {} if tables else _labels(source, pictures, any(beside.values()), packed)
-    return rows + [_row(source, name, beside[name], labels.get(name)) for name in alone]
+    words = _words_of(sorted(set(labels.values())), packed)
+    return rows + [_row(source, name, beside[name], labels.get(name), words) for name in alone]
 
 
 def _files(source: Path, packed: Packed) -> list[Path]:
     """All files below a folder but hidden ones, relative to it; a folder that is linked is gone into once, a circle never."""
-    found, seen = [], {os.path.realpath(source)}
+    files, seen = [], {os.path.realpath(source)}
 
     def unreadable(error: OSError) -> None:
         packed.skipped.append((str(error.filename), f"{type(error).__name__}: {error.strerror}"))
@@ -79,8 +85,8 @@ def _files(source: Path, packed: Packed) -> list[Path]:
             entered += [] if path in seen else [name]
             seen.add(path)
         folders[:] = entered
-        found += [Path(folder, name).relative_to(source) for name in names if name not in hidden]
-    return found
+        files += [Path(folder, name).relative_to(source) for name in names if name not in hidden]
+    return files
 
 
 def _tables(source: Path, names: Sequence[Path]) -> dict[Path, Path]:
@@ -101,11 +107,11 @@ def _refuse_splits(source: Path, pictures: Sequence[Path], tables: dict[Path, Pa
     for folder in sorted(inside):
         if match := SPLIT.fullmatch(folder.name.lower()):
             splits[folder.parent][folder.name] = match[1]
-    for parent, found in splits.items():
-        if len(set(found.values())) > 1:
-            lines = "; ".join(shlex.join(["python", "-m", "ldm", "pack", str(source / parent / n), f"OUT/{n}"]) for n in found)
+    for parent, folders in splits.items():
+        if len(set(folders.values())) > 1:
+            lines = "; ".join(shlex.join(["python", "-m", "ldm", "pack", str(source / parent / n), f"OUT/{n}"]) for n in folders)
             raise Refusal(
-                f"{source / parent} holds {', '.join(f'{name}/' for name in found)}: splits of a data set that are no classes, "
+                f"{source / parent} holds {', '.join(f'{name}/' for name in folders)}: splits of a data set that are no classes, "
                 f"and that would be mixed in one. Pack each by itself: {lines}."
             )
 
@@ -116,7 +122,7 @@ def _base(pictures: Sequence[Path]) -> int:
     return len(Path(shared).parts)
 
 
-def _labels(source: Path, pictures: Sequence[Path], told: bool, packed: Packed) -> dict[Path, str]:
+def _labels(source: Path, pictures: Sequence[Path], described: bool, packed: Packed) -> dict[Path, str]:
     """-> picture -> class, the sub-folder that it lies in; empty where sub-folders are no classes, which is said."""
     base = _base(pictures)
     tops = {_readable(name.parts[base]) for name in pictures if len(name.parts) > base + 1}
@@ -124,7 +130,7 @@ def _labels(source: Path, pictures: Sequence[Path], told: bool, packed: Packed) 
         return {}
     stray = sum(len(name.parts) == base + 1 for name in pictures)
     chunks = all(top.isdecimal() and len(top) >= CHUNK for top in tops)
-    why = "captions or records lie beside pictures" if told else ""
+    why = "captions or records lie beside pictures" if described else ""
     why = why or (f"{stray:,} pictures lie outside of them" if stray else "")
     why = why or ("their names are numbers of chunks" if chunks else "")
     if why:
@@ -143,35 +149,52 @@ def _numbered(names: set[str]) -> dict[str, int]:
 
 
 def _beside(pictures: Sequence[Path], names: Sequence[Path]) -> dict[Path, list[Path]]:
-    """-> picture -> its captions and records: cat.txt or cat.jpg.txt of cat.jpg, in the same case where one of them is."""
+    """-> picture -> its captions and records: cat.txt or cat.jpg.txt of cat.jpg, spelt the same where one of them is."""
     exact, folded = defaultdict(list), defaultdict(list)
     for name in names:
         if name.suffix.lower() in (*WORDS, RECORD):
             exact[name.with_suffix("")].append(name)
-            folded[str(name.with_suffix("")).lower()].append(name)
-    found = {name: [*exact[name.with_suffix("")], *exact[name]] for name in pictures}
-    used = {name for files in found.values() for name in files}
-    for name in (name for name, files in found.items() if not files):
-        loose = [*folded[str(name.with_suffix("")).lower()], *folded[str(name).lower()]]
-        found[name] = [file for file in loose if file not in used]
-    return found
+            folded[_folded(name.with_suffix(""))].append(name)
+    beside = {name: [*exact[name.with_suffix("")], *exact[name]] for name in pictures}
+    used = {name for files in beside.values() for name in files}
+    for name in (name for name, files in beside.items() if not files):
+        loose = [*folded[_folded(name.with_suffix(""))], *folded[_folded(name)]]
+        beside[name] = [file for file in loose if file not in used]
+    return beside
 
 
-def _row(source: Path, name: Path, beside: Sequence[Path], label: str | None) -> Row:
+def _folded(name: Path) -> str:
+    """A path without its case, and with its accents spelt in one way."""
+    return unicodedata.normalize("NFC", str(name)).lower()
+
+
+def _words_of(classes: Sequence[str], packed: Packed) -> dict[str, str]:
+    """-> class -> the caption of its pictures: its name, without the number that all begin with, as Kohya's repeats do."""
+    numbered = bool(classes) and all(map(NUMBERED.match, classes))
+    words = {name: (NUMBERED.sub("", name) if numbered else name).replace("_", " ") for name in classes}
+    if numbered:
+        packed.notes.append(
+            f"captions are the sub-folders' names without their numbers ({classes[0]}: {words[classes[0]]}); pictures are not "
+            "repeated as often as these may say"
+        )
+    return words
+
+
+def _row(source: Path, name: Path, beside: Sequence[Path], label: str | None, words: Mapping[str, str]) -> Row:
     row = Row(_readable(name), source / name, label=label)
     if label is not None:
-        row.caption = label.replace("_", " ")
+        row.caption = words[label]
         return row
-    words = [file for file in beside if file.suffix.lower() in WORDS]
+    texts = [file for file in beside if file.suffix.lower() in WORDS]
     records = [file for file in beside if file.suffix.lower() == RECORD]
-    for several in (words, records):
+    for several in (texts, records):
         if len(several) > 1:
             row.fault = f"{' and '.join(file.name for file in several)} lie beside it; keep one of them"
             return row
     try:
         row.columns = _record(source / records[0]) if records else {}
-        if words:
-            row.caption = read_text(source / words[0]).strip()
+        if texts:
+            row.caption = read_text(source / texts[0]).strip()
             row.columns = {k: v for k, v in row.columns.items() if (k, v) != ("caption", row.caption)}
         else:
             row.caption = _caption_in(row.columns, name.name)
@@ -210,6 +233,8 @@ def _kind(name: Path, table: Path | None) -> str:
         return f"{ending}: the pictures there have their captions from {table}"
     if ending in (*WORDS, RECORD):
         return f"{ending} beside no picture"
+    if ending == ".tar":
+        return ".tar: no picture; shards are read as they are, by data=shards"
     if ending in TABLES:
         return f"{ending}: a table; name it as the source, and its captions are read"
     return f"{_readable(name.suffix or name.name)}: no picture that is read"

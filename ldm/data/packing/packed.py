@@ -21,9 +21,10 @@ NO_CLIP = {"training.perceptual": "null"}
 class Row:
     """A picture that is to be packed.
 
-    Attributes:
+    Args:
         name: what it is called in what is printed, and in its record's `url`.
         file: None where nothing names one; `fault` says why.
+        caption: empty where there is none.
         label: its class, the name of a sub-folder.
         columns: what else is known of it, under the names that its table or record gives them.
         fault: why it cannot be packed, empty where nothing is known against it.
@@ -41,7 +42,7 @@ class Row:
 class Packed:
     """What went into the shards, and what did not.
 
-    Attributes:
+    Args:
         counts: pictures of "train" and "val"; "silent", those of them without a caption; "frames", those with more than one.
         classes: each class' number.
         skipped: pictures and rows that could not be packed, each with the reason.
@@ -65,6 +66,12 @@ class Packed:
         """Counts files or rows of a kind that is not packed."""
         if number:
             self.passed_over[kind] += number
+
+
+def found(packed: Packed) -> str:
+    """-> a sentence about the files of a source without pictures; nothing where there are none."""
+    kinds = "; ".join(f"{count:,} {kind}" for kind, count in packed.passed_over.most_common())
+    return f" Found {kinds}." if kinds else ""
 
 
 def say_left_out(packed: Packed) -> None:

@@ -1,8 +1,8 @@
 """Tables of captions, read strictly: each row becomes a picture to pack or one with a fault.
 
-A table is a .csv or .tsv whose first line names the columns, a .jsonl with an object in each line, or a .json with a list of
-objects. One column names the picture, one has its caption, the others go into the records. A table that could be read in more
-ways than one is refused, with the line and what to change.
+A table is a .csv or .tsv whose first line names the columns, a .jsonl with an object in each line, a .json with a list of
+objects, or a .parquet. One column names the picture, one has its caption, the others go into the records. A table that could be
+read in more ways than one is refused, with the line and what to change.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ldm.data.packing.packed import Packed, Row
 from ldm.errors import Refusal
+from ldm.files.lines import TABLES  # and .txt, where it is named
 from ldm.files.picture import ENDINGS as STILL
 
-TABLES = (".csv", ".tsv", ".jsonl", ".json")  # .txt too, where it is named
 PICTURES = ("file_name", "image", "path", "file", "filename", "image_path", "url")  # columns that name a picture
 CAPTIONS = ("caption", "text", "prompt", "title")
 ENDINGS = (*STILL, ".gif")  # which is packed, and said where it has several frames
@@ -44,9 +49,9 @@ def read_table(path: Path, packed: Packed) -> list[Row]:
     """
     if path.suffix.lower() not in (*TABLES, ".txt"):
         raise Refusal(f"{path} is no table of captions: wanted a folder, or a {', '.join(TABLES)}.")
-    text = read_text(path)
-    is_json = path.suffix.lower() in (".jsonl", ".json")
-    lines = _objects(path, text) if is_json else _csv(path, text, packed)
+    kind = path.suffix.lower()
+    read = _objects if kind in (".jsonl", ".json") else partial(_csv, packed=packed)
+    lines = _parquet(path) if kind == ".parquet" else read(path, read_text(path))
     if not lines:
         raise Refusal(f"{path} has no rows.")
     columns = list(dict.fromkeys(name for _, line in lines if isinstance(line, Mapping) for name in line))
@@ -152,15 +157,35 @@ def _entry(path: Path, where: str, line: Any, taken: Counter[str]) -> Row:
 def _missing(file: Path, here: str) -> str:
     """Why there is no such file, empty where there is one."""
     try:
-        return "" if file.exists() else f"{here}: there is no such file"
+        return "" if file.exists() else f"{here}: there is no such file in {file.parent}"
     except OSError as error:  # a name that is longer than any, a folder that may not be read
         return f"{here}: {error.strerror}"
 
 
 def _locate(folder: Path, name: str) -> Path:
-    """A path as it is written, or as Windows writes it."""
+    """A path as it is written, as Windows writes it, or with its accents as another system spells them."""
     slashes = name.replace("\\", "/")
-    return folder / (slashes if slashes != name and not os.path.exists(folder / name) else name)
+    spellings = (name, slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")))
+    return folder / next((one for one in spellings if os.path.exists(folder / one)), slashes)
+
+
+def _parquet(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """-> where each row stands, and what it holds.
+
+    Raises:
+        Refusal: it is damaged, or holds the pictures themselves.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise Refusal(f"{path} cannot be read as Parquet: {error}") from error
+    picture = named(table.column_names, PICTURES)
+    if picture and not pa.types.is_string(kind := table.schema.field(picture).type) and not pa.types.is_large_string(kind):
+        raise Refusal(
+            f"{path}: its column {picture} is of the type {kind}; wanted the names of files. Where it holds the pictures "
+            f"themselves, train on them as they are: data=hf data.name=parquet data.data_dir={path.parent}."
+        )
+    return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), 1)]
 
 
 def _objects(path: Path, text: str) -> list[tuple[str, Any]]:
@@ -171,7 +196,10 @@ def _objects(path: Path, text: str) -> list[tuple[str, Any]]:
         except ValueError as error:
             raise Refusal(f"{path} is no JSON: {error}. Wanted a list of objects, or one in each line of a .jsonl.") from error
         if not isinstance(items, list):
-            raise Refusal(f"{path} is no list of objects, but {type(items).__name__}: {text.strip()[:40]} ...")
+            raise Refusal(
+                f"{path} is no list of objects, but {type(items).__name__}: {text.strip()[:40]} ... Wanted an object for each "
+                'caption: [{"file_name": "a.jpg", "caption": "a dog"}, ...]; of COCO\'s annotations write such a list.'
+            )
         return [(f"row {number}", item) for number, item in enumerate(items, 1)]
     return [(f"line {number}", _parsed(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 

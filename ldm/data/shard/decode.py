@@ -44,8 +44,10 @@ class BadSample(Refusal):
 class View:
     """What to cut out of a picture, and how large it becomes.
 
-    height, width: pixels of the result;  v, u: in [0, 1], where the cut lies, 0 at the top or left, 0.5 in the middle
-    flip: mirrored
+    Args:
+        height, width: pixels of the result.
+        v, u: in [0, 1], where the cut lies, 0 at the top or left, 0.5 in the middle.
+        flip: mirrored.
     """
 
     height: int
@@ -70,6 +72,9 @@ def decode(member: str, data: bytes, view: View, where: object = "a sample", out
     """One member's bytes -> its value, as the table above says.
 
     Args:
+        member: its name, whose ending says what it is.
+        data: its bytes.
+        view: what of a picture is looked at.
         where: shard and key, for the error.
         out: uint8 (height, width, 3), where a picture may be laid; the result then shares its memory, or does not.
 

@@ -77,7 +77,7 @@ def list_remote(pattern: str) -> list[str]:
         OSError: the server does not answer, or refuses.
     """
     system, path = _system(pattern)
-    return [system.unstrip_protocol(found) for found in patiently(pattern, lambda: system.glob(path))]
+    return [system.unstrip_protocol(shard) for shard in patiently(pattern, lambda: system.glob(path))]
 
 
 class Fetch:

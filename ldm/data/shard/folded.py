@@ -13,7 +13,7 @@ from ldm.data.shard.index import Index, Table
 COUNTER = re.compile(r"[\d_-][\d._-]*")  # what stands between two dots where files are numbered
 
 
-def folded(index: Index, members: Mapping[str, int], asked: Collection[str]) -> dict[str, str]:
+def folded(index: Index, members: Mapping[str, int], wanted: Collection[str]) -> dict[str, str]:
     """-> shard -> what its samples hold that looks like pictures of other keys.
 
     A member such as 0001.jpg looks like one where its first part is a number, or where no more than half of the samples have it;
@@ -21,12 +21,12 @@ def folded(index: Index, members: Mapping[str, int], asked: Collection[str]) -> 
 
     Args:
         members: how many samples have each member.
-        asked: members that are meant.
+        wanted: members that are meant.
     """
-    found = {}
+    odd_ones = {}
     for s, shard in enumerate(index.shards):
         table = index.table(s)
-        odd = [m for m in table.members if m not in asked and "." in m and is_image(m) and _is_cut(m, members, len(index))]
+        odd = [m for m in table.members if m not in wanted and "." in m and is_image(m) and _is_cut(m, members, len(index))]
         if not odd:
             continue
         counts = np.sum([table.has(member) for member in odd], axis=0)
@@ -35,11 +35,11 @@ def folded(index: Index, members: Mapping[str, int], asked: Collection[str]) -> 
             row = int(wrong.argmax())
             names = [member for member in odd if table.has(member)[row]]
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            found[shard] = (
+            odd_ones[shard] = (
                 f"{int(wrong.sum()):,} samples hold pictures of longer keys, such as {table.key(row)!r} with "
                 f"{', '.join(names[:3])}{more}"
             )
-    return found
+    return odd_ones
 
 
 def _is_cut(member: str, members: Mapping[str, int], count: int) -> bool:

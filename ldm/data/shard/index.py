@@ -157,15 +157,15 @@ class Table:
 
 def _describe_all(shards: Sequence[str], stamps: Sequence[str], fetch: Fetch, cache: str | Path) -> pa.Table:
     """Reads the shards whose index files are missing or old; -> count, digest, damage and index file of each shard."""
-    kept = [_kept(_index_files(shard, cache), stamp) for shard, stamp in zip(shards, stamps)]
-    todo = [(s, stamp, cache, fetch) for s, stamp, found in zip(shards, stamps, kept) if found is None]
+    known = [_kept(_index_files(shard, cache), stamp) for shard, stamp in zip(shards, stamps)]
+    todo = [(s, stamp, cache, fetch) for s, stamp, entry in zip(shards, stamps, known) if entry is None]
     if len(todo) <= FEW:
         made = [_describe_one(work) for work in todo]
     else:
         with ProcessPoolExecutor(cores(), _processes()) as pool:
             made = list(tqdm(pool.map(_describe_one, todo, chunksize=4), total=len(todo), desc="reading shards", unit="shard"))
     fresh = iter(made)
-    rows = [next(fresh) if found is None else found for found in kept]
+    rows = [next(fresh) if entry is None else entry for entry in known]
     return pa.Table.from_pylist([{k: row[k] for k in ("count", "digest", "damage", "file")} for row in rows])
 
 

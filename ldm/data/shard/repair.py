@@ -31,8 +31,8 @@ def claim(out: Path, index: Index, fields: dict[str, str]) -> None:
     """
     wanted = {"shards": _all_shards(index), "fields": fields}
     if out.exists():
-        found = read_json(out / SOURCE) if (out / SOURCE).is_file() else None
-        if found != wanted:
+        source = read_json(out / SOURCE) if (out / SOURCE).is_file() else None
+        if source != wanted:
             raise AlreadyThere(f"{out} is there already, and no repair of these shards; remove it, or write to another folder.")
     out.mkdir(parents=True, exist_ok=True)
     write_json(wanted, out / SOURCE)
@@ -53,8 +53,8 @@ def repair(index: Index, fields: dict[str, str], out: Path) -> tuple[int, int]:
         with (out / LOST).open("a", encoding="utf-8") as file:
             file.writelines(f"{shard} sample {key!r}: {why}\n" for key, why in lost.items())
             file.write("" if first else f"{shard}: no sample can be read\n")
-    kept = sum(json.loads(stats.read_text())["successes"] for stats in out.glob("*_stats.json"))
-    return kept, len(set((out / LOST).read_text(encoding="utf-8").splitlines()))
+    whole_ones = sum(json.loads(stats.read_text())["successes"] for stats in out.glob("*_stats.json"))
+    return whole_ones, len(set((out / LOST).read_text(encoding="utf-8").splitlines()))
 
 
 def _all_shards(index: Index) -> list[str]:
@@ -73,8 +73,8 @@ def _readable(path: Path, fields: dict[str, str], lost: dict[str, str]) -> Itera
             records = records_of(path, file.fileno(), samples)
         except Damaged:
             records = [{}] * len(samples)
-        for (key, found), record in zip(samples.items(), records):
-            members = {m: os.pread(file.fileno(), size, at) for m, (at, size) in found.items() if is_known(m)}
+        for (key, spans), record in zip(samples.items(), records):
+            members = {m: os.pread(file.fileno(), size, at) for m, (at, size) in spans.items() if is_known(m)}
             if fault := _fault(members, fields):
                 lost[key] = fault
                 continue

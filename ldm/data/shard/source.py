@@ -87,10 +87,10 @@ def _expand_one(source: str, option: str) -> list[str]:
     if is_remote(source):
         return [shard for pattern in _braces(source) for shard in _expand_remote(pattern, option)]
     if Path(source).is_dir():
-        found = [str(path) for path in Path(source).glob("*.tar") if not path.name.startswith(".")]
-        if not found:
-            raise NotFound(_nothing(f"{source}/*.tar", option))
-        return found
+        shards = [str(path) for path in Path(source).glob("*.tar") if not path.name.startswith(".")]
+        if not shards:
+            raise NotFound(" ".join([_nothing(f"{source}/*.tar", option), *passed_over(source)]))
+        return shards
     if Path(source).is_file():
         return [source]
     folder, slash, name = source.rpartition("/")  # of a folder that is there the signs are no pattern
@@ -98,10 +98,10 @@ def _expand_one(source: str, option: str) -> list[str]:
     patterns = [glob.escape(folder) + slash + part for part in _braces(name)] if there else _braces(source)
     paths = []
     for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else [path for path in glob.glob(pattern) if Path(path).is_file()]
-        if not found:
+        shards = [pattern] if Path(pattern).is_file() else [path for path in glob.glob(pattern) if Path(path).is_file()]
+        if not shards:
             raise NotFound(_nothing(pattern, option))
-        paths += found
+        paths += shards
     return paths
 
 
@@ -109,16 +109,16 @@ def _expand_remote(address: str, option: str) -> list[str]:
     if address.endswith(".tar") and "*" not in address:
         return [address]
     pattern = address if address.endswith(".tar") else f"{address.rstrip('/')}/*.tar"
-    found = [shard for shard in list_remote(pattern) if not shard.rpartition("/")[2].startswith(".")]
-    if not found:
+    shards = [shard for shard in list_remote(pattern) if not shard.rpartition("/")[2].startswith(".")]
+    if not shards:
         raise NotFound(_nothing(pattern, option))
-    return found
+    return shards
 
 
 def _nothing(looked_for: str, option: str) -> str:
     return (
         f"No shards: looked for {looked_for} ({option}). `data=emoji` makes its own shards; for other pictures, img2dataset or "
-        f"`python -m ldm pack` makes them. Then set {option} to their folder."
+        f"`python -m ldm pack` makes them. Then set {option} to their folder; data=folder reads pictures as they lie."
     )
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ldm.errors import Refusal
+from ldm.files.pointer import instead_of
 
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 _HIDDEN = re.compile(r"(?:^|/)\.(?!\.?/)[^/]*/")  # a folder; ./ and ../ are none
@@ -43,7 +44,8 @@ def read_headers(path: str | Path) -> Spans:
             samples = _read_members(tar)
             _check_end(path, tar.offset)
     except Exception as error:  # whatever a broken header leads tarfile to
-        raise Damaged(f"is damaged or no plain tar: {_words(str(error)) or type(error).__name__}") from error
+        why = f"is damaged or no plain tar: {_words(str(error)) or type(error).__name__}"
+        raise Damaged(f"{why}.{instead_of(Path(path))}".removesuffix(".")) from error
     _check_count(Path(path), len(samples))
     return samples
 
@@ -109,7 +111,7 @@ class _Members:
                 self.samples[match[1]][match[2].lower()] = self.places[end]
             elif match and end not in self.folders:
                 lost.append(f"{name}, a link to {end}")
-        self.samples = {key: found for key, found in self.samples.items() if found}
+        self.samples = {key: members for key, members in self.samples.items() if members}
         return lost
 
 
@@ -188,15 +190,15 @@ def _next_header(info: tarfile.TarInfo, data: bytes, said: dict[bytes, bytes] | 
     """What a header and its data set in the one behind it; None where that cannot be known, or where it is sparse."""
     if info.type in _LONG:
         return None if said is None else {**said, _LONG[info.type]: data.rstrip(b"\0")}
-    found, at = {}, 0
+    values, at = {}, 0
     while at < len(data):
         record = _PAX.match(data, at)
         end = at + int(record[1]) if record else 0
         if not record or end <= record.end() or data[end - 1 : end] != b"\n":
             return None
-        found[record[2]], at = data[record.end() : end - 1], end
-    sparse = any(name.startswith(b"GNU.sparse") for name in found)
-    return None if sparse or not found.get(b"size", b"0").isdigit() else {**(said or {}), **found}
+        values[record[2]], at = data[record.end() : end - 1], end
+    sparse = any(name.startswith(b"GNU.sparse") for name in values)
+    return None if sparse or not values.get(b"size", b"0").isdigit() else {**(said or {}), **values}
 
 
 def _text(said: dict[bytes, bytes], name: bytes, usual: str) -> str:

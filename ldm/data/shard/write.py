@@ -16,7 +16,7 @@ from webdataset import TarWriter
 from ldm.data.shard.decode import decoder
 from ldm.errors import AlreadyThere, Refusal
 from ldm.files.folder import write_json
-from ldm.files.whole import whole, whole_folder
+from ldm.files.whole import saving, whole, whole_folder
 
 
 def write_shards(samples: Iterable[Mapping[str, Any]], folder: str | Path, per_shard: int = 1000) -> list[str]:
@@ -30,13 +30,13 @@ def write_shards(samples: Iterable[Mapping[str, Any]], folder: str | Path, per_s
         paths of the shards. If another process finished the same folder first, that one stays.
 
     Raises:
-        AlreadyThere: the folder is there already.
+        AlreadyThere: the folder is there already. NotWritten: it could not be written.
         ValueError: no samples, or a member that could not be read back.
     """
     folder = Path(folder)
     if folder.exists():
         raise AlreadyThere(f"{folder} is there already; remove it, or write to another folder.")
-    with whole_folder(folder) as part:
+    with saving(folder), whole_folder(folder) as part:
         _write_all(samples, part, per_shard)
     return sorted(str(path) for path in folder.glob("*.tar"))
 

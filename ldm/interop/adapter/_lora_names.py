@@ -21,7 +21,15 @@ BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(attn\.in_proj_weight|attn\.
 
 @dataclass(frozen=True)
 class Module:
-    """One of theirs: part `part` of our module `name`, whose `tensor` (rows `start` to `end` of it) goes through `tie`."""
+    """One module of theirs, as a part of one of ours.
+
+    Args:
+        name: of our module.
+        tensor: ours that holds its weight.
+        tie: how ours is made of theirs.
+        part: which of theirs it is, from 0.
+        start, end: the rows of ours that the tie is of; None: all.
+    """
 
     name: str
     tensor: str

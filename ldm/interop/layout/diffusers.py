@@ -14,6 +14,8 @@ from ldm.interop.schedulers import read_schedule
 from ldm.interop.tie import give
 from ldm.interop.weights import Config, class_of, read_config
 
+# What is called otherwise since: PixArt's were published when its network was one of a class that DiT's was too.
+SINCE = {("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel"}
 # Parts that judge or make maps, and change no picture.
 BESIDE = {"safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker", "low_res_scheduler"}
 
@@ -46,9 +48,9 @@ def read_folder(folder: Path) -> Bundle:
         Refusal: names what is missing, unknown, or not of this family.
     """
     if not (folder / "model_index.json").is_file():
-        bundle = Bundle(None)
-        for part in (part for part in parts() if part.alone):
-            part.take_folder(folder, {}, bundle)
+        bundle, alone = Bundle(None), [part for part in parts() if part.alone]
+        kind = read_config(folder / "config.json").get("_class_name")
+        next((part for part in alone if kind in part.classes), alone[0]).take_folder(folder, {}, bundle)
         return bundle
     index = read_config(folder / "model_index.json")
     network, config = _network(folder, index)
@@ -115,8 +117,13 @@ def _network(folder: Path, index: Mapping[str, Any]) -> tuple[Network, Config]:
     if strange := sorted(there - read - BESIDE):
         raise Refusal(f"{folder} is a {kind} with {', '.join(strange)}, which no model here has.")
     config = read_config(folder / known[0].folder / "config.json")
-    config["_class_name"] = class_of(index, known[0].folder) or config.get("_class_name")
-    return next((n for n in known if config.get("_class_name") in n.classes), known[-1]), config
+    named = class_of(index, known[0].folder) or config.get("_class_name")
+    config["_class_name"] = SINCE.get((named, config.get("norm_type")), named)
+    made = next((n for n in known if config["_class_name"] in n.classes), None)
+    if made is None and config["_class_name"] is not None:
+        classes = ", ".join(name for n in known for name in n.classes)
+        raise Refusal(f"{folder} is a {kind} on a {config['_class_name']}; {classes} are known.")
+    return made or known[-1], config
 
 
 LAYOUT = Diffusers()

@@ -22,6 +22,7 @@ from ldm.interop.tie import give
 from ldm.interop.weights import check_kinds, check_numbers, open_weights
 
 FIRST_STAGE = "encoder.conv_in.weight"  # by which an autoencoder is known
+WRAP = "model.diffusion_model."  # what ComfyUI writes before any network's names
 SCALE = 0.18215  # of an autoencoder that comes alone and does not say it
 
 
@@ -69,7 +70,18 @@ def read_file(path: Path, weights: Mapping[str, Tensor], prediction: str | None 
 
 
 def unwrapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same tensors without first pieces that all names share, such as `net.`, where a model begins behind them."""
+    """The same tensors without first pieces that all names share, such as `net.`, where a model begins behind them.
+
+    Raises:
+        Refusal: other programs' file of a network that is published alone, and of what it is told by.
+    """
+    below = {name.removeprefix(WRAP): x for name, x in weights.items() if name.startswith(WRAP)}
+    if (network := recognised(below)) is not None and network.alone:
+        if beside := next((name for name in weights if not name.startswith(WRAP)), None):
+            raise Refusal(
+                f"It holds a {network.name} and more, such as {beside}: name the {network.name}'s own file, or its folder."
+            )
+        return below
     inner = weights
     while recognised(inner) is None and not inner.keys() & {f"{before}{FIRST_STAGE}" for before in ("", "first_stage_model.")}:
         if len({name.partition(".")[0] for name in inner}) != 1 or not all("." in name for name in inner):

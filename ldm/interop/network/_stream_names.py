@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ldm.errors import Refusal
+from ldm.interop.bundle import Bundle
 from ldm.interop.tie import Tie, renamer, same, stacked
 
 AROUND = {
@@ -44,6 +46,14 @@ def paired(name: str, family: str, swapped: bool) -> Tie:
             return stacked(*(f"{block}.{word.format(letter)}.{leaf}" for letter in "qkv"))
     theirs = NAMES[family](name)
     return Tie((theirs,), turned_round, lambda x: (turned_round(x),)) if swapped else same(theirs)
+
+
+def check_told(bundle: Bundle, *more: str) -> None:
+    """Raises ValueError where a model is told more than published ones: text, and conditions of the classes `more`."""
+    known = {"Text", "Texts", "Language", "Silence", *more}
+    condition = bundle.recipe["condition"].items()
+    if strange := [f"condition.{name}" for name, node in condition if node["_target_"].rpartition(".")[2] not in known]:
+        raise Refusal(f"Other layouts know such models told by text; this one has {', '.join(strange)}. Use --to ldm.")
 
 
 def turned_round(x: Tensor) -> Tensor:

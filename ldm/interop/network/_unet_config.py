@@ -12,6 +12,7 @@ from ldm.interop.keys import check_keys
 from ldm.interop.network._unet_names import linear
 
 KINDS = ("conv", "resnet")  # how UNet2DModel resizes
+ALWAYS = {"flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "act_fn": "silu", "sample_size": 64}  # of what is written
 
 
 def unet_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], int, dict[str, int]]:
@@ -85,11 +86,7 @@ def unet_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor], con
         "norm_num_groups": settings["groups"],
         "use_linear_projection": linear(settings),
         "only_cross_attention": [i in settings["tokens_only"] for i in range(len(blocks))] if settings["tokens_only"] else False,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "sample_size": 64,
+        **ALWAYS,
     }
     if "vector.0.weight" in backbone:
         vector = backbone["vector.0.weight"].shape[1]
@@ -155,11 +152,7 @@ def _plain_config(settings: Mapping[str, Any], backbone: Mapping[str, Tensor]) -
         "downsample_type": resize,
         "upsample_type": resize,
         "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "sample_size": 64,
+        **ALWAYS,
     }
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from ldm.errors import Refusal
 from ldm.interop.bundle import VERSION
 
+XL_EDITS = "StableDiffusionXLInstructPix2PixPipeline"
+
 
 def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts: int, quantised: bool) -> dict[str, Any]:
     """The model_index.json of the pipeline that draws from such a model.
@@ -25,6 +27,7 @@ def pipeline_of(recipe: Mapping[str, Any], backbone: Mapping[str, Tensor], texts
         frozenset({"Text", "DepthMap"}): "StableDiffusionDepth2ImgPipeline",
         frozenset({"Text", "Upscale"}): "StableDiffusionUpscalePipeline",
         frozenset({"Texts", "Number", "Inpaint"}): "StableDiffusionXLInpaintPipeline",
+        frozenset({"Texts", "Number", "Edit"}): XL_EDITS,
         frozenset({"Texts", "Number"}): "StableDiffusionXLPipeline" if texts == 2 else "StableDiffusionXLImg2ImgPipeline",
     }
     if conditions not in pipelines:

@@ -29,7 +29,7 @@ from ldm.nn.transformer import sinusoidal_positions
 
 ROWS = 1001  # of the class table that diffusers' pipeline wants; it knows no label by its last
 CLASS = "ldm.condition.label.Label"
-OURS = ("rms_norm", "swiglu", "rotary", "norm_heads", "shared", "registers", "fuse")  # which diffusers has not
+OURS = ("rms_norm", "swiglu", "rotary", "norm_heads", "shared", "registers", "fuse", "head")  # which diffusers has not
 
 
 class DiTNetwork(Network):
@@ -82,18 +82,7 @@ class DiTNetwork(Network):
     def config(self, settings: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
         """The same."""
         channels = bundle.backbone()["embed.weight"].shape[1]
-        return {
-            "_class_name": "DiTTransformer2DModel",
-            "_diffusers_version": VERSION,
-            "num_attention_heads": settings["heads"],
-            "attention_head_dim": settings["width"] // settings["heads"],
-            "in_channels": channels,
-            "out_channels": channels * (2 if settings["learn_range"] else 1),
-            "num_layers": settings["depth"],
-            "sample_size": settings["size"],
-            "patch_size": settings["patch"],
-            "num_embeds_ada_norm": ROWS - 1,
-        }
+        return {"_class_name": "DiTTransformer2DModel", **sizes(settings, channels), "num_embeds_ada_norm": ROWS - 1}
 
     def single_ties(self, names: Iterable[str], settings: Mapping[str, Any], prediction: str) -> Ties:
         """The published ones; those that say flow run time backwards."""
@@ -222,3 +211,17 @@ class DiTNetwork(Network):
 
 
 NETWORK = DiTNetwork()
+
+
+def sizes(settings: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """The sizes of a DiT in the words that the configs of diffusers' transformers of this kind share."""
+    return {
+        "_diffusers_version": VERSION,
+        "num_attention_heads": settings["heads"],
+        "attention_head_dim": settings["width"] // settings["heads"],
+        "in_channels": channels,
+        "out_channels": channels * (2 if settings["learn_range"] else 1),
+        "num_layers": settings["depth"],
+        "sample_size": settings["size"],
+        "patch_size": settings["patch"],
+    }

@@ -9,7 +9,7 @@ from ldm.backbone.flux import Flux
 from ldm.errors import Refusal
 from ldm.interop.bundle import SHARE, STRAIGHT, VERSION, Bundle
 from ldm.interop.keys import check_keys
-from ldm.interop.network._stream_names import depth_of, paired
+from ldm.interop.network._stream_names import check_told, depth_of, paired
 from ldm.interop.part.t5 import NODE
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
 from ldm.interop.protocols import Built, Network, Ties
@@ -60,6 +60,7 @@ class FluxNetwork(Network):
     alone = True
     shift = 0.1159
     straight = True
+    drawn = "FluxPipeline"
 
     def recognise(self, names: Iterable[str]) -> bool:
         """By its blocks of one sequence."""
@@ -165,6 +166,7 @@ class FluxNetwork(Network):
 
     def _check(self, bundle: Bundle) -> None:
         flow_config(bundle.recipe)
+        check_told(bundle, *(["Number"] if self.settings(bundle)["guided"] else []))
         if (patch := self.settings(bundle)["patch"]) != 2:
             raise Refusal(f"Other layouts know Flux with patches of 2x2; this one has backbone.patch={patch}.")
 
@@ -175,7 +177,18 @@ class FluxNetwork(Network):
         return flow_config(bundle.recipe, **({"shift": 3.0, "use_dynamic_shifting": True, **sizes} if guided else {}))
 
     def conditions(self, bundle: Bundle, built: Built, config: Mapping[str, Any] | None, index: Mapping[str, Any]) -> None:
-        """The guidance scale, and the published text towers by name, of which a single file holds none."""
+        """The guidance scale, and the published text towers by name, of which a single file holds none.
+
+        Raises:
+            Refusal: it is told a picture, by channels beside the noisy ones.
+        """
+        if (spatial := built[2]["spatial"]) != 0:
+            raise Refusal(
+                f"The Flux takes {spatial} channels beside the {built[1]} noisy ones, as Fill (a masked picture, its mask) and "
+                "Canny and Depth (a control picture) do; dev and schnell are known."
+            )
+        if (kind := index.get("_class_name", self.drawn)) != self.drawn:
+            bundle.assumed.append(f"pipeline: {kind}, of which text to picture is known: no other picture is told it")
         condition = bundle.recipe["condition"]
         if config is None:
             text = {"model": "ViT-L-14-quickgelu", "pretrained": "openai", "layers": [], "pooled": True, "projected": False}
@@ -200,7 +213,7 @@ class FluxNetwork(Network):
 
     def pipeline(self, bundle: Bundle) -> dict[str, Any]:
         """FluxPipeline, of a CLIP and a T5."""
-        index: dict[str, Any] = {"_class_name": "FluxPipeline", "_diffusers_version": VERSION}
+        index: dict[str, Any] = {"_class_name": self.drawn, "_diffusers_version": VERSION}
         index |= {"transformer": ["diffusers", self.classes[0]], "vae": ["diffusers", "AutoencoderKL"]}
         index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
         index |= {"text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer_2": ["transformers", "T5TokenizerFast"]}

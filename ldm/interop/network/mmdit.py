@@ -7,8 +7,8 @@ from ldm.backbone.mmdit import MMDiT
 from ldm.errors import Refusal
 from ldm.interop.bundle import SHARE, STRAIGHT, VERSION, Bundle
 from ldm.interop.keys import check_keys
-from ldm.interop.network._stream_names import depth_of, paired
-from ldm.interop.part.t5 import NODE, SILENCE
+from ldm.interop.network._stream_names import check_told, depth_of, paired
+from ldm.interop.part.t5 import NODE, SILENCE, widen
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.schedulers import flow_config
@@ -159,11 +159,17 @@ class MMDiTNetwork(Network):
             bundle.assumed.append("text: CLIP L and G by open_clip's names, which the file does not hold")
         if config is None and "language" not in condition:
             condition["language"] = {**NODE, "model": PUBLISHED_T5, "length": 256, "padding": "attended"}
+            widen(bundle, built[2]["tokens"])
             bundle.assumed.append(f"text: {PUBLISHED_T5}, which the file does not hold")
+
+    def check_diffusers(self, bundle: Bundle) -> None:
+        """Told by text alone."""
+        flow_config(bundle.recipe)
+        check_told(bundle)
 
     def check_single(self, bundle: Bundle) -> None:
         """Straight paths, and as many heads as published networks have."""
-        flow_config(bundle.recipe)
+        self.check_diffusers(bundle)
         s = self.settings(bundle)
         if s["width"] != HEAD * s["heads"]:
             raise Refusal(

@@ -9,7 +9,7 @@ from ldm.backbone.dit import DiT
 from ldm.errors import Refusal
 from ldm.interop.bundle import BETAS, DISCRETE, VERSION, Bundle
 from ldm.interop.keys import check_keys
-from ldm.interop.network.dit import HEADS, DiTNetwork
+from ldm.interop.network.dit import HEADS, DiTNetwork, sizes
 from ldm.interop.part.t5 import NODE, TARGET
 from ldm.interop.part.t5 import PUBLISHED as PUBLISHED_T5
 from ldm.interop.protocols import Built, Network, Ties
@@ -125,19 +125,11 @@ class PixArt(Network):
     def config(self, settings: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
         """The same; positions are laid over as much, and a picture's usual size is twice as large from 1024 pixels on."""
         backbone = bundle.backbone()
-        channels = backbone["embed.weight"].shape[1]
         return {
             "_class_name": "PixArtTransformer2DModel",
-            "_diffusers_version": VERSION,
-            "num_attention_heads": settings["heads"],
-            "attention_head_dim": settings["width"] // settings["heads"],
-            "in_channels": channels,
-            "out_channels": channels * (2 if settings["learn_range"] else 1),
-            "num_layers": settings["depth"],
+            **sizes(settings, backbone["embed.weight"].shape[1]),
             "cross_attention_dim": settings["width"],
             "caption_channels": backbone["read.wide.weight"].shape[1],
-            "sample_size": settings["size"],
-            "patch_size": settings["patch"],
             "interpolation_scale": 1,
             "use_additional_conditions": False,
         }

@@ -15,7 +15,7 @@ from ldm.interop.conditions import EDIT, IDENTITY, LABEL, map_node, number_node
 from ldm.interop.files import today
 from ldm.interop.keys import whole
 from ldm.interop.network._unet_config import unet_config, unet_settings
-from ldm.interop.network._unet_index import pipeline_of
+from ldm.interop.network._unet_index import XL_EDITS, pipeline_of
 from ldm.interop.network._unet_names import compvis, diffusers, has_transformers, linear, settings_of
 from ldm.interop.protocols import Built, Network, Ties
 from ldm.interop.source import File, inner
@@ -120,6 +120,8 @@ class UNetNetwork(Network):
         condition = bundle.recipe["condition"].items()
         strange = [f"condition.{n}" for n, c in condition if c["_target_"].split(".")[-1] not in PLACES]
         strange += [f"condition.{n}.slot=vector" for n, c in condition if c.get("slot") == "vector"]
+        if {EDIT, number_node(False)["_target_"]} <= {node["_target_"] for _, node in condition}:
+            raise Refusal("an edit of Stable Diffusion XL is known in diffusers' layout alone: use --to diffusers.")
         if strange:
             raise Refusal(f"CompVis' layout has no place for {', '.join(strange[:3])}. Use --to ldm.")
 
@@ -164,7 +166,8 @@ class UNetNetwork(Network):
             condition["number"] = number_node(len(towers) == 1)
         if config is not None and config.get("addition_embed_type"):
             condition["number"] = _numbers(config, towers, bool(index.get("requires_aesthetics_score")))
-        condition |= map_node(widths["spatial"], channels, condition.keys() - {"label"}, table)
+        edits = index.get("_class_name") == XL_EDITS and not index.get("is_cosxl_edit")
+        condition |= map_node(widths["spatial"], channels, condition.keys() - {"label"}, table, edits)
 
     def scale(self, file: File) -> float:
         """XL's, the upscaler's, or Stable Diffusion 1's and 2's."""
@@ -245,11 +248,6 @@ def _edited(bundle: Bundle, part: Part | None, change: Callable[[Tensor, Tensor]
     weight = bundle.weights[f"{BACKBONE}encoder.0.0.weight"].clone()
     weight[:, -channels:] = change(weight[:, -channels:], std.to(weight)[:, None, None])
     return replace(bundle, weights={**bundle.weights, f"{BACKBONE}encoder.0.0.weight": weight})
-
-
-def unet_node(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a U-Net."""
-    return NETWORK.node(settings)
 
 
 def _params(told: Mapping[str, Any]) -> Mapping[str, Any]:

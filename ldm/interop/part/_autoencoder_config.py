@@ -17,7 +17,7 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """
     kind = config.get("_class_name")
     if kind not in ("AutoencoderKL", "VQModel"):
-        raise Refusal(f"{folder} holds a {kind}; AutoencoderKL and VQModel are known.")
+        raise Refusal(f"{folder} holds a {kind}; AutoencoderKL, VQModel and AutoencoderRAE are known.")
     config = check_keys(config, kind, str(folder))
     width, *_ = blocks = config["block_out_channels"]
     down, up, channels = config["down_block_types"], config["up_block_types"], config["latent_channels"]
@@ -44,8 +44,13 @@ def vae_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def vae_config(
     ours: Mapping[str, Any], scale: float, shift: float, weights: Mapping[str, Any], shifted: bool = False
 ) -> dict[str, Any]:
-    """How `KL` or `VQ` is built, the defaults filled in, and its tensors -> AutoencoderKL's or VQModel's config, which says a
-    shift also where it is 0 if it is `shifted`, as pipelines read it that always do.
+    """-> AutoencoderKL's or VQModel's config.
+
+    Args:
+        ours: how `KL` or `VQ` is built, the defaults filled in.
+        scale, shift: of its latents.
+        weights: its tensors, which say what is around the latents.
+        shifted: whether a shift is said also where it is 0, as pipelines read it that always do.
     """
     quantised, around = "codebook" in weights, "quant_conv.weight" in weights
     attends = [i in ours["attention"] for i in range(len(ours["mult"]))]

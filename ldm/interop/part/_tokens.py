@@ -119,4 +119,4 @@ def _check_vocabulary(folder: Path) -> None:
 
 
 def _word(value: Any) -> Any:
-    return value["content"] if isinstance(value, dict) else value
+    return value["content"] if isinstance(value, dict) and "content" in value else value

@@ -1,4 +1,4 @@
-"""A CLIP's text tower: open_clip's names, which are ours, and those of transformers' CLIPTextModel."""
+"""A CLIP's towers: open_clip's names, which are ours, and those of transformers' CLIPTextModel and CLIPVisionModel."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,12 @@ EMBEDDINGS = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
 }
-PREFIX = "text_model."
+VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+}
+PREFIX, VISION_PREFIX = "text_model.", "vision_model."
 
 
 def transformers(names: Iterable[str]) -> dict[str, Tie]:
@@ -34,13 +39,53 @@ def transformers(names: Iterable[str]) -> dict[str, Tie]:
             return same(PREFIX + EMBEDDINGS[name])
         if name.startswith("ln_final."):
             return same(PREFIX + name.replace("ln_final", "final_layer_norm"))
-        i, tail = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name).groups()
-        layer = f"{PREFIX}encoder.layers.{i}."
-        if tail.startswith("attn.in_proj_"):
-            return stacked(*(f"{layer}self_attn.{letter}_proj.{tail.removeprefix('attn.in_proj_')}" for letter in "qkv"))
-        return same(layer + LAYER(tail))
+        return _in_layer(name, PREFIX)
 
     return tied(names, tie)
+
+
+def transformers_vision(names: Iterable[str]) -> dict[str, Tie]:
+    """open_clip's names of an image tower -> transformers' CLIPVisionModelWithProjection's."""
+
+    def tie(name: str) -> Tie:
+        if name == "proj":
+            return turned("visual_projection.weight")
+        if name in VISION:
+            return same(VISION_PREFIX + VISION[name])
+        if name.startswith(("ln_pre.", "ln_post.")):
+            return same(VISION_PREFIX + name.replace("ln_pre", "pre_layrnorm").replace("ln_post", "post_layernorm"))
+        return _in_layer(name, VISION_PREFIX)
+
+    return tied(names, tie)
+
+
+def _in_layer(name: str, prefix: str) -> Tie:
+    i, tail = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name).groups()
+    layer = f"{prefix}encoder.layers.{i}."
+    if tail.startswith("attn.in_proj_"):
+        return stacked(*(f"{layer}self_attn.{letter}_proj.{tail.removeprefix('attn.in_proj_')}" for letter in "qkv"))
+    return same(layer + LAYER(tail))
+
+
+def open_clip_vision(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """transformers' config of a CLIPVisionModelWithProjection -> open_clip's model_cfg of such an image tower.
+
+    Raises:
+        Refusal: a setting that open_clip does not have.
+    """
+    config = check_keys(config, "CLIPVisionModelWithProjection", place)
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if width % heads or config["image_size"] % config["patch_size"]:
+        raise Refusal(f"{place}: its heads ({heads}) or patches ({config['patch_size']}) do not divide width or picture.")
+    vision = {
+        "image_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "width": width,
+        "head_width": width // heads,
+        "layers": config["num_hidden_layers"],
+        "mlp_ratio": config["intermediate_size"] / width,
+    }
+    return {"embed_dim": config["projection_dim"], "quick_gelu": config["hidden_act"] == "quick_gelu", "vision_cfg": vision}
 
 
 def open_clip_config(config: Mapping[str, Any], projects: bool) -> dict[str, Any]:

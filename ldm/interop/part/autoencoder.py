@@ -20,6 +20,7 @@ from ldm.interop.statistics import folded, published_statistics, scale_of
 from ldm.interop.tie import Tie, check_whole, give, kernel, renamer, same, tied
 from ldm.interop.weights import check_numbers, class_of, read_config
 
+TARGETS = ("ldm.autoencoder.kl.KL", "ldm.autoencoder.vq.VQ")
 STATISTICS = ("mean", "std", "count", "hits", "sums")  # ours alone
 MIDDLE = {"0": ("block_1", "resnets.0"), "1": ("attn_1", "attentions.0"), "2": ("block_2", "resnets.1")}
 COMPVIS = renamer({"skip": "nin_shortcut", "out": "proj_out"})
@@ -130,6 +131,7 @@ class Autoencoder(protocols.Part):
     word = "autoencoder"
     folders = ("vae", "vqvae")
     alone = True
+    classes = ("AutoencoderKL", "VQModel")
 
     def take_file(self, file: File, bundle: Bundle, scale: float) -> None:
         """CompVis' below `first_stage_model.`; one that comes alone has no prefix."""
@@ -140,7 +142,8 @@ class Autoencoder(protocols.Part):
             raise Refusal(f"{file.path} is a U-Net alone, without what it is told by (a text tower) and its autoencoder.")
         if alone and not inside and "encoder.conv_in.weight" not in file.weights:
             raise Refusal(
-                f"{file.path} is no model in CompVis' or Stability's layout: it begins with {sorted(file.weights)[:3]}."
+                f"{file.path} is no model in CompVis' or Stability's layout: it begins with {sorted(file.weights)[:3]}. A part, "
+                "or one of several pieces, of a model in a folder is read with it: name that folder."
             )
         if not alone and not any(name.startswith(PREFIX) and not name.startswith(LEFT) for name in file.weights):
             return
@@ -162,11 +165,15 @@ class Autoencoder(protocols.Part):
 
     def give_file(self, bundle: Bundle) -> dict[str, Tensor]:
         """The same; alone, a VQ draws the same whatever its statistics."""
+        if self._is_other(bundle):
+            return {}
         stage = bundle.parts[self.kind].weights if self._scale(bundle) is not None else folded(bundle.parts[self.kind])
         return give(compvis(stage, bundle.parts[self.kind].settings()), stage, "" if bundle.recipe is None else PREFIX)
 
     def beside(self, bundle: Bundle) -> dict[str, Any]:
         """Its scale factor, shift and sizes."""
+        if self._is_other(bundle):
+            return {}
         part, (scale, shift) = bundle.parts[self.kind], self._scale(bundle) or (1.0, 0.0)
         first = _autoencoder_config.beside(part.settings(), "codebook" in part.weights)
         return {"scale_factor": scale, **({"shift_factor": shift} if shift else {}), "first_stage_config": first}
@@ -182,6 +189,8 @@ class Autoencoder(protocols.Part):
 
     def give_folder(self, bundle: Bundle, folder: Path, index: Mapping[str, Any]) -> None:
         """The same. A VQ alone draws the same whatever its statistics, which are left where they differ by channel."""
+        if self._is_other(bundle):
+            return
         part, said = bundle.parts[self.kind], self._scale(bundle)
         place = folder if bundle.recipe is None else folder / ("vqvae" if "vqvae" in index else "vae")
         weights = part.weights if said is not None else folded(part)
@@ -199,7 +208,9 @@ class Autoencoder(protocols.Part):
             home = home_of(node["path"], folder)
         config, path = without_usual(read_recipe(home))[0], home / "model.safetensors"
         if config.get("_target_") not in AUTOENCODERS:
-            raise Refusal(f"{home} holds {config.get('_target_')}; KL and VQ autoencoders have a place in other layouts.")
+            raise Refusal(f"{home} holds {config.get('_target_')}; KL, VQ and RAE autoencoders have a place in other layouts.")
+        if config["_target_"] not in TARGETS:
+            return
         weights = read_weights(path)
         check_whole(weights, autoencoder_shapes(config), str(path))
         check_numbers(weights, path)
@@ -207,9 +218,13 @@ class Autoencoder(protocols.Part):
 
     def give_ours(self, bundle: Bundle, folder: Path) -> None:
         """The same."""
-        if self.kind in bundle.parts:
+        if self.kind in bundle.parts and not self._is_other(bundle):
             part = bundle.parts[self.kind]
             save_model(part.weights, part.config, folder if bundle.recipe is None else folder / self.kind)
+
+    def _is_other(self, bundle: Bundle) -> bool:
+        """Whether the autoencoder is one that another file reads and writes."""
+        return self.kind in bundle.parts and bundle.parts[self.kind].kind != self.kind
 
     def _scale(self, bundle: Bundle) -> tuple[float, float] | None:
         """Scale factor and shift; None where another layout has no word for its statistics, and they must be folded in."""

@@ -44,7 +44,12 @@ def diffusers(names: Iterable[str]) -> dict[str, Tie]:
 
 
 def bert_shapes(words: int, width: int, depth: int, heads: int, head_width: int, length: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of such a text model of so many words, which is not built in memory."""
+    """Names and shapes of such a text model, which is not built in memory.
+
+    Args:
+        words: in its vocabulary.
+        width, depth, heads, head_width, length: as in `Bert`.
+    """
     with torch.device("meta"):
         block = shapes_of(Block(width, heads, head_width))
     shapes = {"words.weight": (words, width), "places.weight": (length, width), "norm.weight": (width,), "norm.bias": (width,)}

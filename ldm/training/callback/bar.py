@@ -98,8 +98,9 @@ def summary(trainer: pl.Trainer, module: Stage) -> list[str]:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     model, data = module.latent_model(), data_of(trainer)
-    told = "" if model is None else f"told {', '.join(model.conditioner.embedders) or 'nothing'}"
-    network = "" if model is None else f"{type(model.denoiser.backbone).__name__} on {type(model.autoencoder).__name__}, {told}; "
+    conditions = "" if model is None else f"told {', '.join(model.conditioner.embedders) or 'nothing'}"
+    parts = () if model is None else (model.denoiser.backbone, model.autoencoder)
+    network = f"{' on '.join(type(part).__name__ for part in parts)}, {conditions}; " if parts else ""
     size = f" at {data.size} px"
     opened = {split: vars(data).get(f"{split}_set") for split in ("train", "val")}  # to open one would index it
     counts = ", ".join(f"{len(samples):,} {split}" for split, samples in opened.items() if samples is not None)

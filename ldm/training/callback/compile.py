@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm.errors import Refusal
 
+VARIANTS = 8  # of one block, as many as torch keeps of one function: training and validation, sizes of batches
 GRAPHS = ("reduce-overhead", "max-autotune")  # modes of CUDA graphs; none adds gradients up (pytorch/pytorch issue 169545)
 
 
@@ -42,12 +43,23 @@ class Compile(pl.Callback):
                 part = module.get_submodule(name)
             except AttributeError as error:
                 raise Refusal(f"callback.compile.parts: {type(module).__name__} has no part {name} ({error}).") from error
-            for block in blocks_of(part) if self.regional or isinstance(part, nn.ModuleList) else [part]:
+            blocks = blocks_of(part) if self.regional or isinstance(part, nn.ModuleList) else [part]
+            keep_variants(len(blocks))
+            for block in blocks:
                 block.compile(**self.settings)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """A new step may overwrite what the last one's graphs gave."""
         torch.compiler.cudagraph_mark_step_begin()
+
+
+def keep_variants(blocks: int) -> None:
+    """Lets torch keep what it compiles for so many blocks: blocks of one class are one function to it, of which it compiles
+    8 variants, and runs all others as if they were not compiled.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS * blocks)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:

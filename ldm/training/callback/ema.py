@@ -11,39 +11,35 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ldm.errors import Refusal
-from ldm.training.base import Stage
+from ldm.training.callback._averaging import Averaging, trained
 from ldm.training.parallel.sharded import placed_as
 from ldm.training.protocols import Average
 
 
-class EMA(pl.Callback):
+class EMA(Averaging):
     """Averages what is trained and nothing else, once an optimizer step. Validation and export see the average.
 
     The decay starts small and grows as (1 + n) / (10 + n) up to `decay`, n counting updates.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
-        self.decay, self.updates, self.step = decay, 0, -1
+        super().__init__()
+        self.decay = decay
         self.average: dict[str, Tensor] = {}
         self.raw: dict[str, Tensor] = {}
         self.weights: list[Tensor] = []  # to look for them among all at every step takes milliseconds
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def begin(self, module: pl.LightningModule) -> None:
         """Starts from the weights, or from what a checkpoint brought."""
         for name, weight in trained(module).items():
-            kept = placed_as(self.average.get(name, weight.detach()), weight)
-            self.average[name] = kept.to(weight.device, torch.float32, copy=True)
+            average = placed_as(self.average.get(name, weight.detach()), weight)
+            self.average[name] = average.to(weight.device, torch.float32, copy=True)
         self.weights = list(trained(module).values())
-        self.step = trainer.global_step
 
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        """Moves the average, where an optimizer step was made."""
-        if trainer.global_step == self.step:
-            return
-        self.step, self.updates = trainer.global_step, self.updates + 1
+    def move(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Moves the average towards the weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [weight.detach().float() for weight in self.weights]
+        weights = [weight.float() for weight in self.weights]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @property
@@ -117,9 +113,3 @@ def average_of(trainer: pl.Trainer, module: pl.LightningModule, part: str) -> nn
     original = module.get_submodule(part)
     weights = {id(p): average.get(f"{part}.{name}", p.detach()) for name, p in original.named_parameters()}
     return deepcopy(original, {key: nn.Parameter(x, requires_grad=False) for key, x in weights.items()}).eval()
-
-
-def trained(module: pl.LightningModule) -> dict[str, Tensor]:
-    """The parameters that are trained and averaged, by name."""
-    apart = tuple(f"{part}." for part in module.apart) if isinstance(module, Stage) else ()
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and not name.startswith(apart)}

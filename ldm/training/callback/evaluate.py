@@ -23,12 +23,20 @@ from ldm.types import DataModule, Guidance, Sampler
 
 
 class Evaluate(pl.Callback):
-    """Every `every` optimizer steps, draws for `count` evenly chosen samples of a split and measures.
-
-    The numbers go to the loggers as `evaluate/<number>` and, with their protocol, to FOLDER/<step>/metrics.json. Data come from a
-    module of its own, and pictures from their own seeds: training takes the same samples and the same noise as without.
+    """Draws and measures as training goes on; the numbers also go to the loggers, as `evaluate/<number>`.
 
     Args:
+        folder: where the numbers go, FOLDER/<step>/metrics.json.
+        every: optimizer steps between two measurements.
+        metric: what is measured, by name.
+        data: a module of its own, so that training takes the same samples as without.
+        sampler, guidance: how the pictures are drawn.
+        count: pictures that are drawn, for evenly chosen samples.
+        requests: the split whose conditions they are drawn for.
+        reference: the split of the real pictures.
+        batch: pictures at a time, on each rank.
+        seed: of the pictures; training takes the same noise as without.
+        checkpoints: the folder of the best one.
         best: the number by which the best checkpoint is kept as CHECKPOINTS/best.ckpt; None keeps none.
         mode: whether the best is the `min` or the `max`.
     """
@@ -73,13 +81,13 @@ class Evaluate(pl.Callback):
             return
         self.step, training = step, module.training
         with torch.no_grad(), torch.random.fork_rng(), averaged(trainer, module):
-            told = self._measure(module.eval(), step)
+            numbers = self._measure(module.eval(), step)
         module.train(training)
         for logger in trainer.loggers:
-            logger.log_metrics({f"evaluate/{name}": entry["value"] for name, entry in told.items()}, step=step)
+            logger.log_metrics({f"evaluate/{name}": entry["value"] for name, entry in numbers.items()}, step=step)
         if trainer.is_global_zero:
-            write_numbers(told, self.folder / f"{step:08d}")
-        self._keep_best(trainer, told)
+            write_numbers(numbers, self.folder / f"{step:08d}")
+        self._keep_best(trainer, numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, so that a resumed run goes on from it."""
@@ -102,8 +110,8 @@ class Evaluate(pl.Callback):
 
         def draw() -> Drawings:
             requests = Split(self.data, self.requests, device, chosen(self.data, self.count, self.requests))
-            told = {"sampler": repr(self.sampler), "guidance": repr(self.guidance), "model": weights}
-            return Drawings(model, requests, self.sampler, self.guidance, self.seed, (self.data.size,) * 2, protocol=told)
+            how = {"sampler": repr(self.sampler), "guidance": repr(self.guidance), "model": weights}
+            return Drawings(model, requests, self.sampler, self.guidance, self.seed, (self.data.size,) * 2, protocol=how)
 
         pictures = {
             "drawing": lambda: use("drawing", draw()),
@@ -118,12 +126,12 @@ class Evaluate(pl.Callback):
         settings = {"ema": True, "code": code_version()}
         return entries(numbers, self.metric, used, settings, {"step": step, "sha256": weights}, corrupt)
 
-    def _keep_best(self, trainer: pl.Trainer, told: Mapping[str, Mapping[str, Any]]) -> None:
+    def _keep_best(self, trainer: pl.Trainer, numbers: Mapping[str, Mapping[str, Any]]) -> None:
         if self.best is None:
             return
-        if self.best not in told:
-            raise Refusal(f"callback.evaluate.best={self.best}: there are the numbers {', '.join(told)}.")
-        value = told[self.best]["value"]
+        if self.best not in numbers:
+            raise Refusal(f"callback.evaluate.best={self.best}: there are the numbers {', '.join(numbers)}.")
+        value = numbers[self.best]["value"]
         sign = 1 if self.mode == "min" else -1
         if self.record is None or sign * value < sign * self.record:
             self.record = value

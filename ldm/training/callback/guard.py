@@ -54,7 +54,7 @@ class Guard(pl.Callback):
         batches, self.batches = self.batches, []
         if scaler_of(trainer) is not None:
             return
-        norm = gradient_norm(optimizer)
+        norm = module.norm = gradient_norm(optimizer)
         if module.is_logged():
             module.log("train/gradient_norm", norm)
         module.spoilt = self._judge(norm)
@@ -107,12 +107,12 @@ class Guard(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped": self.skipped}, step=step)
         what = f"is {length:.3g}, beyond always.guard.spike" if math.isfinite(length) else "is not finite"
-        found = f"Samples that hold NaN or infinity: {bad[:5]}; leave them out of the shards (data.train)." if bad else ""
-        rank_zero_warn(f"The gradient of step {step} {what}: its update is skipped, its samples are named in {file}. {found}")
+        advice = f"Samples that hold NaN or infinity: {bad[:5]}; leave them out of the shards (data.train)." if bad else ""
+        rank_zero_warn(f"The gradient of step {step} {what}: its update is skipped, its samples are named in {file}. {advice}")
         if self.row >= self.patience:
             raise Refusal(
                 f"At step {step} the gradient {what}, {self.row} times in a row (always.guard.patience); none was made. "
-                + (found or f"Lower optimizer.lr, or train with trainer.precision=32-true; {file} names the samples.")
+                + (advice or f"Lower optimizer.lr, or train with trainer.precision=32-true; {file} names the samples.")
             )
 
 

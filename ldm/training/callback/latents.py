@@ -14,9 +14,11 @@ from ldm.training.feed import data_of
 from ldm.training.protocols import Quantised, Trainable
 from ldm.types import DataModule
 
+SHOWN = 16  # channels
+
 
 class Latents(Preview):
-    """FOLDER/step.png, a histogram of each channel of sampled latents; FOLDER/step.json and the loggers, their numbers.
+    """FOLDER/step.png, histograms of the first 16 channels of sampled latents; FOLDER/step.json and the loggers: numbers.
 
     Sampled latents are those that reach the decoder or, of a VQ, the quantiser, not whitened. The noise is the same every time.
     """
@@ -31,25 +33,28 @@ class Latents(Preview):
         write_json({**numbers, **statistics}, self.folder / f"{trainer.global_step:08d}.json")
         for logger in trainer.loggers:
             logger.log_metrics({f"latents/{name}": value for name, value in numbers.items()}, step=trainer.global_step)
-        return histograms(channels)
+        return histograms(channels[:SHOWN])
 
 
 @torch.no_grad()
 def measure(autoencoder: Trainable, data: DataModule, device: torch.device) -> tuple[Tensor, dict[str, float]]:
-    """-> sampled latents of the validation pictures (C, N), and numbers: `kl` in nats a picture, or `usage` and `perplexity`."""
+    """-> sampled latents of the validation pictures (C, N), and numbers: `kl` in nats a picture, or `usage` and `perplexity`.
+
+    There are none where the encoder is of another kind, and says latents without noise.
+    """
     generator, parts, kl, counts, pictures = torch.Generator().manual_seed(0), [], 0.0, 0, 0
     for batch in data.ordered("val", batch=32):
         images = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, device, 0), 0)["image"]
-        told = autoencoder.posterior(images)
-        z = told.sample(torch.randn(told.mean.shape, generator=generator))
+        moments = autoencoder.posterior(images)
+        z = moments.sample(torch.randn(moments.mean.shape, generator=generator))
         parts.append(z.transpose(0, 1).flatten(1).float().cpu())
         pictures += len(images)
         if isinstance(autoencoder, Quantised):
             counts = counts + torch.bincount(autoencoder.quantise(z)[1].flatten(), minlength=autoencoder.codes())
-        else:
-            kl += 0.5 * (told.mean.square() + told.std.square() - 1 - 2 * told.std.log()).sum().item()
+        elif moments.std.any():
+            kl += 0.5 * (moments.mean.square() + moments.std.square() - 1 - 2 * moments.std.log()).sum().item()
     if not isinstance(autoencoder, Quantised):
-        return torch.cat(parts, 1), {"kl": kl / pictures}
+        return torch.cat(parts, 1), {"kl": kl / pictures} if kl else {}
     share = counts.double() / counts.sum()
     return torch.cat(parts, 1), {
         "usage": (share > 0).double().mean().item(),

@@ -46,10 +46,10 @@ class LevelCurve(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Draws again with the new line, on rank 0."""
-        found = {level: trainer.callback_metrics.get(NAME.format(level)) for level in LEVELS}
-        if not trainer.is_global_zero or all(error is None for error in found.values()):
+        errors = {level: trainer.callback_metrics.get(NAME.format(level)) for level in LEVELS}
+        if not trainer.is_global_zero or all(error is None for error in errors.values()):
             return
-        self.lines.append((trainer.global_step, {level: float(e) for level, e in found.items() if e is not None}))
+        self.lines.append((trainer.global_step, {level: float(e) for level, e in errors.items() if e is not None}))
         figure = Figure(figsize=(5, 3.5), layout="constrained")
         axes = figure.subplots()
         for i, (step, line) in enumerate(self.lines):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ldm.files.folder import save_tensors
 from ldm.training.average import exponent
-from ldm.training.callback.ema import trained
+from ldm.training.callback._averaging import Averaging, trained
 from ldm.training.parallel.sharded import placed_as, whole
 
 
-class PowerEMA(pl.Callback):
+class PowerEMA(Averaging):
     """Two averages of lengths `stds`, relative to the training so far, kept every `every` steps and at the end, in float16.
 
     At step n an average moves by 1 - (1 - 1 / n)^(gamma + 1) towards the weights (EDM2, https://arxiv.org/abs/2312.02696,
@@ -22,25 +22,21 @@ class PowerEMA(pl.Callback):
     """
 
     def __init__(self, folder: str, every: int, stds: Sequence[float] = (0.05, 0.1)) -> None:
-        self.folder, self.every, self.stds, self.step, self.updates = Path(folder), every, tuple(stds), -1, 0
+        super().__init__()
+        self.folder, self.every, self.stds = Path(folder), every, tuple(stds)
         self.averages: dict[str, dict[str, Tensor]] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def begin(self, module: pl.LightningModule) -> None:
         """Starts from the weights, or from what a checkpoint brought."""
         for std in self.stds:
-            kept = self.averages.get(f"{std:.3f}", {})
+            before = self.averages.get(f"{std:.3f}", {})
             self.averages[f"{std:.3f}"] = {
-                name: placed_as(kept.get(name, weight.detach()), weight).to(weight.device, torch.float32, copy=True)
+                name: placed_as(before.get(name, weight.detach()), weight).to(weight.device, torch.float32, copy=True)
                 for name, weight in trained(module).items()
             }
-        self.step = trainer.global_step
 
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        """Moves the averages, where an optimizer step was made."""
-        if trainer.global_step == self.step:
-            return
-        self.step, self.updates = trainer.global_step, self.updates + 1
+    def move(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Moves the averages towards the weights, and writes them when it is time."""
         weights = [weight.detach().float() for weight in trained(module).values()]
         for std in self.stds:
             moved = 1 - (1 - 1 / self.updates) ** (exponent(std) + 1)

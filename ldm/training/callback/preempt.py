@@ -120,16 +120,16 @@ class Preempt(pl.callbacks.Checkpoint):
 
     def _agreed(self) -> int:
         """-> the signal that any rank had got when the step before this one ended, 0 for none."""
-        own = self.told or (WARNING if time.time() > self.end else 0)
+        here = self.told or (WARNING if time.time() > self.end else 0)
         if self.group is None:
-            return int(own)
-        asked, flag = self.asked, torch.tensor([int(own)])
+            return int(here)
+        last, flag = self.asked, torch.tensor([int(here)])
         reduced = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.group, async_op=True)
         self.asked = (flag, reduced)
-        if asked is None:
+        if last is None:
             return 0
-        asked[1].wait()
-        return int(asked[0].numpy()[0])
+        last[1].wait()
+        return int(last[0].numpy()[0])
 
     def _restore(self) -> None:
         for signum, handler in self.before.items():

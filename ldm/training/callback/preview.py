@@ -50,7 +50,16 @@ class Preview(pl.Callback):
 
 
 class Drawings(Preview):
-    """Pictures drawn for evenly chosen validation conditions, the same seeds every time."""
+    """Drawn pictures, of the same seeds every time.
+
+    Args:
+        folder: where the pictures go, FOLDER/<step>.png.
+        every: optimizer steps between two.
+        sampler, guidance: how they are drawn.
+        size: pixels of a side.
+        count: pictures, where `captions` are none.
+        captions: what they are drawn for; empty: the conditions of the first validation samples.
+    """
 
     def __init__(
         self,

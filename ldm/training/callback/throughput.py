@@ -66,13 +66,13 @@ class Throughput(pl.Callback):
             return
         seconds = self.end - self.begin - self.away
         images = done * module.batch / seconds
-        told = {"images_per_second": images, "waiting": self.waited / seconds}
+        figures = {"images_per_second": images, "waiting": self.waited / seconds}
         if self.peak:
-            told["mfu"] = images * self.flops / (self.peak * trainer.world_size)
+            figures["mfu"] = images * self.flops / (self.peak * trainer.world_size)
         if module.device.type == "cuda":
-            told["memory"] = torch.cuda.max_memory_allocated(module.device) / 2**30
+            figures["memory"] = torch.cuda.max_memory_allocated(module.device) / 2**30
         for logger in trainer.loggers:
-            logger.log_metrics({f"speed/{name}": value for name, value in told.items()}, step=trainer.global_step)
+            logger.log_metrics({f"speed/{name}": value for name, value in figures.items()}, step=trainer.global_step)
         self._restart(trainer)
 
     def on_validation_start(self, *_: Any) -> None:

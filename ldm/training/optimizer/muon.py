@@ -13,9 +13,18 @@ TOGETHER = 2**22  # numbers, beyond which a product keeps a device busy by itsel
 class Muon(Optimizer):
     """Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon), with AdamW where it does not apply.
 
-    A weight counts as a matrix (outputs, inputs * kernel). Those with at least `least` outputs and inputs get Muon at rate
-    `lr`, the others (first and last layers, norms, biases) AdamW at rate `adam_lr`; a learning-rate schedule moves both alike.
-    torch.optim.Muon takes 2-D weights only, which leaves out convolutions.
+    A weight counts as a matrix (outputs, inputs * kernel). Those that are large enough get Muon, the others (first and last
+    layers, norms, biases) AdamW; a learning-rate schedule moves both alike. torch.optim.Muon takes 2-D weights only, which leaves
+    out convolutions.
+
+    Args:
+        params: weights, or groups of them.
+        lr: of Muon.
+        adam_lr: of AdamW.
+        momentum: of Muon.
+        betas, eps: of AdamW.
+        weight_decay: of both, times the group's rate.
+        least: outputs and inputs that a weight must have at least to be one of Muon's matrices.
     """
 
     def __init__(

@@ -85,8 +85,8 @@ class Sharded(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Shares the weights out."""
-        own, given = self.lightning_module.state_dict(), checkpoint["state_dict"]
-        placed = {name: placed_as(value, own[name]) if name in own else value for name, value in given.items()}
+        state, given = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        placed = {name: placed_as(value, state[name]) if name in state else value for name, value in given.items()}
         self.lightning_module.load_state_dict(placed, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -22,9 +22,14 @@ from ldm.training.stage.beside import step_beside
 class Adversary(nn.Module):
     """A discriminator, its optimizer, and how much the autoencoder heeds it.
 
-    From autoencoder step `start` on, both learn from the same reconstructions: the autoencoder's loss grows by `weight` times
-    the adaptive weight times the generator's loss (VQGAN, https://arxiv.org/abs/2012.09841, equation 7). `rate` is read at the
-    autoencoder's step.
+    Args:
+        network: pictures (B, 3, h, w) -> logits of patches.
+        loss: what both sides minimise.
+        optimizer: makes the discriminator's.
+        rate: what its learning rates are multiplied by, at the autoencoder's step.
+        start: the autoencoder's step from which on both learn, from the same reconstructions.
+        weight: of the generator's loss in the autoencoder's.
+        adaptive: whether it is also multiplied by VQGAN's adaptive weight (https://arxiv.org/abs/2012.09841, equation 7).
     """
 
     def __init__(

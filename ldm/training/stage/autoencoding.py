@@ -16,22 +16,31 @@ from ldm.training.base import Stage, reduce_sum
 from ldm.training.callback.guard import unless
 from ldm.training.protocols import Quantised, Trainable
 from ldm.training.stage.adversary import Adversary
-from ldm.types import Batch, DataModule, Draw
+from ldm.types import Batch, DataModule, Draw, Freezes
 
 
 class Autoencoding(Stage):
     """L1 + L2 + perceptual + KL or codebook + adversary (https://arxiv.org/abs/2112.10752, equation 25).
 
-    `perceptual`: (images, targets) -> distance, or None. Each weight multiplies a mean, over pixels or over latent numbers,
-    where the KL is in nats; L1 has weight 1. So the paper's `kl_weight`, which multiplies a sum beside a sum over pixels, is
-    channels / (3 f^2) of its value here. `log_variance`, where given, is the first value of a learned number s, and the
-    reconstruction's terms count as terms / exp(s) + s. `augment`: (images, draw) -> images, changes those it trains on. In
-    training the perceptual distance is the mean over the first `perceptual_share` of a batch's pictures: it takes as long as
-    a small autoencoder.
+    Args:
+        autoencoder: what is trained.
+        perceptual: (images, targets) -> distance; None for none.
+        perceptual_weight: of its mean.
+        kl_weight: of the KL divergence in nats, a mean over latent numbers. The paper's, which multiplies a sum beside a sum
+            over pixels, is channels / (3 f^2) of its value here.
+        l2_weight: of the mean squared error; L1 has weight 1.
+        codebook_weight: of the codebook's terms, of an autoencoder that has one.
+        adversary: a discriminator; None for none.
+        log_variance: the first value of a learned number s, with which the reconstruction's terms count as terms / exp(s) + s;
+            without it they count as they are.
+        augment: (images, draw) -> images, changes those it trains on; None: as they are.
+        perceptual_share: in training the perceptual distance is the mean over the first so much of a batch's pictures, in (0,
+            1]: it takes as long as a small autoencoder.
+        **stage: as in Stage.
     """
 
     trains = "autoencoder"
-    compiled = ("autoencoder.encoder", "autoencoder.decoder.middle", "autoencoder.decoder.levels")
+    compiled = ("autoencoder.encoder", *(f"autoencoder.decoder.{part}" for part in ("middle", "levels", "blocks")))
 
     def __init__(
         self,
@@ -47,8 +56,11 @@ class Autoencoding(Stage):
         perceptual_share: float = 1.0,
         **stage: Any,
     ) -> None:
-        super().__init__(frozen=("perceptual",), **stage)
+        frozen = [f"autoencoder.{part}" for part in autoencoder.frozen] if isinstance(autoencoder, Freezes) else []
+        super().__init__(frozen=("perceptual", *frozen), **stage)
         self.autoencoder, self.perceptual, self.adversary = autoencoder, perceptual, adversary
+        here = {name for name, _ in self.named_modules()}
+        self.compiled = tuple(name for name in type(self).compiled if name in here)
         self.perceptual_weight, self.l2_weight = perceptual_weight, l2_weight
         self.latent_weights = {"kl": kl_weight, "codebook": codebook_weight}
         self.log_variance = None if log_variance is None else nn.Parameter(torch.tensor(float(log_variance)))
@@ -128,7 +140,8 @@ class Autoencoding(Stage):
 
     @torch.no_grad()
     def finish(self, data: DataModule) -> None:
-        """Measures mean and standard deviation of sampled latents over the training set, per channel, over all ranks.
+        """Measures mean and standard deviation of sampled latents over the training set, over all ranks: per channel, or per
+        channel and place where the autoencoder's `mean` is (C, H, W).
 
         Exact over the sampling noise: E[z] = E[mean], Var[z] = E[mean^2 + std^2] - E[mean]^2. Sums are float64.
 
@@ -136,13 +149,15 @@ class Autoencoding(Stage):
             Refusal: a channel is the same everywhere, or not finite; names it.
         """
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        sums = torch.zeros(3, self.autoencoder.channels, dtype=torch.float64, device=self.device)
+        each = self.autoencoder.mean.shape
+        over = (1, 3, 4) if len(each) == 1 else (1,)
+        sums = torch.zeros(3, *each, dtype=torch.float64, device=self.device)
         pictures = torch.zeros((), dtype=torch.int64, device=self.device)
         for batch in data.ordered("train", batch=64, rank=rank, world=world):
             batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, self.device, 0), 0)
             moments = self.autoencoder.posterior(batch["image"])
             mean, std = moments.mean.double(), moments.std.double()
-            sums += torch.stack((torch.ones_like(mean), mean, mean.square() + std.square())).sum((1, 3, 4))
+            sums += torch.stack((torch.ones_like(mean), mean, mean.square() + std.square())).sum(over)
             pictures += len(mean)
         count, total, square = reduce_sum(sums)
         mean = total / count
@@ -155,21 +170,29 @@ class Autoencoding(Stage):
 
     def export(self, folder: Path) -> None:
         """Writes model.safetensors, the statistics with it, config.json, and statistics.json: what they are and of what data."""
-        statistics = {"mean": self.autoencoder.mean, "std": self.autoencoder.std, "count": self.autoencoder.count}
-        numbers = {name: value.tolist() for name, value in statistics.items()}
+        per_channel = {"mean": self.autoencoder.mean, "std": self.autoencoder.std}
+        numbers = {
+            name: value.flatten(1).mean(1).tolist() if value.ndim > 1 else value.tolist() for name, value in per_channel.items()
+        }
+        numbers["count"] = self.autoencoder.count.item()
         write_json({**numbers, **self.measured}, folder / "statistics.json")
         save_model(self.autoencoder.state_dict(), self.recipe, folder)
 
 
 def check_whitens(mean: Tensor, std: Tensor) -> None:
-    """Raises ValueError where a channel's statistics, (C) each in float64, cannot whiten it: no deviation but rounding."""
-    bad = (~(std > 1e-6 * mean.abs()) | ~std.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        found = "; ".join(f"channel {i} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in bad)
-        raise Refusal(
-            f"Latents that say nothing cannot be whitened: over the training set, {found}. Train with "
-            f"autoencoder.channels={max(len(mean) - len(bad), 1)}, or from another seed."
-        )
+    """Raises ValueError where statistics, (C) or (C, H, W) each in float64, cannot whiten: no deviation but rounding."""
+    bad = [tuple(place) for place in (~(std > 1e-6 * mean.abs()) | ~std.isfinite()).nonzero().tolist()]
+    if not bad:
+        return
+    whole = mean.ndim == 1
+    few = bad if whole else bad[:3]
+    found = "; ".join(f"channel {', '.join(map(str, i))} has mean {mean[i]:.4g} and deviation {std[i]:.4g}" for i in few)
+    mend = (
+        f"autoencoder.channels={max(len(mean) - len(bad), 1)}" if whole else "pictures that differ there (channel, row, column)"
+    )
+    raise Refusal(
+        f"Latents that say nothing cannot be whitened: over the training set, {found}. Train with {mend}, or from another seed."
+    )
 
 
 @torch.no_grad()

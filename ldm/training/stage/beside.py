@@ -33,9 +33,14 @@ def step_beside(
     trainer: pl.Trainer,
     spoilt: Tensor | None = None,
 ) -> None:
-    """One update from the gradients of all ranks, clipped as the trainer clips, at `rates` times rate(main step).
+    """One update from the gradients of all ranks; left out where its own gradient is not finite.
 
-    It is left out where `spoilt`, () bool, says so of the main update, or where its own gradient is not finite.
+    Args:
+        optimizer: whose weights' gradients are taken, and zeroed.
+        rates: its groups' learning rates.
+        rate: the main step -> what they are multiplied by.
+        trainer: says how gradients are clipped.
+        spoilt: () bool, whether the main update is left out; then this one is, too.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:

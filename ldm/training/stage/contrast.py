@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from ldm.embedder import texts
 from ldm.files.folder import save_tensors, write_text
 from ldm.tower.clip import embed_text, text_mask
 from ldm.tower.cut import Cut
@@ -37,7 +38,7 @@ class Contrast(Stage):
 
     def losses(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """batch: image (B, 3, h, w), caption -> loss, and top-1 retrieval of captions by pictures within the batch."""
-        ids = self.tokenizer(list(batch["caption"]))
+        ids = self.tokenizer(texts(batch["caption"]))
         if self.training:
             self.cut.count(batch["caption"], (ids[:, -1] != 0).tolist())
         image, text = self.clip.encode_image(batch["image"], True), encode_text(self.clip, ids, self.device)
@@ -93,9 +94,9 @@ def encode_text(clip: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
     Where no token looks ahead, what lies behind the longest caption's end, at a multiple of 4, is left out.
     """
     if clip.attn_mask is None or clip.text_pool_type != "argmax" or not isinstance(clip.text_projection, Tensor):
-        return clip.encode_text(ids.to(device), True)
+        return clip.encode_text(ids.to(device, non_blocking=True), True)
     length = min(-(-int(text_mask(ids).sum(1).max()) // 4) * 4, ids.shape[1])
-    ids = ids[:, :length].to(device)
+    ids = ids[:, :length].to(device, non_blocking=True)
     x = clip.token_embedding(ids) + clip.positional_embedding[:length]
     x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
     return normalize(x[torch.arange(len(ids), device=device), ids.argmax(dim=1)] @ clip.text_projection, dim=-1)

@@ -22,10 +22,9 @@ from ldm.training.feed import data_of
 from ldm.training.optimizer.groups import parameter_groups
 from ldm.training.optimizer.mup import MuP, check_optimizer
 from ldm.training.parallel.sharded import whole
-from ldm.training.protocols import Critical, Meets
 from ldm.training.resume import differences, keep_settings, line
 from ldm.training.stage.beside import add_gradients, step_beside
-from ldm.types import Batch, Cond, DataModule, Draw, Freezes, Moments, Objective
+from ldm.types import Batch, Cond, Critical, DataModule, Draw, Freezes, Meets, Moments, Objective
 
 EVERY = 100  # batches whose latents are looked at
 INTERVALS = 64  # of the times of validation: sample i is in interval i modulo 64
@@ -212,10 +211,10 @@ class Diffusion(Stage):
                 "the base they were trained on, or begin another run: run_id=NAME (or resume=never)."
             )
         self.resumed = checkpoint.get("critic")
-        theirs, ours = (list((recipe.get("condition") or {}).keys()) for recipe in (checkpoint["recipe"], self.recipe))
-        if theirs != ours:
+        saved, ours = (list((recipe.get("condition") or {}).keys()) for recipe in (checkpoint["recipe"], self.recipe))
+        if saved != ours:
             raise Refusal(
-                f"The checkpoint was trained with the conditions {theirs}, this run has {ours}: condition=[{','.join(theirs)}] "
+                f"The checkpoint was trained with the conditions {saved}, this run has {ours}: condition=[{','.join(saved)}] "
                 "goes on with it; resume=never or another run_id begins anew."
             )
         read = [
@@ -237,8 +236,8 @@ class Diffusion(Stage):
 
     def finish(self, data: DataModule) -> None:
         """Gathers what is exported."""
-        own = self.without_frozen(self.model.state_dict(), "model.")
-        self.weights = {name: whole(weight, self.global_rank == 0) for name, weight in own.items()}
+        trained = self.without_frozen(self.model.state_dict(), "model.")
+        self.weights = {name: whole(weight, self.global_rank == 0) for name, weight in trained.items()}
 
     def export(self, folder: Path) -> None:
         """Writes the model and, as sub-folders, the frozen models it needs: the folder stands on its own."""
