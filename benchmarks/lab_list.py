@@ -33,6 +33,7 @@ ROWS = {
     "sd2-512": Row("SD2 512 x 512, train step on latents, batch 32, compiled", "200 images/s", "images/s", 480, 120, 2408.7e9),
     "sd2-256": Row("SD2 256 x 256, batch 128", "960 images/s", "images/s", 480, 120, 539.3e9),
     "dit-xl-2": Row("DiT-XL/2, 256 tokens, batch 64", "700 images/s", "images/s", 400, 120, 711.7e9),
+    "dit-xl-2-graphs": Row("the same, launched as CUDA graphs", "700 images/s", "images/s", 400, 120, 711.7e9),
     "sdxl-1024": Row(
         "SDXL 1024 x 1024, batch 4 (both networks and their states lie in memory)", "25 images/s", "images/s", 560, 240, 20230.8e9
     ),

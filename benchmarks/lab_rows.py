@@ -82,9 +82,9 @@ def run(name, seconds, dry, out, begin):
             (out / file).write_bytes(small)
 
 
-def train_step(network, size, batch, lab):
+def train_step(network, size, batch, lab, mode="default"):
     """A training step of a network beside diffusers'."""
-    asked = lab.settings(network, batch=batch)
+    asked = lab.settings(network, batch=batch, mode=mode)
     asked.tell = partial(lab.told, "images/s", lambda seconds: asked.batch / seconds)
     steps.measure(network, 8 if lab.dry and network != "DiT-XL/2" else size, asked)
 
@@ -276,6 +276,7 @@ WORK = {
     "sd2-512": partial(train_step, "SD2", 64, 32),
     "sd2-256": partial(train_step, "SD2", 32, 128),
     "dit-xl-2": partial(train_step, "DiT-XL/2", 32, 64),
+    "dit-xl-2-graphs": partial(train_step, "DiT-XL/2", 32, 64, mode="reduce-overhead"),
     "sdxl-1024": partial(train_step, "SDXL", 128, 4),
     "kl-encode": partial(one_way, "encode"),
     "kl-decode": partial(one_way, "decode"),

@@ -69,3 +69,28 @@ def data(emoji_root):
     module.prepare_data()
     module.setup()
     return module
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """The package where it is installed, else one of its manners: it loads states by itself, and passes hooks by."""
+    import sys
+    from types import SimpleNamespace
+
+    import torch
+
+    class AdamW8bit(torch.optim.AdamW):
+        def load_state_dict(self, state_dict):
+            hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+            kept = [dict(each) for each in hooks]
+            for each in hooks:
+                each.clear()
+            super().load_state_dict(state_dict)
+            for each, own in zip(hooks, kept):
+                each.update(own)
+
+    try:
+        import bitsandbytes.optim  # noqa: F401
+    except ImportError:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))

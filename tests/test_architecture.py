@@ -45,7 +45,7 @@ ALLOWED = {
     "evaluation": {"types", "measure", "model", "drawing", "data"},
     "report": {"evaluation"},
     "page": {"adapt", "build", "check", "compose", "drawing", "embedder", "model"},
-    "training": {"types", "measure", "model", "tower", "drawing", "evaluation"},
+    "training": {"types", "embedder", "measure", "model", "tower", "drawing", "evaluation"},
     "interop": {"types", "adapt", "adapter", "autoencoder", "backbone", "condition", "nn", "tower"},
     "__main__": {"check"},
     "api": {"build", "command", "compose", "drawing", "model", "rest", "types"},

@@ -113,7 +113,7 @@ def test_backbones_are_told_channels_and_widths_only(name, runs):
 
 
 @pytest.mark.parametrize("room, name", every("optimizer", "rate"))
-def test_optimizers_and_rates_move_a_weight(room, name, runs):
+def test_optimizers_and_rates_move_a_weight(room, name, runs, bitsandbytes):
     config = composed(names(room).index(name), runs)
     net = nn.Linear(32, 32)
     before = net.weight.detach().clone()

@@ -1,14 +1,18 @@
 """What callers ask of conditions, data, averages and autoencoders: the object says it, whatever it inherits and is called."""
 
 import shlex
+from inspect import getattr_static
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from ldm.adapter.controlnet import HalfAndHalf
 from ldm.autoencoder.identity import Identity
 from ldm.autoencoder.vq import VQ
+from ldm.backbone.dit import DiT
+from ldm.backbone.unet import UNet
 from ldm.command import precompute as command
 from ldm.compose import compose_config
 from ldm.condition.cached_text import CachedText, embed, save_null
@@ -16,6 +20,7 @@ from ldm.conditioner import Conditioner
 from ldm.drawing.request import read_request
 from ldm.embedder import OPTIONAL, Condition, complete
 from ldm.files.lightning import are_logs_due, begin_step_anew, listen_with
+from ldm.nn.route import Routed
 from ldm.training.callback.ema import EMA
 from ldm.training.callback.power_ema import PowerEMA
 from ldm.training.protocols import Average, Quantised, averages_in
@@ -86,8 +91,7 @@ def test_a_text_tower_of_the_users_own_is_cached_under_whatever_name(tmp_path, m
     monkeypatch.setattr(command.OmegaConf, "to_container", lambda node, resolve: node)
     words = command._words("mine", tower, config)
     monkeypatch.undo()
-    chosen = shlex.split(" ".join(word for word in words))
-    load = compose_config("train", chosen).condition.cached_text.load
+    load = compose_config("train", shlex.split(shlex.join(words))).condition.cached_text.load
     assert dict(load) == {"_target_": f"{__name__}.Tower", "_partial_": True, "key": "title", "rows": 128}
 
 
@@ -114,3 +118,15 @@ def test_a_codebook_is_known_by_what_it_does():
 def test_a_lightning_without_what_is_reached_for_is_named(reach, name):
     with pytest.raises(ValueError, match=rf"needs pytorch-lightning >= 2\.6, < 2\.7; found \d.*SimpleNamespace has no {name}"):
         reach(SimpleNamespace(accumulate_grad_batches=1))
+
+
+def test_protocols_are_told_without_looking_at_modules():
+    """From Python 3.12 on isinstance finds what a class or an object's own dictionary has, and no module or parameter of it."""
+    from typing import _get_protocol_attrs as members_of
+
+    unet = UNet(3, Widths(tokens=8), width=8, mult=(1,), res_blocks=1, depth=(1,), heads=2, groups=4)
+    dit = DiT(3, Widths(vector=16), patch=2, width=16, depth=1, heads=2)
+    for network, protocol in ((unet, HalfAndHalf), (dit, Routed)):
+        assert isinstance(network, protocol)
+        for member in members_of(protocol):
+            getattr_static(network, member)

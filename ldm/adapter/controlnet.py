@@ -23,12 +23,11 @@ HINT = re.compile(r"conditioner\.embedders\.[^.]+\.(layers\.\d+\.(?:weight|bias)
 
 @runtime_checkable
 class HalfAndHalf(Protocol):
-    """A network of two halves, of which the second hears what each stage of the first says."""
+    """A network of two halves, of which the second hears what each stage of the first says.
 
-    encoder: nn.ModuleList
-    middle: nn.Module
-    decoder: nn.ModuleList
-    out: nn.Module
+    It has the modules `encoder`, `middle`, `decoder` and `out`; isinstance of Python 3.12 and later sees no modules of an object.
+    """
+
     skips: Sequence[int]
     width: int
     blocks: Sequence[nn.Module]
@@ -49,7 +48,7 @@ class Control(nn.Module):
     guess: the earlier a stage, the less it says, 0.1^(1 - i / n) for i = 0 .. n. pool: each says the same everywhere, its mean.
     """
 
-    def __init__(self, base: HalfAndHalf, guess: bool = False, pool: bool = False) -> None:
+    def __init__(self, base: Any, guess: bool = False, pool: bool = False) -> None:
         super().__init__()
         self.copy = deepcopy(base, {id(base.decoder): nn.ModuleList(), id(base.out): nn.Identity()})
         self.zeros = nn.ModuleList(zero(nn.Conv2d(width, width, 1)) for width in base.skips)
@@ -90,7 +89,7 @@ class Controlled(nn.Module):
     x brings, behind the base's channels, the features and the strength of each one's hint, in their order.
     """
 
-    def __init__(self, base: HalfAndHalf) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base, self.nets = base, nn.ModuleDict()
 

@@ -11,7 +11,6 @@ from ldm.errors import Refusal
 from ldm.files.folder import read_json
 from ldm.files.pieces import read_folder
 from ldm.nn.vit import ViT
-from ldm.tower.language import folder_of
 
 OURS = "encoder."  # where an encoder's names begin in an exported autoencoder
 # Names of before version 5 of transformers.
@@ -128,6 +127,8 @@ def published(source: str, encoder: ViT) -> dict[str, Tensor]:
     Raises:
         Refusal: they are of another network. NotFound, Unreachable: they are not there.
     """
+    from ldm.tower.language import folder_of  # which loads tokenizers
+
     folder = folder_of(source, "autoencoder.weights")
     config = read_json(folder / "config.json")
     if "_target_" in config:

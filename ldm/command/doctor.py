@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from tqdm import tqdm
 
+from ldm.check import check_counts
 from ldm.data.batch.samples import Samples
 from ldm.data.order.bucket import Size, assign, sizes_of
 from ldm.data.order.filter import apply, check_rules, table_of
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plt.switch_backend("Agg")
     options = _parser().parse_args(arguments)
     try:
+        check_counts(size=options.size)
         check_rules(options.filters)
         sizes = sizes_of(options.buckets, options.size)
         options.out = options.out or Path("runs", "doctor", Path(options.shards[0]).absolute().name.removesuffix(".tar"))

@@ -48,11 +48,8 @@ def precompute(config: DictConfig) -> Path:
         write_latents(autoencoder, data, split, folder, *settings)
     if rank > 0:
         return Path(config.out)
-    print(
-        *(f"condition.{name}: {member.cut}\n" for name, member in members.items() if member.cut and member.cut.cut),
-        sep="",
-        end="",
-    )
+    for name, cut in ((name, member.cut) for name, member in members.items()):
+        print(f"condition.{name}: {cut}\n" if cut and cut.cut else "", end="")
     write_json(usual_of(OmegaConf.to_container(config.data, resolve=True)), Path(config.out) / "train" / KEPT)
     for member in members.values():
         save_null(member, Path(config.out) / "text")
@@ -89,7 +86,7 @@ def _kept_words(data: Any, keep: Sequence[str]) -> list[str]:
         if field in data.mixed
     }
     plain = members_of(data.fields, {}, [field for field in keep if field not in mixtures])
-    return [f"'data.fields.{field}={{{shares}}}'" for field, shares in mixtures.items()] + [
+    return [f"data.fields.{field}={{{shares}}}" for field, shares in mixtures.items()] + [
         f"+data.fields.{field}={member}" for field, member in plain.items()
     ]
 

@@ -223,7 +223,7 @@ class Subject:
             shards = [name] if Path(name).is_file() else expand(name, "reference")
         except NotFound as error:
             raise NotFound(f"reference={name}: nothing is there. {REFERENCES}") from error
-        if not all(shard.split("?")[0].endswith(".tar") for shard in shards):
+        if not all(shard.split("?")[0].lower().endswith(".tar") for shard in shards):
             raise Refusal(f"reference={name} is no file of pictures that is read. {REFERENCES}")
         if not isinstance(size, int):
             raise Refusal(

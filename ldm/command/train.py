@@ -118,15 +118,17 @@ def _say_tokens(data: Any, stage: Any) -> None:
 
 
 def _planned(config: DictConfig) -> str:
-    """What a run will take, blocks computed again where callback=[recompute] says so."""
+    """What a run will take, with those callbacks that change how much memory it has."""
     from ldm.build import allowed, build, build_stage, chosen
     from ldm.nn.empty import planned
+    from ldm.training.callback.bfloat16 import Bfloat16
+    from ldm.training.callback.frozen import Frozen
     from ldm.training.callback.recompute import Recompute
     from ldm.training.plan import plan
 
     nodes = chosen(OmegaConf.to_container(config.callback, resolve=True), "callback").values()
-    again = [node for node in nodes if node["_target_"] == f"{Recompute.__module__}.{Recompute.__qualname__}"]
-    trainer = _trainer(config, logger=False, callbacks=[build(node) for node in again])
+    count = {f"{kind.__module__}.{kind.__qualname__}" for kind in (Bfloat16, Frozen, Recompute)}
+    trainer = _trainer(config, logger=False, callbacks=[build(node) for node in nodes if node["_target_"] in count])
     with planned():  # what is reckoned needs no numbers
         stage = build_stage(config, begins=False)
     return plan(stage, build(config.data, allowed(config)), trainer, str(config.plan))

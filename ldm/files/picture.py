@@ -58,7 +58,10 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out."""
+    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out.
+
+    In a folder that `ldm sample` drew into, what it wrote beside the pictures is none of them.
+    """
     files = files_in(folder)
     drawn = sheets(files)
     pictures = [file for file in files if is_picture(file) and file not in drawn]

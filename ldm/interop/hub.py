@@ -39,7 +39,9 @@ def download(source: str) -> Path:
             )
         except OSError:
             why = " ".join(str(error).split()).rstrip(".")
-            raise Unreachable(f"{source} was not fetched before, nor can be now: {why}. {_mend(name, file, error)}") from error
+            raise Unreachable(
+                f"{source} was not fetched before, and is not had now: {why}. {_mend(name, file, error)}"
+            ) from error
 
 
 def repository(source: str) -> tuple[str, str]:

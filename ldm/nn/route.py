@@ -4,12 +4,11 @@ https://arxiv.org/abs/2501.04765).
 x_K <- block(x_K) for the patches K that go through the blocks; the others stay as they are
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.nn.transformer import Turn
 
@@ -36,11 +35,10 @@ class Route:
 
 @runtime_checkable
 class Routed(Protocol):
-    """A backbone, a torch module, whose blocks some patches can skip."""
+    """A backbone, a torch module, whose `blocks` some patches can skip; isinstance sees no modules from Python 3.12 on."""
 
     patch: int  # latents a side of a patch
     depth: int  # the blocks that patches can skip: the first so many
-    blocks: Iterable[nn.Module]
     route: Route | None  # of the next calls; None: all patches go through all blocks
     fuse: tuple[int, ...]  # two blocks: the input of the first is joined with the output of the second; or none
 

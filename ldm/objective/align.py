@@ -17,7 +17,7 @@ from ldm.objective._ear import Ear, as_map, block_of, features_of
 from ldm.objective.dmd import DMD
 from ldm.objective.preference import Preference
 from ldm.objective.regression import Regression
-from ldm.types import Batch, Cond, Draw, InTraining, Objective, Widths
+from ldm.types import Backbone, Batch, Cond, Draw, InTraining, Objective, Widths
 
 
 class Teacher(Protocol):
@@ -36,7 +36,8 @@ class Align(Around):
     Args:
         teacher: makes the frozen network; `weights`, where given, are the argument of that name.
         width: features of the hidden states; None: what the model that it meets has there.
-        layer: whose hidden states: 1 is the first of the backbone's blocks. The gradient of `align` reaches those up to it.
+        layer: whose hidden states: 1 is the first of the backbone's blocks; None: 8, or of fewer blocks the middle one. The
+            gradient of `align` reaches those up to it.
         align_weight: of the alignment; 0 leaves it out.
         until: the step from which on it is left out (https://arxiv.org/abs/2505.16792); None: never.
         projector: `mlp` has three layers, as in the paper; `convolution` is one of 3 x 3 (iREPA, https://arxiv.org/abs/2512.10794).
@@ -53,7 +54,7 @@ class Align(Around):
         self,
         teacher: Callable[..., Teacher],
         width: int | None = None,
-        layer: int = 8,
+        layer: int | None = None,
         align_weight: float = 0.5,
         until: int | None = None,
         projector: Literal["mlp", "convolution"] = "mlp",
@@ -77,9 +78,15 @@ class Align(Around):
         if self.width is None:
             denoiser, channels = model.denoiser, model.autoencoder.channels
             widths = model.conditioner.widths + Widths(vector=denoiser.span)
-            self.width = features_of(denoiser.backbone, self.layer, channels, widths)
+            self.width = features_of(denoiser.backbone, self.layer_of(denoiser.backbone), channels, widths)
             self.projector = self.make(self.width)
         return super().meet(model)
+
+    def layer_of(self, backbone: Backbone) -> int:
+        """Which block of the backbone is compared, which is settled when that is first known."""
+        count = len(list(backbone.blocks))
+        self.layer = self.layer or (8 if count >= 8 else (count + 1) // 2)
+        return self.layer
 
     def forward(self, model: InTraining, batch: Batch, x: Tensor, cond: Cond, draw: Draw) -> dict[str, Tensor]:
         """x: (B, C, H, W) clean latents of batch's `image` -> what `of` says, with `align` in [-1, 1] in its loss."""
@@ -92,7 +99,7 @@ class Align(Around):
                 f"objective=align compares with what a teacher sees in the pictures, and the batch has {sorted(batch)}: encode "
                 "on the way (data=shards), as latents made ahead of time have no `image`."
             )
-        self.ear.put(block_of(model.denoiser.backbone, self.layer))
+        self.ear.put(block_of(model.denoiser.backbone, self.layer_of(model.denoiser.backbone)))
         losses = self.of(model, batch, x, cond, draw)
         align = self.alignment(as_map(self.ear.take(), x, model.denoiser.backbone), self.teacher.patches(batch["image"]))
         return {**losses, "loss": losses["loss"] + self.align_weight * align, "align": align}

@@ -1,4 +1,4 @@
-"""Captions as a text tower takes them, and a count of those that are longer than its context."""
+"""Captions as text towers take them: texts, and a count of those that are longer than a tower's context."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -2,15 +2,19 @@
 
 import re
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from ldm.errors import Refusal
 from ldm.training.base import Stage
+from ldm.training.callback.bfloat16 import Bfloat16
 from ldm.training.callback.frozen import Frozen, layers_of
 from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import flops, peak_of
@@ -20,7 +24,9 @@ from ldm.types import Batch, DataModule, Draw
 
 SHARE = 0.35  # of the peak: what the best public trainings of these networks on H100 and H200 reach (MLPerf Training, 34 to 36 %)
 SPARE = 2**30  # bytes of a card that CUDA itself takes, and that lie between tensors
-TRAINED = {"weight": 4, "gradient": 4, "average": 4}  # bytes a number, in float32
+KEPT = {"weight": 4, "average": 4}  # bytes a trained number, in float32, all the time
+ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # scaled_dot_product_attention's, in their order
+GRADIENT, COPY = 4, 2  # bytes of a gradient, which comes as activations go, and of the copy that autocast makes for a step
 
 
 def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> str:
@@ -37,25 +43,17 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
     batch = next(iter(data.ordered("train", batch=1)))
     batch = data.on_after_batch_transfer(batch, 0)
     trained, frozen, still = numbers(stage, trainer)
-    work, activations = cost(stage, batch)
-    for callback in trainer.callbacks:
-        if isinstance(callback, Recompute):
-            callback.on_fit_start(trainer, stage)
-            whole, (work, activations) = activations, cost(stage, batch)
-            blocks = sum("forward" in vars(module) for module in stage.modules())
-            activations += (whole - activations) // blocks  # one block's, as it is redone
-    if trainer.precision.startswith(("bf16", "16")):
-        activations //= 2
+    work, activations = _reckoned(stage, trainer, batch)
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     micro = stage.batch // (world * accumulate)
-    shares = world if isinstance(trainer.strategy, Sharded) else 1
-    states, others = trained * (sum(TRAINED.values()) + moments(stage.optimizer)) // shares, still
+    states, others = _states(stage, trainer, trained, micro * activations), still
     lines = [
         f"parameters        {trained / 1e6:,.1f} million trained, {frozen / 1e6:,.1f} million frozen",
         f"batch             {stage.batch} = {world} devices x {accumulate} micro-batches x {micro} samples",
         f"work              {work / 1e9:,.1f} GFLOP a sample, {work * stage.batch / 1e12:,.2f} TFLOP a step, with the way back",
-        f"memory            {_gib(states + others + micro * activations)} a device, estimated: {_gib(states)} weights, "
-        f"gradients, AdamW and average; {_gib(others)} frozen; {_gib(micro * activations)} activations",
+        f"memory            {_gib(states + others + micro * activations)} a device, estimated: {_gib(states)} weights, AdamW, "
+        f"average and {'copies in 16 bits' if _in_half(trainer) else 'gradients'}; {_gib(others)} frozen; "
+        f"{_gib(micro * activations)} activations",
     ]
     if card := re.fullmatch(r"([\d.]+) ?GB", device, re.IGNORECASE):
         return "\n".join([*lines, fits(float(card[1]) * 2**30, states + others, activations, stage.batch // world, micro)])
@@ -71,6 +69,33 @@ def plan(stage: Stage, data: DataModule, trainer: pl.Trainer, device: str) -> st
 def moments(optimizer: Any) -> int:
     """How many bytes an optimizer keeps of each weight: two moments, of AdamW in float32."""
     return BYTES if isinstance(optimizer, partial) and optimizer.func is adamw_8bit else 8
+
+
+def _reckoned(stage: Stage, trainer: pl.Trainer, batch: Batch) -> tuple[int, int]:
+    """batch: of one sample -> FLOPs of training on it, and bytes of its activations in the trainer's precision."""
+    work, activations, norms = cost(stage, batch)
+    for callback in trainer.callbacks:
+        if isinstance(callback, Recompute):
+            callback.on_fit_start(trainer, stage)
+            whole, (work, activations, _) = activations, cost(stage, batch)
+            blocks = sum("forward" in vars(module) for module in stage.modules())
+            activations, norms = activations + (whole - activations) // blocks, norms // blocks  # one block's, as it is redone
+    if not _in_half(trainer):
+        return work, activations
+    wide = not any(isinstance(callback, Bfloat16) for callback in trainer.callbacks)  # group norms stay float32
+    return work, (activations + wide * norms) // 2
+
+
+def _in_half(trainer: pl.Trainer) -> bool:
+    return trainer.precision.startswith(("bf16", "16"))
+
+
+def _states(stage: Stage, trainer: pl.Trainer, trained: int, activations: int) -> int:
+    """Bytes beside the activations, and beside what is frozen, of so many trained numbers, where a step has most."""
+    shares = trainer.world_size if isinstance(trainer.strategy, Sharded) else 1
+    gradients, copies = (trained * size // shares for size in (GRADIENT, COPY if _in_half(trainer) else 0))
+    there = gradients if trainer.accumulate_grad_batches > 1 else max(gradients - activations, 0)  # as these go, those come
+    return trained * (sum(KEPT.values()) + moments(stage.optimizer)) // shares + copies + there
 
 
 def numbers(stage: Stage, trainer: pl.Trainer) -> tuple[int, int, int]:
@@ -107,13 +132,15 @@ def fits(memory: float, fixed: int, each: int, batch: int, micro: int) -> str:
     return f"does not fit      into {size}; {batch // parts} samples at a time do: trainer.accumulate_grad_batches={parts}"
 
 
-def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
-    """batch: of one sample -> FLOPs of training on it, and bytes of activations that the backward pass needs, in float32."""
+def cost(stage: Stage, batch: Batch) -> tuple[int, int, int]:
+    """batch: of one sample -> FLOPs of training on it, bytes of activations that the backward pass needs, in float32, and bytes
+    of what goes into group norms and comes out.
+    """
     device = torch.device("meta")
     try:
         stage.to(device)
         batch = stage.transfer_batch_to_device(batch, device, 0)
-        return flops(stage, batch), _kept(stage, batch)
+        return flops(stage, batch), *_kept(stage, batch)
     except (NotImplementedError, RuntimeError) as error:
         raise Refusal(
             f"plan: {type(stage).__name__} cannot be reckoned without running it ({str(error).splitlines()[0]}). "
@@ -121,30 +148,55 @@ def cost(stage: Stage, batch: Batch) -> tuple[int, int]:
         ) from error
 
 
-def _kept(stage: Stage, batch: Batch) -> int:
-    """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it."""
-    weights = {id(p) for p in stage.parameters()}
-    seen: dict[int, Tensor] = {}
+def _kept(stage: Stage, batch: Batch) -> tuple[int, int]:
+    """Bytes of what autograd keeps, each once, weights left out; of a block that is computed again what enters it. And the bytes
+    of what group norms take and give.
+    """
+    norms = 0
+    own = {p.untyped_storage()._cdata for p in stage.parameters()}
+    seen: dict[int, UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in weights and tensor._base is None:
-            seen[id(tensor)] = tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage
         return tensor
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         for x in inputs:
             if isinstance(x, Tensor):
-                whole = x if x._base is None else x._base
-                seen[id(whole)] = whole
+                keep(x)
 
-    hooks = [module.register_forward_pre_hook(enter) for module in stage.modules() if "forward" in vars(module)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def pass_norm(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal norms
+        norms += 2 * output.nbytes if output.requires_grad else 0
+
+    hooks = [module.register_forward_hook(pass_norm) for module in stage.modules() if isinstance(module, nn.GroupNorm)]
+    hooks += [module.register_forward_pre_hook(enter) for module in stage.modules() if "forward" in vars(module)]
+    with Fused(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = stage.losses(batch, Draw(0, batch["position"], stage.batch))
     for hook in hooks:
         hook.remove()
     stage.forget()
     del loss
-    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+    return sum(storage.nbytes() for storage in seen.values()), norms
+
+
+class Fused(TorchFunctionMode):
+    """Attention as a GPU's kernels compute it: queries, keys, values and the output are kept, and not a weight for each pair."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None
+    ) -> Any:
+        """As any mode's."""
+        keywords = keywords or {}
+        whole = function is not scaled_dot_product_attention or not torch.backends.cuda.flash_sdp_enabled()  # as mean flows ask
+        if whole or arguments[0].ndim != 4:
+            return function(*arguments, **keywords)
+        given = {**dict(zip(ATTENTION, arguments)), **keywords}
+        asked = {name: given[name] for name in ("attn_mask", "is_causal", "scale") if name in given}
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that the meta device knows
+        return fused(given["query"], given["key"], given["value"], **asked)[0]
 
 
 def _speed(device: str, trainer: pl.Trainer) -> tuple[str, float]:

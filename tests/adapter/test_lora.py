@@ -13,11 +13,12 @@ from helpers.language import save_t5
 from ldm.adapt import Asked, Given, asked, attach, put_on
 from ldm.adapter.lora import LoRA
 from ldm.build import adapted, build, build_stage, load_model
+from ldm.command.evaluate import evaluate
 from ldm.command.train import of_base, train
 from ldm.compose import compose_config
 from ldm.errors import Refusal
 from ldm.files.base import identity_of
-from ldm.files.folder import load_tensors, read_recipe, save_model, save_tensors, with_parts, write_json
+from ldm.files.folder import load_tensors, read_json, read_recipe, save_model, save_tensors, with_parts, write_json
 from ldm.interop.adapters import base_of, is_adapter
 from ldm.nn.attention import split_attention
 from ldm.training.saved import read_checkpoint
@@ -276,6 +277,29 @@ def test_a_run_draws_alone_beside_others_and_without_peft(base, run, monkeypatch
         load_model(base, adapters=[str(run), f"{run}:0.5"])
     with pytest.raises(Refusal, match=r"trains by PEFT .*pip install 'ldm\[lora\]'\. Drawing with a LoRA needs none"):
         adapted(base, {"lora": LoRA()})
+
+
+@pytest.mark.slow
+def test_a_whole_evaluation_needs_no_peft(base, run, emoji_root, tmp_path, monkeypatch):
+    """Of a run, and of a file at strength 0, whose numbers are the base's; the protocol names what was put to work."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    words = [
+        f"data.root={emoji_root}",
+        "data.groups=[Activities]",
+        "data.val_fraction=0.2",
+        "data.size=8",
+        "count=4",
+        "data=emoji",
+    ]
+    words += ["metric=[text_match]", "metric.text_match.side=4", "sampler.steps=2", "batch=4", f"cache={tmp_path}/cache"]
+
+    def measured(out, *more):
+        return evaluate(compose_config("evaluate", [*words, f"out={tmp_path / out}", *more]))[0]
+
+    plain, none = measured("plain", f"model={base}"), measured("none", f"model={base}", f"adapters={run}:0")
+    assert plain == none and plain.keys() == measured("run", f"model={run}").keys()
+    told = read_json(tmp_path / "none" / "metrics.json")
+    assert all(one["subject"]["adapters"][0]["strength"] == 0 for one in told.values())
 
 
 def test_a_run_on_the_hub_draws_as_the_one_here(base, run, monkeypatch):

@@ -189,6 +189,15 @@ def test_settings_that_mean_nothing_are_refused_before_anything_is_read(wrong, t
         Shards(tmp_path / "none", **wrong)
 
 
+def test_what_samples_lack_names_the_members_that_could_take_its_place(tmp_path):
+    rows = [{"__key__": f"{i}", "png": picture("PNG"), "jpg": picture(), "json": {"caption": "a"}} for i in range(2)]
+    write_shards(rows, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"have jpg, json, png; none is read as txt is: remove the field"):
+        _ = Shards(tmp_path / "a", size=16, batch=1).train_set
+    with pytest.raises(ValueError, match=r"set data\.fields\.image to jpg or png, remove"):
+        _ = Shards(tmp_path / "a", fields={"image": "webp"}, size=16, batch=1).train_set
+
+
 # ---- mixtures
 
 

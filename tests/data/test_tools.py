@@ -295,6 +295,7 @@ def test_the_doctor_answers_wrong_questions(tmp_path, capsys):
         ("--buckets {step: 0.5", "is no YAML"),
         ("--buckets [[3]]", "data.buckets"),
         ("--fields image=pickle", "such as image=jpg"),
+        ("--size 0", "size=0: wanted 1 or more"),
         ("--fields image", "such as image=jpg"),
     ):
         try:

@@ -199,7 +199,7 @@ def test_hub_and_push_by_the_command(folders, tmp_path, monkeypatch, capsys):
         raise LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", not_there)
-    with pytest.raises(SystemExit, match="hf://org/name was not fetched before, nor can be now: no route"):
+    with pytest.raises(SystemExit, match="hf://org/name was not fetched before, and is not had now: no route"):
         run("hf://org/name", tmp_path / "never", "--to", "ldm")
 
 

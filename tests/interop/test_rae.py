@@ -127,7 +127,14 @@ def test_what_there_is_no_place_for_is_refused(stage, tmp_path):
     with pytest.raises(Refusal, match=r"autoencoder\.span=2"):
         write(bundle, tmp_path / "out", "diffusers")
     config = json.loads((home / "theirs" / "config.json").read_text())
-    for wrong in ({"reshape_to_2d": False}, {"encoder_type": "clip"}, {"image_size": 9}, {"noise_tau": "a"}, {"strange": 1}):
+    for wrong in (
+        {"reshape_to_2d": False},
+        {"encoder_type": "clip"},
+        {"image_size": 9},
+        {"encoder_input_size": 33},
+        {"noise_tau": "a"},
+        {"strange": 1},
+    ):
         write_json({**config, **wrong}, tmp_path / "config.json")
         with pytest.raises(Refusal, match=next(iter(wrong))):
             read(str(tmp_path))

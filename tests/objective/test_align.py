@@ -138,6 +138,9 @@ def test_the_width_is_the_models_that_it_meets(make, layer, wanted):
     assert not objective.meet(model) and objective.projector[0].in_channels == wanted
     assert -1 <= objective(model, BATCH, BATCH["image"], Cond(), DRAW)["align"] <= 1
     assert not any(p.is_meta for p in model.parameters())
+    usual = align(width=None, layer=None)
+    usual.meet(model)
+    assert usual.layer == (2 if make is None else 8)
     with pytest.raises(ValueError, match=r"objective\.layer=99: the backbone has"):
         align(width=None, layer=99).meet(model)
     model.denoiser.backbone = MLP(3, Widths(), size=16, width=8)

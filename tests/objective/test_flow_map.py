@@ -172,16 +172,17 @@ FEW_STEPS = {"mean_flow": MeanFlow(time=Uniform(), share=0.75, power=0.0), "shor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", FEW_STEPS.values(), ids=FEW_STEPS)
-def test_trained_on_a_mixture_one_step_passes_a_two_sample_test(objective):
-    """Kolmogorov-Smirnov with 256 samples of each, evenly over their distributions so that chance adds nothing, below its 0.1 %
-    critical value; plain flow's one step is far above.
+@pytest.mark.parametrize("objective, steps", [(FEW_STEPS["mean_flow"], 1500), (FEW_STEPS["shortcut"], 3000)], ids=FEW_STEPS)
+def test_trained_on_a_mixture_one_step_passes_a_two_sample_test(objective, steps):
+    """Kolmogorov-Smirnov with 512 samples of each, evenly over their distributions so that chance adds nothing, below its 0.1 %
+    critical value; plain flow's one step is far above. Of a shortcut few samples a step are of the longest step, which therefore
+    learns last (0.084 after 1,500 steps, 0.041 after 4,500); sixteen exact steps of Euler would leave 0.028.
     """
     torch.manual_seed(0)
     mlps = [MLP(1, Widths(vector=16), size=1, width=64, depth=2) for _ in range(2)]
     net, average = (Denoiser(mlp, Linear(), Flow(), DataTime(), span=16) for mlp in mlps)
     average.load_state_dict(net.state_dict())
-    generator, batch, steps = torch.Generator().manual_seed(1), 512, 1500
+    generator, batch = torch.Generator().manual_seed(1), 512
     model, optimizer = Model(net), torch.optim.Adam(net.parameters())
     model.average = Model(average)
     for step in range(steps):
@@ -194,11 +195,11 @@ def test_trained_on_a_mixture_one_step_passes_a_two_sample_test(objective):
         with torch.no_grad():
             decay = min(0.999, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-    count = 256
+    count = 512
     noise, one = spread(count).view(count, 1, 1, 1), torch.ones(count)
     with torch.no_grad():
         drawn, plain = (noise - average.output(noise, one, Cond(), to) for to in (0 * one, None))
-    real = torch.cat([side + 0.3 * spread(number) for side, number in ((-1.0, 154), (1.2, 102))])
+    real = torch.cat([side + 0.3 * spread(number) for side, number in ((-1.0, 307), (1.2, 205))])
     critical = 1.95 * (2 / count) ** 0.5
     found, control = (ks_2samp(sample.flatten(), real).statistic for sample in (drawn, plain))
     assert found < critical < control / 2, (found, control)

@@ -1,7 +1,6 @@
 """AdamW with moments in 8 bits: what is asked of bitsandbytes, whose optimizer calls no hooks, and what is said without it."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,28 +13,6 @@ from ldm.training.optimizer.adamw_8bit import adamw_8bit
 from ldm.training.plan import moments
 
 NODE = {"_target_": "ldm.training.optimizer.adamw_8bit.adamw_8bit", "_partial_": True, "lr": 1e-2}
-
-
-class Theirs(torch.optim.AdamW):
-    """As bitsandbytes': it loads states by itself, and passes its hooks by."""
-
-    def load_state_dict(self, state_dict):
-        hooks = self._optimizer_load_state_dict_pre_hooks.copy(), self._optimizer_load_state_dict_post_hooks.copy()
-        for each in (self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks):
-            each.clear()
-        super().load_state_dict(state_dict)
-        self._optimizer_load_state_dict_pre_hooks.update(hooks[0])
-        self._optimizer_load_state_dict_post_hooks.update(hooks[1])
-
-
-@pytest.fixture
-def bitsandbytes(monkeypatch):
-    """The package if it is there, else one of the same manners."""
-    try:
-        import bitsandbytes.optim  # noqa: F401
-    except ImportError:
-        monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
-        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=Theirs))
 
 
 def test_a_run_goes_on_to_the_bit_and_at_the_rate_that_is_said(bitsandbytes, emoji_root, tmp_path):

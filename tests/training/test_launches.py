@@ -191,7 +191,8 @@ def captures(monkeypatch):
     """What was captured, in the place of CUDA's graphs."""
     made = []
 
-    def capture(flat, samples, allow_unused_input):
+    def capture(flat, samples, allow_unused_input, capture_error_mode):
+        assert allow_unused_input and capture_error_mode == "thread_local"
         made.append(Captured(flat, samples))
         return made[-1]
 

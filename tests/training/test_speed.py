@@ -38,7 +38,7 @@ from ldm.training.callback.recompute import Recompute
 from ldm.training.callback.throughput import Throughput, flops, peak_of
 from ldm.training.optimizer.rate import Constant
 from ldm.training.parallel import layout
-from ldm.training.plan import cost, fits, plan
+from ldm.training.plan import _kept, cost, fits, plan
 from ldm.training.run import fit
 from ldm.training.stage.contrast import Contrast
 from ldm.types import Cond, Draw, Widths
@@ -429,8 +429,52 @@ def test_a_plan_is_reckoned_without_a_step(emoji_root, tmp_path):
         plan(diffusion(), small(emoji_root), made, "abacus")
     again, batch = diffusion(), next(iter(data.ordered("train", 1))) | {"image": torch.zeros(1, 3, 8, 8)}
     Recompute().on_fit_start(None, again)
-    (work, kept), (more, less) = cost(diffusion(), batch), cost(again, batch)
+    (work, kept, _), (more, less, _) = cost(diffusion(), batch), cost(again, batch)
     assert work < more < 4 / 3 * work and less < kept, "what enters the blocks, for their forward once more"
+
+
+class Attends(pl.LightningModule):
+    """One head over N tokens of C features."""
+
+    def __init__(self, net, *inputs):
+        super().__init__()
+        self.net, self.batch, self.inputs = net, 1, inputs
+
+    def losses(self, batch, draw):
+        return {"loss": self.net(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in self.inputs)).square().mean()}
+
+    def forget(self):
+        pass
+
+
+def test_activations_are_counted_as_fused_kernels_keep_them():
+    """By hand: the input, queries, keys and values, the output, and a number for each query; no weight for each pair."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    n, c, position = 256, 8, torch.arange(1)
+    stage = Attends(Head(), torch.randn(1, n, c)).to("meta")
+    wanted = 4 * (n * c + n * 3 * c + n * c + n)
+    assert _kept(stage, {"position": position}) == (wanted, 0) and wanted < 4 * n * n
+
+
+@pytest.mark.slow
+def test_what_stable_diffusion_2_takes_is_what_an_h200_measured():
+    """A step of 32 at 512 x 512 in bfloat16: 53.4 GiB beside the peer's weights, moments and average of 12.9 (torch 2.11)."""
+    with torch.device("meta"):
+        net = UNet(4, Widths(tokens=1024), head_width=64)
+    asked = (torch.randn(1, 4, 64, 64), torch.zeros(1), Cond(tokens=torch.randn(1, 77, 1024, device="meta")))
+    each, norms = (size // 2 for size in _kept(Attends(net, *asked), {"position": torch.arange(1)}))
+    count = sum(p.numel() for p in net.parameters())
+    assert 0.1 * each < norms < 0.3 * each, "what float32 norms keep besides"
+    assert 32 * each + (16 + 2) * count == pytest.approx((53.4 - 12.9) * 2**30, rel=0.1)
 
 
 def test_a_published_recipe_is_planned_without_its_weights(monkeypatch):

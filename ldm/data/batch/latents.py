@@ -58,8 +58,8 @@ def write_latents(
     """Encodes a split of a data module into shards; goes on where it stopped.
 
     A sample is moments.npy (2C, H, W), the whitened mean above the standard deviation, and what `text` says of its caption, of a
-    masked text only the spoken tokens; its caption and label, and the fields `keep` (keep.py); its record, with SDXL's sizes.
-    With data.buckets each is encoded in its bucket's size.
+    masked text only the spoken tokens; its caption and label, and the fields `keep` (keep.py); its record, with the sizes that
+    SDXL is told. With data.buckets each is encoded in its bucket's size.
 
     Args:
         autoencoder: what encodes.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.order.bucket import Size, assign
-from ldm.data.shard.decode import BadSample, View, decode, is_text
+from ldm.data.shard.decode import BadSample, View, decode, is_alike, is_text
 from ldm.data.shard.index import Index, Table
 from ldm.data.shard.selection import Selection
 from ldm.errors import Refusal
@@ -210,10 +210,16 @@ def _refuse(index: Index, fields: Mapping[str, str], lacking: list, silent: list
     total = len(index)
     if lacking[0]:
         absent = next((f for f, m in fields.items() if not index.table(0).has(m).any()), next(iter(fields)))
+        alike = [member for member in index.members if is_alike(member, fields[absent])]
         raise Refusal(
             f"{lacking[0]} of {total} samples lack a member of data.fields ({', '.join(f'{m!r}' for m in fields.values())}), "
-            f"first {lacking[1]}. The shards have {', '.join(index.members)}; set data.fields.{absent} to one of these, remove "
-            "the field, or leave such samples out: +data.filters.complete=true."
+            f"first {lacking[1]}. The shards have {', '.join(index.members)}; "
+            + (
+                f"set data.fields.{absent} to {' or '.join(alike)}, remove"
+                if alike
+                else f"none is read as {fields[absent]} is: remove"
+            )
+            + " the field, or leave such samples out: +data.filters.complete=true."
         )
     if silent[0]:
         field = next(f for f, m in fields.items() if is_text(m))

@@ -180,7 +180,8 @@ def _parquet(path: Path) -> list[tuple[str, dict[str, Any]]]:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise Refusal(f"{path} cannot be read as Parquet: {error}") from error
     picture = named(table.column_names, PICTURES)
-    if picture and not pa.types.is_string(kind := table.schema.field(picture).type) and not pa.types.is_large_string(kind):
+    kind = table.schema.field(picture).type if picture else pa.null()
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         raise Refusal(
             f"{path}: its column {picture} is of the type {kind}; wanted the names of files. Where it holds the pictures "
             f"themselves, train on them as they are: data=hf data.name=parquet data.data_dir={path.parent}."

@@ -122,6 +122,11 @@ def is_text(member: str) -> bool:
     return decoder(member) is _text
 
 
+def is_alike(member: str, other: str) -> bool:
+    """Whether a member, of any name, is read as another one is that can be read."""
+    return member.rpartition(".")[2].lower() in _TABLE and decoder(member) is decoder(other)
+
+
 def decode_picture(data: bytes, view: View, out: np.ndarray | None = None, formats: Sequence[str] = FORMATS) -> Tensor:
     """-> uint8 (3, height, width), channels last, upright, in sRGB.
 

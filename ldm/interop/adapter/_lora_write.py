@@ -53,23 +53,25 @@ def write(adapter: Read, bundle: Bundle, target: Path, layout: str) -> None:
 
 def _pieces(updates: Mapping[str, Update], bundle: Bundle, layout: str) -> Iterator[tuple[str, Piece]]:
     """The updates by their names, of which one of ours may be several."""
-    family, known = _family(bundle), modules_of(bundle)
-    spelled = {(m.name, m.part): name for name, m in reversed(known.items()) if _is_spelling(name, layout, family)}
-    modules = {m.name: m for m in known.values()}
+    family, streams = _family(bundle), network_of(bundle).name != "U-Net"
+    known = [item for item in modules_of(bundle).items() if _is_spelling(item[0], layout, family, streams)]
+    spelled = {(m.name, m.part): (name, m) for name, m in (known if streams else known[::-1])}
     for name, update in updates.items():
-        if name not in modules:
+        if (name, 0) not in spelled:
             raise Refusal(f"{name}: the layout of {layout} has no name for it; leave it out by adapter.lora.targets.")
-        for part, piece in _split(update, modules[name], bundle.weights):
-            yield spelled[name, part], piece
+        for part, piece in _split(update, spelled[name, 0][1], bundle.weights):
+            yield spelled[name, part][0], piece
 
 
-def _is_spelling(name: str, layout: str, family: str | None) -> bool:
-    """Whether a name is the one that is written: of XL's network kohya writes CompVis', of others diffusers'."""
+def _is_spelling(name: str, layout: str, family: str | None, streams: bool) -> bool:
+    """Whether a name is the one that is written: of XL's network, and last of transformers' (`streams`), kohya writes the
+    published names, of others diffusers'.
+    """
     if layout == "diffusers":
         places = ("unet.", "transformer.", "text_encoder.text_model.", "text_encoder_2.text_model.")
         return name.startswith(places) and ".processor." not in name and not name.endswith(".to_out")
     if name.startswith("lora_te"):
-        first = "lora_te1_" if family == "sdxl_base_v1-0" else "lora_te_"
+        first = "lora_te1_" if streams or family == "sdxl_base_v1-0" else "lora_te_"
         return name.startswith((f"{first}text_model", "lora_te2_text_model", "lora_te3_"))
     theirs = name.removeprefix("lora_unet_")
     own = ("down_", "up_", "mid_", "conv_", "time_embedding", "add_")  # of diffusers
@@ -85,7 +87,7 @@ def _split(update: Update, module: Module, weights: Mapping[str, Tensor]) -> Ite
         columns = update.magnitude.ndim == 2
         lengths = [update.magnitude] if columns else module.tie.split(update.magnitude.reshape(-1, 1))
     for part, (up, dims, length) in enumerate(zip(ups, there, lengths)):
-        up, down = up.flatten(1), update.down
+        up, down = up.flatten(1), update.down if part == 0 else update.down.clone()  # a file holds no tensor twice
         used = up.any(dim=0)
         if len(ups) > 1 and update.up.any() and not used.all():
             if not used.any() and length is None:

@@ -50,10 +50,11 @@ def settings_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     config = check_keys(config, CLASS, str(folder))
     kind, width, patch = config["encoder_type"], config["encoder_hidden_size"], config["encoder_patch_size"]
     side, factor = config["encoder_input_size"] // patch, config["patch_size"]
-    if config["image_size"] not in (None, side * factor) or width % HEAD_WIDTH:
+    if config["image_size"] not in (None, side * factor) or width % HEAD_WIDTH or config["encoder_input_size"] % patch:
         raise Refusal(
-            f"{folder} has image_size={config['image_size']} and encoder_hidden_size={width}; {side * factor}, the pixels of "
-            f"{side} patches of {factor}, and a multiple of {HEAD_WIDTH} were wanted."
+            f"{folder} has image_size={config['image_size']}, encoder_hidden_size={width} and "
+            f"encoder_input_size={config['encoder_input_size']}; {side * factor}, the pixels of {side} patches of {factor}, a "
+            f"multiple of {HEAD_WIDTH}, and one of {patch} were wanted."
         )
     encoder = {"_target_": ENCODER, "patch": patch, "width": width, "depth": config["encoder_num_hidden_layers"]}
     encoder |= {"heads": width // HEAD_WIDTH, "inner": 4 * width if kind == "dinov2" else INNER}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytorch_lightning as pl
@@ -112,9 +113,12 @@ class Flat(nn.Module):
 def capture(flat: nn.Module, given: tuple[Tensor, ...], cast: torch.dtype | None) -> Callable[..., Tensor]:
     """Tensors as a call is given them -> the network, replayed from its graphs; their memory is the graphs' own.
 
-    Autocast's copies of the weights are made within the graphs, where a cache would outlive them.
+    Autocast's copies of the weights are made within the graphs, where a cache would outlive them. Other threads, that load data,
+    may pin memory meanwhile, where torch lets that be said.
     """
+    make = torch.cuda.make_graphed_callables
+    apart = {"capture_error_mode": "thread_local"} if "capture_error_mode" in signature(make).parameters else {}
     kind = given[0].device.type
     samples = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in given)
     with torch.autocast(kind, cast, enabled=cast is not None, cache_enabled=False):
-        return torch.cuda.make_graphed_callables(flat, samples, allow_unused_input=True)
+        return make(flat, samples, allow_unused_input=True, **apart)

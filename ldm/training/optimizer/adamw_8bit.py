@@ -16,7 +16,7 @@ BYTES = 2  # of both moments of a weight
 
 
 def adamw_8bit(
-    params: Iterable[dict[str, Any]],
+    params: Iterable[Any],
     lr: float = 1e-4,
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -25,7 +25,7 @@ def adamw_8bit(
     """bitsandbytes' AdamW8bit, which calls the hooks of `load_state_dict` as torch's optimizers do.
 
     Args:
-        params: groups of weights with their settings.
+        params: weights, or groups of them with their settings.
         lr: the learning rate.
         betas: of the averages of the gradient and of its square, in [0, 1) each.
         eps: added to the root of the latter.
@@ -50,7 +50,7 @@ def adamw_8bit(
             for hook in self._optimizer_load_state_dict_post_hooks.values():
                 hook(self)
 
-    groups = list(params)
-    if any(isinstance(weight, DTensor) for group in groups for weight in group["params"]):
+    made = Hooked(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+    if any(isinstance(weight, DTensor) for group in made.param_groups for weight in group["params"]):
         raise Refusal("optimizer=adamw_8bit with trainer=fsdp, which shares out weights: optimizer=adamw, or trainer=ddp.")
-    return Hooked(groups, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+    return made
