@@ -153,12 +153,12 @@ def _kept(stage: Stage, batch: Batch) -> tuple[int, int]:
     of what group norms take and give.
     """
     norms = 0
-    own = {p.untyped_storage()._cdata for p in stage.parameters()}
+    weights = {p.untyped_storage()._cdata for p in stage.parameters()}
     seen: dict[int, UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in weights:
             seen[storage._cdata] = storage
         return tensor
 
@@ -194,9 +194,9 @@ class Fused(TorchFunctionMode):
         if whole or arguments[0].ndim != 4:
             return function(*arguments, **keywords)
         given = {**dict(zip(ATTENTION, arguments)), **keywords}
-        asked = {name: given[name] for name in ("attn_mask", "is_causal", "scale") if name in given}
+        settings = {name: given[name] for name in ("attn_mask", "is_causal", "scale") if name in given}
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that the meta device knows
-        return fused(given["query"], given["key"], given["value"], **asked)[0]
+        return fused(given["query"], given["key"], given["value"], **settings)[0]
 
 
 def _speed(device: str, trainer: pl.Trainer) -> tuple[str, float]:
