@@ -39,7 +39,7 @@ def bundle_of(peer, network):
 
 def test_an_autoencoder_of_other_channels_is_refused():
     bundle = bundle_of(their_mmdit(in_channels=16, out_channels=16), mmdit.NETWORK)
-    bundle.parts["autoencoder"] = Part({"_target_": "ldm.autoencoder.kl.KL", "channels": 4}, {})
+    bundle.parts["autoencoder"] = Part({"_target_": "ldm.autoencoder.kl.KL", "channels": 4}, {"mean": torch.zeros(4)})
     with pytest.raises(ValueError, match="draws latents of 16 channels; its autoencoder's have 4"):
         check(bundle, "it", None)
 
