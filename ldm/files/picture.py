@@ -30,7 +30,7 @@ MAX_PIXELS = 2**26  # a picture that claims more is refused before it is unpacke
 MAX_PROFILE = 2**23  # bytes; a larger colour profile is passed over
 NEAR_SRGB = 3  # of 255: profiles that change no colour by more than this are taken for sRGB
 ASIDE = ("__MACOSX", "@eaDir")  # folders that archivers and storage servers fill with copies of their own
-REQUEST = "request.json"  # what `ldm sample` was asked, beside its pictures
+REQUEST = "request.json"  # what drawing writes beside its pictures, with these:
 SHEET = re.compile(r"grid\.png|\d{5,}\..+\.png")  # of `ldm sample`, beside 00000.png
 ORIENTATION = 0x0112  # of EXIF
 ORIENTED = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow keeps it
@@ -59,10 +59,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def pictures_in(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out.
-
-    In a folder that `ldm sample` drew into, what it wrote beside the pictures is none of them.
-    """
+    """-> the pictures below a folder in natural order, and the counts of other files by ending, hidden ones left out."""
     files = files_in(folder)
     drawn = sheets(files)
     pictures = [file for file in files if is_picture(file) and file not in drawn]

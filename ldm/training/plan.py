@@ -194,9 +194,9 @@ class Fused(TorchFunctionMode):
         if whole or arguments[0].ndim != 4:
             return function(*arguments, **keywords)
         given = {**dict(zip(ATTENTION, arguments)), **keywords}
-        settings = {name: given[name] for name in ("attn_mask", "is_causal", "scale") if name in given}
+        options = {name: given[name] for name in ("attn_mask", "is_causal", "scale") if name in given}
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that the meta device knows
-        return fused(given["query"], given["key"], given["value"], **settings)[0]
+        return fused(given["query"], given["key"], given["value"], **options)[0]
 
 
 def _speed(device: str, trainer: pl.Trainer) -> tuple[str, float]:

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""LoRA files of Stable Diffusion 3, Flux and PixArt: each module by the names of both layouts, against W + B A in closed form."""
-=======
 """LoRA files of Stable Diffusion 3, Flux and PixArt: each module by the names of both layouts, against W + B A."""
->>>>>>> main
 
 import pytest
 import torch
@@ -48,11 +44,7 @@ def assert_same_updates(first, second):
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_every_matrix_of_a_transformer_is_updated_by_the_closed_form(layout, model, tmp_path):
-<<<<<<< HEAD
-    """Queries, keys and values apart (diffusers) or in one (kohya's, of published names), scales and shifts in either order."""
-=======
-    """Queries, keys and values apart (diffusers) or in one (kohya, the published names), scales and shifts in any order."""
->>>>>>> main
+    """Queries, keys and values apart (diffusers) or in one (kohya's published names), scales and shifts in either order."""
     network, settings, bundle = model
     own = bundle.backbone()
     names = {n for n in own if n.endswith(".weight") and own[n].ndim == 2}
