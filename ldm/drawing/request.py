@@ -18,7 +18,7 @@ from ldm.drawing.weights import weighted
 from ldm.errors import NotFound, Refusal
 from ldm.files.folder import write_text
 from ldm.files.lines import read_lines
-from ldm.files.picture import REQUEST, open_picture, to_grey, to_srgb
+from ldm.files.picture import open_picture, to_grey, to_srgb
 from ldm.files.whole import write_whole
 from ldm.model import LatentModel
 from ldm.types import Denoise, Sampler
@@ -185,7 +185,7 @@ def write_pictures(images: Tensor, folder: Path, request: Mapping[str, Any], sho
     columns = max(1, min(8, len(unit) * (1 + len(beside))) // (1 + len(beside)))
     grid = make_grid(torch.cat((*beside, unit), dim=3), nrow=columns, padding=1, pad_value=1.0)
     write_whole(folder / "grid.png", lambda path: save_image(grid, path, format="png"))
-    write_text(json.dumps(request, indent=2, ensure_ascii=False, default=_plain) + "\n", folder / REQUEST)
+    write_text(json.dumps(request, indent=2, ensure_ascii=False, default=_plain) + "\n", folder / "request.json")
 
 
 def _unit(images: Tensor) -> Tensor:

@@ -66,6 +66,9 @@ def config_with(recipe, group, name, runs):
             config = swapped(config, "train", overrides, CONFIGS)
     for key, value in SAID.get(name, {}).items():
         OmegaConf.update(config, f"{group}.{key}", value)
+    for word, value in SAID["textual_inversion"]["textual_inversion"].items():  # which no recipe can know
+        if "textual_inversion" in config.adapter:
+            config.adapter.textual_inversion[word] = value
     check_used(config, "train", overrides[1:], CONFIGS)
     return untrained(config)
 
