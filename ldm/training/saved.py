@@ -44,10 +44,13 @@ def read_checkpoint(path: Path, device: Any = "cpu", lazily: bool = False) -> di
 def newest(folder: Path) -> Path | None:
     """The newest good checkpoint below a folder, or None; a damaged one is named and passed over.
 
+    One that another process removes meanwhile, since a newer one is there, is none.
+
     Raises:
         LaterFormat: it was written by a later version, which is no damage.
     """
-    for path in sorted(folder.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime, reverse=True):
+    times = {path: _written(path) for path in folder.rglob("*.ckpt")}
+    for path in sorted((path for path, time in times.items() if time is not None), key=times.__getitem__, reverse=True):
         try:
             read_checkpoint(path, lazily=True)
             if path.is_file():
@@ -58,6 +61,13 @@ def newest(folder: Path) -> Path | None:
         except ValueError as error:
             warn(f"{error} The one before it is taken instead.")
     return None
+
+
+def _written(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _check_bits(path: Path) -> None:

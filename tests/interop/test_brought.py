@@ -304,7 +304,7 @@ def test_what_is_not_had_says_how_to_bring_it(monkeypatch):
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(list_repo_files=call))
 
     fails(HTTPError("no route"))
-    with pytest.raises(Unreachable, match=r"no route Where there is a network, .*`hf download a/b --local-dir DIR`.*model=DIR\."):
+    with pytest.raises(Unreachable, match=r"no route\. Where there .*`hf download a/b --local-dir DIR`.*model=DIR\."):
         at_rest("hf://a/b")
     with pytest.raises(Unreachable, match=r"hf download a/b c\.safetensors .*model=DIR/c\.safetensors"):
         at_rest("hf://a/b/c.safetensors")

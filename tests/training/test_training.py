@@ -307,6 +307,7 @@ def test_a_checkpoint_of_another_model_is_refused():
 
 
 def test_the_newest_good_checkpoint_is_found(tmp_path):
+    (tmp_path / "removed.ckpt").symlink_to(tmp_path / "nowhere")  # as one that another process takes away meanwhile
     io = WholeCheckpointIO()
     for step in (1, 2):
         io.save_checkpoint({"state_dict": {"a": torch.ones(100)}, "global_step": step}, tmp_path / f"step-{step}.ckpt")
