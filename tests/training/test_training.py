@@ -3,6 +3,7 @@
 import errno
 import math
 import re
+import time
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -526,9 +527,11 @@ def test_each_job_of_a_multirun_has_a_wandb_run_of_its_own(tmp_path, monkeypatch
         give_model([logger], tmp_path / "model", lambda: "# A card")
         close([logger])
         (kept,) = tmp_path.rglob(f"*{logger.experiment.id}.wandb")
-        said = kept.read_bytes()
         words = (f"model-{logger.experiment.id}", "model.safetensors", "README.md", "# A card")
-        assert all(word.encode() in said for word in words)
+        last = time.monotonic() + 60  # wandb's own process may write them a little later
+        while (missing := [word for word in words if word.encode() not in kept.read_bytes()]) and time.monotonic() < last:
+            time.sleep(0.1)
+        assert not missing
 
 
 @pytest.mark.parametrize("artifacts", [None, "model", "all"])
