@@ -5,15 +5,14 @@ import torch
 from PIL import Image
 
 from helpers.finetune import at_rest, command, said, text_of
-from helpers.processes import together, torchrun
 from ldm.build import load_model
 from ldm.command.prior import prior
 from ldm.command.sample import sample
 from ldm.command.train import train
 from ldm.compose import compose_config
 from ldm.errors import Refusal
+from ldm.files import process
 from ldm.files.folder import load_tensors, read_json, read_recipe
-from ldm.files.process import by_first, meet
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +67,20 @@ def test_another_model_or_prompt_is_refused(base, five, tmp_path):
         drawn(base, tmp_path / "y")
 
 
-def test_what_the_first_process_refuses_all_do(base, tmp_path):
-    """And what else ends it there the others are told of, instead of losing it."""
-    (tmp_path / "a.txt").touch()
-    failing = iter([None, OSError("no space"), Refusal("not here")])
-
-    def task():
-        meet()
-        for out in (tmp_path, None, None):
-            try:
-                by_first(lambda: raises(error)) if (error := next(failing)) else drawn(base, out)
-            except (Refusal, OSError) as error:
-                print(type(error).__name__, error)
-
-    codes, said = together(task, torchrun(2), tmp_path)
-    assert codes == [0, 0]
-    for lines, second in zip(map(str.splitlines, said), ("OSError no space", "Refusal The first process has stopped: OSError")):
-        assert "holds other files and no prior.json" in lines[0] and lines[1].startswith(second)
-        assert lines[2] == "Refusal not here"
+def test_what_the_first_process_refuses_all_do(monkeypatch):
+    """And what else ends it there the others are told of, instead of losing it: first process 0 runs, then process 1 is told."""
+    told = []
+    monkeypatch.setattr(process, "met", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(process, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(process, "from_first", lambda value, rank=rank: told.pop(0) if rank else told.append(value) or value)
+        kind, words = (Refusal, "The first process has stopped: OSError.*no space") if rank else (OSError, "^no space")
+        with pytest.raises(kind, match=words):
+            process.by_first(lambda: raises(OSError("no space")))
+        with pytest.raises(Refusal, match="not here"):
+            process.by_first(lambda: raises(Refusal("not here")))
+        assert process.by_first(lambda: 7) == 7
+    assert not told
 
 
 def raises(error):

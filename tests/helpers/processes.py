@@ -9,7 +9,7 @@ import torch
 from helpers.port import free_port
 
 
-def together(task, environments, folder, timeout=1800):
+def together(task, environments, folder, timeout=600):
     """Calls `task` in a process for each environment, which is added to this one's; -> their exit codes and what they printed."""
     files = [folder / f"printed-{i}.txt" for i in range(len(environments))]
     fork = multiprocessing.get_context("fork")
