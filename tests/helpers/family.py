@@ -23,6 +23,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBe
 from transformers import BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldm.files.folder import write_json, write_text
+from ldm.interop.convert import read, write
 from ldm.tower.clip import vocabulary
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
@@ -192,3 +193,11 @@ def of_classes(home):
     betas = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
     only = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     return DiTPipeline(net, their_vae(), DDIMScheduler(**betas, **only))
+
+
+def their_pipeline_and_ours(kind, home):
+    """-> diffusers' pipeline of a kind, which is saved in HOME/theirs, and ours of it in HOME/ours."""
+    pipeline = their_pipeline(kind, home)
+    pipeline.save_pretrained(home / "theirs")
+    write(read(str(home / "theirs"))[0], home / "ours", "ldm", source="x")
+    return pipeline

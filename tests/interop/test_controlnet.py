@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 
-from helpers.family import loud, their_pipeline, their_unet
+from helpers.family import loud, their_pipeline_and_ours, their_unet
 from ldm.build import load_model
 from ldm.drawing.generate import unit_noise
 from ldm.errors import Refusal
@@ -16,7 +16,7 @@ from ldm.guidance.cfg import CFG
 from ldm.guidance.within import Within
 from ldm.interop.__main__ import main
 from ldm.interop.adapter.controlnet import ties_of
-from ldm.interop.convert import read, write
+from ldm.interop.convert import read
 from ldm.interop.find import network_of
 from ldm.interop.tie import give
 from ldm.sampler.ddim import DDIM
@@ -46,9 +46,7 @@ def made(tmp_path_factory):
     @cache
     def make(kind):
         home = tmp_path_factory.mktemp(kind)
-        pipeline = their_pipeline(kind, home)
-        pipeline.save_pretrained(home / "theirs")
-        write(read(str(home / "theirs"))[0], home / "ours", "ldm", source="x")
+        pipeline = their_pipeline_and_ours(kind, home)
         unet = their_unet((True, False), 64) if kind == "inpaint" else pipeline.unet
         edges, depth = (their_control(unet, i, home / name) for i, name in enumerate(("edges", "depth")))
         mixed = their_control(unet, 3, home / "mixed", "bgr", pool=True)

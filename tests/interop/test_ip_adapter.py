@@ -10,14 +10,13 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from helpers.family import loud, their_pipeline
+from helpers.family import loud, their_pipeline_and_ours
 from ldm.build import load_model
 from ldm.drawing.generate import unit_noise
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, read_model, save_tensors
 from ldm.guidance.cfg import CFG
 from ldm.interop.adapters import read_adapter
-from ldm.interop.convert import read, write
 from ldm.sampler.ddim import DDIM
 from ldm.sampler.grid import Leading
 from ldm.tower.clip import MEAN, STD
@@ -88,9 +87,7 @@ def made(tmp_path_factory):
     @cache
     def make(kind):
         home = tmp_path_factory.mktemp(kind)
-        pipeline = their_pipeline(kind, home)
-        pipeline.save_pretrained(home / "theirs")
-        write(read(str(home / "theirs"))[0], home / "ours", "ldm", source="x")
+        pipeline = their_pipeline_and_ours(kind, home)
         their_tower(home / "models" / "image_encoder")
         for name in KINDS:
             save_tensors(their_file(pipeline.unet, name), home / "models" / f"{name}.safetensors")

@@ -10,14 +10,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 
-from helpers.family import their_pipeline, their_text
+from helpers.family import their_pipeline_and_ours, their_text
 from ldm.build import load_model
 from ldm.errors import Refusal
 from ldm.files.folder import load_tensors, save_tensors, write_json
 from ldm.interop.__main__ import main
 from ldm.interop.adapter._lora_names import modules_of
 from ldm.interop.adapters import read_any, with_towers
-from ldm.interop.convert import read, write
+from ldm.interop.convert import read
 
 KINDS = ["sd1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2", "xl"))]
 DIFFUSERS = ("down_", "up_", "mid_", "conv_", "time_embedding", "add_")  # how its names begin behind lora_unet_
@@ -33,9 +33,7 @@ def made(tmp_path_factory):
     @cache
     def make(kind):
         home = tmp_path_factory.mktemp(kind)
-        pipeline = their_pipeline(kind, home)
-        pipeline.save_pretrained(home / "theirs")
-        write(read(str(home / "theirs"))[0], home / "ours", "ldm", source="x")
+        pipeline = their_pipeline_and_ours(kind, home)
         bundle = with_towers(read(str(home / "ours"))[0])
         return SimpleNamespace(kind=kind, pipeline=pipeline, home=home, bundle=bundle, known=modules_of(bundle))
 
